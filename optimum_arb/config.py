@@ -1,0 +1,333 @@
+"""`ARBConfig`: every choice that a user can make, validated where it is made."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .layout import GROUP_BITMAPS, MAX_PLANES, Layout, bitmap_layout, planes_layout
+from .packing import FORMAT_VERSION, check_block_size
+
+METHODS = ("rtn", "billm", "arb", "arb-x", "arb-rc", "arb-hrc")
+BITMAP_METHODS = ("billm", "arb", "arb-x", "arb-rc")
+BACKENDS = ("auto", "cpu", "reference", "dequantize")
+COMPENSATIONS = ("exact", "diagonal")
+SPLIT_METRICS = ("weight", "score")
+# What an entry of `overrides` may change for the modules that its pattern matches.
+OVERRIDABLE = (
+    "method",
+    "planes",
+    "block_size",
+    "group_bitmap",
+    "salient_columns",
+    "num_iterations",
+    "compensation",
+    "split_metric",
+    "damp_percent",
+    "act_order",
+)
+# Keys that transformers adds to a quantization config on its own.
+_TRANSFORMERS_KEYS = ("quant_method", "modules_in_block_to_quantize", "_load_in_4bit", "_load_in_8bit")
+
+
+class CalibrationTexts(Sequence[str]):
+    """The user's own calibration texts. Copying a configuration, as transformers does often, does not copy them."""
+
+    def __init__(self, texts: Sequence[str]):
+        self._texts = tuple(texts)
+        for index, text in enumerate(self._texts):
+            if not isinstance(text, str):
+                raise TypeError(f"dataset[{index}] is a {type(text).__name__}: a list of calibration texts holds str.")
+
+    def __getitem__(self, index):
+        return self._texts[index]
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} texts, sha256 {self.fingerprint()[:12]}>"
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for text in self._texts:
+            digest.update(text.encode() + b"\0")
+        return digest.hexdigest()
+
+
+class ARBConfig(QuantizationConfigMixin):
+    """How a model is binarized, and how a binarized model was.
+
+    Args:
+        method: "arb-hrc" (sign planes with row and column scales fitted under the calibration matrix, the default), or
+            a method of the literature: "rtn" (round-to-nearest), "billm" (arXiv 2402.04291), "arb", "arb-x" and
+            "arb-rc" (arXiv 2410.03129).
+        planes: sign planes of "arb-hrc", 1 to 3: about one stored bit a weight each.
+        block_size: columns that share a row scale: 64, a multiple of 128, or -1 for whole rows.
+        group_bitmap: of the papers' methods: "all" (the column-group bitmap of ARB-LLM, the default of "arb",
+            "arb-x" and "arb-rc"), "non-salient" (BiLLM's split, the default of "billm") or "none".
+        salient_columns: of the papers' methods, for each block: "search" (their default), a number, or 0 for none.
+        num_iterations: rounds of the alternating refinement of "arb", "arb-x", "arb-rc" (the paper's 15) and outer
+            rounds of "arb-hrc" (2).
+        compensation: how the error of a block moves into the columns that follow: "exact" (a triangular solve) or
+            "diagonal" (as BiLLM and ARB-LLM published it).
+        split_metric: what the search for salient columns and groups looks at: "weight" (the error of the weights) or
+            "score" (as published: the error of the Hessian scores).
+        dataset: calibration text: "wikitext-2" (bundled: the validation split), the path of a text file, a list of
+            strings, a name that `optimum.gptq.data` knows ("c4", ...), or None for none: then each weight is
+            binarized by itself while the checkpoint loads.
+        num_samples: calibration sequences.
+        sequence_length: tokens of a calibration sequence (at most what the model takes).
+        batch_size: sequences of a calibration batch; None lets the sequence length choose.
+        seed: of every random choice.
+        damp_percent: damping of the calibration matrix, as a fraction of its mean diagonal.
+        act_order: whether columns are binarized in order of falling activation energy; None is the method's own
+            choice (True for "arb-hrc").
+        modules_to_not_convert: modules that stay in float besides those that transformers keeps (the output embedding
+            and tied weights): suffixes of module names at a dot, or patterns that begin with "re:" and match the
+            whole name. A pattern that matches nothing is an error.
+        overrides: pattern -> choices for the modules that it matches, such as `{"down_proj": {"planes": 2}}` or
+            `{"re:.*layers\\.0\\..*": {"skip": True}}`. Later entries win.
+        backend: what runs the packed layers: "auto", "cpu" (the packed bits, natively where the extension was
+            built), "reference" (plain torch, any device) or "dequantize" (keeps a dequantized copy: fast, no memory
+            saved).
+        max_memory: as in `from_pretrained`, for placing a model that was calibrated on load.
+
+    A saved configuration also carries what the run recorded: `format_version`, `optimum_arb_version`,
+    `bits_per_weight` (all stored bits of the binarized weights, see `optimum_arb.packing.bits_per_weight`) and
+    `calibration` (what the model was calibrated on).
+
+    Raises:
+        ValueError, TypeError: an unknown key, or a value that the method does not take; the message says which.
+    """
+
+    def __init__(
+        self,
+        method: str = "arb-hrc",
+        planes: int = 1,
+        block_size: int = 128,
+        group_bitmap: str | None = None,
+        salient_columns: str | int | None = None,
+        num_iterations: int | None = None,
+        compensation: str = "exact",
+        split_metric: str = "weight",
+        dataset: str | Sequence[str] | None = "wikitext-2",
+        num_samples: int = 128,
+        sequence_length: int = 2048,
+        batch_size: int | None = None,
+        seed: int = 0,
+        damp_percent: float = 0.01,
+        act_order: bool | None = None,
+        modules_to_not_convert: list[str] | None = None,
+        overrides: dict[str, dict[str, Any]] | None = None,
+        backend: str = "auto",
+        max_memory: dict | None = None,
+        format_version: int = FORMAT_VERSION,
+        optimum_arb_version: str | None = None,
+        bits_per_weight: float | None = None,
+        calibration: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        unknown = sorted(set(kwargs) - set(_TRANSFORMERS_KEYS))
+        if unknown:
+            known = sorted(set(ARBConfig.__init__.__code__.co_varnames[1:]) - {"kwargs", "unknown", "known"})
+            raise ValueError(f"Unknown key {unknown[0]!r} in ARBConfig. Known keys: {', '.join(known)}.")
+        if kwargs.get("quant_method", "arb") != "arb":
+            raise ValueError(f"quant_method={kwargs['quant_method']!r} is not optimum_arb's: it is always 'arb'.")
+        self.quant_method = "arb"
+        self.method = method
+        self.planes = planes
+        self.block_size = block_size
+        self.group_bitmap = group_bitmap
+        self.salient_columns = salient_columns
+        self.num_iterations = num_iterations
+        self.compensation = compensation
+        self.split_metric = split_metric
+        if isinstance(dataset, Sequence) and not isinstance(dataset, (str, CalibrationTexts)):
+            dataset = CalibrationTexts(dataset)
+        self.dataset = dataset
+        self.num_samples = num_samples
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.damp_percent = damp_percent
+        self.act_order = act_order
+        self.modules_to_not_convert = modules_to_not_convert
+        self.overrides = overrides or {}
+        self.backend = backend
+        self.max_memory = max_memory
+        self.format_version = format_version
+        self.optimum_arb_version = optimum_arb_version
+        self.bits_per_weight = bits_per_weight
+        self.calibration = calibration
+        self.post_init()
+
+    @classmethod
+    def as_published(cls, method: str, **kwargs: Any) -> ARBConfig:
+        """A method of the literature exactly as its authors released it: diagonal compensation, splits by score."""
+        return cls(method=method, **{"compensation": "diagonal", "split_metric": "score", **kwargs})
+
+    def post_init(self) -> None:
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"This model has format version {self.format_version} (written by optimum_arb "
+                f"{self.optimum_arb_version or 'unknown'}); the installed optimum_arb reads up to {FORMAT_VERSION}. "
+                "Upgrade it: pip install -U optimum-arb"
+            )
+        _one_of("method", self.method, METHODS)
+        _one_of("compensation", self.compensation, COMPENSATIONS)
+        _one_of("split_metric", self.split_metric, SPLIT_METRICS)
+        _one_of("backend", self.backend, BACKENDS)
+        _integer("planes", self.planes, 1, MAX_PLANES)
+        for name in ("num_samples", "sequence_length"):
+            _integer(name, getattr(self, name), 1)
+        for name in ("num_iterations", "batch_size"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 1)
+        if not isinstance(self.block_size, int) or isinstance(self.block_size, bool):
+            raise TypeError(f"block_size={self.block_size!r} is no whole number.")
+        check_block_size(self.block_size)
+        if not isinstance(self.damp_percent, (int, float)) or not 0 <= self.damp_percent < 10:
+            raise ValueError(f"damp_percent={self.damp_percent!r} must be a number from 0 to 10; 0.01 is usual.")
+        if self.dataset is not None and not isinstance(self.dataset, (str, CalibrationTexts)):
+            raise TypeError(f"dataset={self.dataset!r} must be a name, a path, a list of strings, or None.")
+        if isinstance(self.modules_to_not_convert, str):
+            raise TypeError(f"modules_to_not_convert={self.modules_to_not_convert!r} must be a list of patterns.")
+        if self.method not in BITMAP_METHODS:
+            for name in ("group_bitmap", "salient_columns"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} does nothing with method={self.method!r}: "
+                        f"only {', '.join(BITMAP_METHODS)} have it."
+                    )
+        if self.group_bitmap is not None:
+            _one_of("group_bitmap", self.group_bitmap, GROUP_BITMAPS)
+        if self.salient_columns is not None and self.salient_columns != "search":
+            _integer("salient_columns", self.salient_columns, 0, 64 if self.block_size == 64 else 127)
+        if self.planes > 1 and self.method != "arb-hrc":
+            raise ValueError(f"planes={self.planes} needs method='arb-hrc': {self.method!r} has a fixed form.")
+        for pattern, choices in self.overrides.items():
+            check_pattern(pattern)
+            unknown = sorted(set(choices) - set(OVERRIDABLE) - {"skip"})
+            if unknown:
+                raise ValueError(
+                    f"overrides[{pattern!r}] has the unknown key {unknown[0]!r}: it may change "
+                    f"{', '.join(OVERRIDABLE)} or say skip."
+                )
+            if not choices.get("skip"):
+                self._with(choices)
+        for pattern in self.modules_to_not_convert or ():
+            check_pattern(pattern)
+
+    # What the method makes of the choices that were left open.
+
+    @property
+    def resolved_group_bitmap(self) -> str:
+        if self.method not in BITMAP_METHODS:
+            return "none"
+        return self.group_bitmap or ("non-salient" if self.method == "billm" else "all")
+
+    @property
+    def resolved_salient_columns(self) -> str | int:
+        if self.method not in BITMAP_METHODS:
+            return 0
+        return "search" if self.salient_columns is None else self.salient_columns
+
+    @property
+    def resolved_num_iterations(self) -> int:
+        if self.num_iterations is not None:
+            return self.num_iterations
+        return 2 if self.method == "arb-hrc" else 15
+
+    @property
+    def resolved_act_order(self) -> bool:
+        """Whether columns are permuted; never without calibration, where there is no activation to order by."""
+        if self.dataset is None:
+            return False
+        return self.method == "arb-hrc" if self.act_order is None else self.act_order
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the weights that these choices make."""
+        if self.method == "rtn":
+            return planes_layout(1)
+        if self.method == "arb-hrc":
+            return planes_layout(self.planes, col_scale=True)
+        return bitmap_layout(
+            self.resolved_group_bitmap, self.resolved_salient_columns != 0, col_scale=self.method == "arb-rc"
+        )
+
+    def for_module(self, name: str) -> ARBConfig | None:
+        """The configuration of one module, overrides applied; None where an override skips it."""
+        choices: dict[str, Any] = {}
+        for pattern, entry in self.overrides.items():
+            if matches(pattern, name):
+                choices.update(entry)
+        if choices.pop("skip", False):
+            return None
+        return self._with(choices)
+
+    def _with(self, choices: dict[str, Any]) -> ARBConfig:
+        config = copy.copy(self)
+        config.overrides = {}
+        config.__dict__.update({key: value for key, value in choices.items() if key != "skip"})
+        if "method" in choices and choices["method"] not in BITMAP_METHODS:
+            config.group_bitmap = choices.get("group_bitmap")
+            config.salient_columns = choices.get("salient_columns")
+        if "method" in choices and choices["method"] != "arb-hrc" and "planes" not in choices:
+            config.planes = 1
+        if choices:
+            config.post_init()
+        return config
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What may be chosen anew when an already binarized model is loaded."""
+        return {"backend": self.backend}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form. The user's own calibration texts are not written, only their fingerprint in `calibration`."""
+        result = {key: copy.deepcopy(value) for key, value in self.__dict__.items() if value is not None}
+        if "dataset" not in result:
+            result["dataset"] = None
+        elif isinstance(result["dataset"], CalibrationTexts):
+            result["dataset"] = "custom"
+        if result.get("overrides") == {}:
+            del result["overrides"]
+        return result
+
+
+def check_pattern(pattern: str) -> None:
+    """Raises ValueError where a pattern is empty or its regular expression does not compile."""
+    if not isinstance(pattern, str) or not pattern.strip():
+        raise ValueError(f"The module pattern {pattern!r} must be a suffix of module names or begin with 're:'.")
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise ValueError(f"The module pattern {pattern!r} is no regular expression: {error}.") from None
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern matches a module's name: "re:..." the whole name, anything else as a suffix at a dot."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return name == pattern or name.endswith("." + pattern)
+
+
+def _one_of(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(choices)}.")
+
+
+def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        bound = f"from {low} to {high}" if high is not None else f"of at least {low}"
+        raise ValueError(f"{name}={value!r} must be a whole number {bound}.")
