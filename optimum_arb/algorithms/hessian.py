@@ -1,0 +1,91 @@
+"""The calibration matrix `H = X^T X`: dead columns, damping, order of columns, and its factor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class PreparedHessian:
+    """A calibration matrix made ready for the block loop.
+
+    Attributes:
+        matrix: float32 `[K, K]`, undamped, columns permuted; zero where no input was ever seen.
+        inverse_factor: float32 `[K, K]`, the upper triangular U with `H^-1 = U^T U`, H damped (GPTQ, arXiv
+            2210.17323).
+        factor: float32 `[K, K]`, its inverse `R = U^-1`, upper triangular, `H = R R^T`.
+        dead: bool `[K]`, columns whose input was always zero.
+        permutation: int64 `[K]`: column j here is column `permutation[j]` of the weight; None without activation
+            order.
+    """
+
+    matrix: torch.Tensor
+    inverse_factor: torch.Tensor
+    factor: torch.Tensor
+    dead: torch.Tensor
+    permutation: torch.Tensor | None
+
+    def block_metric(self, start: int, stop: int) -> torch.Tensor:
+        """`M = (U_bb^T U_bb)^-1`, the Schur complement of the later columns: the metric of a block's error while
+        later columns can still make up for it, `min over later columns of tr(E H E^T) = tr(E_b M E_b^T)`. float32
+        `[k, k]`."""
+        factor = self.factor[start:stop, start:stop]
+        return factor @ factor.T
+
+
+def prepare_hessian(hessian: torch.Tensor, damp_percent: float, act_order: bool) -> PreparedHessian:
+    """Damps and factorizes a calibration matrix.
+
+    Columns without any input get a diagonal of 1, as in GPTQ, so that nothing is compensated through them. The
+    factorization runs in float64 and is tried again with ten times the damping where the matrix is not positive
+    definite.
+
+    Args:
+        hessian: `[K, K]`, `X^T X` at any positive scale.
+        damp_percent: added to the diagonal, as a fraction of its mean.
+        act_order: permute the columns by falling diagonal (dead columns last).
+
+    Raises:
+        ValueError: the matrix has NaN or Inf, or cannot be made positive definite.
+    """
+    if not torch.isfinite(hessian).all():
+        raise ValueError("the calibration matrix has NaN or Inf: the layer's inputs overflowed or were not finite")
+    full = hessian.to(torch.float64)
+    diagonal = full.diagonal()
+    mean = diagonal.mean()
+    # a common scale, so that one damping and one ridge serve inputs of any size; 1e-30 and 1e30 both pass
+    full = full / mean if mean > 0 else full.clone()
+    dead = full.diagonal() <= 0
+    permutation = None
+    if act_order:
+        permutation = torch.argsort(full.diagonal(), descending=True, stable=True)
+        full = full[permutation][:, permutation]
+        dead = dead[permutation]
+    damped = full.clone()
+    damped.diagonal()[dead] = 1.0
+    columns = len(full)
+    identity = torch.eye(columns, dtype=torch.float64, device=full.device)
+    damping = max(damp_percent, 1e-8)
+    for _ in range(7):
+        attempt = damped + damping * damped.diagonal().mean() * identity
+        # H = R R^T with R upper triangular is the Cholesky factorization of H read backwards
+        lower, failed = torch.linalg.cholesky_ex(attempt.flip(0, 1))
+        if not failed:
+            factor = lower.flip(0, 1)
+            inverse = torch.linalg.solve_triangular(factor, identity, upper=True)
+            if torch.isfinite(inverse).all():
+                return PreparedHessian(full.float(), inverse.float(), factor.float(), dead, permutation)
+        damping *= 10
+    raise ValueError(
+        f"the calibration matrix cannot be factorized even with a damping of {damping / 10:g} times its mean "
+        "diagonal: calibrate with more text or raise damp_percent"
+    )
+
+
+def identity_hessian(columns: int, device: torch.device) -> PreparedHessian:
+    """What stands for the calibration matrix where there is no calibration: the error of the weights themselves."""
+    identity = torch.eye(columns, device=device)
+    dead = torch.zeros(columns, dtype=torch.bool, device=device)
+    return PreparedHessian(identity, identity, identity, dead, None)

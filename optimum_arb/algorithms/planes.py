@@ -1,0 +1,164 @@
+"""The fit of arb-hrc: sign planes with row and column scales, least squares under the calibration matrix.
+
+For one block of columns, `Q = sum_p r_p c_p^T * B_p` minimizes
+
+    tr((W - Q) M (W - Q)^T)
+
+where M is the metric of the block (`PreparedHessian.block_metric`). ARB-LLM updates row and column scales under the
+plain squared error because the calibration matrix couples all column scales; but that coupled problem is a linear
+least-squares problem of (planes * k) unknowns, and is solved here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Relative to the mean diagonal of the normal equations: far below the float32 rounding of their entries, enough for
+# planes that became equal. It pulls towards the current value, so a step can only lower the objective.
+RIDGE = 1e-7
+SIGN_CHUNK = 32  # columns whose corrections are carried one by one; the rest of the block gets them in one product
+
+
+@dataclass
+class PlanesFit:
+    """P sign planes of a block of `[N, k]` weights.
+
+    Attributes:
+        signs: float `[P, N, k]`, +1 or -1.
+        row: float `[P, N]`.
+        col: float `[P, k]`.
+    """
+
+    signs: torch.Tensor
+    row: torch.Tensor
+    col: torch.Tensor
+
+    def reconstruction(self) -> torch.Tensor:
+        """Q, float `[N, k]`."""
+        return torch.einsum("pnk,pn,pk->nk", self.signs, self.row, self.col)
+
+
+def fit_planes(weight: torch.Tensor, metric: torch.Tensor, planes: int, rounds: int) -> PlanesFit:
+    """Alternates row scales, column scales and signs from a greedy start; ends with scales rounded to float16.
+
+    Args:
+        weight: float32 `[N, k]`.
+        metric: float32 `[k, k]`, positive definite.
+        planes: P.
+        rounds: rounds of rows, columns, signs (2 gain nearly all, see docs/method.md).
+    """
+    fit = greedy_start(weight, planes)
+    for _ in range(rounds):
+        update_rows(weight, metric, fit)
+        update_columns(weight, metric, fit)
+        update_signs(weight, metric, fit)
+    update_rows(weight, metric, fit)
+    update_columns(weight, metric, fit)
+    normalize(fit)
+    # the rounding of the columns is made up for by the rows, and that of the rows by the columns that follow
+    fit.col = fit.col.half().float()
+    update_rows(weight, metric, fit)
+    fit.row = fit.row.half().float()
+    return fit
+
+
+def greedy_start(weight: torch.Tensor, planes: int) -> PlanesFit:
+    """Plane by plane, the signs of the residual with rank-one scales of its size (three rounds of ARB-RC's updates)."""
+    residual = weight
+    signs, rows, cols = [], [], []
+    for _ in range(planes):
+        size = residual.abs()
+        col = torch.ones_like(size[0])
+        for _ in range(3):
+            row = _divide(size @ col, col.square().sum())
+            col = _divide(row @ size, row.square().sum())
+        bits = torch.where(residual >= 0, 1.0, -1.0)
+        residual = residual - bits * row[:, None] * col
+        signs.append(bits)
+        rows.append(row)
+        cols.append(col)
+    return PlanesFit(torch.stack(signs), torch.stack(rows), torch.stack(cols))
+
+
+def _divide(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+    return numerator / denominator if float(denominator) > 0 else torch.zeros_like(numerator)
+
+
+def update_rows(weight: torch.Tensor, metric: torch.Tensor, fit: PlanesFit) -> None:
+    """Per row `(A M A^T) r = A M w`, `A = [c_p * b_p]`, a P x P system, in place."""
+    basis = fit.signs * fit.col[:, None, :]  # [P, N, k]
+    weighted = basis @ metric
+    normal = torch.einsum("pnk,qnk->npq", weighted, basis).double()
+    slope = torch.einsum("pnk,nk->np", weighted, weight - fit.reconstruction()).double()
+    fit.row += _solve(normal, slope).T.to(fit.row.dtype)
+
+
+def update_columns(weight: torch.Tensor, metric: torch.Tensor, fit: PlanesFit) -> None:
+    """One system over all columns and planes, in place:
+
+    `N[(p,j),(q,l)] = M_jl sum_n r_pn r_qn B_pnj B_qnl`,  right-hand side `sum_n r_pn B_pnj (W M)_nj`.
+    """
+    planes, _, columns = fit.signs.shape
+    basis = (fit.signs * fit.row[:, :, None]).permute(1, 0, 2).flatten(1).double()  # [N, P k]
+    normal = (basis.T @ basis) * metric.double().repeat(planes, planes)
+    slope = basis * ((weight - fit.reconstruction()) @ metric).double().repeat(1, planes)
+    step = _solve(normal[None], slope.sum(0)[None])[0]
+    fit.col += step.view(planes, columns).to(fit.col.dtype)
+
+
+def _solve(normal: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """Batched `normal x = slope` in float64 with a ridge; where that fails all the same, no step."""
+    diagonal = normal.diagonal(dim1=-2, dim2=-1)
+    ridge = RIDGE * diagonal.mean(-1, keepdim=True)
+    ridge = torch.where(ridge > 0, ridge, 1.0)
+    lower, failed = torch.linalg.cholesky_ex(normal + torch.diag_embed(ridge.expand_as(diagonal)))
+    step = torch.cholesky_solve(slope[..., None], lower)[..., 0]
+    return torch.where((failed != 0)[:, None] | ~torch.isfinite(step), 0.0, step)
+
+
+def update_signs(weight: torch.Tensor, metric: torch.Tensor, fit: PlanesFit) -> None:
+    """Coordinate descent over the columns, all rows at once, in place.
+
+    For column j the best value given the rest is `t = Q_nj + ((W - Q) M)_nj / M_jj`; each weight takes the nearest of
+    its 2^P levels, and the change is carried into (W - Q) M.
+    """
+    planes, _, columns = fit.signs.shape
+    signs = fit.signs.transpose(1, 2).contiguous()  # [P, k, N]: a column is contiguous
+    current = fit.reconstruction().T.contiguous()
+    gradient = ((weight - current.T) @ metric).T.contiguous()  # [k, N]
+    diagonal = metric.diagonal()
+    patterns = torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * planes).view(-1, planes).to(weight)
+    for start in range(0, columns, SIGN_CHUNK):
+        stop = min(start + SIGN_CHUNK, columns)
+        changes = torch.zeros(stop - start, weight.shape[0], dtype=weight.dtype, device=weight.device)
+        for j in range(start, stop):
+            target = current[j] + gradient[j] / diagonal[j]
+            scale = fit.row * fit.col[:, j, None]  # [P, N]
+            if planes == 1:
+                bits = torch.where((target >= 0) == (scale[0] >= 0), 1.0, -1.0)
+                signs[0, j] = bits
+                value = bits * scale[0]
+            else:
+                levels = patterns @ scale  # [2^P, N]
+                nearest = (levels - target).abs().argmin(0)
+                signs[:, j] = patterns[nearest].T
+                value = levels.gather(0, nearest[None])[0]
+            change = value - current[j]
+            changes[j - start] = change
+            gradient[j:stop] -= metric[j:stop, j, None] * change
+        gradient[stop:] -= metric[stop:, start:stop] @ changes
+    fit.signs = signs.transpose(1, 2).contiguous()
+
+
+def normalize(fit: PlanesFit) -> None:
+    """Moves signs of the scales into the planes and the columns' mean size into the rows, in place, Q unchanged."""
+    fit.signs = fit.signs * torch.where(fit.row >= 0, 1.0, -1.0)[:, :, None] * torch.where(fit.col >= 0, 1.0, -1.0)[
+        :, None, :
+    ]
+    fit.row, fit.col = fit.row.abs(), fit.col.abs()
+    size = fit.col.mean(1, keepdim=True)
+    size = torch.where(size > 0, size, 1.0)
+    fit.col = fit.col / size
+    fit.row = fit.row * size
