@@ -1,0 +1,201 @@
+"""`ARBLinear`: a linear layer whose weight is stored and run packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import packing
+from ..layout import Layout
+from ..ops import linear
+from ..packing import BinarizedWeight
+
+# Parameters by the names of their packed tensors.
+_PARAMETERS = {name: name if name == "weight" else f"weight_{name}" for name in packing.TENSOR_NAMES}
+
+
+class ARBLinear(nn.Linear):
+    """`y = x W^T + bias` with a binarized weight.
+
+    The packed tensors are parameters without gradients, all of two dimensions: `weight` (uint8) and, where the layout
+    has them, `weight_row_scale`, `weight_col_scale`, `weight_permutation`, `weight_salient_columns`,
+    `weight_salient_weight` and `weight_salient_col_scale`, the tensors of `optimum_arb.packing.pack`. A new layer's are
+    empty: `from_binarized` or `load_state_dict` fill them. `nn.Linear` is the base class for `isinstance` alone.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        layout: the terms of the weight.
+        block_size: columns that share a row scale: 64, a multiple of 128, or -1.
+        bias: whether there is one.
+        permuted: whether the columns are permuted.
+        salient: the number of salient columns.
+        scale_dtypes: dtypes of "row_scale", "col_scale" and "salient_col_scale" where they are not float16.
+        backend: "auto", "cpu", "reference", or "dequantize" (keeps a dequantized copy of the weight: fast, and no
+            memory saved). It may be set later too.
+        dtype: of the bias; None is torch's default.
+        device: of all tensors.
+
+    Raises:
+        ValueError: a block size that cannot be packed.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        layout: Layout,
+        block_size: int,
+        *,
+        bias: bool,
+        permuted: bool,
+        salient: int = 0,
+        scale_dtypes: Mapping[str, torch.dtype] | None = None,
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        nn.Module.__init__(self)  # not nn.Linear's, which makes a float weight
+        packing.check_block_size(block_size)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.layout = layout
+        self.block_size = block_size
+        self.backend = backend
+        self._dequantized: torch.Tensor | None = None
+        self._dequantized_from: tuple[Any, ...] | None = None
+        # transformers leaves alone what has this mark when it initializes the weights of a model's linears
+        self._is_hf_initialized = True
+        index = torch.int16 if in_features <= 2**15 else torch.int32
+        dtypes = {"weight": torch.uint8, "salient_weight": torch.uint8, "permutation": index, "salient_columns": index}
+        dtypes.update(scale_dtypes or {})
+        shapes = packing.packed_shapes(layout, out_features, in_features, block_size, permuted, salient)
+        for name in packing.TENSOR_NAMES:
+            if name in shapes:
+                self._set_packed(name, torch.empty(shapes[name], dtype=dtypes.get(name, torch.float16), device=device))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        )
+
+    @classmethod
+    def from_binarized(
+        cls, weight: BinarizedWeight, bias: torch.Tensor | None = None, backend: str = "auto"
+    ) -> ARBLinear:
+        """The layer of a binarized weight, on the device of its signs.
+
+        Args:
+            weight: what an algorithm returned.
+            bias: `[N]`, or None; kept in its dtype, on the weight's device.
+            backend: as for the class.
+        """
+        tensors = packing.pack(weight)
+        rows, columns = weight.shape
+        layer = cls(
+            columns,
+            rows,
+            weight.layout,
+            weight.block_size,
+            bias=bias is not None,
+            permuted=weight.permutation is not None,
+            salient=0 if weight.salient_columns is None else len(weight.salient_columns),
+            backend=backend,
+            dtype=None if bias is None else bias.dtype,
+            device="meta",
+        )
+        for name, tensor in tensors.items():
+            layer._set_packed(name, tensor)
+            # for models whose `_init_weights` fills the weights of children; not on empty tensors, which would hide
+            # from transformers that a checkpoint lacks them
+            setattr(getattr(layer, _PARAMETERS[name]), "_is_hf_initialized", True)  # noqa: B010 (not a declared attribute)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().to(weight.signs.device, copy=True), bias.requires_grad)
+        return layer
+
+    def _set_packed(self, name: str, tensor: torch.Tensor) -> None:
+        self.register_parameter(_PARAMETERS[name], nn.Parameter(tensor, requires_grad=False))
+
+    def reset_parameters(self) -> None:
+        """Does nothing: a binarized weight has no random initialization."""
+
+    def packed(self) -> dict[str, torch.Tensor]:
+        """The packed tensors by the names of `optimum_arb.packing.pack`."""
+        found = {name: self._parameters.get(key) for name, key in _PARAMETERS.items()}
+        return {name: parameter.data for name, parameter in found.items() if parameter is not None}
+
+    def binarized(self) -> BinarizedWeight:
+        """The weight unpacked."""
+        return packing.unpack(self.packed(), self.layout, self.in_features, self.block_size)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight `[out_features, in_features]` in `dtype`, columns in the order of the inputs."""
+        return self.binarized().dequantize(dtype)
+
+    def bits_per_weight(self) -> float:
+        """All stored bits of the weight over its number of weights."""
+        return packing.bits_per_weight(self.packed(), self.out_features, self.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in_features]`, of any floating dtype, to `[..., out_features]` of that dtype."""
+        bias = self.bias
+        if self.backend == "dequantize":
+            weight = self._cached_weight(x.dtype)
+            return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        tensors: dict[str, Any] = {name: self._parameters.get(key) for name, key in _PARAMETERS.items()}
+        return linear(
+            x,
+            **tensors,
+            bias=bias,
+            layout=self.layout.name,
+            block_size=self.block_size,
+            backend=self.backend,
+        )
+
+    # The dequantized copy of backend="dequantize". It is no parameter and no buffer: state dicts do not have it.
+
+    def _cached_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        # while compiling, addresses and versions cannot be looked at: the hooks below drop what has become stale
+        tracing = torch.compiler.is_compiling()
+        cached = self._dequantized
+        source = None if tracing else self._source()
+        if cached is None or cached.dtype != dtype or not (tracing or source == self._dequantized_from):
+            with torch.no_grad():
+                cached = self.dequantize(dtype)
+            self._dequantized = cached
+            self._dequantized_from = source
+        return cached
+
+    def _source(self) -> tuple[Any, ...]:
+        """Changes when a packed tensor is replaced, moved or written."""
+        return tuple(
+            (tensor.data_ptr(), tensor.device, 0 if tensor.is_inference() else tensor._version)
+            for name, tensor in self._parameters.items()
+            if tensor is not None and name != "bias"
+        )
+
+    def _drop_dequantized(self) -> None:
+        self.__dict__["_dequantized"] = self.__dict__["_dequantized_from"] = None
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ARBLinear:
+        self._drop_dequantized()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._drop_dequantized()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        self._drop_dequantized()
+        super().register_parameter(name, param)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_dequantized": None, "_dequantized_from": None}
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"layout={self.layout.name}, block_size={self.block_size}, bits_per_weight={self.bits_per_weight():.3f}, "
+            f"backend={self.backend}"
+        )

@@ -1,0 +1,1 @@
+"""Backends of the operator: each has `linear` and `input_grad` on a `PackedWeight`."""

@@ -1,0 +1,170 @@
+"""How a layout runs on the CPU: which columns are prepared, and which terms the kernels sum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
+
+import torch
+
+from ....layout import Term, Zone, layout_from_name
+from ....packing import tile_width
+from ..packed import PackedWeight
+
+
+@dataclass(frozen=True)
+class PlanTerm:
+    """A term as the kernels see it.
+
+    Attributes:
+        planes: bit p set where plane p is a factor; the kernels take the xor of the planes' bits.
+        row: index of the row scale.
+        variant: index into `Plan.variants`.
+        factor: the term's factor, negated where the product of the planes' signs is the complement of that xor.
+    """
+
+    planes: int
+    row: int
+    variant: int
+    factor: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The terms of a layout sorted by how they run.
+
+    Attributes:
+        variants: column scale (or None for 1) and zone: what the columns are multiplied with.
+        terms: the terms on planes of all columns, with their variant.
+        salient_terms: the terms on planes or column scales that the salient columns alone have.
+    """
+
+    variants: tuple[tuple[int | None, Zone], ...]
+    terms: tuple[PlanTerm, ...]
+    salient_terms: tuple[Term, ...]
+
+
+@cache
+def plan_for(name: str) -> Plan:
+    """The plan of the layout of this name."""
+    layout = layout_from_name(name)
+    variants: dict[tuple[int | None, Zone], int] = {}
+    terms, salient = [], []
+    for term in layout.terms:
+        if any(p >= layout.planes for p in term.planes) or (term.col is not None and term.col >= layout.col_scales):
+            salient.append(term)
+            continue
+        variant = variants.setdefault((term.col, term.zone), len(variants))
+        # with 1 for +1, the product of an even number of signs is the complement of the xor of their bits
+        sign = -1.0 if term.planes and len(term.planes) % 2 == 0 else 1.0
+        terms.append(PlanTerm(sum(1 << p for p in term.planes), term.row, variant, sign * term.factor))
+    return Plan(tuple(variants), tuple(terms), tuple(salient))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Where the columns of a weight lie in its packing tiles.
+
+    Attributes:
+        columns: K.
+        block_size: as in `BinarizedWeight`.
+        lanes: columns that one bit of a tile is padded to: at least its bytes.
+    """
+
+    columns: int
+    block_size: int
+    lanes: int
+
+    @cached_property
+    def width(self) -> int:
+        return tile_width(self.block_size)
+
+    @cached_property
+    def count(self) -> int:
+        return math.ceil(self.columns / self.width)
+
+    @cached_property
+    def last_bytes(self) -> int:
+        """Bytes of a plane of the last tile."""
+        return math.ceil((self.columns - (self.count - 1) * self.width) / 8)
+
+    @cached_property
+    def per_block(self) -> int:
+        return self.count if self.block_size == -1 else self.block_size // self.width
+
+    @cached_property
+    def blocks(self) -> int:
+        return math.ceil(self.count / self.per_block)
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K]` to `[..., tiles, 8, lanes]`: bit j of byte i at `[j, i]`, 0 where the tile has no such column."""
+        whole = self.columns // self.width
+        start = whole * self.width
+        parts = []
+        if whole:
+            part = x[..., :start].reshape(*x.shape[:-1], whole, 8, self.width // 8)
+            parts.append(_pad(part, self.lanes))
+        if start < self.columns:
+            part = _pad(x[..., start:], self.last_bytes * 8)
+            parts.append(_pad(part.reshape(*x.shape[:-1], 1, 8, self.last_bytes), self.lanes))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -3)
+
+    def join(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of `split`."""
+        whole = self.columns // self.width
+        start = whole * self.width
+        parts = []
+        if whole:
+            parts.append(x[..., :whole, :, : self.width // 8].flatten(-3))
+        if start < self.columns:
+            parts.append(x[..., whole:, :, : self.last_bytes].flatten(-3)[..., : self.columns - start])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _pad(x: torch.Tensor, size: int) -> torch.Tensor:
+    missing = size - x.shape[-1]
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x
+
+
+@lru_cache(maxsize=1024)
+def tiles_for(columns: int, block_size: int, lanes: int) -> Tiles:
+    return Tiles(columns, block_size, lanes)
+
+
+def prepare_columns(x: torch.Tensor, packed: PackedWeight, plan: Plan, tiles: Tiles) -> torch.Tensor:
+    """Columns as the kernels read them: `[M, variants, tiles, 8, lanes]` float32, contiguous.
+
+    Args:
+        x: float32 `[M, K]`, in the packed order of the columns.
+        packed: the weight, for its column scales and salient columns.
+        plan: the variants.
+        tiles: the geometry.
+    """
+    zones = _zones(packed) if any(zone != "all" for _, zone in plan.variants) else {}
+    variants = []
+    for col, zone in plan.variants:
+        value = x
+        if col is not None:
+            assert packed.col_scale is not None
+            value = value * packed.col_scale[col].float()
+        if zone != "all":
+            value = value.masked_fill(zones[zone], 0.0)
+        variants.append(value)
+    return tiles.split(variants[0].unsqueeze(1) if len(variants) == 1 else torch.stack(variants, 1)).contiguous()
+
+
+def _zones(packed: PackedWeight) -> dict[str, torch.Tensor]:
+    """For each zone the columns outside of it, bool `[K]`."""
+    assert packed.salient_columns is not None
+    salient = torch.zeros(packed.in_features, dtype=torch.bool, device=packed.weight.device)
+    salient[packed.salient_columns[0].long()] = True
+    return {"rest": salient, "salient": ~salient}
+
+
+def row_chunks(rows: int, columns: int, floats: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows whose dequantized weight holds at most `floats` values (one row at least)."""
+    step = max(1, floats // max(1, columns))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)

@@ -1,0 +1,198 @@
+"""`torch.ops.optimum_arb.linear`: a linear layer on packed tensors, one operator for every method and backend.
+
+The operator is opaque to `torch.compile`, has a fake and a formula for the gradients of its input and bias (the packed
+tensors have none), and looks at no tensor's values.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..layout import layout_from_name
+from .backends import cpu, reference
+from .backends.packed import PackedWeight
+
+_PACKED = (
+    "Tensor weight, Tensor row_scale, Tensor? col_scale, Tensor? permutation, Tensor? salient_columns, "
+    "Tensor? salient_weight, Tensor? salient_col_scale"
+)
+torch.library.define(
+    "optimum_arb::linear",
+    f"(Tensor x, {_PACKED}, Tensor? bias, str layout, int block_size, str backend) -> Tensor",
+)
+torch.library.define(
+    "optimum_arb::linear_input_grad",
+    f"(Tensor grad, {_PACKED}, str layout, int block_size, int in_features, str backend) -> Tensor",
+)
+
+
+def _backend(name: str, device: torch.device) -> ModuleType:
+    """The backend of this name; "auto" is "cpu" for tensors there and "reference" elsewhere."""
+    if name == "auto":
+        return cpu if device.type == "cpu" else reference
+    if name == "reference":
+        return reference
+    if name == "cpu":
+        if device.type != "cpu":
+            raise ValueError(
+                f"backend='cpu' was given a tensor on {device}: use backend='auto' or 'reference', or move the model "
+                "and its inputs to the CPU."
+            )
+        return cpu
+    raise ValueError(
+        f"backend={name!r} is unknown to optimum_arb::linear: use 'auto', 'cpu' or 'reference' "
+        "('dequantize' is a choice of ARBLinear, not of the operator)."
+    )
+
+
+@torch.library.impl("optimum_arb::linear", "CompositeExplicitAutograd")
+def _linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    row_scale: torch.Tensor,
+    col_scale: torch.Tensor | None,
+    permutation: torch.Tensor | None,
+    salient_columns: torch.Tensor | None,
+    salient_weight: torch.Tensor | None,
+    salient_col_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    layout: str,
+    block_size: int,
+    backend: str,
+) -> torch.Tensor:
+    if not x.is_floating_point() or not x.dim():
+        raise ValueError(
+            f"The input of a packed linear layer is {x.dtype} {list(x.shape)}: it must be floating [..., K]."
+        )
+    packed = PackedWeight(
+        layout_from_name(layout),
+        block_size,
+        x.shape[-1],
+        weight,
+        row_scale,
+        col_scale,
+        permutation,
+        salient_columns,
+        salient_weight,
+        salient_col_scale,
+    )
+    packed.check()
+    return _backend(backend, x.device).linear(x, packed, bias)
+
+
+@torch.library.register_fake("optimum_arb::linear")
+def _linear_fake(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.impl("optimum_arb::linear_input_grad", "CompositeExplicitAutograd")
+def _input_grad(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    row_scale: torch.Tensor,
+    col_scale: torch.Tensor | None,
+    permutation: torch.Tensor | None,
+    salient_columns: torch.Tensor | None,
+    salient_weight: torch.Tensor | None,
+    salient_col_scale: torch.Tensor | None,
+    layout: str,
+    block_size: int,
+    in_features: int,
+    backend: str,
+) -> torch.Tensor:
+    packed = PackedWeight(
+        layout_from_name(layout),
+        block_size,
+        in_features,
+        weight,
+        row_scale,
+        col_scale,
+        permutation,
+        salient_columns,
+        salient_weight,
+        salient_col_scale,
+    )
+    return _backend(backend, grad.device).input_grad(grad, packed)
+
+
+@torch.library.register_fake("optimum_arb::linear_input_grad")
+def _input_grad_fake(grad: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return grad.new_empty(*grad.shape[:-1], rest[-2])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, *packed, bias, layout, block_size, backend = inputs
+    ctx.save_for_backward(*packed)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.choices = (layout, block_size, x.shape[-1], backend)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    x_grad = bias_grad = None
+    if ctx.needs_input_grad[0]:
+        x_grad = torch.ops.optimum_arb.linear_input_grad(grad, *ctx.saved_tensors, *ctx.choices)
+    if ctx.needs_input_grad[8]:
+        compute = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        bias_grad = grad.flatten(0, -2).sum(0, dtype=compute) if grad.dim() > 1 else grad
+        bias_grad = bias_grad.to(ctx.bias_dtype)
+    return (x_grad, *[None] * 7, bias_grad, None, None, None)
+
+
+torch.library.register_autograd("optimum_arb::linear", _backward, setup_context=_setup_context)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    row_scale: torch.Tensor,
+    col_scale: torch.Tensor | None = None,
+    permutation: torch.Tensor | None = None,
+    salient_columns: torch.Tensor | None = None,
+    salient_weight: torch.Tensor | None = None,
+    salient_col_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    layout: str,
+    block_size: int,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`x W^T + bias` for a packed weight W.
+
+    Args:
+        x: `[..., K]`, of any floating dtype and any batch shape.
+        weight: uint8, as `optimum_arb.packing.pack` returns it, and so all tensors up to `salient_col_scale`; scales
+            may have been cast to another floating dtype.
+        row_scale: see `weight`.
+        col_scale: see `weight`.
+        permutation: see `weight`.
+        salient_columns: see `weight`.
+        salient_weight: see `weight`.
+        salient_col_scale: see `weight`.
+        bias: `[N]`, or None.
+        layout: the name of the weight's `Layout`.
+        block_size: as it was packed.
+        backend: "auto", "cpu" or "reference".
+
+    Returns:
+        `[..., N]` of x's dtype, accumulated in float32 (float64 for float64 x).
+
+    Raises:
+        ValueError: the tensors do not fit the layout and x, or the backend is unknown or not for x's device.
+    """
+    return torch.ops.optimum_arb.linear(
+        x,
+        weight,
+        row_scale,
+        col_scale,
+        permutation,
+        salient_columns,
+        salient_weight,
+        salient_col_scale,
+        bias,
+        layout,
+        block_size,
+        backend,
+    )

@@ -1,0 +1,223 @@
+"""`ARBLinear` as a module."""
+
+import copy
+import io
+
+import pytest
+import torch
+from packed_weights import random_binarized, relative_error
+from torch import nn
+from transformers import initialization
+
+from optimum_arb.layout import all_layouts, bitmap_layout, planes_layout
+from optimum_arb.nn import ARBLinear
+from optimum_arb.packing import pack, stored_bytes
+
+LAYOUTS = {layout.name: layout for layout in all_layouts()}
+BACKENDS = ("auto", "cpu", "reference", "dequantize")
+
+
+def layer(name="planes-2-col", rows=42, columns=300, backend="auto", bias=True, **choices) -> ARBLinear:
+    weight = random_binarized(LAYOUTS[name], rows, columns, **choices)
+    return ARBLinear.from_binarized(weight, nn.Parameter(torch.randn(rows)) if bias else None, backend)
+
+
+def dense(module: ARBLinear, x: torch.Tensor) -> torch.Tensor:
+    bias = None if module.bias is None else module.bias.double()
+    return nn.functional.linear(x.double(), module.dequantize(torch.float64), bias)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_output(name, backend):
+    module = layer(name, permuted=True, backend=backend)
+    for m in (1, 20):
+        x = torch.randn(2, m, 300)
+        assert relative_error(module(x), dense(module, x)) < 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_half_precision_model(dtype, tolerance, backend):
+    module = layer("groups-all-salient-col", backend=backend)
+    x = torch.randn(3, 300).to(dtype)
+    expected = dense(module, x)
+    bits = module.weight.clone()
+    module.to(dtype)
+    assert module.weight.dtype == torch.uint8
+    assert module.weight_salient_columns.dtype == torch.int16
+    assert torch.equal(module.weight, bits)
+    assert module.weight_row_scale.dtype == module.bias.dtype == dtype
+    result = module(x)
+    assert result.dtype == dtype
+    assert relative_error(result, expected) < tolerance
+
+
+def test_is_a_linear_with_packed_parameters():
+    module = layer("groups-all-salient-col", permuted=True)
+    assert isinstance(module, nn.Linear)
+    assert (module.in_features, module.out_features, module.block_size) == (300, 42, 128)
+    expected = pack(random_binarized(LAYOUTS["groups-all-salient-col"], 42, 300, permuted=True))
+    names = {"weight" if name == "weight" else f"weight_{name}": tensor for name, tensor in expected.items()}
+    assert set(dict(module.named_parameters())) == {*names, "bias"}
+    for name, tensor in names.items():
+        parameter = getattr(module, name)
+        assert torch.equal(parameter, tensor)
+        assert parameter.dtype == tensor.dtype
+        assert parameter.dim() == 2
+        assert not parameter.requires_grad
+    assert not list(module.buffers())
+    assert module.bits_per_weight() == stored_bytes(expected) * 8 / (42 * 300)
+    weight = random_binarized(LAYOUTS["groups-all-salient-col"], 42, 300, permuted=True)
+    assert relative_error(module.dequantize(), weight.dequantize()) < 2e-3  # scales rounded to float16
+    assert torch.equal(module.binarized().dequantize(), module.dequantize())
+
+
+def test_repr_shows_what_it_is():
+    # stored: 2 x 38 bytes of planes and 3 x 2 scales a row, 2 scales a column
+    bits = (42 * 2 * 38 + 2 * 42 * 6 + 2 * 2 * 300) * 8 / (42 * 300)
+    assert repr(layer(bias=False)) == (
+        "ARBLinear(in_features=300, out_features=42, bias=False, layout=planes-2-col, block_size=128, "
+        f"bits_per_weight={bits:.3f}, backend=auto)"
+    )
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_state_dict_round_trip(name):
+    module = layer(name, permuted=True)
+    salient = 0 if not module.layout.salient else module.weight_salient_columns.shape[1]
+    for device in ("cpu", "meta"):
+        empty = ARBLinear(
+            300, 42, module.layout, 128, bias=True, permuted=True, salient=salient, dtype=torch.float32, device=device
+        )
+        for key, tensor in empty.state_dict().items():
+            assert tensor.shape == module.state_dict()[key].shape
+            assert tensor.dtype == module.state_dict()[key].dtype
+        empty.load_state_dict(module.state_dict(), assign=device == "meta")
+        for key, tensor in empty.state_dict().items():
+            assert torch.equal(tensor, module.state_dict()[key])
+        x = torch.randn(3, 300)
+        assert torch.equal(empty(x), module(x))
+
+
+def test_scale_dtypes_and_wide_indices():
+    dtypes = {"row_scale": torch.float32}
+    wide = ARBLinear(
+        2**15 + 1, 2, bitmap_layout("all", True, True), -1, bias=False, permuted=True, salient=3, scale_dtypes=dtypes
+    )
+    assert wide.weight_permutation.dtype == wide.weight_salient_columns.dtype == torch.int32
+    assert wide.weight_row_scale.dtype == torch.float32
+    assert wide.weight_col_scale.dtype == torch.float16
+    assert wide.bias is None
+    with pytest.raises(ValueError, match="block_size=100 cannot be packed"):
+        ARBLinear(128, 2, planes_layout(1), 100, bias=False, permuted=False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_copies(backend):
+    module = layer(backend=backend)
+    x = torch.randn(3, 300)
+    expected = module(x)
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    for copied in (copy.deepcopy(module), torch.load(buffer, weights_only=False)):
+        assert copied.__dict__["_dequantized"] is None
+        assert torch.equal(copied(x), expected)
+        copied.weight.data.bitwise_not_()
+        copied._drop_dequantized()
+        assert not torch.equal(copied(x), expected)
+    assert torch.equal(module(x), expected)
+
+
+def test_dequantized_copy_is_kept_and_dropped():
+    module = layer(backend="dequantize")
+    x = torch.randn(3, 300)
+    module(x)
+    kept = module._dequantized
+    module(x)
+    assert module._dequantized is kept
+    assert set(module.state_dict()) == {"weight", "weight_row_scale", "weight_col_scale", "bias"}
+    assert module(x.bfloat16().float()).dtype == torch.float32
+
+    other = layer(backend="reference", seed=5)
+    module.load_state_dict(other.state_dict())  # written in place
+    assert relative_error(module(x), other(x)) < 2e-6
+    module.weight_row_scale = nn.Parameter(other.weight_row_scale * 2, requires_grad=False)  # replaced
+    assert relative_error(module(x) - module.bias, (other(x) - module.bias) * 2) < 2e-6
+    with torch.no_grad():
+        module.weight_row_scale.mul_(0.5)  # written in place, nobody told
+    assert relative_error(module(x), other(x)) < 2e-6
+    module.to(torch.bfloat16)
+    assert module._dequantized is None
+    assert module(x.bfloat16()).dtype == torch.bfloat16
+    module.backend = "reference"
+    assert module(x).dtype == torch.float32
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        module = layer(backend="dequantize")
+        x = torch.randn(3, 300)
+        assert relative_error(module(x), dense(module, x)) < 2e-6
+        assert torch.equal(module(x), module(x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_reaches_input_and_bias_alone(backend):
+    module = layer(backend=backend)
+    x = torch.randn(3, 300, requires_grad=True)
+    upstream = torch.randn(3, 42)
+    module(x).backward(upstream)
+    assert relative_error(x.grad, upstream @ module.dequantize()) < 2e-6
+    assert relative_error(module.bias.grad, upstream.sum(0)) < 2e-6
+    assert all(p.grad is None for name, p in module.named_parameters() if name != "bias")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["planes-1-col", "groups-all-salient-mean"])
+def test_compiles_as_one_graph(name, backend):
+    torch.compiler.reset()
+    module = layer(name, permuted=True, backend=backend)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for shape in ((1, 300), (4, 300), (2, 20, 300), (1, 300)):
+        x = torch.randn(shape, requires_grad=True)
+        result = compiled(x)
+        assert relative_error(result, dense(module, x)) < 2e-6
+        result.sum().backward()
+        assert relative_error(x.grad, module.dequantize().sum(0).expand(shape)) < 2e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inductor(dtype):
+    torch.compiler.reset()
+    module = nn.Sequential(layer("planes-1-col"), nn.SiLU(), layer("planes-2-col", rows=30, columns=42)).to(dtype)
+    compiled = torch.compile(module, fullgraph=True)
+    for shape in ((1, 300), (20, 300)):
+        x = torch.randn(shape).to(dtype)
+        assert relative_error(compiled(x), module(x)) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_initialization_leaves_it_alone():
+    """What transformers and torch do to every linear of a model before or after loading."""
+    module = layer()
+    before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    module.reset_parameters()
+    initialization.normal_(module.weight, mean=0.0, std=0.02)
+    assert module._is_hf_initialized
+    for key, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[key])
+
+
+def test_empty_layer_does_not_claim_to_be_loaded():
+    """transformers would not tell that a checkpoint lacks a parameter that is marked as initialized."""
+    empty = ARBLinear(128, 4, planes_layout(1), 128, bias=False, permuted=False, device="meta")
+    assert not any(getattr(parameter, "_is_hf_initialized", False) for parameter in empty.parameters())
+
+
+def test_autocast_keeps_the_dtype_of_the_input():
+    module = layer()
+    x = torch.randn(3, 300)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype == torch.float32

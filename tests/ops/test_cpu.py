@@ -1,0 +1,229 @@
+"""The CPU backend against the reference backend in float64."""
+
+import importlib.machinery
+import shutil
+import subprocess
+import warnings
+
+import pytest
+import torch
+from packed_weights import random_packed, relative_error
+
+from optimum_arb.layout import all_layouts, bitmap_layout, planes_layout
+from optimum_arb.ops.backends import cpu, reference
+from optimum_arb.ops.backends.cpu import lookup, native
+from optimum_arb.ops.backends.cpu.plan import Tiles, plan_for, prepare_columns, tiles_for
+from optimum_arb.packing import pack_bits
+
+# out_features, in_features, block_size, permuted
+SHAPES = [
+    (1, 64, 64, False),
+    (6, 100, 128, True),
+    (42, 192, 64, True),
+    (42, 192, -1, False),
+    (123, 576, 128, False),
+    (9, 576, 256, True),
+    (5, 4304, 128, True),
+    (5, 4304, -1, False),
+    (7, 1000, 64, False),
+    (3, 3, 128, False),
+]
+LAYOUTS = {layout.name: layout for layout in all_layouts()}
+needs_native = pytest.mark.skipif(native.load() is None, reason="the native extension was not built")
+
+
+@pytest.fixture
+def poisoned():
+    """Fills every new tensor with NaN, so that what is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=[pytest.param("native", marks=needs_native), "torch"])
+def kernels(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(native, "load", lambda: None)
+    return request.param
+
+
+def check(packed, m: int, dtype: torch.dtype = torch.float32) -> None:
+    """Within the rounding of float32 sums of these many terms, and of the result to `dtype`."""
+    x = torch.randn(m, packed.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
+    bias = torch.randn(packed.out_features, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = reference.linear(x.double(), packed, bias.double())
+    size = x.double().abs() @ packed.unpack().dequantize(torch.float64).abs().T + bias.double().abs()
+    result = cpu.linear(x, packed, bias)
+    assert result.dtype == dtype
+    allowed = 1e-6 * size + (0 if dtype == torch.float32 else torch.finfo(dtype).eps) * expected.abs()
+    assert ((result.double() - expected).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize(("rows", "columns", "block_size", "permuted"), SHAPES)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_and_shape(name, rows, columns, block_size, permuted, kernels, poisoned):
+    packed = random_packed(LAYOUTS[name], rows, columns, block_size, permuted=permuted)
+    for m in (1, 2, 7, 11):
+        check(packed, m)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_input_grad(name, kernels, poisoned):
+    packed = random_packed(LAYOUTS[name], 431, 200, permuted=True)
+    grad = torch.randn(3, 431, generator=torch.Generator().manual_seed(2))
+    assert relative_error(cpu.input_grad(grad, packed), reference.input_grad(grad.double(), packed)) < 2e-6
+
+
+@pytest.mark.parametrize("m", range(1, 14))
+def test_every_number_of_rows(m, kernels, poisoned):
+    check(random_packed(planes_layout(2, col_scale=True), 33, 300), m)
+
+
+@pytest.mark.parametrize("name", ["planes-1-col", "groups-all-salient-col"])
+def test_chunks_of_rows(name, kernels, monkeypatch):
+    monkeypatch.setattr(cpu, "CHUNK_FLOATS", 1500)
+    packed = random_packed(LAYOUTS[name], 123, 300, permuted=True)
+    for m in (2, 20):
+        check(packed, m)
+    grad = torch.randn(3, 123)
+    assert relative_error(cpu.input_grad(grad, packed), reference.input_grad(grad.double(), packed)) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [1, 20])
+def test_half_precision_input_is_rounded_once_at_the_end(m, dtype, kernels):
+    packed = random_packed(planes_layout(1, col_scale=True), 64, 576)
+    check(packed, m, dtype)
+    x = torch.randn(m, 576).to(dtype)
+    assert torch.equal(cpu.linear(x, packed, None), cpu.linear(x.float(), packed, None).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_scales_of_any_dtype(dtype, kernels):
+    packed = random_packed(bitmap_layout("all", True, True), 20, 300)
+    scales = ("row_scale", "col_scale", "salient_col_scale")
+    packed = type(packed)(**{k: v.to(dtype) if k in scales else v for k, v in vars(packed).items()})
+    for m in (2, 20):
+        check(packed, m)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_packed_tensors_and_input_are_only_read(name, kernels):
+    """float32 tensors above all, of which `.float()` is no copy."""
+    packed = random_packed(LAYOUTS[name], 20, 300, permuted=True)
+    tensors = {k: v for k, v in vars(packed).items() if isinstance(v, torch.Tensor)}
+    tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    packed = type(packed)(**{**vars(packed), **tensors})
+    x, bias, grad = torch.randn(20, 300), torch.randn(20), torch.randn(3, 20)
+    tensors |= {"x": x, "bias": bias, "grad": grad}
+    before = {k: v.clone() for k, v in tensors.items()}
+    cpu.linear(x[:2], packed, bias)
+    cpu.linear(x, packed, bias)
+    cpu.input_grad(grad, packed)
+    for key, tensor in tensors.items():
+        assert torch.equal(tensor, before[key])
+
+
+@needs_native
+def test_half_scales_are_read_exactly():
+    """Subnormal, largest, zero, negative, infinite: bit for bit what torch makes of them."""
+    values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    values = values[~values.isnan()][:, None]
+    layout = planes_layout(1)
+    packed = random_packed(layout, len(values), 1)
+    packed = type(packed)(**{**vars(packed), "row_scale": values, "weight": torch.ones_like(packed.weight)})
+    plan, tiles = plan_for(layout.name), tiles_for(1, 128, native.LANES)
+    columns = prepare_columns(torch.ones(1, 1), packed, plan, tiles)
+    weight = native.dequantize(columns, packed, plan, tiles, torch.empty(len(values), 128))
+    assert torch.equal(weight[:, :1], values.float())
+
+
+@needs_native
+@pytest.mark.parametrize("instruction_set", [0, 1, 2])
+@pytest.mark.parametrize(("columns", "block_size"), [(100, 128), (192, 64), (1096, 256), (430, -1)])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_instruction_set(name, columns, block_size, instruction_set, poisoned):
+    if instruction_set > native.best_instruction_set():
+        pytest.skip("this machine does not have it")
+    packed = random_packed(LAYOUTS[name], 21, columns, block_size)
+    plan, tiles = plan_for(name), tiles_for(columns, block_size, native.LANES)
+    x = torch.randn(7, columns, generator=torch.Generator().manual_seed(3))
+    prepared = prepare_columns(x, packed, plan, tiles)
+    ones = prepare_columns(torch.ones(1, columns), packed, plan, tiles)
+    fallback = tiles_for(columns, block_size, tiles.width // 8)
+    expected = lookup.linear(prepare_columns(x, packed, plan, fallback), packed, plan, fallback)
+    assert relative_error(native.linear(prepared, packed, plan, tiles, instruction_set), expected) < 2e-6
+    out = torch.empty(21, tiles.count, 8, native.LANES)
+    weight = tiles.join(native.dequantize(ones, packed, plan, tiles, out, instruction_set))
+    assert relative_error(x @ weight.T, expected) < 2e-6
+
+
+@needs_native
+def test_threads_do_not_change_the_result():
+    packed = random_packed(planes_layout(2, col_scale=True), 600, 2000)
+    before = torch.get_num_threads()
+    try:
+        for m in (1, 6):
+            x = torch.randn(m, 2000)
+            results = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(cpu.linear(x, packed, None))
+            assert torch.equal(results[0], results[1])
+            assert torch.equal(results[0], results[2])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("columns", "block_size"), [(1, 128), (64, 64), (70, 64), (128, 128), (300, 128), (4304, -1)])
+def test_tiles_put_each_column_where_its_bit_is(columns, block_size):
+    tiles = Tiles(columns, block_size, 16)
+    x = torch.arange(1.0, columns + 1)
+    assert torch.equal(tiles.join(tiles.split(x)), x)
+    for column in (0, columns // 2, columns - 1):
+        bits = torch.zeros(1, 1, columns, dtype=torch.bool)
+        bits[..., column] = True
+        packed = pack_bits(bits, tiles.width)[0]
+        byte = int(packed.nonzero())
+        bit = int(packed[byte]).bit_length() - 1
+        whole = tiles.width // 8
+        assert tiles.split(x)[byte // whole, bit, byte % whole] == column + 1
+
+
+def test_missing_extension_warns_once_and_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    native.load.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"was not built.*C compiler.*pip install"):
+            assert native.load() is None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check(random_packed(planes_layout(1), 6, 100), 1)
+    finally:
+        monkeypatch.undo()
+        native.load.cache_clear()
+
+
+def test_broken_extension_falls_back_with_a_warning(monkeypatch, tmp_path):
+    (tmp_path / ("_native" + importlib.machinery.EXTENSION_SUFFIXES[0])).write_bytes(b"no library")
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    native.load.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="cannot be loaded"):
+            assert native.load() is None
+    finally:
+        monkeypatch.undo()
+        native.load.cache_clear()
+
+
+@needs_native
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_extension_is_not_linked_with_its_own_openmp():
+    """A second pool of threads would spin against torch's."""
+    library = native.load()._name
+    dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    assert "libgomp" not in dynamic
+    assert "libomp" not in dynamic

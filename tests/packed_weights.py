@@ -1,0 +1,52 @@
+"""Random packed weights of every layout."""
+
+import torch
+
+from optimum_arb.layout import Layout
+from optimum_arb.ops.backends.packed import PackedWeight
+from optimum_arb.packing import BinarizedWeight, block_count, pack
+
+
+def random_binarized(
+    layout: Layout,
+    rows: int,
+    columns: int,
+    block_size: int = 128,
+    permuted: bool = False,
+    salient: int | None = None,
+    seed: int = 0,
+) -> BinarizedWeight:
+    """A weight with scales around 1, some negative; a tenth of the columns salient where `salient` is None."""
+    generator = torch.Generator().manual_seed(seed)
+    count = max(1, columns // 10) if salient is None else salient
+
+    def signs(planes: int, width: int) -> torch.Tensor:
+        return torch.rand(planes, rows, width, generator=generator) < 0.5
+
+    def scales(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.5 + 1
+
+    chosen = torch.randperm(columns, generator=generator)[:count].sort().values
+    return BinarizedWeight(
+        layout=layout,
+        block_size=block_size,
+        signs=signs(layout.planes, columns),
+        row_scale=scales(rows, block_count(columns, block_size), layout.row_scales),
+        col_scale=scales(layout.col_scales, columns) if layout.col_scales else None,
+        permutation=torch.randperm(columns, generator=generator) if permuted else None,
+        salient_columns=chosen if layout.salient else None,
+        salient_signs=signs(layout.salient_planes, count) if layout.salient_planes else None,
+        salient_col_scale=scales(layout.salient_col_scales, count) if layout.salient_col_scales else None,
+    )
+
+
+def random_packed(layout: Layout, rows: int, columns: int, block_size: int = 128, **choices) -> PackedWeight:
+    """The same, packed."""
+    tensors = pack(random_binarized(layout, rows, columns, block_size, **choices))
+    return PackedWeight(layout, block_size, columns, **tensors)
+
+
+def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over the largest expected value; NaN where there is one."""
+    value, expected = value.detach().double(), expected.detach().double()
+    return float((value - expected).abs().max() / expected.abs().max())
