@@ -1,0 +1,28 @@
+"""1-bit large language models for Hugging Face: binarized while they load, packed on disk, run packed.
+
+Importing this package registers `ARBConfig` and its quantizer with transformers.
+"""
+
+from .config import ARBConfig
+from .nn import ARBLinear
+from .packing import BinarizedWeight
+from .quantizer import ARBHfQuantizer
+from .registration import register
+from .report import ModelReport, ModuleReport, model_report
+from .saving import check_output_directory, save_model
+from .version import __version__
+
+register()
+
+__all__ = [
+    "ARBConfig",
+    "ARBHfQuantizer",
+    "ARBLinear",
+    "BinarizedWeight",
+    "ModelReport",
+    "ModuleReport",
+    "__version__",
+    "check_output_directory",
+    "model_report",
+    "save_model",
+]

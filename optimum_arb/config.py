@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .layout import GROUP_BITMAPS, MAX_PLANES, Layout, bitmap_layout, planes_layout
@@ -31,6 +33,8 @@ OVERRIDABLE = (
     "damp_percent",
     "act_order",
 )
+# What a run records in the configuration of the model that it made.
+RECORDED = ("optimum_arb_version", "bits_per_weight", "calibration")
 # Keys that transformers adds to a quantization config on its own.
 _TRANSFORMERS_KEYS = ("quant_method", "modules_in_block_to_quantize", "_load_in_4bit", "_load_in_8bit")
 
@@ -63,6 +67,34 @@ class CalibrationTexts(Sequence[str]):
         return digest.hexdigest()
 
 
+class CalibrationTokens:
+    """The user's own calibration sequences: token ids int64 `[num_samples, sequence_length]`. Copying a configuration
+    does not copy them.
+
+    Raises:
+        ValueError: the tensor has another number of dimensions, or holds no token.
+        TypeError: it does not hold whole numbers.
+    """
+
+    def __init__(self, tokens: torch.Tensor):
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"dataset is a tensor of {tokens.dtype}: token ids are int64.")
+        if tokens.dim() != 2 or not tokens.numel():
+            raise ValueError(
+                f"dataset is a tensor of shape {tuple(tokens.shape)}: token ids are [num_samples, sequence_length]."
+            )
+        self.tokens = tokens.detach().to("cpu", torch.int64).contiguous()
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __repr__(self) -> str:
+        return f"<{self.tokens.shape[0]} x {self.tokens.shape[1]} tokens, sha256 {self.fingerprint()[:12]}>"
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+
+
 class ARBConfig(QuantizationConfigMixin):
     """How a model is binarized, and how a binarized model was.
 
@@ -82,8 +114,8 @@ class ARBConfig(QuantizationConfigMixin):
         split_metric: what the search for salient columns and groups looks at: "weight" (the error of the weights) or
             "score" (as published: the error of the Hessian scores).
         dataset: calibration text: "wikitext-2" (bundled: the validation split), the path of a text file, a list of
-            strings, a name that `optimum.gptq.data` knows ("c4", ...), or None for none: then each weight is
-            binarized by itself while the checkpoint loads.
+            strings, a tensor of token ids int64 `[num_samples, sequence_length]`, a name that `optimum.gptq.data`
+            knows ("c4", ...), or None for none: then each weight is binarized by itself while the checkpoint loads.
         num_samples: calibration sequences.
         sequence_length: tokens of a calibration sequence (at most what the model takes).
         batch_size: sequences of a calibration batch; None lets the sequence length choose.
@@ -119,7 +151,7 @@ class ARBConfig(QuantizationConfigMixin):
         num_iterations: int | None = None,
         compensation: str = "exact",
         split_metric: str = "weight",
-        dataset: str | Sequence[str] | None = "wikitext-2",
+        dataset: str | os.PathLike[str] | Sequence[str] | torch.Tensor | CalibrationTokens | None = "wikitext-2",
         num_samples: int = 128,
         sequence_length: int = 2048,
         batch_size: int | None = None,
@@ -136,13 +168,19 @@ class ARBConfig(QuantizationConfigMixin):
         calibration: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
+        if format_version > FORMAT_VERSION:  # before anything that a newer version may have added
+            raise ValueError(
+                f"This model has format version {format_version} (written by optimum_arb "
+                f"{optimum_arb_version or 'unknown'}); the installed optimum_arb reads up to {FORMAT_VERSION}. "
+                "Upgrade it: pip install -U optimum-arb"
+            )
         unknown = sorted(set(kwargs) - set(_TRANSFORMERS_KEYS))
         if unknown:
             known = sorted(set(ARBConfig.__init__.__code__.co_varnames[1:]) - {"kwargs", "unknown", "known"})
             raise ValueError(f"Unknown key {unknown[0]!r} in ARBConfig. Known keys: {', '.join(known)}.")
         if kwargs.get("quant_method", "arb") != "arb":
             raise ValueError(f"quant_method={kwargs['quant_method']!r} is not optimum_arb's: it is always 'arb'.")
-        self.quant_method = "arb"
+        self.quant_method = "arb"  # type: ignore[assignment]
         self.method = method
         self.planes = planes
         self.block_size = block_size
@@ -151,9 +189,15 @@ class ARBConfig(QuantizationConfigMixin):
         self.num_iterations = num_iterations
         self.compensation = compensation
         self.split_metric = split_metric
+        if isinstance(dataset, os.PathLike):
+            dataset = os.fspath(dataset)
+        self.dataset: str | CalibrationTexts | CalibrationTokens | None
         if isinstance(dataset, Sequence) and not isinstance(dataset, (str, CalibrationTexts)):
-            dataset = CalibrationTexts(dataset)
-        self.dataset = dataset
+            self.dataset = CalibrationTexts(dataset)
+        elif isinstance(dataset, torch.Tensor):
+            self.dataset = CalibrationTokens(dataset)
+        else:
+            self.dataset = dataset
         self.num_samples = num_samples
         self.sequence_length = sequence_length
         self.batch_size = batch_size
@@ -176,12 +220,6 @@ class ARBConfig(QuantizationConfigMixin):
         return cls(method=method, **{"compensation": "diagonal", "split_metric": "score", **kwargs})
 
     def post_init(self) -> None:
-        if self.format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"This model has format version {self.format_version} (written by optimum_arb "
-                f"{self.optimum_arb_version or 'unknown'}); the installed optimum_arb reads up to {FORMAT_VERSION}. "
-                "Upgrade it: pip install -U optimum-arb"
-            )
         _one_of("method", self.method, METHODS)
         _one_of("compensation", self.compensation, COMPENSATIONS)
         _one_of("split_metric", self.split_metric, SPLIT_METRICS)
@@ -197,8 +235,10 @@ class ARBConfig(QuantizationConfigMixin):
         check_block_size(self.block_size)
         if not isinstance(self.damp_percent, (int, float)) or not 0 <= self.damp_percent < 10:
             raise ValueError(f"damp_percent={self.damp_percent!r} must be a number from 0 to 10; 0.01 is usual.")
-        if self.dataset is not None and not isinstance(self.dataset, (str, CalibrationTexts)):
-            raise TypeError(f"dataset={self.dataset!r} must be a name, a path, a list of strings, or None.")
+        if self.dataset is not None and not isinstance(self.dataset, (str, CalibrationTexts, CalibrationTokens)):
+            raise TypeError(
+                f"dataset={self.dataset!r} must be a name, a path, a list of strings, a tensor of token ids, or None."
+            )
         if isinstance(self.modules_to_not_convert, str):
             raise TypeError(f"modules_to_not_convert={self.modules_to_not_convert!r} must be a list of patterns.")
         if self.method not in BITMAP_METHODS:
@@ -289,15 +329,29 @@ class ARBConfig(QuantizationConfigMixin):
         return config
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What may be chosen anew when an already binarized model is loaded."""
-        return {"backend": self.backend}
+        """What may be chosen anew when an already binarized model is loaded.
+
+        How to binarize may not. So that the quantizer can refuse to do it twice, what this configuration asks for goes
+        along as `requested`: every choice, or, where it is here to choose how to load, those that are not the defaults.
+        """
+        choices = self.choices()
+        if (self.backend, self.max_memory) != ("auto", None):
+            default = ARBConfig().choices()
+            choices = {key: value for key, value in choices.items() if value != default[key]}
+        requested = {"requested": choices} if choices else {}
+        return {"backend": self.backend, **requested}
+
+    def choices(self) -> dict[str, Any]:
+        """The choices of how to binarize, but for those that a run resolves: the data and the modules left out."""
+        other = ("quant_method", "format_version", "backend", "max_memory", "dataset", "modules_to_not_convert")
+        return {key: value for key, value in self.__dict__.items() if key not in (*other, *RECORDED)}
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form. The user's own calibration texts are not written, only their fingerprint in `calibration`."""
         result = {key: copy.deepcopy(value) for key, value in self.__dict__.items() if value is not None}
         if "dataset" not in result:
             result["dataset"] = None
-        elif isinstance(result["dataset"], CalibrationTexts):
+        elif isinstance(result["dataset"], (CalibrationTexts, CalibrationTokens)):
             result["dataset"] = "custom"
         if result.get("overrides") == {}:
             del result["overrides"]

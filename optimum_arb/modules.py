@@ -1,0 +1,206 @@
+"""Which modules of a model are binarized, and why the others stay in float."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .config import ARBConfig, matches
+
+ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
+_OTHER_MODALITY = re.compile(r"vision|visual|image|audio|speech|multi_modal|mm_")
+
+
+@dataclass
+class Selection:
+    """The linears of a model, divided.
+
+    Attributes:
+        convert: name of a linear that is to be binarized -> its configuration, overrides applied.
+        keep: name of a linear, or of a parameter with one matrix per expert, that stays in float -> the reason.
+    """
+
+    convert: dict[str, ARBConfig] = field(default_factory=dict)
+    keep: dict[str, str] = field(default_factory=dict)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a plain linear layer; by exact type, since a subclass may compute something else."""
+    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a linear; GPT-2's `Conv1D` stores its weight transposed."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    rows, columns = weight.shape
+    return (columns, rows) if type(module) is Conv1D else (rows, columns)
+
+
+def select_modules(model: PreTrainedModel, config: ARBConfig, strict: bool = True) -> Selection:
+    """Divides the linears of a model into those to binarize and those that stay in float.
+
+    Output embeddings, tied weights, task heads, routers, towers of other modalities, modules that transformers keeps in
+    float32 and modules whose weight is read by other code than their own forward stay in float, then what
+    `modules_to_not_convert` and `overrides` say.
+
+    Args:
+        model: the float model; its weights are not looked at and may be on the meta device.
+        config: the choices.
+        strict: raise where a pattern of the configuration matches no linear of the model.
+
+    Raises:
+        ValueError: such a pattern, or no linear is left to binarize.
+    """
+    selection = Selection()
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    if strict:
+        _check_patterns(config, list(linears))
+    structural = _structural_reasons(model, linears)
+    for name, module in model.named_modules():
+        if name in linears:
+            choices = config.for_module(name)
+            reason = structural.get(name) or _user_reason(config, choices, name)
+            if reason is None and choices is not None:
+                selection.convert[name] = choices
+            elif reason is not None:
+                selection.keep[name] = reason
+        elif isinstance(module, nn.Linear):
+            selection.keep[name] = f"its type is {type(module).__name__}, not a plain linear"
+        elif not isinstance(module, nn.modules.conv._ConvNd):
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3 and min(parameter.shape) > 1:
+                    selection.keep[f"{name}.{key}"] = "one three-dimensional tensor of all experts: not supported yet"
+    if strict and not selection.convert:
+        raise ValueError(
+            f"{type(model).__name__} has no module to binarize: "
+            + (_summary(selection.keep) if selection.keep else "it has no linear layer.")
+        )
+    return selection
+
+
+def resolved_skips(selection: Selection) -> list[str]:
+    """Suffixes that match every linear that stays in float and none that is binarized, as short as can be.
+
+    They are what a saved configuration lists: the same modules are found again when the model is loaded as another
+    class, whose names lack the prefix of this one.
+    """
+    suffixes: list[str] = []
+    for name in selection.keep:
+        if any(matches(suffix, name) for suffix in suffixes):
+            continue
+        parts = name.split(".")
+        for start in range(len(parts) - 1, -1, -1):
+            suffix = ".".join(parts[start:])
+            if not any(matches(suffix, other) for other in selection.convert):
+                suffixes.append(suffix)
+                break
+    return suffixes
+
+
+def _check_patterns(config: ARBConfig, names: list[str]) -> None:
+    for where, patterns in (
+        ("modules_to_not_convert", config.modules_to_not_convert or ()),
+        ("overrides", config.overrides),
+    ):
+        for pattern in patterns:
+            if not any(matches(pattern, name) for name in names):
+                endings = ", ".join(sorted({name.rpartition(".")[2] for name in names})[:30]) or "none at all"
+                raise ValueError(
+                    f"{where}: the pattern {pattern!r} matches none of the model's linear modules. Give a suffix "
+                    f"of their names at a dot, or 're:' and a regular expression of the whole name. "
+                    f"They end in: {endings}."
+                )
+
+
+def _user_reason(config: ARBConfig, choices: ARBConfig | None, name: str) -> str | None:
+    for pattern in config.modules_to_not_convert or ():
+        if matches(pattern, name):
+            return f"modules_to_not_convert: {pattern!r}"
+    return None if choices is not None else "overrides: skip"
+
+
+def _structural_reasons(model: PreTrainedModel, linears: dict[str, nn.Module]) -> dict[str, str]:
+    """Why a linear stays in float whatever the user chose; the first reason found counts."""
+    output = model.get_output_embeddings()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tied |= set((getattr(model, "all_tied_weights_keys", None) or {}).values())
+    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    float32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    composite = any("vision" in key or "audio" in key for key in getattr(model.config, "sub_configs", ()))
+    merged = merged_weights(model)
+    reasons = {}
+    for name, module in linears.items():
+        parent, _, last = name.rpartition(".")
+        owner: type = type(model.get_submodule(parent))
+        if module is output:
+            reasons[name] = "output embedding"
+        elif f"{name}.weight" in tied:
+            reasons[name] = "weight tied to another module"
+        elif uses[id(module)] > 1:
+            reasons[name] = "module shared by several parents"
+        elif not name.startswith(prefix):
+            reasons[name] = "task head"
+        elif last in ROUTER_NAMES:
+            reasons[name] = "router of experts"
+        elif composite and _OTHER_MODALITY.search(name):
+            reasons[name] = "vision or audio tower"
+        elif any(re.search(rf"(^|\.){pattern}($|\.)", name) for pattern in float32):
+            reasons[name] = "kept in float32 by transformers"
+        elif reads_weight(owner, last) and not _bloom_without_slices(model):
+            reasons[name] = f"{owner.__name__} reads its weight directly"
+        elif f"{name}.weight" in merged:
+            reasons[name] = "its weight is stored in pieces"
+    return reasons
+
+
+def merged_weights(model: PreTrainedModel) -> set[str]:
+    """Weights of the model that transformers builds out of several tensors of a checkpoint, or splits one into."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    conversions = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)]
+    reverse = [r for r in (c.reverse_transform() for c in conversions) if isinstance(r, WeightConverter)]
+    names = (name for name, _ in model.named_parameters())
+    return {name for name in names if rename_source_key(name, [], reverse, reverse=True)[1]}
+
+
+def _bloom_without_slices(model: PreTrainedModel) -> bool:
+    """Bloom reads weights directly only to imitate tensor parallel training."""
+    return model.config.model_type == "bloom" and getattr(model.config, "pretraining_tp", 1) <= 1
+
+
+@cache
+def reads_weight(parent: type, child: str) -> bool:
+    """Whether the code of a module class reads `self.<child>.weight` itself, which packed bits would break."""
+    for cls in parent.__mro__:
+        if cls is nn.Module:
+            break
+        try:
+            source = inspect.getsource(cls)
+        except (OSError, TypeError):
+            continue
+        if re.search(rf"\bself\.{re.escape(child)}\.weight\b", source):
+            return True
+    return False
+
+
+def _summary(keep: dict[str, str]) -> str:
+    return "; ".join(f"{count} kept: {reason}" for reason, count in Counter(keep.values()).items()) + "."
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and persistent buffers, each shared tensor once: what a saved model holds."""
+    seen: dict[int, torch.Tensor] = {id(p): p for p in model.parameters()}
+    persistent = set(model.state_dict(keep_vars=True))
+    seen |= {id(b): b for name, b in model.named_buffers() if name in persistent}
+    return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())

@@ -1,0 +1,250 @@
+"""`ARBHfQuantizer`: the only file that knows the protocol by which transformers loads and saves a model.
+
+Without calibration, each weight is binarized while the checkpoint streams in. With it, the model loads in float on the
+CPU, is binarized layer by layer and is placed then. An already binarized checkpoint is recognised by its tensors, whose
+shapes are checked before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
+
+from .calibration import CalibrationWalk, model_tokens, token_batches
+from .calibration.data import calibration_record
+from .config import ARBConfig
+from .conversion import Record, binarize_linear, empty_linear, float_linear
+from .keys import KeyMap
+from .modules import Selection, linear_shape, resolved_skips, select_modules
+from .nn import ARBLinear
+from .packing import packed_shapes
+from .placement import calibration_device, check_no_disk, place_model
+from .report import model_report
+from .stored import COMPANIONS, describe, packed_linears, read_headers
+from .streaming import BinarizeOnLoad
+from .version import __version__
+
+logger = logging.getLogger(__name__)
+
+NOT_STORED = "not in the checkpoint"
+
+
+class ARBHfQuantizer(HfQuantizer):
+    """Loads, binarizes and saves models for transformers; users meet it through `from_pretrained` alone.
+
+    Attributes:
+        selection: which linears are binarized, and why the others are not.
+        records: name of a binarized module -> what is known of how it was made.
+        kept: name of what stayed in float -> the reason.
+    """
+
+    requires_calibration = False
+    serialized_names: dict[str, list[str]] = {  # noqa: RUF012 (as the base class declares it)
+        "weight": ["weight", *COMPANIONS]
+    }
+
+    def __init__(self, quantization_config: ARBConfig, **kwargs: Any):
+        # the user's own object must not change, or it could not be used for a second model
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self.quantization_config: ARBConfig
+        self.selection = Selection()
+        self.records: dict[str, Record] = {}
+        self.kept: dict[str, str] = {}
+        self.failure: Exception | None = None
+        self._device_map: Any = None
+        self._tokens: torch.Tensor | None = None
+        requested = self.quantization_config.__dict__.pop("requested", None)
+        if self.pre_quantized and requested is not None:
+            self._refuse_second_quantization(requested)
+
+    @property
+    def calibrates(self) -> bool:
+        return not self.pre_quantized and self.quantization_config.dataset is not None
+
+    # Before the weights load
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            check_no_disk(device_map)
+
+    def update_device_map(self, device_map: Any) -> Any:
+        if not self.calibrates:
+            return device_map
+        self._device_map = device_map
+        return {"": torch.device("cpu")}
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ValueError(
+                "A model cannot be binarized, or loaded binarized, in tensor parallel. Load it without "
+                "distributed_config; device_map='auto' spreads it over several devices."
+            )
+        self.selection = select_modules(model, config, strict=not self.pre_quantized)
+        self.kept = dict(self.selection.keep)
+        if self.pre_quantized:
+            self._expect_stored_modules(model, checkpoint_files)
+            return
+        self._leave_out_new_modules(model, checkpoint_files)
+        if self.calibrates:
+            with torch.device("cpu"):  # transformers builds the model under the meta device
+                self._tokens = model_tokens(model, config, checkpoint_files)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        if self.pre_quantized or self.calibrates:
+            return False
+        return param_name.endswith(".weight") and param_name.removesuffix(".weight") in self.selection.convert
+
+    def get_quantize_ops(self) -> BinarizeOnLoad:
+        return BinarizeOnLoad(self)
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        """Bytes of an element, for placing a model by its size: of the packed form where there will be one."""
+        if not self.param_needs_quantization(model, param_name):
+            return param.element_size()
+        name = param_name.removesuffix(".weight")
+        config = self.selection.convert[name]
+        rows, columns = linear_shape(model.get_submodule(name))
+        shapes = packed_shapes(config.layout, rows, columns, config.block_size, permuted=False)
+        stored = sum(r * c * (1 if n.endswith("weight") else 2) for n, (r, c) in shapes.items())
+        return stored / (rows * columns)
+
+    # After the weights have loaded
+
+    @torch.no_grad()
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.failure is not None:
+            raise self.failure
+        if self.pre_quantized:
+            for module in model.modules():
+                if isinstance(module, ARBLinear):
+                    for key, parameter in module.named_parameters(recurse=False):
+                        # transformers lets every float tensor that it loads require a gradient
+                        parameter.requires_grad_(key == "bias")
+            return model
+        if self.calibrates:
+            self._calibrate(model)
+        self._keep_what_is_not_binarized()
+        self._record_run(model)
+        if self._tokens is not None:
+            place_model(model, self._device_map, self.quantization_config.max_memory)
+            self._tokens = None
+        report = model_report(model)
+        logger.log(logging.WARNING if self._lost(report.kept) else logging.INFO, report.summary())
+        return model
+
+    def _calibrate(self, model: PreTrainedModel) -> None:
+        assert self._tokens is not None
+
+        def binarize(name: str, module: nn.Module, hessian: torch.Tensor | None, tokens: int):
+            packed, record = binarize_linear(name, module, self.selection.convert[name], hessian, tokens)
+            self.records[name] = record
+            return packed, record.output_error
+
+        batches = token_batches(self._tokens, self.quantization_config.batch_size)
+        device = calibration_device(self._device_map)
+        model.eval()
+        CalibrationWalk(model, list(self.selection.convert), binarize, batches, device).run()
+
+    def _record_run(self, model: PreTrainedModel) -> None:
+        config = self.quantization_config
+        if not self.records:
+            raise ValueError("Nothing was binarized: the checkpoint holds none of the weights that were selected.")
+        config.bits_per_weight = model_report(model).bits_per_weight
+        config.optimum_arb_version = __version__
+        converted = {name: c for name, c in self.selection.convert.items() if name in self.records}
+        config.modules_to_not_convert = resolved_skips(Selection(converted, self.kept)) or None
+        config.calibration = None
+        if self._tokens is not None:
+            config.calibration = calibration_record(config, self._tokens)
+            config.dataset = config.calibration["dataset"]
+
+    def _leave_out_new_modules(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
+        """Leaves out what the checkpoint lacks: transformers initializes it at random, to be trained."""
+        if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
+            names = KeyMap(model)
+            stored = {name for key in read_headers(checkpoint_files) for name in names.names(key)}
+            for name in [name for name in self.selection.convert if f"{name}.weight" not in stored]:
+                del self.selection.convert[name]
+                self.kept[name] = NOT_STORED
+
+    def _keep_what_is_not_binarized(self) -> None:
+        self.kept |= {name: NOT_STORED for name in self.selection.convert if name not in self.records}
+
+    @staticmethod
+    def _lost(kept: dict[str, str]) -> bool:
+        """Whether something stayed in float that a user would expect to be binarized."""
+        return any("not supported" in reason or reason == NOT_STORED for reason in kept.values())
+
+    # A checkpoint that is binarized already
+
+    def _refuse_second_quantization(self, requested: dict[str, Any]) -> None:
+        stored = self.quantization_config
+        for key, value in requested.items():
+            found = getattr(stored, key, None)
+            if value != found:
+                raise ValueError(
+                    f"This model is already binarized with method={stored.method!r}, {key}={found!r}: it cannot "
+                    f"be binarized again with {key}={value!r}. Start from the float model, or load this one "
+                    "without a quantization_config (or with one that says nothing but `backend`)."
+                )
+
+    def _expect_stored_modules(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
+        if not checkpoint_files or not all(str(f).endswith(".safetensors") for f in checkpoint_files):
+            raise ValueError("A binarized model is loaded from safetensors files; this checkpoint has none.")
+        headers = read_headers(checkpoint_files)
+        names = KeyMap(model)
+        stored = {names.module(linear.key): linear for linear in packed_linears(headers)}
+        if not stored:
+            raise ValueError("The quantization_config says that the model is binarized, but no tensor is packed.")
+        names.check_complete(headers, stored, set(self.selection.convert))
+        for name, linear in stored.items():
+            module = names.find(name)
+            if module is None:
+                continue  # a part of the saved model that this class does not have
+            if name not in self.selection.convert:
+                reason = self.selection.keep.get(name, f"it is a {type(module).__name__}")
+                raise ValueError(f"{name}: packed in the checkpoint, but the model keeps it in float ({reason}).")
+            config = self.quantization_config.for_module(linear.key) or self.selection.convert[name]
+            packed = empty_linear(module, **describe(linear, config, *linear_shape(module)))
+            packed.train(module.training)
+            model.set_submodule(name, packed)
+            self.records[name] = Record(config.method)
+        self._keep_what_is_not_binarized()
+
+    # What transformers asks
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        dtype = dtype or model.dtype
+        packed = [(name, module) for name, module in model.named_modules() if isinstance(module, ARBLinear)]
+        for name, module in packed:
+            if any(p.is_meta for p in module.parameters()):
+                raise ValueError(f"{name} is offloaded: load the model without offloading to dequantize it.")
+        for name, module in packed:
+            plain = float_linear(module, dtype)
+            hook = getattr(module, "_hf_hook", None)
+            if hook is not None:
+                from accelerate.hooks import add_hook_to_module
+
+                plain = add_hook_to_module(plain, hook)
+            model.set_submodule(name, plain)
+        return model

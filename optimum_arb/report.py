@@ -1,0 +1,121 @@
+"""What was binarized, how well, in how many bits, and what stayed in float and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .conversion import Record
+from .modules import parameter_bytes
+from .nn import ARBLinear
+from .packing import stored_bytes
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One binarized module.
+
+    Attributes:
+        name: its name in the model.
+        method: the method that made it.
+        layout: the name of its layout.
+        weights: number of weights that it stands for.
+        bits_per_weight: all stored bits of its packed weight over `weights`.
+        stored_bytes: bytes of its packed weight (without the bias, which stays as it was).
+        weight_error: squared error of the weight over its squared norm; None for a model loaded binarized.
+        output_error: the same of its outputs on the calibration tokens; None without calibration.
+    """
+
+    name: str
+    method: str
+    layout: str
+    weights: int
+    bits_per_weight: float
+    stored_bytes: int
+    weight_error: float | None
+    output_error: float | None
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """A binarized model.
+
+    Attributes:
+        modules: the binarized modules, in the model's order.
+        kept: module (or parameter) that stayed in float -> the reason.
+        bits_per_weight: all stored bits of the binarized weights over their number.
+        packed_bytes: bytes of the binarized weights.
+        model_bytes: bytes of the whole model, embeddings and whatever stayed in float included.
+    """
+
+    modules: tuple[ModuleReport, ...]
+    kept: dict[str, str]
+    bits_per_weight: float
+    packed_bytes: int
+    model_bytes: int
+
+    @property
+    def mean_output_error(self) -> float | None:
+        errors = [module.output_error for module in self.modules if module.output_error is not None]
+        return sum(errors) / len(errors) if errors else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def summary(self) -> str:
+        """A few lines for a terminal."""
+        lines = [
+            f"{len(self.modules)} modules binarized at {self.bits_per_weight:.3f} bits a weight, "
+            f"{self.packed_bytes / 2**20:.2f} MiB; the whole model is {self.model_bytes / 2**20:.2f} MiB."
+        ]
+        if self.mean_output_error is not None:
+            lines[0] += f" Mean relative output error {self.mean_output_error:.4f}."
+        for reason, count in Counter(self.kept.values()).items():
+            names = [name for name, why in self.kept.items() if why == reason]
+            shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")
+            lines.append(f"In float ({count}): {shown}: {reason}.")
+        return "\n".join(lines)
+
+
+def model_report(model: nn.Module) -> ModelReport:
+    """The report of a model that is binarized now, whether it was binarized on load or loaded so.
+
+    Raises:
+        ValueError: the model has no binarized module.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    records: dict[str, Record] = getattr(quantizer, "records", {})
+    config = getattr(quantizer, "quantization_config", None)
+    default = Record(getattr(config, "method", "unknown"))
+    modules = []
+    for name, module in model.named_modules():
+        if isinstance(module, ARBLinear):
+            record = records.get(name, default)
+            modules.append(
+                ModuleReport(
+                    name=name,
+                    method=record.method,
+                    layout=module.layout.name,
+                    weights=module.in_features * module.out_features,
+                    bits_per_weight=module.bits_per_weight(),
+                    stored_bytes=stored_bytes(module.packed()),
+                    weight_error=record.weight_error,
+                    output_error=record.output_error,
+                )
+            )
+    if not modules:
+        raise ValueError(
+            f"{type(model).__name__} has no binarized module: load it with quantization_config=ARBConfig()."
+        )
+    packed = sum(module.stored_bytes for module in modules)
+    return ModelReport(
+        modules=tuple(modules),
+        kept=dict(getattr(quantizer, "kept", {})),
+        bits_per_weight=packed * 8 / sum(module.weights for module in modules),
+        packed_bytes=packed,
+        model_bytes=parameter_bytes(model),
+    )

@@ -1,0 +1,126 @@
+"""What a checkpoint says of its packed modules, read from its safetensors headers before anything loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .config import ARBConfig
+from .layout import Layout
+from .packing import TENSOR_NAMES, packed_shapes
+
+COMPANIONS = tuple(f"weight_{name}" for name in TENSOR_NAMES[1:])
+_SCALE_DTYPES = {"F16": torch.float16, "F32": torch.float32}
+_INDEX_DTYPES = {"I16": torch.int16, "I32": torch.int32}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Shape and safetensors dtype name ("U8", "F16", ...) of a tensor in a file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+@dataclass
+class StoredLinear:
+    """A packed linear as the files hold it: its name there and its tensors by `packing.TENSOR_NAMES`."""
+
+    key: str
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+
+
+def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint.
+
+    Raises:
+        ValueError: a file that is not safetensors, or is damaged or cut short.
+    """
+    headers: dict[str, StoredTensor] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (it is no dict)
+                    part = file.get_slice(key)
+                    headers[key] = StoredTensor(tuple(part.get_shape()), part.get_dtype())
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is no intact safetensors file: {error}. Save or download the model again."
+            ) from None
+    return headers
+
+
+def packed_linears(headers: Mapping[str, StoredTensor]) -> list[StoredLinear]:
+    """The packed linears among the tensors of a checkpoint: by their companions, or by a weight of bytes."""
+    linears: dict[str, StoredLinear] = {}
+    for key, header in headers.items():
+        stem, _, name = key.rpartition(".")
+        if name in COMPANIONS:
+            linears.setdefault(stem, StoredLinear(stem)).tensors[name.removeprefix("weight_")] = header
+        elif name == "weight" and header.dtype == "U8":
+            linears.setdefault(stem, StoredLinear(stem)).tensors["weight"] = header
+    for stem, linear in linears.items():
+        if "weight" not in linear.tensors and f"{stem}.weight" in headers:
+            linear.tensors["weight"] = headers[f"{stem}.weight"]
+    return list(linears.values())
+
+
+def describe(linear: StoredLinear, config: ARBConfig, out_features: int, in_features: int) -> dict:
+    """How an `ARBLinear` for a stored linear is built: layout, block_size, permuted, salient, scale_dtypes, backend.
+
+    Args:
+        linear: the stored tensors.
+        config: the configuration of this module.
+        out_features: N of the model's module.
+        in_features: K of the model's module.
+
+    Raises:
+        ValueError: a tensor is missing, unknown to the layout, or of the wrong shape or dtype.
+    """
+    layout: Layout = config.layout
+    tensors = linear.tensors
+    salient = tensors["salient_columns"].shape[-1] if "salient_columns" in tensors else 0
+    permuted = "permutation" in tensors
+    shapes = packed_shapes(layout, out_features, in_features, config.block_size, permuted, salient)
+    for name, shape in shapes.items():
+        key = _tensor_key(linear.key, name)
+        if name not in tensors:
+            raise ValueError(
+                f"{linear.key}: the tensor {key!r} is missing in the checkpoint. Save or download the model again."
+            )
+        dtypes = _dtypes(name)
+        if tensors[name].dtype not in dtypes or tensors[name].shape != shape:
+            raise ValueError(
+                f"{linear.key}: the tensor {key!r} is {tensors[name]} in the checkpoint, but {' or '.join(dtypes)} "
+                f"{list(shape)} follows from the model's shapes and its quantization_config (method={config.method!r}, "
+                f"layout {layout.name}, block_size={config.block_size}). One of the two was changed."
+            )
+    for name in sorted(set(tensors) - set(shapes)):
+        raise ValueError(
+            f"{linear.key}: the checkpoint holds {_tensor_key(linear.key, name)!r}, which the layout {layout.name} of "
+            f"method={config.method!r} does not have. The quantization_config was changed."
+        )
+    return {
+        "layout": layout,
+        "block_size": config.block_size,
+        "permuted": permuted,
+        "salient": salient,
+        "scale_dtypes": {n: _SCALE_DTYPES[tensors[n].dtype] for n in tensors if n.endswith("scale")},
+        "backend": config.backend,
+    }
+
+
+def _tensor_key(module: str, name: str) -> str:
+    return f"{module}.weight" if name == "weight" else f"{module}.weight_{name}"
+
+
+def _dtypes(name: str) -> tuple[str, ...]:
+    if name.endswith("scale"):
+        return tuple(_SCALE_DTYPES)
+    return ("U8",) if name in ("weight", "salient_weight") else tuple(_INDEX_DTYPES)

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from optimum_arb.calibration import InputStatistics
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.o = nn.Linear(4, 6)
+        self.conv = Conv1D(3, 6)
+        self.idle = nn.Linear(6, 2)
+
+    def forward(self, x, other=None):
+        q, k = self.q(x), self.k(x if other is None else other)
+        return self.conv(self.o(q * k))
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(0)
+    return Layer().eval()
+
+
+def gather(layer, batches):
+    linears = dict(layer.named_children())
+    with torch.no_grad(), InputStatistics(linears) as statistics:
+        for batch in batches:
+            layer(batch)
+            statistics.end_batch()
+    return statistics
+
+
+def test_sum_over_all_batches(layer):
+    batches = [torch.randn(2, 5, 6), torch.randn(3, 5, 6)]
+    statistics = gather(layer, batches)
+    rows = torch.cat([batch.flatten(0, 1) for batch in batches])
+    torch.testing.assert_close(statistics.hessian("q"), rows.T @ rows)
+    assert statistics.tokens("q") == 25
+    with torch.no_grad():
+        inner = layer.q(rows) * layer.k(rows)
+        torch.testing.assert_close(statistics.hessian("o"), inner.T @ inner)
+        outer = layer.o(inner)
+        torch.testing.assert_close(statistics.hessian("conv"), outer.T @ outer)
+
+
+def test_the_same_input_is_summed_once_and_shared(layer):
+    statistics = gather(layer, [torch.randn(2, 5, 6)])
+    assert statistics.hessian("q") is statistics.hessian("k")
+    assert statistics.tokens("k") == 10
+    assert statistics.hessian("q") is not statistics.hessian("o")
+
+
+def test_equal_but_different_tensors_are_not_shared(layer):
+    x = torch.randn(2, 5, 6)
+    with torch.no_grad(), InputStatistics(dict(layer.named_children())) as statistics:
+        layer(x, x.clone())
+    assert statistics.hessian("q") is not statistics.hessian("k")
+    torch.testing.assert_close(statistics.hessian("q"), statistics.hessian("k"))
+
+
+def test_an_input_that_is_shared_at_times_only_is_an_error(layer):
+    x = torch.randn(2, 5, 6)
+    with torch.no_grad(), InputStatistics(dict(layer.named_children())) as statistics:
+        layer(x)
+        statistics.end_batch()
+        with pytest.raises(RuntimeError, match="k shared its input"):
+            layer(x, x.clone())
+
+
+def test_a_linear_that_nothing_reaches(layer):
+    statistics = gather(layer, [torch.randn(2, 5, 6)])
+    assert statistics.hessian("idle") is None
+    assert statistics.tokens("idle") == 0
+
+
+def test_hooks_are_removed(layer):
+    gather(layer, [torch.randn(1, 2, 6)])
+    assert not any(module._forward_pre_hooks for module in layer.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_summed_in_float32(layer, dtype):
+    layer.to(dtype)
+    x = torch.randn(4, 500, 6).to(dtype)
+    statistics = gather(layer, [x])
+    rows = x.flatten(0, 1).float()
+    assert statistics.hessian("q").dtype == torch.float32
+    torch.testing.assert_close(statistics.hessian("q"), rows.T @ rows)
+
+
+def test_autocast_does_not_reach_the_sum(layer):
+    x = torch.randn(4, 50, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        statistics = gather(layer, [x])
+    rows = x.flatten(0, 1)
+    torch.testing.assert_close(statistics.hessian("q"), rows.T @ rows, rtol=1e-6, atol=1e-6)

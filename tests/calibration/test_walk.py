@@ -1,0 +1,202 @@
+"""The walk over the layers, against a plain one that runs the whole model for every layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import CAUSAL, ENCODERS, tiny_model, tokens
+from torch import nn
+
+from optimum_arb import ARBConfig, ARBLinear
+from optimum_arb.calibration import CalibrationWalk, token_batches
+from optimum_arb.calibration import walk as walk_module
+from optimum_arb.conversion import binarize_linear
+from optimum_arb.modules import is_linear, select_modules
+
+CHAINS = [*CAUSAL, *ENCODERS]
+
+
+def targets(model):
+    return list(select_modules(model, ARBConfig(dataset=None)).convert)
+
+
+def gather(model, batches, names=None):
+    """Runs the walk with a stand-in for binarization that halves the weight, so that later inputs show it; returns the
+    matrices."""
+    found = {}
+
+    def halve(name, module, hessian, count):
+        found[name] = (None if hessian is None else hessian.clone(), count)
+        with torch.no_grad():
+            module.weight.mul_(0.5)
+        return module, None
+
+    CalibrationWalk(model, names or targets(model), halve, batches).run()
+    return found
+
+
+def by_whole_runs(model, batches, layers):
+    """The definition: the inputs of a layer in the model whose earlier layers are halved already."""
+    found = {}
+    for names in layers:
+        inputs = {name: [] for name in names}
+        handles = [
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda module, args, rows=inputs[name]: rows.append(args[0].flatten(0, -2))
+            )
+            for name in names
+        ]
+        with torch.no_grad():
+            for batch in batches:
+                model(input_ids=batch)
+            for handle in handles:
+                handle.remove()
+            for name in names:
+                rows = torch.cat(inputs[name])
+                found[name] = (rows.T @ rows, len(rows))
+                model.get_submodule(name).weight.mul_(0.5)
+    return found
+
+
+def layers_of(names):
+    """Groups names by the layer they are in, what is outside of all layers last."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+        groups.setdefault("~" if number is None else ".".join(parts[: number + 1]), []).append(name)
+    return [groups[key] for key in sorted(groups)]
+
+
+@pytest.mark.parametrize("family", CHAINS)
+def test_matrices_are_those_of_the_binarized_prefix(family):
+    batches = token_batches(tokens(5, 24), 2)
+    names = targets(tiny_model(family))
+    found = gather(tiny_model(family), batches)
+    expected = by_whole_runs(tiny_model(family), batches, layers_of(names))
+    assert found.keys() == expected.keys()
+    for name, (hessian, count) in found.items():
+        assert count == expected[name][1]
+        torch.testing.assert_close(hessian, expected[name][0], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("family", CHAINS)
+def test_layers_of_the_usual_form_run_by_themselves(family, monkeypatch):
+    """One run of the model for a look, one a batch to record, and one a batch for what lies outside the layers."""
+    model = tiny_model(family)
+    batches = token_batches(tokens(5, 24), 2)
+    runs = []
+    run_model = CalibrationWalk._run_model
+    monkeypatch.setattr(
+        CalibrationWalk, "_run_model", lambda self, batch: (runs.append(batch.shape), run_model(self, batch))
+    )
+    gather(model, batches)
+    outside = family in ("OPTForCausalLM", "BertModel")
+    assert len(runs) == 1 + len(batches) * (1 + outside)
+
+
+def test_models_of_another_form_run_whole(monkeypatch):
+    """T5's layers hand a position bias to each other: they form no chain."""
+    model = tiny_model("T5ForConditionalGeneration")
+    names = targets(model)
+    found = gather(model, token_batches(tokens(4, 24), 2))
+    assert set(found) == set(names)
+    assert all(count == 96 for _, count in found.values())
+    # of the last decoder layer, against the definition: everything before it is halved
+    model = tiny_model("T5ForConditionalGeneration")
+    last = [name for name in names if name.startswith("decoder.block.1.")]
+    with torch.no_grad():
+        for name in names:
+            if name not in last:
+                model.get_submodule(name).weight.mul_(0.5)
+    rows = []
+    handle = model.get_submodule(last[0]).register_forward_pre_hook(lambda m, args: rows.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        model(input_ids=tokens(4, 24), decoder_input_ids=tokens(4, 24))
+    handle.remove()
+    torch.testing.assert_close(found[last[0]][0], rows[0].T @ rows[0], rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_run_twice(monkeypatch):
+    """Both runs of a shared layer count."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(96, 8)
+            self.layers = nn.ModuleList([nn.Linear(8, 8)])
+            self.config = type("Config", (), {"is_encoder_decoder": False})()
+
+        def forward(self, input_ids):
+            return self.layers[0](self.layers[0](self.embed(input_ids)))
+
+    torch.manual_seed(0)
+    model = Twice()
+    # a linear itself as the layer: the outermost list's item is the target
+    wrapped = nn.Sequential(model.layers[0])
+    model.layers[0] = wrapped
+    found = gather(model, [tokens(2, 6)], ["layers.0.0"])
+    assert found["layers.0.0"][1] == 24
+
+
+def test_recorded_arguments_are_each_layers_own():
+    """Gemma's sliding and full layers get different masks."""
+    model = tiny_model("Gemma3ForCausalLM", attn_implementation="eager")
+    walk = CalibrationWalk(model, targets(model), lambda *a: None, token_batches(tokens(2, 24), 1))
+    with torch.no_grad():
+        (group,) = walk._find_layers()
+        walk._probe([group])
+        _, calls = walk._record(group)
+    masks = [layer[0].kwargs["attention_mask"] for layer in calls]
+    assert masks[0].shape == masks[1].shape
+    assert not torch.equal(masks[0], masks[1])
+    # what is equal in every batch is kept once
+    assert calls[0][0].kwargs["attention_mask"] is calls[0][1].kwargs["attention_mask"]
+
+
+def test_the_model_is_as_before_but_for_its_linears():
+    model = tiny_model("LlamaForCausalLM")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    names = targets(model)
+    config = ARBConfig(dataset=tokens(), block_size=64)
+
+    def binarize(name, module, hessian, count):
+        packed, record = binarize_linear(name, module, config, hessian, count)
+        return packed, record.output_error
+
+    walk = CalibrationWalk(model, names, binarize, token_batches(tokens()))
+    walk.run()
+    assert len(walk.errors) == len(names)
+    for name, module in model.named_modules():
+        assert isinstance(module, ARBLinear) == (name in names)
+        assert is_linear(module) == (name == "lm_head")
+        assert "forward" not in module.__dict__
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0] not in names:
+            assert torch.equal(parameter, before[name])
+
+
+def test_a_failure_leaves_no_hook_behind():
+    model = tiny_model("LlamaForCausalLM")
+
+    def fail(*args):
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        CalibrationWalk(model, targets(model), fail, [tokens()]).run()
+    for module in model.modules():
+        assert "forward" not in module.__dict__
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_progress_shows_the_running_output_error(monkeypatch):
+    shown = []
+    monkeypatch.setattr(walk_module.tqdm, "set_postfix", lambda self, values, **kwargs: shown.append(dict(values)))
+    model = tiny_model("LlamaForCausalLM")
+    errors = iter(torch.linspace(0.1, 0.4, 14).tolist())
+
+    CalibrationWalk(model, targets(model), lambda n, m, h, c: (m, next(errors)), [tokens()]).run()
+    assert [float(values["output error"]) for values in shown] == pytest.approx([0.1692, 0.25], abs=1e-3)
