@@ -92,7 +92,9 @@ class BinarizedWeight:
 
     def _sign(self, plane: int, at: torch.Tensor) -> torch.Tensor:
         """Signs of a plane at the columns `at` (the salient columns where the plane is theirs alone)."""
-        return self.signs[plane][:, at] if plane < self.layout.planes else self.salient_signs[plane - self.layout.planes]
+        return (
+            self.signs[plane][:, at] if plane < self.layout.planes else self.salient_signs[plane - self.layout.planes]
+        )
 
     def _column_scale(self, col: int, at: torch.Tensor) -> torch.Tensor:
         return (
@@ -218,9 +220,7 @@ def pack(weight: BinarizedWeight) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def unpack(
-    tensors: Mapping[str, torch.Tensor], layout: Layout, in_features: int, block_size: int
-) -> BinarizedWeight:
+def unpack(tensors: Mapping[str, torch.Tensor], layout: Layout, in_features: int, block_size: int) -> BinarizedWeight:
     """The inverse of `pack`, up to the rounding of the scales.
 
     Args:

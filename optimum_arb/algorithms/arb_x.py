@@ -8,9 +8,7 @@ from .arb import arb
 from .residual import ZoneFit
 
 
-def arb_x(
-    weight: torch.Tensor, groups: torch.Tensor, order: int, num_iterations: int, metric: torch.Tensor
-) -> ZoneFit:
+def arb_x(weight: torch.Tensor, groups: torch.Tensor, order: int, num_iterations: int, metric: torch.Tensor) -> ZoneFit:
     """ARB, then with the signs frozen `num_iterations` rounds that minimize `||X (W - Q)^T||^2` of each group:
 
         mu    = 1^T S (W - alpha B)^T / (1^T S 1)

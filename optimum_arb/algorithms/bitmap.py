@@ -133,7 +133,9 @@ def sign_planes(fit: BitmapFit, group_bitmap: str) -> torch.Tensor:
     """
     rows = fit.rest.signs.shape[1]
     columns = len(fit.rest_columns) + len(fit.salient_columns)
-    planes = torch.zeros(1 if group_bitmap == "none" else 2, rows, columns, dtype=torch.bool, device=fit.rest.signs.device)
+    planes = torch.zeros(
+        1 if group_bitmap == "none" else 2, rows, columns, dtype=torch.bool, device=fit.rest.signs.device
+    )
     for zone, at in ((fit.rest, fit.rest_columns), (fit.salient, fit.salient_columns)):
         if zone is None:
             continue
@@ -154,7 +156,5 @@ def col_scales(fit: BitmapFit, group_bitmap: str) -> torch.Tensor:
     scales[:, fit.rest_columns] = fit.rest.col_scale[:, 0]
     if fit.salient is not None:
         by_group = group_bitmap == "all"
-        scales[:, fit.salient_columns] = (
-            fit.salient.col_scale[:, 0] if by_group else fit.salient.col_scale[0, :count]
-        )
+        scales[:, fit.salient_columns] = fit.salient.col_scale[:, 0] if by_group else fit.salient.col_scale[0, :count]
     return scales

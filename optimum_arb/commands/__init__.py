@@ -1,0 +1,1 @@
+"""The command line: `optimum-arb`, `optimum-cli arb` and `python -m optimum_arb`. Thin: parse, call, print."""

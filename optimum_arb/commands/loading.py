@@ -1,0 +1,69 @@
+"""Loading models and tokenizers for the commands."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def check_model(name: str) -> None:
+    """Tells a mistyped directory apart from a Hub name, which may not be absolute or have more than one slash.
+
+    Raises:
+        FileNotFoundError: `name` can only be a directory and is none, or is one without a `config.json`.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"The directory {name} holds no model: it has no config.json.")
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"There is no model directory {name}.")
+
+
+def quantization_method(name: str) -> str | None:
+    """How the model on disk or on the Hub is quantized: "arb", "gptq", ...; None where it is not."""
+    quantization = getattr(AutoConfig.from_pretrained(name), "quantization_config", None)
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    return str(getattr(method, "value", method))
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Raises:
+        FileNotFoundError: see `check_model`.
+    """
+    check_model(name)
+    return AutoTokenizer.from_pretrained(name)
+
+
+def load_model(name: str, dtype: str = "auto", device_map: str = "cpu", backend: str | None = None) -> PreTrainedModel:
+    """A causal language model, binarized or not, in eval mode.
+
+    Args:
+        name: directory or Hub name.
+        dtype: "auto" or the name of a torch dtype.
+        device_map: as in `from_pretrained`.
+        backend: how a binarized model computes; only for one.
+
+    Raises:
+        FileNotFoundError: see `check_model`.
+        ValueError: a backend was asked for and the model is not binarized.
+    """
+    from ..config import ARBConfig
+
+    check_model(name)
+    options: dict[str, Any] = {}
+    if backend is not None:
+        if quantization_method(name) != "arb":
+            raise ValueError(f"backend={backend!r} is for binarized models, and {name} is none.")
+        options["quantization_config"] = ARBConfig(backend=backend)
+    with warnings.catch_warnings():
+        # transformers warns that all of our configuration but the backend is ignored, which is what we want
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **options).eval()

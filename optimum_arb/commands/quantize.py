@@ -1,0 +1,196 @@
+"""Binarize a model and save it packed, with its tokenizer.
+
+Calibrates on a text unless --no-calibration is given. Options that are left out have the defaults of `ARBConfig`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING, Any
+
+from .printing import fields, ratio, size, table
+
+if TYPE_CHECKING:
+    from ..report import ModelReport
+
+# Options that go into ARBConfig under their own names.
+CONFIG_OPTIONS = (
+    "method",
+    "planes",
+    "block_size",
+    "group_bitmap",
+    "salient_columns",
+    "num_iterations",
+    "compensation",
+    "split_metric",
+    "dataset",
+    "num_samples",
+    "sequence_length",
+    "batch_size",
+    "seed",
+    "damp_percent",
+    "modules_to_not_convert",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="directory or Hub name of the model to binarize")
+    parser.add_argument("out", metavar="OUT", help="directory to save it in")
+    method = parser.add_argument_group("method")
+    method.add_argument("--method", help="arb-hrc (default), arb-rc, arb-x, arb, billm or rtn")
+    method.add_argument("--planes", type=int, metavar="N", help="sign planes of arb-hrc: 1 (default), 2 or 3")
+    method.add_argument(
+        "--block-size", type=int, metavar="N", help="columns that share a row scale: 128 (default), 64, -1 = whole row"
+    )
+    method.add_argument("--group-bitmap", metavar="WHICH", help="all, non-salient or none (the papers' methods)")
+    method.add_argument(
+        "--salient-columns", type=_search_or_int, metavar="N", help="search or a number (the papers' methods)"
+    )
+    method.add_argument("--num-iterations", type=int, metavar="N", help="rounds of refinement")
+    method.add_argument("--compensation", metavar="KIND", help="exact (default) or diagonal (as published)")
+    method.add_argument("--split-metric", metavar="KIND", help="weight (default) or score (as published)")
+    method.add_argument("--damp-percent", type=float, metavar="X", help="damping of the calibration matrix (0.01)")
+    method.add_argument(
+        "--modules-to-not-convert", nargs="+", metavar="PATTERN", help="linears to keep in float: suffixes, or re:..."
+    )
+    method.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="PATTERN=KEY:VALUE",
+        help="another choice for some linears, e.g. 'down_proj=planes:2,block_size:64' or 'layers.0.mlp.up_proj=skip'",
+    )
+    calibration = parser.add_argument_group("calibration")
+    calibration.add_argument("--dataset", metavar="NAME_OR_PATH", help="text to calibrate on (default: wikitext-2)")
+    calibration.add_argument("--num-samples", type=int, metavar="N", help="calibration sequences (default: 128)")
+    calibration.add_argument("--sequence-length", type=int, metavar="TOKENS", help="their length (default: 2048)")
+    calibration.add_argument("--batch-size", type=int, metavar="N", help="sequences of a batch")
+    calibration.add_argument("--seed", type=int, metavar="N", help="seed where samples are drawn (default: 0)")
+    calibration.add_argument("--no-calibration", action="store_true", help="binarize from the weights alone")
+    other = parser.add_argument_group("loading and saving")
+    other.add_argument("--dtype", default="auto", help="auto (the checkpoint's own, default), float32, bfloat16, ...")
+    other.add_argument("--device-map", default="cpu", metavar="MAP", help="cpu (default), cuda, auto, ...")
+    other.add_argument("--max-shard-size", metavar="SIZE", help="size of a safetensors file, e.g. 2GB")
+    other.add_argument("--overwrite", action="store_true", help="replace a model that lies in OUT")
+
+
+def run(args: argparse.Namespace) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from ..report import model_report
+    from ..saving import check_output_directory, save_model
+    from .loading import check_model, load_tokenizer, quantization_method
+
+    check_output_directory(args.out, overwrite=args.overwrite)
+    config = build_config(args)
+    check_model(args.model)
+    method = quantization_method(args.model)
+    if method is not None:
+        raise ValueError(
+            f"{args.model} is already {'binarized' if method == 'arb' else f'quantized with {method}'}: "
+            "start from the float model."
+        )
+    tokenizer = load_tokenizer(args.model)
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, quantization_config=config, dtype=args.dtype, device_map=args.device_map
+    )
+    seconds = time.perf_counter() - start
+    options = {"max_shard_size": args.max_shard_size} if args.max_shard_size else {}
+    save_model(model, tokenizer, args.out, overwrite=args.overwrite, **options)
+    report = model_report(model)
+    if args.json:
+        result = {
+            "model": args.model,
+            "out": args.out,
+            "seconds": seconds,
+            "config": model.config.quantization_config.to_dict(),
+            **report.to_dict(),
+        }
+        print(json.dumps(result))
+    else:
+        print(describe(args.model, args.out, report, seconds))
+
+
+def build_config(args: argparse.Namespace) -> Any:
+    """The `ARBConfig` of the options.
+
+    Raises:
+        ValueError, TypeError: an option that it does not take.
+    """
+    from ..config import ARBConfig
+
+    choices = {name: getattr(args, name) for name in CONFIG_OPTIONS if getattr(args, name) is not None}
+    if args.no_calibration:
+        given = [name for name in ("dataset", "num_samples", "sequence_length", "seed") if name in choices]
+        if given:
+            raise ValueError(f"--{given[0].replace('_', '-')} does nothing with --no-calibration: give one of the two.")
+        choices["dataset"] = None
+    return ARBConfig(**choices, overrides=parse_overrides(args.override))
+
+
+def parse_overrides(texts: list[str]) -> dict[str, dict[str, Any]]:
+    """`["down_proj=planes:2,block_size:64", "q_proj=skip"]` as `ARBConfig` takes it.
+
+    Raises:
+        ValueError: no "=", or an entry that is neither KEY:VALUE nor skip.
+    """
+    overrides: dict[str, dict[str, Any]] = defaultdict(dict)
+    for text in texts:
+        # The last "=", since a regular expression may hold others.
+        pattern, _, choices = text.rpartition("=")
+        for choice in choices.split(","):
+            key, colon, value = choice.partition(":")
+            if not pattern or (not colon and key != "skip"):
+                raise ValueError(f"--override {text!r} must be PATTERN=KEY:VALUE[,KEY:VALUE...] or PATTERN=skip.")
+            overrides[pattern][key] = _value(value) if colon else True
+    return dict(overrides)
+
+
+def describe(model: str, out: str, report: ModelReport, seconds: float) -> str:
+    """The readable form."""
+    from .inspect import kind_of
+
+    kinds = defaultdict(list)
+    for module in report.modules:
+        kinds[kind_of(module.name)].append(module)
+    rows = []
+    for kind, modules in kinds.items():
+        weights, count = sum(m.weights for m in modules), sum(m.stored_bytes for m in modules)
+        methods = ", ".join(sorted({f"{m.method} ({m.layout})" for m in modules}))
+        errors = [ratio(_mean([getattr(m, key) for m in modules])) for key in ("weight_error", "output_error")]
+        rows.append([kind, str(len(modules)), methods, f"{count:,}", f"{8 * count / weights:.4f}", *errors])
+    text = table(["binarized", "modules", "method", "bytes", "bits", "weight error", "output error"], rows)
+    kept = Counter((kind_of(name), reason) for name, reason in report.kept.items())
+    if kept:
+        lines = [[kind, str(count), reason] for (kind, reason), count in kept.items()]
+        text += "\n\n" + table(["stayed in float", "modules", "why"], lines)
+    pairs = [
+        ("saved", f"{model} -> {out}"),
+        ("true bits per weight", f"{report.bits_per_weight:.4f} (binarized weights, every stored bit counted)"),
+        ("bytes binarized", f"{report.packed_bytes:,} ({size(report.packed_bytes)})"),
+        ("bytes of the model", f"{report.model_bytes:,} ({size(report.model_bytes)}), embeddings included"),
+        ("mean output error", ratio(report.mean_output_error)),
+        ("seconds", f"{seconds:.1f}"),
+    ]
+    return text + "\n\n" + fields(pairs)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _search_or_int(text: str) -> str | int:
+    return text if text == "search" else int(text)
+
+
+def _value(text: str) -> Any:
+    """A number, true or false where it reads as one."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,172 @@
+"""What a binarized model on disk holds, read from its configuration and its safetensors headers alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import get_safetensors_metadata
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from .config import ARBConfig
+from .modules import linear_shape, select_modules
+from .packing import TENSOR_NAMES
+from .stored import StoredTensor, describe, packed_linears, read_headers
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """A binarized linear on disk.
+
+    Attributes:
+        name: the module's name.
+        method: the method that made it.
+        layout: the name of its layout.
+        shape: (out_features, in_features).
+        stored_bytes: bytes of the packed weight with all its companions (the bias, which stays in float, not counted).
+        bits_per_weight: the same in bits over the number of weights.
+    """
+
+    name: str
+    method: str
+    layout: str
+    shape: tuple[int, int]
+    stored_bytes: int
+    bits_per_weight: float
+
+
+@dataclass
+class Inspection:
+    """A binarized model on disk.
+
+    Attributes:
+        config: the configuration that it was binarized with.
+        modules: the binarized linears, in the order of the model.
+        kept: name of a linear that stayed in float -> the reason.
+        float_tensors: name of a tensor that is not part of a binarized weight -> bytes of its data.
+        stored_bytes: bytes of all tensors.
+        file_bytes: bytes of the safetensors files, which is `stored_bytes` and the headers (of a model on the Hub:
+            without the headers).
+    """
+
+    config: ARBConfig
+    modules: list[StoredModule] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    float_tensors: dict[str, int] = field(default_factory=dict)
+    stored_bytes: int = 0
+    file_bytes: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Number of binarized weights."""
+        return sum(math.prod(module.shape) for module in self.modules)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits per weight over all binarized linears."""
+        return 8 * sum(module.stored_bytes for module in self.modules) / self.weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "bits_per_weight": self.bits_per_weight,
+            "weights": self.weights,
+            "stored_bytes": self.stored_bytes,
+            "file_bytes": self.file_bytes,
+            "config": self.config.to_dict(),
+            "modules": [asdict(module) for module in self.modules],
+            "kept": self.kept,
+            "float_tensors": self.float_tensors,
+        }
+
+
+def inspect_model(name: str | Path) -> Inspection:
+    """Reads what a binarized model holds.
+
+    Args:
+        name: directory, or name on the Hub (of which only the configuration and the headers are downloaded).
+
+    Raises:
+        FileNotFoundError: the directory holds no safetensors file, or not all of them.
+        ValueError: the model is not binarized by optimum_arb, a file is damaged, or a tensor of a binarized module is
+            missing, unknown, or of the wrong shape or dtype.
+    """
+    model_config = AutoConfig.from_pretrained(name)
+    quantization: Any = getattr(model_config, "quantization_config", None)
+    if hasattr(quantization, "to_dict"):
+        quantization = quantization.to_dict()
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "arb":
+        raise ValueError(f"{name} is not binarized: its config.json has no quantization_config of method 'arb'.")
+    config = ARBConfig.from_dict(quantization)
+    tensors, file_bytes = _headers(name)
+    linears = {linear.key: linear for linear in packed_linears(tensors)}
+    model = _skeleton(model_config)
+    selection = select_modules(model, config, strict=False)
+    missing = sorted(set(selection.convert) - set(linears))
+    if missing:
+        raise ValueError(f"{missing[0]}: the tensor '{missing[0]}.weight' of {name} is missing, or is not packed.")
+    result = Inspection(config, kept=selection.keep, file_bytes=file_bytes)
+    for key, linear in linears.items():
+        choices = selection.convert.get(key)
+        if choices is None:
+            reason = selection.keep.get(key, "the model has no such linear")
+            raise ValueError(f"{key}: its weight is packed in {name}, but should not be ({reason}).")
+        rows, columns = linear_shape(model.get_submodule(key))
+        describe(linear, choices, rows, columns)
+        count = sum(tensor_bytes(tensor) for tensor in linear.tensors.values())
+        bits = 8 * count / (rows * columns)
+        result.modules.append(StoredModule(key, choices.method, choices.layout.name, (rows, columns), count, bits))
+    order = {key: index for index, key in enumerate(selection.convert)}
+    result.modules.sort(key=lambda module: order[module.name])
+    packed = {f"{key}.weight" + ("" if part == "weight" else f"_{part}") for key in linears for part in TENSOR_NAMES}
+    result.float_tensors = {key: tensor_bytes(tensor) for key, tensor in tensors.items() if key not in packed}
+    result.stored_bytes = sum(tensor_bytes(tensor) for tensor in tensors.values())
+    return result
+
+
+def tensor_bytes(tensor: StoredTensor) -> int:
+    """Bytes of a tensor's data in its file. The name of its dtype holds the bits: F16, U8, F8_E4M3; BOOL is a byte."""
+    bits = re.search(r"\d+", tensor.dtype)
+    return math.prod(tensor.shape) * (int(bits.group()) if bits else 8) // 8
+
+
+def _headers(name: str | Path) -> tuple[dict[str, StoredTensor], int]:
+    """The tensors of all safetensors files of a model, and the bytes of the files."""
+    if not Path(name).is_dir():
+        return _headers_of_hub(str(name))
+    index = Path(name) / "model.safetensors.index.json"
+    files = [Path(name) / "model.safetensors"]
+    if index.is_file():
+        entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [Path(name) / file for file in sorted(set(entries))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist: {name} holds no complete binarized model.")
+    return read_headers(str(file) for file in files), sum(file.stat().st_size for file in files)
+
+
+def _headers_of_hub(name: str) -> tuple[dict[str, StoredTensor], int]:
+    tensors: dict[str, StoredTensor] = {}
+    size = 0
+    for content in get_safetensors_metadata(name).files_metadata.values():
+        for key, info in content.tensors.items():
+            tensors[key] = StoredTensor(tuple(info.shape), str(info.dtype))
+        # The client keeps the metadata and not the length of the header that it came in: only the data are counted.
+        size += max((info.data_offsets[1] for info in content.tensors.values()), default=0)
+    return tensors, size
+
+
+def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The float model without its weights, for the names and shapes of its modules."""
+    architecture = config.architectures[0] if config.architectures else ""
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise ValueError(f"The architecture {architecture!r} is none of transformers' own: it cannot be inspected.")
+    with torch.device("meta"):
+        return model_class._from_config(config)

@@ -1,0 +1,50 @@
+"""`evaluate`: the numbers of the library function, for float and binarized models."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_arb.evaluate import perplexity
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the lobster is a species of lobster " * 60)
+    return path
+
+
+@pytest.mark.parametrize("which", ["float_model", "binarized_model"])
+def test_json_agrees_with_the_library(call, request, text, which):
+    directory = request.getfixturevalue(which)
+    result = call("evaluate", directory, "--text", text, "--context-length", 16, "--max-windows", 5, "--json")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    expected = perplexity(model, AutoTokenizer.from_pretrained(directory), text, context_length=16, max_windows=5)
+    assert result["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+    assert (result["tokens"], result["windows"], result["text"]) == (75, 5, "text.txt")
+    assert (result["bits_per_weight"] is None) == (which == "float_model")
+
+
+def test_readable_output_states_text_tokens_and_context(call, binarized_model, text):
+    out = call("evaluate", binarized_model, "--text", text, "--max-windows", 2)
+    assert "126 in 2 windows of 64" in out  # the default context is cut to the model's positions
+    assert "text.txt" in out
+    assert "true bits per weight" in out
+    assert "calibrated on" in out
+
+
+def test_backend(call, fail, binarized_model, float_model, text):
+    options = ("--text", text, "--max-windows", 2, "--json")
+    reference = call("evaluate", binarized_model, *options, "--backend", "reference")
+    dense = call("evaluate", binarized_model, *options, "--backend", "dequantize")
+    assert dense["perplexity"] == pytest.approx(reference["perplexity"], rel=1e-4)
+    assert "is for binarized models" in fail("evaluate", float_model, *options, "--backend", "reference")
+
+
+def test_bad_input(fail, float_model, text, tmp_path):
+    assert "neither a file nor a bundled text" in fail("evaluate", float_model, "--text", "no-such-text")
+    assert "more than the 64 positions" in fail("evaluate", float_model, "--context-length", 128, "--text", text)
+    text.write_text("the lobster")
+    assert "fewer than one window" in fail("evaluate", float_model, "--text", text)
+    assert "There is no model directory" in fail("evaluate", tmp_path / "missing")

@@ -1,0 +1,119 @@
+"""`inspect`: true bits from the headers alone, equal to the bytes of the file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from optimum_arb import inspection
+from optimum_arb.inspection import inspect_model
+from optimum_arb.report import model_report
+
+
+def test_agrees_with_the_bytes_of_the_file_and_with_the_loaded_model(call, binarized_model):
+    result = call("inspect", binarized_model, "--json")
+    path = binarized_model / "model.safetensors"
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    assert result["file_bytes"] == path.stat().st_size
+    assert result["stored_bytes"] == path.stat().st_size - header
+    tensors = load_file(path)
+    for module in result["modules"]:
+        own = {k: t for k, t in tensors.items() if k.startswith(f"{module['name']}.weight")}
+        assert module["stored_bytes"] == sum(t.numel() * t.element_size() for t in own.values())
+    packed = sum(module["stored_bytes"] for module in result["modules"])
+    assert result["bits_per_weight"] == 8 * packed / result["weights"]
+    assert packed + sum(result["float_tensors"].values()) == result["stored_bytes"]
+    report = model_report(AutoModelForCausalLM.from_pretrained(binarized_model))
+    assert result["bits_per_weight"] == pytest.approx(report.bits_per_weight)
+    assert result["config"]["bits_per_weight"] == pytest.approx(report.bits_per_weight)
+    assert [m["name"] for m in result["modules"]] == [m.name for m in report.modules]
+    assert [m["layout"] for m in result["modules"]] == [m.layout for m in report.modules]
+
+
+def test_readable_output(call, binarized_model):
+    out = call("inspect", binarized_model)
+    for text in (
+        "true bits per weight",
+        "model.layers.*.mlp.down_proj",
+        "planes-2-col",
+        "model.layers.*.mlp.up_proj.weight",
+        "bias of a binarized linear",
+        "fingerprint",
+    ):
+        assert text in out
+    assert "model.layers.0.mlp.down_proj" not in out
+    assert "model.layers.0.mlp.down_proj" in call("inspect", binarized_model, "--modules")
+
+
+def test_sharded(call, float_model, tmp_path):
+    out = tmp_path / "sharded"
+    options = ("--method", "rtn", "--no-calibration", "--max-shard-size", "20KB")
+    call("quantize", float_model, out, *options)
+    files = list(out.glob("*.safetensors"))
+    assert len(files) > 1
+    result = call("inspect", out, "--json")
+    assert result["file_bytes"] == sum(file.stat().st_size for file in files)
+    assert len(result["modules"]) == 14
+
+
+def test_model_on_the_hub(call, binarized_model, monkeypatch):
+    """The client of the Hub gives the same headers, of which the same numbers are made."""
+    with safe_open(binarized_model / "model.safetensors", "pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+        infos, end = {}, 0
+        for key, part in slices.items():
+            begin, end = end, end + file.get_tensor(key).nbytes
+            infos[key] = SimpleNamespace(dtype=part.get_dtype(), shape=part.get_shape(), data_offsets=(begin, end))
+    metadata = SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=infos)})
+    local = inspect_model(binarized_model)
+    config = inspection.AutoConfig.from_pretrained(binarized_model)
+    monkeypatch.setattr(inspection, "get_safetensors_metadata", lambda name: metadata)
+    monkeypatch.setattr(inspection.AutoConfig, "from_pretrained", lambda name: config)
+    remote = inspect_model("somebody/model")
+    assert remote.modules == local.modules
+    assert remote.stored_bytes == local.stored_bytes == remote.file_bytes
+
+
+@pytest.fixture
+def damaged(binarized_model, tmp_path):
+    return shutil.copytree(binarized_model, tmp_path / "damaged")
+
+
+def test_not_binarized(fail, float_model, tmp_path):
+    assert "is not binarized" in fail("inspect", float_model)
+    assert "There is no model directory" in fail("inspect", tmp_path / "missing")
+
+
+def test_missing_tensor(fail, damaged):
+    tensors = load_file(damaged / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight_row_scale"]
+    save_file(tensors, damaged / "model.safetensors")
+    assert "'model.layers.0.mlp.up_proj.weight_row_scale' is missing" in fail("inspect", damaged)
+
+
+def test_missing_module(fail, damaged):
+    tensors = load_file(damaged / "model.safetensors")
+    save_file({k: t for k, t in tensors.items() if "layers.0.mlp.up_proj" not in k}, damaged / "model.safetensors")
+    assert "model.layers.0.mlp.up_proj.weight" in fail("inspect", damaged)
+
+
+def test_cut_file(fail, damaged):
+    path = damaged / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "no intact safetensors file" in fail("inspect", damaged)
+    path.unlink()
+    assert "does not exist" in fail("inspect", damaged)
+
+
+def test_newer_format(fail, damaged):
+    path = damaged / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["format_version"] = 99
+    path.write_text(json.dumps(config))
+    assert "format version 99" in fail("inspect", damaged)
