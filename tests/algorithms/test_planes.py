@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from optimum_arb.algorithms import planes as P
+from optimum_arb.algorithms.hessian import prepare_hessian
+
+
+def objective(weight, metric, fit):
+    error = (weight - fit.reconstruction()).double()
+    return float((error @ metric.double() * error).sum())
+
+
+@pytest.fixture
+def block(weight, hessian):
+    return weight[:, :128], prepare_hessian(hessian, 0.01, act_order=False).block_metric(0, 128)
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_no_update_raises_the_objective(block, planes):
+    weight, metric = block
+    fit = P.greedy_start(weight, planes)
+    last = start = objective(weight, metric, fit)
+    for _ in range(4):
+        for update in (P.update_rows, P.update_columns, P.update_signs):
+            update(weight, metric, fit)
+            now = objective(weight, metric, fit)
+            assert now <= last * (1 + 1e-5), update.__name__
+            last = now
+    assert last < 0.7 * start
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_column_update_is_a_stationary_point(block, planes):
+    weight, metric = block
+    fit = P.greedy_start(weight, planes)
+    for _ in range(3):
+        P.update_columns(weight, metric, fit)
+    col = fit.col.double().requires_grad_()
+    error = weight.double() - torch.einsum("pnk,pn,pk->nk", fit.signs.double(), fit.row.double(), col)
+    lost = (error @ metric.double() * error).sum()
+    (gradient,) = torch.autograd.grad(lost, col)
+    assert gradient.abs().max() * fit.col.abs().max() < 1e-3 * lost
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_signs_are_coordinatewise_optimal_after_convergence(block, planes):
+    weight, metric = block
+    weight = weight[:6, :40]
+    metric = metric[:40, :40]
+    fit = P.greedy_start(weight, planes)
+    P.update_rows(weight, metric, fit)
+    for _ in range(50):
+        P.update_signs(weight, metric, fit)
+    best = objective(weight, metric, fit)
+    for plane in range(planes):
+        for row in (0, 5):
+            for column in range(0, 40, 7):
+                fit.signs[plane, row, column] *= -1
+                assert objective(weight, metric, fit) >= best * (1 - 1e-6)
+                fit.signs[plane, row, column] *= -1
+
+
+def test_more_planes_are_better(block):
+    weight, metric = block
+    errors = [objective(weight, metric, P.fit_planes(weight, metric, planes, 2)) for planes in (1, 2, 3)]
+    assert errors[1] < 0.4 * errors[0]
+    assert errors[2] < 0.5 * errors[1]
+
+
+def test_normalize_changes_nothing_but_the_form(block):
+    weight, metric = block
+    fit = P.greedy_start(weight, 2)
+    P.update_columns(weight, metric, fit)
+    fit.row[0, ::2] *= -1
+    before = fit.reconstruction()
+    P.normalize(fit)
+    torch.testing.assert_close(fit.reconstruction(), before)
+    assert (fit.row >= 0).all()
+    assert (fit.col >= 0).all()
+    torch.testing.assert_close(fit.col.mean(1), torch.ones(2))
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_degenerate_blocks_stay_finite(planes):
+    metric = torch.eye(16)
+    for weight in (torch.zeros(4, 16), torch.ones(4, 16), torch.eye(16)[:4]):
+        fit = P.fit_planes(weight, metric, planes, 2)
+        assert torch.isfinite(fit.reconstruction()).all()
+    assert objective(torch.ones(4, 16), metric, P.fit_planes(torch.ones(4, 16), metric, planes, 2)) < 1e-5
