@@ -15,7 +15,7 @@ needs besides the tensors.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 Zone = Literal["all", "rest", "salient"]
@@ -69,9 +69,9 @@ class Layout:
     terms: tuple[Term, ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def planes_layout(planes: int, mean: bool = False, col_scale: bool = False) -> Layout:
-    """`planes` sign planes over all columns, each with a row scale, and a column scale if asked; a shared mean if asked.
+    """`planes` sign planes over all columns, each with a row scale, and, if asked, a column scale or a shared mean.
 
     Round-to-nearest and ARB without bitmaps (`col_scale=False`), ARB-RC without bitmaps and arb-hrc (`col_scale=True`).
     """
@@ -104,7 +104,7 @@ def _group_terms(zone: Zone, row: int, plane: int, col_scale: bool, mean: bool, 
     ]
 
 
-@lru_cache(maxsize=None)
+@cache
 def bitmap_layout(group_bitmap: str, salient: bool, col_scale: bool) -> Layout:
     """BiLLM and ARB with bitmaps: salient columns at order 2, the rest at order 1, groups of weights by magnitude.
 
@@ -157,7 +157,7 @@ def bitmap_layout(group_bitmap: str, salient: bool, col_scale: bool) -> Layout:
     return Layout(name, planes, salient_planes, row_scales, col_scales, salient_cols, salient, tuple(terms))
 
 
-@lru_cache(maxsize=None)
+@cache
 def layout_from_name(name: str) -> Layout:
     """The layout that carries this name.
 
@@ -170,10 +170,10 @@ def layout_from_name(name: str) -> Layout:
     raise ValueError(f"Unknown layout {name!r}: this version knows {sorted(layout.name for layout in all_layouts())}.")
 
 
-@lru_cache(maxsize=None)
+@cache
 def all_layouts() -> tuple[Layout, ...]:
     """Every layout that this version can store and run."""
-    extras = ({}, {"mean": True}, {"col_scale": True})
+    extras: tuple[dict[str, bool], ...] = ({}, {"mean": True}, {"col_scale": True})
     found = [planes_layout(p, **extra) for p in range(1, MAX_PLANES + 1) for extra in extras]
     found += [bitmap_layout(g, s, c) for g in GROUP_BITMAPS for s in (False, True) for c in (False, True)]
     return tuple({layout.name: layout for layout in found}.values())

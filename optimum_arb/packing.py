@@ -77,9 +77,11 @@ class BinarizedWeight:
         rest = torch.ones(columns, dtype=torch.bool, device=self.signs.device)
         if salient is not None:
             rest[salient] = False
-        every = torch.arange(columns, device=self.signs.device)
+        zones = {"all": torch.arange(columns, device=self.signs.device), "rest": rest.nonzero().squeeze(1)}
+        if salient is not None:
+            zones["salient"] = salient
         for term in self.layout.terms:
-            at = every if term.zone == "all" else salient if term.zone == "salient" else rest.nonzero().squeeze(1)
+            at = zones[term.zone]
             value = term.factor * self.row_scale[:, block[at], term.row].to(compute)
             if term.col is not None:
                 value = value * self._column_scale(term.col, at).to(compute)
@@ -92,16 +94,18 @@ class BinarizedWeight:
 
     def _sign(self, plane: int, at: torch.Tensor) -> torch.Tensor:
         """Signs of a plane at the columns `at` (the salient columns where the plane is theirs alone)."""
-        return (
-            self.signs[plane][:, at] if plane < self.layout.planes else self.salient_signs[plane - self.layout.planes]
-        )
+        if plane < self.layout.planes:
+            return self.signs[plane][:, at]
+        assert self.salient_signs is not None  # the layout says so
+        return self.salient_signs[plane - self.layout.planes]
 
     def _column_scale(self, col: int, at: torch.Tensor) -> torch.Tensor:
-        return (
-            self.col_scale[col, at]
-            if col < self.layout.col_scales
-            else self.salient_col_scale[col - self.layout.col_scales]
-        )
+        every, salient = self.col_scale, self.salient_col_scale
+        if col < self.layout.col_scales:
+            assert every is not None  # the layout says so
+            return every[col, at]
+        assert salient is not None
+        return salient[col - self.layout.col_scales]
 
 
 def check_block_size(block_size: int) -> None:
@@ -234,7 +238,7 @@ def unpack(tensors: Mapping[str, torch.Tensor], layout: Layout, in_features: int
     blocks = block_count(in_features, block_size)
     salient = tensors.get("salient_columns")
     salient_signs = None
-    if layout.salient_planes:
+    if salient is not None and layout.salient_planes:
         salient_signs = unpack_bits(tensors["salient_weight"], layout.salient_planes, salient.shape[1], tile)
     permutation = tensors.get("permutation")
     return BinarizedWeight(

@@ -8,10 +8,12 @@ import torch
 
 from ..config import BITMAP_METHODS, ARBConfig
 from ..packing import BinarizedWeight
-from .bitmap import BitmapFit, col_scales, fit_bitmap_block, row_scales, sign_planes
+from .assembly import assemble_bitmap, assemble_planes
+from .bitmap import BitmapFit, fit_bitmap_block
 from .compensation import binarize_blocks
 from .hessian import PreparedHessian, identity_hessian, prepare_hessian
-from .planes import fit_planes
+from .planes import PlanesFit, fit_planes
+from .refinement import refine_blocks
 
 __all__ = ["binarize", "output_error"]
 
@@ -47,14 +49,17 @@ def binarize(weight: torch.Tensor, hessian: torch.Tensor | None, config: ARBConf
     if hessian is None:
         prepared = identity_hessian(columns, weight.device)
     else:
-        prepared = prepare_hessian(hessian, config.damp_percent, config.resolved_act_order)
+        prepared = prepare_hessian(hessian, config.resolved_damp_percent, config.resolved_act_order)
     if prepared.permutation is not None:
         target = target[:, prepared.permutation]
+    target = torch.where(prepared.dead, 0.0, target)  # what never has an input may as well cost nothing
+    if config.method == "rtn":
+        result = _round_to_nearest(target, prepared, config)
+    elif config.method in BITMAP_METHODS:
+        result = _binarize_bitmap(target, prepared, config)
     else:
-        target = target.clone()
-    target[:, prepared.dead] = 0.0  # what never has an input may as well cost nothing
-    fit = _binarize_bitmap if config.method in BITMAP_METHODS else _binarize_planes
-    result = fit(target, prepared, config)
+        result = _binarize_planes(target, prepared, config)
+    result.permutation = prepared.permutation
     result.row_scale = result.row_scale * unit
     return result
 
@@ -80,43 +85,31 @@ def output_error(weight: torch.Tensor, reconstruction: torch.Tensor, hessian: to
     return float(lost / total) if float(total) > 0 else 0.0
 
 
-def _width(config: ARBConfig, columns: int) -> int:
-    return columns if config.block_size == -1 else config.block_size
-
-
 def _binarize_planes(target: torch.Tensor, hessian: PreparedHessian, config: ARBConfig) -> BinarizedWeight:
-    """Round-to-nearest and arb-hrc."""
+    """arb-hrc: the block loop, then sweeps of refinement."""
+    width = _width(config, target)
 
-    def fit_block(block: torch.Tensor, start: int, stop: int):
-        if config.method == "rtn":
-            return round_to_nearest(block)
-        fit = fit_planes(block, hessian.block_metric(start, stop), config.planes, config.resolved_num_iterations)
-        return fit.reconstruction(), (fit.signs > 0, fit.row.T, fit.col)
+    def fit_block(block: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, PlanesFit]:
+        fit = fit_planes(block, hessian.factor[start:stop, start:stop], config.planes, config.resolved_num_iterations)
+        return fit.reconstruction(), fit
 
-    compensated = identity_hessian(target.shape[1], target.device) if config.method == "rtn" else hessian
-    fits = binarize_blocks(target, compensated, _width(config, target.shape[1]), config.compensation, fit_block)
-    return BinarizedWeight(
-        layout=config.layout,
-        block_size=config.block_size,
-        signs=torch.cat([signs for signs, _, _ in fits], 2),
-        row_scale=torch.stack([row for _, row, _ in fits], 1),
-        col_scale=torch.cat([col for _, _, col in fits], 1) if config.layout.col_scales else None,
-        permutation=hessian.permutation,
-    )
+    fits = binarize_blocks(target.clone(), hessian, width, config.compensation, fit_block)
+    refine_blocks(target, hessian, width, fits, config.resolved_refinement_sweeps)
+    return assemble_planes(fits, config.layout, config.block_size)
 
 
-def round_to_nearest(block: torch.Tensor):
-    """`sign(W)` with the row scale `mean|W|`, the nearest sign and the least-squares scale (XNOR-Net, arXiv
-    1603.05279)."""
-    scale = block.abs().mean(1, keepdim=True)
-    bits = block >= 0
-    return torch.where(bits, scale, -scale), (bits[None], scale, None)
+def _round_to_nearest(target: torch.Tensor, hessian: PreparedHessian, config: ARBConfig) -> BinarizedWeight:
+    """`sign(W)` with the row scale `mean|W|`: the nearest signs and the least-squares scale (XNOR-Net, arXiv
+    1603.05279). Looks at no calibration."""
+    fits = []
+    for block in target.split(_width(config, target), 1):
+        bits = torch.where(block >= 0, 1.0, -1.0)
+        fits.append(PlanesFit(bits[None], block.abs().mean(1)[None], torch.ones_like(block[:1])))
+    return assemble_planes(fits, config.layout, config.block_size)
 
 
 def _binarize_bitmap(target: torch.Tensor, hessian: PreparedHessian, config: ARBConfig) -> BinarizedWeight:
     """BiLLM, ARB, ARB-X and ARB-RC."""
-    bitmap = config.resolved_group_bitmap
-    layout = config.layout
     diagonal = hessian.inverse_factor.diagonal()
 
     def fit_block(block: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, BitmapFit]:
@@ -125,37 +118,16 @@ def _binarize_bitmap(target: torch.Tensor, hessian: PreparedHessian, config: ARB
             score=(block / diagonal[start:stop]).square(),
             metric=hessian.matrix[start:stop, start:stop],
             method=config.method,
-            group_bitmap=bitmap,
+            group_bitmap=config.resolved_group_bitmap,
             salient=config.resolved_salient_columns,
             split_metric=config.split_metric,
             num_iterations=config.resolved_num_iterations,
         )
         return fit.reconstruction(), fit
 
-    width = _width(config, target.shape[1])
-    fits = binarize_blocks(target, hessian, width, config.compensation, fit_block)
-    rows = torch.zeros(len(target), len(fits), layout.row_scales, device=target.device)
-    for index, fit in enumerate(fits):
-        values = row_scales(fit, bitmap)
-        rows[:, index, : values.shape[1]] = values
-    result = BinarizedWeight(
-        layout=layout,
-        block_size=config.block_size,
-        signs=torch.cat([sign_planes(fit, bitmap) for fit in fits], 2),
-        row_scale=rows,
-        col_scale=torch.cat([col_scales(fit, bitmap) for fit in fits], 1) if layout.col_scales else None,
-        permutation=hessian.permutation,
-    )
-    if layout.salient:
-        salient = [fit.salient for fit in fits if fit.salient is not None]
-        starts = range(0, target.shape[1], width)
-        result.salient_columns = torch.cat([f.salient_columns + s for f, s in zip(fits, starts, strict=True)])
-        if layout.salient_planes:
-            empty = target.new_zeros(1, len(target), 0, dtype=torch.bool)
-            result.salient_signs = torch.cat([empty] + [zone.signs[1:] for zone in salient], 2)
-        if layout.salient_col_scales:
-            empty = target.new_zeros(layout.salient_col_scales, 0)
-            result.salient_col_scale = torch.cat(
-                [empty] + [zone.col_scale[:, 1] if bitmap == "all" else zone.col_scale[0, 1:] for zone in salient], 1
-            )
-    return result
+    fits = binarize_blocks(target.clone(), hessian, _width(config, target), config.compensation, fit_block)
+    return assemble_bitmap(fits, config.layout, config.block_size, config.resolved_group_bitmap)
+
+
+def _width(config: ARBConfig, target: torch.Tensor) -> int:
+    return target.shape[1] if config.block_size == -1 else config.block_size

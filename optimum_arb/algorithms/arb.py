@@ -31,6 +31,7 @@ def arb(weight: torch.Tensor, groups: torch.Tensor, order: int, num_iterations: 
 
 def refine_mean_and_scales(weight: torch.Tensor, fit: ZoneFit) -> None:
     """One round of mu, then each alpha in turn, in place."""
+    assert fit.mean is not None
     count = fit.groups.sum(2).clamp(min=1)
     for g, mask in enumerate(fit.groups):
         fit.mean[:, g] += (mask * (weight - fit.group_reconstruction(g))).sum(1) / count[g]
@@ -41,6 +42,7 @@ def refine_mean_and_scales(weight: torch.Tensor, fit: ZoneFit) -> None:
 
 def refine_signs(weight: torch.Tensor, fit: ZoneFit) -> None:
     """The nearest level of each weight's own group, in place."""
+    assert fit.mean is not None
     per_weight = torch.einsum("gnk,ngo->onk", fit.groups, fit.scale)
     mean = torch.einsum("gnk,ng->nk", fit.groups, fit.mean)
     fit.signs = nearest_signs(weight - mean, list(per_weight))

@@ -42,6 +42,7 @@ def _start(weight: torch.Tensor, groups: torch.Tensor, order: int) -> ZoneFit:
         col_scale=weight.new_zeros(len(groups), order, columns),
         groups=groups,
     )
+    assert fit.col_scale is not None
     for o in range(order):
         residual = weight - fit.reconstruction()
         row = (groups * residual.abs()).sum(2) / in_row
@@ -54,6 +55,7 @@ def _start(weight: torch.Tensor, groups: torch.Tensor, order: int) -> ZoneFit:
 
 def refine_rows_and_columns(weight: torch.Tensor, fit: ZoneFit) -> None:
     """One round of r and c of each order in turn, in place."""
+    assert fit.col_scale is not None
     for g, mask in enumerate(fit.groups):
         for o, bits in enumerate(fit.signs):
             column = fit.col_scale[g, o]

@@ -31,6 +31,7 @@ def arb_x(weight: torch.Tensor, groups: torch.Tensor, order: int, num_iterations
 
 def refine_under_metric(weight: torch.Tensor, fit: ZoneFit, metric: torch.Tensor) -> None:
     """One round of mu, then each alpha in turn, in place. A direction that the inputs never show stays as it is."""
+    assert fit.mean is not None
     # below this share of the metric's trace a direction is the rounding of zero
     tiny = 1e-9 * float(metric.diagonal().sum())
     for g, mask in enumerate(fit.groups):

@@ -1,4 +1,4 @@
-"""One block of BiLLM, ARB, ARB-X or ARB-RC: its partition, the fit of its zones, and its place in the layout."""
+"""One block of BiLLM, ARB, ARB-X or ARB-RC: its partition and the fit of its zones."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def fit_bitmap_block(
     """
     columns = torch.arange(weight.shape[1], device=weight.device)
     values = weight if split_metric == "weight" else score
-    chosen = columns[:0] if salient == 0 else salient_columns(values, score, salient)
+    chosen = columns[:0] if salient == 0 else salient_columns(score, salient)
     is_salient = torch.zeros_like(columns, dtype=torch.bool)
     is_salient[chosen] = True
     rest = columns[~is_salient]
@@ -94,67 +94,3 @@ def fit_bitmap_block(
             magnitude = magnitude[magnitude > 0]
         salient_fit = fit_zone(chosen, 2, magnitude)
     return BitmapFit(rest_fit, salient_fit, rest, chosen)
-
-
-def row_scales(fit: BitmapFit, group_bitmap: str) -> torch.Tensor:
-    """The block's row scales in the order of `optimum_arb.layout.bitmap_layout`, float `[N, row_scales]`.
-
-    A block too narrow for salient columns stores zeros for them.
-    """
-    rest = _zone_rows(fit.rest, [0])
-    if group_bitmap == "none" and fit.rest.mean is not None:
-        rest = torch.cat([fit.rest.scale[:, :, 0], fit.rest.mean], 1)
-    if fit.salient is None:
-        return rest
-    zone = fit.salient
-    if group_bitmap == "all":
-        salient = torch.cat([_zone_rows(zone, [0]), _zone_rows(zone, [1], with_mean=False)], 1)
-    else:
-        salient = zone.scale[:, 0] if zone.mean is None else torch.cat([zone.scale[:, 0], zone.mean], 1)
-    return torch.cat([rest, salient], 1)
-
-
-def _zone_rows(zone: ZoneFit, orders: list[int], with_mean: bool = True) -> torch.Tensor:
-    """Scales (and means) of the groups: as they are with column scales, else as half sums and half differences."""
-    scales = [zone.scale[:, :, o] for o in orders]
-    if zone.mean is None:
-        return torch.cat(scales, 1)
-    values = scales + ([zone.mean] if with_mean else [])
-    if zone.scale.shape[1] == 1:
-        return torch.cat(values, 1)
-    return torch.cat([torch.stack([(v[:, 0] + v[:, 1]) / 2, (v[:, 0] - v[:, 1]) / 2], 1) for v in values], 1)
-
-
-def sign_planes(fit: BitmapFit, group_bitmap: str) -> torch.Tensor:
-    """The block's planes over all columns: bool `[planes, N, k]`.
-
-    Plane 0 holds the first sign; plane 1, with groups, that sign turned round in the group of small weights, and where
-    salient columns have no groups, their second sign.
-    """
-    rows = fit.rest.signs.shape[1]
-    columns = len(fit.rest_columns) + len(fit.salient_columns)
-    planes = torch.zeros(
-        1 if group_bitmap == "none" else 2, rows, columns, dtype=torch.bool, device=fit.rest.signs.device
-    )
-    for zone, at in ((fit.rest, fit.rest_columns), (fit.salient, fit.salient_columns)):
-        if zone is None:
-            continue
-        planes[0][:, at] = zone.signs[0]
-        if len(planes) == 2:
-            if zone is fit.salient and group_bitmap == "non-salient":
-                planes[1][:, at] = zone.signs[1]
-            else:
-                planes[1][:, at] = zone.signs[0] == (zone.groups[0] > 0)
-    return planes
-
-
-def col_scales(fit: BitmapFit, group_bitmap: str) -> torch.Tensor:
-    """The block's column scales, float `[col_scales, k]`: of the groups, or of the salient columns' orders."""
-    count = 1 if group_bitmap == "none" else 2
-    columns = len(fit.rest_columns) + len(fit.salient_columns)
-    scales = torch.zeros(count, columns, dtype=fit.rest.scale.dtype, device=fit.rest.scale.device)
-    scales[:, fit.rest_columns] = fit.rest.col_scale[:, 0]
-    if fit.salient is not None:
-        by_group = group_bitmap == "all"
-        scales[:, fit.salient_columns] = fit.salient.col_scale[:, 0] if by_group else fit.salient.col_scale[0, :count]
-    return scales

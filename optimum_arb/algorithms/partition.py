@@ -17,14 +17,14 @@ MAX_SALIENT = 49  # candidates 1..49, as BiLLM released it
 QUANTILES = (0.10, 0.90, 81)  # the grid of break points, as BiLLM released it
 
 
-def salient_columns(values: torch.Tensor, score: torch.Tensor, choice: str | int) -> torch.Tensor:
+def salient_columns(score: torch.Tensor, choice: str | int) -> torch.Tensor:
     """The salient columns of a block.
 
     Columns are ranked by the sum of their scores; "search" takes the number, 1 to 49, with the least squared error of
-    `values` when both the salient and the other columns are binarized at order 2.
+    the scores when both the salient and the other columns are binarized at order 2. (Searching on the weights instead
+    takes more columns: SmolLM2-135M then has 3.04 bits in place of 2.93.)
 
     Args:
-        values: float `[N, k]`, what the error is measured on: the weights, or the scores as published.
         score: float `[N, k]`, not negative.
         choice: "search", or a number of columns.
 
@@ -35,14 +35,14 @@ def salient_columns(values: torch.Tensor, score: torch.Tensor, choice: str | int
     order = torch.argsort(score.sum(0), descending=True, stable=True)
     if choice == "search":
         limit = min(MAX_SALIENT, columns - 1)
-        count = 1 + int(_salient_gain(values[:, order], limit).argmax()) if limit else 0
+        count = 1 + int(_salient_gain(score[:, order], limit).argmax()) if limit else 0
     else:
         count = min(int(choice), columns - 1)
     return order[:count].sort().values
 
 
 def _salient_gain(values: torch.Tensor, limit: int) -> torch.Tensor:
-    """The gain of taking the first 1..limit columns as the salient ones, float64 `[limit]`."""
+    """The gain of taking the first 1..limit columns of `[N, k]` as the salient ones, float64 `[limit]`."""
     rows, columns = values.shape
     gain = torch.empty(limit, dtype=torch.float64, device=values.device)
     position = torch.arange(columns, device=values.device)
@@ -131,9 +131,9 @@ Intervals = list[tuple[torch.Tensor, torch.Tensor]]
 
 def _moments(rows: _SortedRows, intervals: Intervals, centre: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """Count, mean and mean absolute deviation (from `centre`, or the mean) of a union of intervals, each `[N, C]`."""
-    count = sum((stop - start).double() for start, stop in intervals)
+    count = torch.stack([stop - start for start, stop in intervals]).sum(0).double()
     size = count.clamp(min=1)
-    mean = sum(rows.total(start, stop) for start, stop in intervals) / size
+    mean = torch.stack([rows.total(start, stop) for start, stop in intervals]).sum(0) / size
     centre = mean if centre is None else centre
     middle = rows.below(centre)
     deviation = torch.zeros_like(mean)
@@ -171,7 +171,7 @@ def _second_order_gain(rows, intervals: Intervals, count, mean, scale) -> torch.
         split = torch.minimum(torch.maximum(middle, start), stop)
         sides[0].append((split, stop))
         sides[1].append((start, split))
-    positive = sum((stop - start).double() for start, stop in sides[0])
+    positive = torch.stack([stop - start for start, stop in sides[0]]).sum(0).double()
     size = count.clamp(min=1)
     second_mean = -scale * (2 * positive - count) / size
     deviation = torch.zeros_like(mean)

@@ -40,20 +40,31 @@ class PlanesFit:
         return torch.einsum("pnk,pn,pk->nk", self.signs, self.row, self.col)
 
 
-def fit_planes(weight: torch.Tensor, metric: torch.Tensor, planes: int, rounds: int) -> PlanesFit:
+def fit_planes(weight: torch.Tensor, factor: torch.Tensor, planes: int, rounds: int) -> PlanesFit:
     """Alternates row scales, column scales and signs from a greedy start; ends with scales rounded to float16.
 
     Args:
         weight: float32 `[N, k]`.
-        metric: float32 `[k, k]`, positive definite.
+        factor: float32 `[k, k]`, upper triangular; the metric is `M = factor factor^T`.
         planes: P.
-        rounds: rounds of rows, columns, signs (2 gain nearly all, see docs/method.md).
+        rounds: rounds of rows, columns, signs. Held-out output error at two planes, mean of 8 matrices of
+            SmolLM2-135M: .0432 after 1 round in order and 1 of descent, .0426 after 2 of descent, .0426 after 3.
     """
+    metric = factor @ factor.T
     fit = greedy_start(weight, planes)
+    update_rows(weight, metric, fit)
+    update_columns(weight, metric, fit)
+    signs_in_order(weight, factor, fit)
     for _ in range(rounds):
         update_rows(weight, metric, fit)
         update_columns(weight, metric, fit)
         update_signs(weight, metric, fit)
+    finish_scales(weight, metric, fit)
+    return fit
+
+
+def finish_scales(weight: torch.Tensor, metric: torch.Tensor, fit: PlanesFit) -> None:
+    """The last scales, as they are stored, in float16, in place."""
     update_rows(weight, metric, fit)
     update_columns(weight, metric, fit)
     normalize(fit)
@@ -61,7 +72,6 @@ def fit_planes(weight: torch.Tensor, metric: torch.Tensor, planes: int, rounds: 
     fit.col = fit.col.half().float()
     update_rows(weight, metric, fit)
     fit.row = fit.row.half().float()
-    return fit
 
 
 def greedy_start(weight: torch.Tensor, planes: int) -> PlanesFit:
@@ -124,32 +134,60 @@ def update_signs(weight: torch.Tensor, metric: torch.Tensor, fit: PlanesFit) -> 
     For column j the best value given the rest is `t = Q_nj + ((W - Q) M)_nj / M_jj`; each weight takes the nearest of
     its 2^P levels, and the change is carried into (W - Q) M.
     """
-    planes, _, columns = fit.signs.shape
+    columns = weight.shape[1]
     signs = fit.signs.transpose(1, 2).contiguous()  # [P, k, N]: a column is contiguous
     current = fit.reconstruction().T.contiguous()
     gradient = ((weight - current.T) @ metric).T.contiguous()  # [k, N]
     diagonal = metric.diagonal()
-    patterns = torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * planes).view(-1, planes).to(weight)
     for start in range(0, columns, SIGN_CHUNK):
         stop = min(start + SIGN_CHUNK, columns)
         changes = torch.zeros(stop - start, weight.shape[0], dtype=weight.dtype, device=weight.device)
         for j in range(start, stop):
             target = current[j] + gradient[j] / diagonal[j]
-            scale = fit.row * fit.col[:, j, None]  # [P, N]
-            if planes == 1:
-                bits = torch.where((target >= 0) == (scale[0] >= 0), 1.0, -1.0)
-                signs[0, j] = bits
-                value = bits * scale[0]
-            else:
-                levels = patterns @ scale  # [2^P, N]
-                nearest = (levels - target).abs().argmin(0)
-                signs[:, j] = patterns[nearest].T
-                value = levels.gather(0, nearest[None])[0]
+            signs[:, j], value = nearest_level(target, fit.row * fit.col[:, j, None])
             change = value - current[j]
             changes[j - start] = change
             gradient[j:stop] -= metric[j:stop, j, None] * change
         gradient[stop:] -= metric[stop:, start:stop] @ changes
     fit.signs = signs.transpose(1, 2).contiguous()
+
+
+def signs_in_order(weight: torch.Tensor, factor: torch.Tensor, fit: PlanesFit) -> None:
+    """Signs column after column, each making up for the errors before it, in place (Babai's nearest plane).
+
+    With `M = R R^T`, R upper triangular, the objective is `||(W - Q) R||^2`, and column j of `(W - Q) R` holds the
+    errors of the columns up to j alone: the best value is `t = W_nj + sum_{i<j} E_ni R_ij / R_jj`. Unlike
+    `update_signs` this looks at no sign that is still to be chosen, so it makes a better start than it is a step.
+
+    Args:
+        factor: R, float32 `[k, k]`.
+    """
+    columns = weight.shape[1]
+    signs = fit.signs.transpose(1, 2).contiguous()
+    target = weight.T.contiguous()
+    carried = torch.zeros_like(target)  # sum_{i<j} R_ij E_ni, [k, N]
+    for start in range(0, columns, SIGN_CHUNK):
+        stop = min(start + SIGN_CHUNK, columns)
+        errors = torch.zeros(stop - start, weight.shape[0], dtype=weight.dtype, device=weight.device)
+        for j in range(start, stop):
+            wanted = target[j] + carried[j] / factor[j, j]
+            signs[:, j], value = nearest_level(wanted, fit.row * fit.col[:, j, None])
+            errors[j - start] = target[j] - value
+            carried[j:stop] += factor[j, j:stop, None] * errors[j - start]
+        carried[stop:] += factor[start:stop, stop:].T @ errors
+    fit.signs = signs.transpose(1, 2).contiguous()
+
+
+def nearest_level(target: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The signs, float `[P, N]`, of the level `sum_p +-scale_p` nearest to `target` `[N]`, and that level `[N]`."""
+    planes = len(scale)
+    if planes == 1:
+        bits = torch.where((target >= 0) == (scale[0] >= 0), 1.0, -1.0)
+        return bits[None], bits * scale[0]
+    patterns = torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * planes).to(scale)
+    levels = patterns @ scale  # [2^P, N]
+    nearest = (levels - target).abs().argmin(0)
+    return patterns[nearest].T, levels.gather(0, nearest[None])[0]
 
 
 def normalize(fit: PlanesFit) -> None:

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import two_groups
@@ -23,7 +25,7 @@ def test_arb_never_raises_its_objective(weight, order):
         errors.append(error(weight, fit))
         arb_module.refine_signs(weight, fit)
         errors.append(error(weight, fit))
-    assert all(after <= before * (1 + 1e-6) for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before * (1 + 1e-6) for before, after in pairwise(errors))
     assert errors[-1] < errors[0]
 
 
@@ -38,7 +40,7 @@ def test_arb_rc_never_raises_its_objective(weight, order):
         if order == 2:
             arb_rc_module.refine_signs(weight, fit)
             errors.append(error(weight, fit))
-    assert all(after <= before * (1 + 1e-6) for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before * (1 + 1e-6) for before, after in pairwise(errors))
     assert errors[-1] < errors[0]
 
 
@@ -66,7 +68,7 @@ def test_arb_x_never_raises_its_objective(weight, hessian, order):
     for _ in range(6):
         refine_under_metric(weight, fit, hessian)
         errors.append(objective(fit))
-    assert all(after <= before * (1 + 1e-6) for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before * (1 + 1e-6) for before, after in pairwise(errors))
     assert errors[-1] < errors[0]
 
 

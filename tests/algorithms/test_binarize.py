@@ -25,17 +25,13 @@ def test_packing_keeps_the_reconstruction(weight, hessian, form, block_size, mon
     import optimum_arb.algorithms as algorithms
 
     kept = []
-    loop = algorithms.binarize_blocks
+    for name in ("assemble_planes", "assemble_bitmap"):
 
-    def recording(target, prepared, width, compensation, fit_block):
-        def fit(block, start, stop):
-            reconstruction, result = fit_block(block, start, stop)
-            kept.append(reconstruction.clone())
-            return reconstruction, result
+        def recording(fits, *args, assemble=getattr(algorithms, name)):
+            kept.extend(fit.reconstruction() for fit in fits)
+            return assemble(fits, *args)
 
-        return loop(target, prepared, width, compensation, fit)
-
-    monkeypatch.setattr(algorithms, "binarize_blocks", recording)
+        monkeypatch.setattr(algorithms, name, recording)
     config = ARBConfig(block_size=block_size, num_iterations=3, **form)
     result = binarize(weight, hessian, config)
     fitted = torch.cat(kept, 1)

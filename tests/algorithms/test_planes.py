@@ -11,8 +11,13 @@ def objective(weight, metric, fit):
 
 
 @pytest.fixture
-def block(weight, hessian):
-    return weight[:, :128], prepare_hessian(hessian, 0.01, act_order=False).block_metric(0, 128)
+def factor(hessian):
+    return prepare_hessian(hessian, 0.01, act_order=False).factor[:128, :128]
+
+
+@pytest.fixture
+def block(weight, factor):
+    return weight[:, :128], factor @ factor.T
 
 
 @pytest.mark.parametrize("planes", [1, 2, 3])
@@ -60,9 +65,34 @@ def test_signs_are_coordinatewise_optimal_after_convergence(block, planes):
                 fit.signs[plane, row, column] *= -1
 
 
-def test_more_planes_are_better(block):
+@pytest.mark.parametrize("planes", [1, 2])
+def test_signs_in_order_take_the_best_level_given_the_columns_before(block, factor, planes):
     weight, metric = block
-    errors = [objective(weight, metric, P.fit_planes(weight, metric, planes, 2)) for planes in (1, 2, 3)]
+    fit = P.greedy_start(weight, planes)
+    P.update_rows(weight, metric, fit)
+    P.signs_in_order(weight, factor, fit)
+    error = weight - fit.reconstruction()
+    for column in (0, 1, 40, 127):  # 40 lies in the second chunk
+        carried = (error[:, :column] @ factor[:column, column]) / factor[column, column]
+        wanted = weight[:, column] + carried
+        scale = fit.row * fit.col[:, column, None]
+        patterns = torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * planes).view(-1, planes)
+        best = (patterns @ scale - wanted).abs().min(0).values
+        torch.testing.assert_close((error[:, column] + carried).abs(), best, rtol=1e-3, atol=1e-4)
+
+
+def test_signs_in_order_beat_plain_signs(block, factor):
+    weight, metric = block
+    fit = P.greedy_start(weight, 1)
+    P.update_rows(weight, metric, fit)
+    plain = objective(weight, metric, fit)
+    P.signs_in_order(weight, factor, fit)
+    assert objective(weight, metric, fit) < 0.9 * plain
+
+
+def test_more_planes_are_better(block, factor):
+    weight, metric = block
+    errors = [objective(weight, metric, P.fit_planes(weight, factor, planes, 2)) for planes in (1, 2, 3)]
     assert errors[1] < 0.4 * errors[0]
     assert errors[2] < 0.5 * errors[1]
 
