@@ -45,10 +45,13 @@ def configurations() -> dict[str, ARBConfig | None]:
         "arb-rc-exact": ARBConfig(method="arb-rc", **CALIBRATION),
         "arb-hrc-1": ARBConfig(planes=1, **CALIBRATION),
         "arb-hrc-2": ARBConfig(planes=2, **CALIBRATION),
+        "arb-hrc-3": ARBConfig(planes=3, **CALIBRATION),
     }
 
 
-def measure(source: Path, config: ARBConfig | None, device: str, windows: int) -> dict[str, Any]:
+def measure(
+    source: Path, config: ARBConfig | None, device: str, perplexity_device: str, windows: int
+) -> dict[str, Any]:
     """One row."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     options = {} if config is None else {"quantization_config": config}
@@ -71,8 +74,15 @@ def measure(source: Path, config: ARBConfig | None, device: str, windows: int) -
         }
         # The dense weights are the same numbers; multiplying by them is faster than by the packed ones.
         model = model.dequantize()
+    model.to(perplexity_device)
     result = perplexity(model, tokenizer, context_length=CONTEXT_LENGTH, max_windows=windows, progress=True)
-    return {**row, "perplexity": result.to_dict(), "device": device, "threads": torch.get_num_threads()}
+    return {
+        **row,
+        "perplexity": result.to_dict(),
+        "device": device,
+        "perplexity_device": perplexity_device,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
@@ -97,7 +107,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="directory of the JSON files")
     parser.add_argument("--model", type=Path, help="the converted model (default: made in OUT)")
     parser.add_argument("--rows", default=",".join(known), help=f"of {','.join(known)}")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", default="cpu", help="where the model is binarized: cpu (default) or cuda")
+    parser.add_argument("--perplexity-device", help="where perplexity is measured (default: the same)")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="fewer windows, for a first look (default: 30)")
     args = parser.parse_args()
     names = args.rows.split(",")
@@ -112,7 +123,10 @@ def main() -> None:
         row = json.loads(path.read_text()) if path.is_file() else None
         if row is None or row["perplexity"]["windows"] != args.windows:
             print(f"{name} ...", file=sys.stderr, flush=True)
-            row = {"row": name, **measure(source, known[name], args.device, args.windows)}
+            row = {
+                "row": name,
+                **measure(source, known[name], args.device, args.perplexity_device or args.device, args.windows),
+            }
             unfinished = path.with_suffix(".unfinished")
             unfinished.write_text(json.dumps(row, indent=1))
             os.replace(unfinished, path)

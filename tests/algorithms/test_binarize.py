@@ -25,13 +25,16 @@ def test_packing_keeps_the_reconstruction(weight, hessian, form, block_size, mon
     import optimum_arb.algorithms as algorithms
 
     kept = []
-    for name in ("assemble_planes", "assemble_bitmap"):
 
-        def recording(fits, *args, assemble=getattr(algorithms, name)):
+    def recording(assemble):
+        def record(fits, *args):
             kept.extend(fit.reconstruction() for fit in fits)
             return assemble(fits, *args)
 
-        monkeypatch.setattr(algorithms, name, recording)
+        return record
+
+    for name in ("assemble_planes", "assemble_bitmap"):
+        monkeypatch.setattr(algorithms, name, recording(getattr(algorithms, name)))
     config = ARBConfig(block_size=block_size, num_iterations=3, **form)
     result = binarize(weight, hessian, config)
     fitted = torch.cat(kept, 1)
