@@ -41,7 +41,11 @@ class PlanesFit:
 
 
 def fit_planes(weight: torch.Tensor, factor: torch.Tensor, planes: int, rounds: int) -> PlanesFit:
-    """Alternates row scales, column scales and signs from a greedy start; ends with scales rounded to float16.
+    """Alternates row scales, column scales and signs; ends with scales rounded to float16.
+
+    The start is greedy, and with several planes its signs are then chosen anew in order. One plane keeps the greedy
+    signs: SmolLM2-135M has a perplexity of 818 to 916 then (4 runs of slightly different damping) and 979 with signs
+    in order.
 
     Args:
         weight: float32 `[N, k]`.
@@ -52,9 +56,10 @@ def fit_planes(weight: torch.Tensor, factor: torch.Tensor, planes: int, rounds: 
     """
     metric = factor @ factor.T
     fit = greedy_start(weight, planes)
-    update_rows(weight, metric, fit)
-    update_columns(weight, metric, fit)
-    signs_in_order(weight, factor, fit)
+    if planes > 1:
+        update_rows(weight, metric, fit)
+        update_columns(weight, metric, fit)
+        signs_in_order(weight, factor, fit)
     for _ in range(rounds):
         update_rows(weight, metric, fit)
         update_columns(weight, metric, fit)
