@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .custom_data import CalibrationTexts, CalibrationTokens
 from .layout import GROUP_BITMAPS, MAX_PLANES, Layout, bitmap_layout, planes_layout
 from .packing import FORMAT_VERSION, check_block_size
+from .patterns import check_pattern, matches
 
 METHODS = ("rtn", "billm", "arb", "arb-x", "arb-rc", "arb-hrc")
 BITMAP_METHODS = ("billm", "arb", "arb-x", "arb-rc")
@@ -38,62 +38,6 @@ OVERRIDABLE = (
 RECORDED = ("optimum_arb_version", "bits_per_weight", "calibration")
 # Keys that transformers adds to a quantization config on its own.
 _TRANSFORMERS_KEYS = ("quant_method", "modules_in_block_to_quantize", "_load_in_4bit", "_load_in_8bit")
-
-
-class CalibrationTexts(Sequence[str]):
-    """The user's own calibration texts. Copying a configuration, as transformers does often, does not copy them."""
-
-    def __init__(self, texts: Sequence[str]):
-        self._texts = tuple(texts)
-        for index, text in enumerate(self._texts):
-            if not isinstance(text, str):
-                raise TypeError(f"dataset[{index}] is a {type(text).__name__}: a list of calibration texts holds str.")
-
-    def __getitem__(self, index):
-        return self._texts[index]
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-    def __deepcopy__(self, memo):
-        return self
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} texts, sha256 {self.fingerprint()[:12]}>"
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for text in self._texts:
-            digest.update(text.encode() + b"\0")
-        return digest.hexdigest()
-
-
-class CalibrationTokens:
-    """The user's own calibration sequences: token ids int64 `[num_samples, sequence_length]`. Copying a configuration
-    does not copy them.
-
-    Raises:
-        ValueError: the tensor has another number of dimensions, or holds no token.
-        TypeError: it does not hold whole numbers.
-    """
-
-    def __init__(self, tokens: torch.Tensor):
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"dataset is a tensor of {tokens.dtype}: token ids are int64.")
-        if tokens.dim() != 2 or not tokens.numel():
-            raise ValueError(
-                f"dataset is a tensor of shape {tuple(tokens.shape)}: token ids are [num_samples, sequence_length]."
-            )
-        self.tokens = tokens.detach().to("cpu", torch.int64).contiguous()
-
-    def __deepcopy__(self, memo):
-        return self
-
-    def __repr__(self) -> str:
-        return f"<{self.tokens.shape[0]} x {self.tokens.shape[1]} tokens, sha256 {self.fingerprint()[:12]}>"
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
 
 
 class ARBConfig(QuantizationConfigMixin):
@@ -387,24 +331,6 @@ class ARBConfig(QuantizationConfigMixin):
         if result.get("overrides") == {}:
             del result["overrides"]
         return result
-
-
-def check_pattern(pattern: str) -> None:
-    """Raises ValueError where a pattern is empty or its regular expression does not compile."""
-    if not isinstance(pattern, str) or not pattern.strip():
-        raise ValueError(f"The module pattern {pattern!r} must be a suffix of module names or begin with 're:'.")
-    if pattern.startswith("re:"):
-        try:
-            re.compile(pattern[3:])
-        except re.error as error:
-            raise ValueError(f"The module pattern {pattern!r} is no regular expression: {error}.") from None
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern matches a module's name: "re:..." the whole name, anything else as a suffix at a dot."""
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
-    return name == pattern or name.endswith("." + pattern)
 
 
 def _one_of(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .config import ARBConfig, matches
+from .config import ARBConfig
+from .patterns import matches
 
 ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
 _OTHER_MODALITY = re.compile(r"vision|visual|image|audio|speech|multi_modal|mm_")

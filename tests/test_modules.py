@@ -11,8 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.t5.modeling_t5 import T5DenseActDense
 
 from optimum_arb import ARBConfig
-from optimum_arb.config import matches
 from optimum_arb.modules import is_linear, linear_shape, parameter_bytes, reads_weight, resolved_skips, select_modules
+from optimum_arb.patterns import matches
 
 
 def select(model, strict=True, **choices):

@@ -140,21 +140,21 @@ def update_signs(weight: torch.Tensor, metric: torch.Tensor, fit: PlanesFit) -> 
     its 2^P levels, and the change is carried into (W - Q) M.
     """
     columns = weight.shape[1]
-    signs = fit.signs.transpose(1, 2).contiguous()  # [P, k, N]: a column is contiguous
-    current = fit.reconstruction().T.contiguous()
-    gradient = ((weight - current.T) @ metric).T.contiguous()  # [k, N]
-    diagonal = metric.diagonal()
+    levels = _Levels(fit)
+    current = fit.reconstruction().T.contiguous()  # [k, N]: a column is contiguous
+    gradient = ((weight - current.T) @ metric).T.contiguous()
+    # t - Q = gradient / M_jj, so that the loop below only adds
+    ratio = metric / metric.diagonal()
+    step = gradient / metric.diagonal()[:, None]
     for start in range(0, columns, SIGN_CHUNK):
         stop = min(start + SIGN_CHUNK, columns)
         changes = torch.zeros(stop - start, weight.shape[0], dtype=weight.dtype, device=weight.device)
         for j in range(start, stop):
-            target = current[j] + gradient[j] / diagonal[j]
-            signs[:, j], value = nearest_level(target, fit.row * fit.col[:, j, None])
-            change = value - current[j]
+            change = levels.nearest(j, current[j] + step[j]) - current[j]
             changes[j - start] = change
-            gradient[j:stop] -= metric[j:stop, j, None] * change
-        gradient[stop:] -= metric[stop:, start:stop] @ changes
-    fit.signs = signs.transpose(1, 2).contiguous()
+            step[j:stop] -= ratio[j, j:stop, None] * change
+        step[stop:] -= ratio[start:stop, stop:].T @ changes
+    fit.signs = levels.signs()
 
 
 def signs_in_order(weight: torch.Tensor, factor: torch.Tensor, fit: PlanesFit) -> None:
@@ -168,31 +168,52 @@ def signs_in_order(weight: torch.Tensor, factor: torch.Tensor, fit: PlanesFit) -
         factor: R, float32 `[k, k]`.
     """
     columns = weight.shape[1]
-    signs = fit.signs.transpose(1, 2).contiguous()
-    target = weight.T.contiguous()
-    carried = torch.zeros_like(target)  # sum_{i<j} R_ij E_ni, [k, N]
+    levels = _Levels(fit)
+    wanted = weight.T.contiguous().clone()  # W_nj + sum_{i<j} E_ni R_ij / R_jj, [k, N]
+    original = weight.T.contiguous()
+    ratio = factor / factor.diagonal()
     for start in range(0, columns, SIGN_CHUNK):
         stop = min(start + SIGN_CHUNK, columns)
         errors = torch.zeros(stop - start, weight.shape[0], dtype=weight.dtype, device=weight.device)
         for j in range(start, stop):
-            wanted = target[j] + carried[j] / factor[j, j]
-            signs[:, j], value = nearest_level(wanted, fit.row * fit.col[:, j, None])
-            errors[j - start] = target[j] - value
-            carried[j:stop] += factor[j, j:stop, None] * errors[j - start]
-        carried[stop:] += factor[start:stop, stop:].T @ errors
-    fit.signs = signs.transpose(1, 2).contiguous()
+            error = original[j] - levels.nearest(j, wanted[j])
+            errors[j - start] = error
+            wanted[j:stop] += ratio[j, j:stop, None] * error
+        wanted[stop:] += ratio[start:stop, stop:].T @ errors
+    fit.signs = levels.signs()
 
 
-def nearest_level(target: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The signs, float `[P, N]`, of the level `sum_p +-scale_p` nearest to `target` `[N]`, and that level `[N]`."""
-    planes = len(scale)
-    if planes == 1:
-        bits = torch.where((target >= 0) == (scale[0] >= 0), 1.0, -1.0)
-        return bits[None], bits * scale[0]
-    patterns = torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * planes).to(scale)
-    levels = patterns @ scale  # [2^P, N]
-    nearest = (levels - target).abs().argmin(0)
-    return patterns[nearest].T, levels.gather(0, nearest[None])[0]
+class _Levels:
+    """The 2^P levels `sum_p +-r_pn c_pj` of every weight, and which of them were taken."""
+
+    def __init__(self, fit: PlanesFit):
+        planes, rows, columns = fit.signs.shape
+        pattern = torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * planes).view(-1, planes)
+        self.patterns = pattern.to(fit.row)  # [2^P, P]
+        self.row = fit.row
+        self.by_column = self.patterns * fit.col.T[:, None, :]  # [k, 2^P, P]
+        self.taken = torch.zeros(columns, rows, dtype=torch.int64, device=fit.row.device)
+
+    def nearest(self, j: int, target: torch.Tensor) -> torch.Tensor:
+        """Takes, in column j, the level of each row that is nearest to `target` `[N]`; returns it, `[N]`."""
+        levels = self.by_column[j] @ self.row  # [2^P, N]
+        if len(levels) == 2:  # +-s: the nearer one has the sign of the target
+            taken = (target >= 0) != (levels[0] >= 0)
+            self.taken[j] = taken
+            return torch.where(taken, levels[1], levels[0])
+        # one comparison a level: 3 times faster than argmin over the first dimension (113 us at 4 x 1536)
+        distance = (levels - target).abs_()
+        least, value, taken = distance[0], levels[0], self.taken[j]
+        for index in range(1, len(levels)):
+            nearer = distance[index] < least
+            least = torch.minimum(distance[index], least)
+            value = torch.where(nearer, levels[index], value)
+            taken.masked_fill_(nearer, index)
+        return value
+
+    def signs(self) -> torch.Tensor:
+        """The signs of the levels taken, float `[P, N, k]`."""
+        return self.patterns[self.taken].permute(2, 1, 0).contiguous()
 
 
 def normalize(fit: PlanesFit) -> None:

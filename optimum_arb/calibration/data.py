@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..config import ARBConfig, CalibrationTexts, CalibrationTokens
+from ..config import ARBConfig
+from ..custom_data import CalibrationTexts, CalibrationTokens
 
 logger = logging.getLogger(__name__)
 

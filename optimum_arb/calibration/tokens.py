@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ..config import ARBConfig, CalibrationTokens
+from ..config import ARBConfig
+from ..custom_data import CalibrationTokens
 from .data import DOWNLOADED, calibration_tokens, load_texts
 
 
