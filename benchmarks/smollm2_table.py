@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where the model is binarized: cpu (default) or cuda")
     parser.add_argument("--perplexity-device", help="where perplexity is measured (default: the same)")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="fewer windows, for a first look (default: 30)")
+    parser.add_argument("--damp-percent", type=float, help="another damping for all rows, to see how far they scatter")
     args = parser.parse_args()
     names = args.rows.split(",")
     unknown = sorted(set(names) - set(known))
@@ -118,14 +119,19 @@ def main() -> None:
     source = args.model or smollm2(args.out / "model")
     args.out.mkdir(parents=True, exist_ok=True)
     rows = {}
+    suffix = "" if args.damp_percent is None else f"-damp-{args.damp_percent:g}"
     for name in names:
-        path = args.out / f"{name}.json"
+        path = args.out / f"{name}{suffix}.json"
+        config = known[name]
+        if config is not None and args.damp_percent is not None:
+            config.damp_percent = args.damp_percent
+            config.post_init()
         row = json.loads(path.read_text()) if path.is_file() else None
         if row is None or row["perplexity"]["windows"] != args.windows:
             print(f"{name} ...", file=sys.stderr, flush=True)
             row = {
                 "row": name,
-                **measure(source, known[name], args.device, args.perplexity_device or args.device, args.windows),
+                **measure(source, config, args.device, args.perplexity_device or args.device, args.windows),
             }
             unfinished = path.with_suffix(".unfinished")
             unfinished.write_text(json.dumps(row, indent=1))
