@@ -24,6 +24,7 @@ CONFIG_OPTIONS = (
     "group_bitmap",
     "salient_columns",
     "num_iterations",
+    "refinement_sweeps",
     "compensation",
     "split_metric",
     "dataset",
@@ -49,10 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--salient-columns", type=_search_or_int, metavar="N", help="search or a number (the papers' methods)"
     )
-    method.add_argument("--num-iterations", type=int, metavar="N", help="rounds of refinement")
+    method.add_argument("--num-iterations", type=int, metavar="N", help="rounds of the method's updates")
+    method.add_argument(
+        "--refinement-sweeps",
+        type=int,
+        metavar="N",
+        help="how often arb-hrc fits all blocks again: 1 for several planes, 0 for one",
+    )
     method.add_argument("--compensation", metavar="KIND", help="exact (default) or diagonal (as published)")
     method.add_argument("--split-metric", metavar="KIND", help="weight (default) or score (as published)")
-    method.add_argument("--damp-percent", type=float, metavar="X", help="damping of the calibration matrix (0.01)")
+    method.add_argument(
+        "--damp-percent", type=float, metavar="X", help="damping of the calibration matrix: 0.02 for arb-hrc, else 0.01"
+    )
     method.add_argument(
         "--modules-to-not-convert", nargs="+", metavar="PATTERN", help="linears to keep in float: suffixes, or re:..."
     )
