@@ -1,0 +1,234 @@
+"""From packed bytes to a tile of the weight in registers: the part that the Triton kernels share.
+
+`arguments` turns a `PackedWeight` into what a kernel takes. `decode_tile` computes, in float32 and for every layout,
+
+    w[n, k] = sum over terms of  factor * row_scale[n, block(k), row] * col_scale[col, k] * zone(k) * sign[n, k]
+
+for some rows and the columns of one packing tile. A sign is applied by exclusive-or into the top bit of the scale, and
+the product of several planes is the exclusive-or of their bits, so a term costs about four instructions a weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ....layout import Layout
+from ....packing import TILE, packed_bytes, tile_width
+from ..packed import PackedWeight
+
+ZONES = {"all": 0, "rest": 1, "salient": 2}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a kernel is launched with to read a weight: `tensors` and `sizes` in the order of its parameters, and
+    `constants`, its compile-time ones."""
+
+    tensors: tuple[torch.Tensor, ...]
+    sizes: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+@cache
+def _terms(layout: Layout) -> tuple[tuple[int, int, int, int, float], ...]:
+    """(planes as a bit mask, row, col or -1, zone, factor) of each term.
+
+    The kernels flip the scale's sign where the exclusive-or of the planes' bits is 1, which is where the product of
+    their signs is +1 (an odd number of planes) or -1 (an even number): the factor's sign makes up for it.
+    """
+    return tuple(
+        (
+            sum(1 << p for p in term.planes),
+            term.row,
+            -1 if term.col is None else term.col,
+            ZONES[term.zone],
+            term.factor * (-1) ** len(term.planes),
+        )
+        for term in layout.terms
+    )
+
+
+def arguments(packed: PackedWeight) -> Arguments:
+    """The parameters of `decode_tile`; tensors that the layout lacks are stood in for by the weight."""
+    absent = packed.weight
+    layout, tile = packed.layout, tile_width(packed.block_size)
+    columns = packed.in_features
+    salient = 0 if packed.salient_columns is None else packed.salient_columns.shape[1]
+    names = ("weight", "row_scale", "col_scale", "salient_columns", "salient_weight", "salient_col_scale")
+    values = [getattr(packed, name) for name in names]
+    tensors = tuple(absent if value is None else value.contiguous() for value in values)
+    sizes = (
+        packed.out_features,
+        columns,
+        packed.weight.shape[1],
+        packed.row_scale.shape[1],
+        max(columns // tile, 1) if packed.block_size == -1 else packed.block_size // tile,
+        salient,
+        layout.salient_planes * packed_bytes(salient, tile),
+    )
+    constants = {
+        "TERMS": _terms(layout),
+        "PLANES": layout.planes,
+        "SALIENT_PLANES": layout.salient_planes,
+        "ROW_SCALES": layout.row_scales,
+        "COL_SCALES": layout.col_scales,
+        "SALIENT": layout.salient,
+        "ONE_BLOCK": packed.block_size == -1,
+        "TILE": tile,
+    }
+    return Arguments(tensors, sizes, constants)
+
+
+assert TILE == 128  # `decode_tile` is written for tiles of 128 and 64 columns
+
+
+@triton.jit
+def _plane_bits(base, b, k, width, p, PLANES: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr):
+    """uint32 [rows, TILE] whose top bit is 1 where the sign of plane p is +1 (other bits: rubbish)."""
+    if WHOLE:
+        NBYTES: tl.constexpr = TILE // 8
+        i = tl.arange(0, NBYTES)
+        j = tl.arange(0, 8)
+        byte = tl.load(base + p * NBYTES + i[None, :]).to(tl.uint32)
+        spread = byte[:, None, :] << (31 - j).to(tl.uint32)[None, :, None]
+        bits = tl.reshape(spread, (byte.shape[0], TILE))
+    else:
+        j = tl.minimum(k // b, 7)
+        i = k - k // b * b
+        byte = tl.load(base + p * b + i[None, :], mask=(k < width)[None, :], other=0).to(tl.uint32)
+        bits = byte << (31 - j).to(tl.uint32)[None, :]
+    return bits
+
+
+@triton.jit
+def _salient_index(columns, salient, k):
+    """For each column of k: how many salient columns are below it, and whether it is one (binary search)."""
+    low = tl.zeros_like(k)
+    high = low + salient
+    step = salient
+    while step > 0:
+        middle = (low + high) // 2
+        found = tl.load(columns + middle, mask=middle < high, other=0x7FFF).to(tl.int32)
+        below = (middle < high) & (found < k)
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+        step = step // 2
+    here = tl.load(columns + low, mask=low < salient, other=-1).to(tl.int32)
+    return low, here == k
+
+
+@triton.jit
+def _salient_bits(weight, rows, index, inside, salient, stride, p, SALIENT_PLANES: tl.constexpr, TILE: tl.constexpr):
+    """As `_plane_bits`, for plane p of the salient columns, gathered by their index."""
+    whole = salient // TILE
+    tile = index // TILE
+    width = tl.where(tile < whole, TILE, salient - whole * TILE)
+    b = tl.maximum((width + 7) // 8, 1)
+    at = index - tile * TILE
+    j = tl.minimum(at // b, 7)
+    offset = tile * (SALIENT_PLANES * (TILE // 8)) + p * b + at % b
+    byte = tl.load(weight + rows[:, None] * stride + offset[None, :], mask=inside[None, :], other=0).to(tl.uint32)
+    return byte << (31 - j).to(tl.uint32)[None, :]
+
+
+@triton.jit
+def decode_tile(
+    weight,
+    row_scale,
+    col_scale,
+    salient_columns,
+    salient_weight,
+    salient_col_scale,
+    K,
+    weight_stride,
+    row_stride,
+    tiles_per_block,
+    salient,
+    salient_stride,
+    rows,
+    tile,
+    TERMS: tl.constexpr,
+    PLANES: tl.constexpr,
+    SALIENT_PLANES: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
+    COL_SCALES: tl.constexpr,
+    SALIENT: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """float32 [rows, TILE]: the weight's rows `rows` (int64, in range) at the columns of tile number `tile`.
+
+    WHOLE: the tile has all its columns. Otherwise it is the narrow last one; columns past K are finite rubbish.
+    """
+    k = tl.arange(0, TILE)
+    width = K - tile * TILE
+    b = (width + 7) // 8
+    base = weight + (rows * weight_stride + tile * (PLANES * (TILE // 8)))[:, None]
+    bits0 = _plane_bits(base, b, k, width, 0, PLANES, TILE, WHOLE)
+    bits1 = bits0
+    bits2 = bits0
+    if PLANES > 1:
+        bits1 = _plane_bits(base, b, k, width, 1, PLANES, TILE, WHOLE)
+    if PLANES > 2:
+        bits2 = _plane_bits(base, b, k, width, 2, PLANES, TILE, WHOLE)
+    column = tile * TILE + k
+    valid = column < K
+    if SALIENT:
+        index, inside = _salient_index(salient_columns, salient, column)
+        if SALIENT_PLANES > 0:
+            extra = _salient_bits(
+                salient_weight, rows, index, inside, salient, salient_stride, 0, SALIENT_PLANES, TILE
+            )
+            if PLANES == 1:
+                bits1 = extra
+            else:
+                bits2 = extra
+    block = 0 if ONE_BLOCK else tile // tiles_per_block
+    scales = row_scale + rows * row_stride + block * ROW_SCALES
+    result = tl.zeros([rows.shape[0], TILE], tl.float32)
+    for t in tl.static_range(len(TERMS)):
+        MASK: tl.constexpr = TERMS[t][0]
+        ROW: tl.constexpr = TERMS[t][1]
+        COL: tl.constexpr = TERMS[t][2]
+        ZONE: tl.constexpr = TERMS[t][3]
+        FACTOR: tl.constexpr = TERMS[t][4]
+        value = (tl.load(scales + ROW).to(tl.float32) * FACTOR)[:, None]
+        if COL >= 0:
+            if COL < COL_SCALES:
+                c = tl.load(col_scale + COL * K + column, mask=valid, other=0).to(tl.float32)
+            else:
+                c = tl.load(
+                    salient_col_scale + (COL - COL_SCALES) * salient + index, mask=inside, other=0
+                ).to(tl.float32)
+            value = value * c[None, :]
+        if ZONE == 1:
+            value = tl.where(inside[None, :], 0.0, value)
+        elif ZONE == 2:
+            value = tl.where(inside[None, :], value, 0.0)
+        value = tl.broadcast_to(value, (rows.shape[0], TILE))
+        if MASK != 0:
+            if MASK == 1:
+                bits = bits0
+            elif MASK == 2:
+                bits = bits1
+            elif MASK == 3:
+                bits = bits0 ^ bits1
+            elif MASK == 4:
+                bits = bits2
+            elif MASK == 5:
+                bits = bits0 ^ bits2
+            elif MASK == 6:
+                bits = bits1 ^ bits2
+            else:
+                bits = bits0 ^ bits1 ^ bits2
+            flipped = value.to(tl.uint32, bitcast=True) ^ (bits & 0x80000000)
+            value = flipped.to(tl.float32, bitcast=True)
+        result += value
+    return result

@@ -1,0 +1,150 @@
+"""The dense weight from a packed one, on the GPU."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..packed import PackedWeight
+from .decode import arguments, decode_tile
+
+# Rows of a program and its warps. [K, N] takes more rows: they are the contiguous direction of its stores.
+ROWS, WARPS = 32, 4
+TRANSPOSED_ROWS, TRANSPOSED_WARPS = 64, 4
+
+
+@triton.jit
+def _dequantize_kernel(
+    out,
+    permutation,
+    weight,
+    row_scale,
+    col_scale,
+    salient_columns,
+    salient_weight,
+    salient_col_scale,
+    N,
+    K,
+    weight_stride,
+    row_stride,
+    tiles_per_block,
+    salient,
+    salient_stride,
+    TERMS: tl.constexpr,
+    PLANES: tl.constexpr,
+    SALIENT_PLANES: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
+    COL_SCALES: tl.constexpr,
+    SALIENT: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    PERMUTED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """out[n, k] or, TRANSPOSED, out[k, n]; a program is ROWS rows of one tile. Neighbouring programs share rows, so
+    that the rows that they write are whole soon."""
+    tile = tl.program_id(0)
+    n = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = tl.minimum(n, N - 1)
+    if tile < K // TILE:
+        w = decode_tile(
+            weight,
+            row_scale,
+            col_scale,
+            salient_columns,
+            salient_weight,
+            salient_col_scale,
+            K,
+            weight_stride,
+            row_stride,
+            tiles_per_block,
+            salient,
+            salient_stride,
+            rows,
+            tile,
+            TERMS,
+            PLANES,
+            SALIENT_PLANES,
+            ROW_SCALES,
+            COL_SCALES,
+            SALIENT,
+            ONE_BLOCK,
+            TILE,
+            True,
+        )
+    else:
+        w = decode_tile(
+            weight,
+            row_scale,
+            col_scale,
+            salient_columns,
+            salient_weight,
+            salient_col_scale,
+            K,
+            weight_stride,
+            row_stride,
+            tiles_per_block,
+            salient,
+            salient_stride,
+            rows,
+            tile,
+            TERMS,
+            PLANES,
+            SALIENT_PLANES,
+            ROW_SCALES,
+            COL_SCALES,
+            SALIENT,
+            ONE_BLOCK,
+            TILE,
+            False,
+        )
+    column = tile * TILE + tl.arange(0, TILE)
+    inside = column < K
+    if PERMUTED:
+        # int16 holds columns up to 32767
+        column = tl.load(permutation + column, mask=inside, other=0)
+    column = column.to(tl.int64)
+    w = w.to(out.dtype.element_ty)
+    if TRANSPOSED:
+        tl.store(out + column[:, None] * N + n[None, :], tl.trans(w), mask=inside[:, None] & (n < N)[None, :])
+    else:
+        tl.store(out + n[:, None] * K + column[None, :], w, mask=(n < N)[:, None] & inside[None, :])
+
+
+def dequantize(
+    packed: PackedWeight, dtype: torch.dtype, *, transposed: bool = False, stored_order: bool = False
+) -> torch.Tensor:
+    """The weight that `packed` stands for, computed in float32 and rounded once.
+
+    A permutation costs nothing in `[K, N]`, whose rows are written whole wherever they belong; in `[N, K]` its single
+    elements are scattered.
+
+    Args:
+        packed: the weight.
+        dtype: float16, bfloat16 or float32.
+        transposed: `[K, N]` instead of `[N, K]`.
+        stored_order: leave the columns in the order in which they are stored.
+
+    Returns:
+        A new contiguous tensor on the weight's device.
+    """
+    rows, columns = packed.out_features, packed.in_features
+    out = torch.empty((columns, rows) if transposed else (rows, columns), dtype=dtype, device=packed.weight.device)
+    args = arguments(packed)
+    per_program = TRANSPOSED_ROWS if transposed else ROWS
+    permutation = None if stored_order else packed.permutation
+    grid = (triton.cdiv(columns, args.constants["TILE"]), triton.cdiv(rows, per_program))
+    _dequantize_kernel[grid](
+        out,
+        packed.weight if permutation is None else permutation,
+        *args.tensors,
+        *args.sizes,
+        **args.constants,
+        PERMUTED=permutation is not None,
+        TRANSPOSED=transposed,
+        ROWS=per_program,
+        num_warps=TRANSPOSED_WARPS if transposed else WARPS,
+    )
+    return out
