@@ -6,3 +6,14 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
+else:
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor, scope):
+        """Triton 3.6 turns arrays of one element into integers in a way that numpy 2.4 refuses: `range` of a value."""
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor

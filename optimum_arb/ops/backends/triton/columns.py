@@ -1,0 +1,66 @@
+"""The input in the order in which a weight's columns are stored."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..packed import PackedWeight
+
+ROWS, COLUMNS = 8, 512
+
+
+@triton.jit
+def _gather_kernel(
+    out, x, permutation, scale, M, K, x_stride, out_stride,
+    PERMUTED: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out[m, k] = x[m, permutation[k]] * scale[k], zero where k >= K."""
+    k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside = k < K
+    source = k
+    if PERMUTED:
+        source = tl.load(permutation + k, mask=inside, other=0).to(tl.int32)
+    mask = (m < M)[:, None] & inside[None, :]
+    values = tl.load(x + m.to(tl.int64)[:, None] * x_stride + source[None, :], mask=mask, other=0)
+    if SCALED:
+        values = values.to(tl.float32) * tl.load(scale + k, mask=inside, other=0).to(tl.float32)[None, :]
+    at = out + m.to(tl.int64)[:, None] * out_stride + k[None, :]
+    tl.store(at, values.to(out.dtype.element_ty), mask=(m < M)[:, None] & (k < out_stride)[None, :])
+
+
+def gather_columns(
+    x: torch.Tensor, packed: PackedWeight, *, scaled: bool = False, multiple: int = 1
+) -> torch.Tensor:
+    """`x[:, permutation]`, or x's copy without a permutation.
+
+    Args:
+        x: `[M, K]`, contiguous in its last dimension.
+        packed: the weight whose columns it meets.
+        scaled: multiply by the first column scale.
+        multiple: the columns of the result are zero-padded to a multiple of this.
+
+    Returns:
+        `[M, K']` of x's dtype, contiguous.
+    """
+    tokens, columns = x.shape
+    width = triton.cdiv(columns, multiple) * multiple
+    out = x.new_empty(tokens, width)
+    _gather_kernel[(triton.cdiv(width, COLUMNS), triton.cdiv(tokens, ROWS))](
+        out,
+        x,
+        x if packed.permutation is None else packed.permutation,
+        packed.col_scale if scaled else x,
+        tokens,
+        columns,
+        x.stride(0),
+        width,
+        PERMUTED=packed.permutation is not None,
+        SCALED=scaled,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        num_warps=4,
+    )
+    return out

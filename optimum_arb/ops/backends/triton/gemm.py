@@ -1,0 +1,402 @@
+"""`x W^T + bias` for many tokens, and the gradient of x.
+
+Three ways, which `GemmConfig.kernel` names:
+
+- "hopper": `hopper.py`, the packed weight decoded once a tile straight into the registers from which the tensor cores
+  of an sm_90 read it. Layouts of one to three planes with or without column scales.
+- "portable": the same idea in plain Triton, for every layout without salient columns and every GPU.
+- "dequantize": the dense weight is written to memory and multiplied by the vendor's library. Every layout and dtype;
+  its cost does not depend on the number of tokens, so it wins where there are many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+
+from ....packing import tile_width
+from ..packed import PackedWeight
+from .columns import gather_columns
+from .decode import arguments, decode_tile
+from .dequantize import dequantize
+
+try:
+    from . import hopper
+except ImportError:  # a Triton without Gluon, or with another form of it
+    hopper = None  # type: ignore[assignment]
+
+Kernel = Literal["hopper", "portable", "dequantize"]
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """How a product is computed. The result for a row of x depends on the config, never on the other rows.
+
+    Attributes:
+        kernel: see the top of this file.
+        block_m: tokens of a tile of the output.
+        block_n: weight rows of a tile of the output.
+        warps: warps of a program.
+        stages: tiles of x that are loaded ahead.
+        split_k: programs that share the columns of one output tile; their sums are added in order by a second kernel.
+    """
+
+    kernel: Kernel = "dequantize"
+    block_m: int = 64
+    block_n: int = 128
+    warps: int = 4
+    stages: int = 3
+    split_k: int = 1
+
+
+@triton.jit(do_not_specialize=["M", "row_stride", "tiles_per_block"])
+def _gemm_kernel(
+    out,
+    x,
+    bias,
+    M,
+    x_stride,
+    weight,
+    row_scale,
+    col_scale,
+    salient_columns,
+    salient_weight,
+    salient_col_scale,
+    N,
+    K,
+    weight_stride,
+    row_stride,
+    tiles_per_block,
+    salient,
+    salient_stride,
+    TERMS: tl.constexpr,
+    PLANES: tl.constexpr,
+    SALIENT_PLANES: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
+    COL_SCALES: tl.constexpr,
+    SALIENT: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """out[m, n] (or [split, m, n], summed later): computed as W x^T, so that the decoded weight stays in registers."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    # neighbouring programs share rows of the weight or of x: GROUP tiles of rows times all tiles of tokens in turn
+    program = tl.program_id(0)
+    group = program // (GROUP * tiles_m)
+    height = tl.minimum(tiles_n - group * GROUP, GROUP)
+    inside = program - group * GROUP * tiles_m
+    tile_n = group * GROUP + inside % height
+    tile_m = inside // height
+    split = tl.program_id(1)
+
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.minimum(n, N - 1).to(tl.int64)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, TILE)
+    x_rows = x + tl.minimum(m, M - 1).to(tl.int64)[:, None] * x_stride
+    whole = K // TILE
+    share = tl.cdiv(whole, SPLIT_K)
+    start = split * share
+    stop = tl.minimum(start + share, whole)
+    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for tile in range(start, stop):
+        w = decode_tile(
+            weight,
+            row_scale,
+            col_scale,
+            salient_columns,
+            salient_weight,
+            salient_col_scale,
+            K,
+            weight_stride,
+            row_stride,
+            tiles_per_block,
+            salient,
+            salient_stride,
+            rows,
+            tile,
+            TERMS,
+            PLANES,
+            SALIENT_PLANES,
+            ROW_SCALES,
+            COL_SCALES,
+            SALIENT,
+            ONE_BLOCK,
+            TILE,
+            True,
+        ).to(x.dtype.element_ty)
+        tokens = tl.load(x_rows + tile * TILE + k[None, :])
+        if UPCAST:
+            sums = tl.dot(w.to(tl.float32), tl.trans(tokens.to(tl.float32)), sums)
+        else:
+            sums = tl.dot(w, tl.trans(tokens), sums)
+    if (split == SPLIT_K - 1) & (whole * TILE < K):
+        w = decode_tile(
+            weight,
+            row_scale,
+            col_scale,
+            salient_columns,
+            salient_weight,
+            salient_col_scale,
+            K,
+            weight_stride,
+            row_stride,
+            tiles_per_block,
+            salient,
+            salient_stride,
+            rows,
+            whole,
+            TERMS,
+            PLANES,
+            SALIENT_PLANES,
+            ROW_SCALES,
+            COL_SCALES,
+            SALIENT,
+            ONE_BLOCK,
+            TILE,
+            False,
+        ).to(x.dtype.element_ty)
+        tokens = tl.load(x_rows + whole * TILE + k[None, :], mask=(whole * TILE + k < K)[None, :], other=0)
+        if UPCAST:
+            sums = tl.dot(w.to(tl.float32), tl.trans(tokens.to(tl.float32)), sums)
+        else:
+            sums = tl.dot(w, tl.trans(tokens), sums)
+    if HAS_BIAS:
+        sums += tl.load(bias + rows).to(tl.float32)[:, None]
+    at = out + split.to(tl.int64) * M * N + m.to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(at, sums.to(out.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
+
+
+@triton.jit
+def _sum_kernel(out, parts, bias, size, N, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = parts[0, i] + parts[1, i] + ... + bias[i mod N], in this order."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    total = tl.load(parts + i, mask=inside, other=0)
+    for part in tl.static_range(1, SPLIT_K):
+        total += tl.load(parts + part * size + i, mask=inside, other=0)
+    if HAS_BIAS:
+        total += tl.load(bias + i % N, mask=inside, other=0).to(tl.float32)
+    tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
+
+
+def sum_parts(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Adds `parts` float32 `[split_k, M, N]` and the bias into `out` `[M, N]`, always in the same order."""
+    block = 1024
+    _sum_kernel[(triton.cdiv(out.numel(), block),)](
+        out,
+        parts,
+        parts if bias is None else bias,
+        out.numel(),
+        out.shape[1],
+        SPLIT_K=parts.shape[0],
+        HAS_BIAS=bias is not None,
+        BLOCK=block,
+        num_warps=4,
+    )
+
+
+def is_fusable(packed: PackedWeight) -> bool:
+    """Whether "portable" computes this layout: it would have to search for salient columns again and again."""
+    return not packed.layout.salient
+
+
+def fits_hopper(packed: PackedWeight, dtype: torch.dtype) -> bool:
+    """Whether "hopper" computes this weight for inputs of this dtype on the weight's device."""
+    device = packed.weight.device
+    return (
+        hopper is not None
+        and device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device)[0] == 9
+        and dtype in (torch.float16, torch.bfloat16)
+        and packed.layout.name.startswith("planes-")
+        and packed.block_size != 64
+        and packed.in_features % 128 == 0
+    )
+
+
+def candidates(n: int, k: int, m: int) -> list[GemmConfig]:
+    """Configurations worth timing for `[m, k] x [n, k]`, the fastest of which depends on the device.
+
+    Args:
+        n: out_features.
+        k: in_features.
+        m: tokens.
+    """
+    found = [GemmConfig("dequantize")]
+    blocks_m = [b for b in (32, 64, 128, 256) if b < 2 * max(m, 17)]
+    for block_m in blocks_m[-2:] if m > 64 else blocks_m:
+        for block_n, warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
+            if block_m * block_n // warps > 4096:  # sums of a thread: more than 128 registers
+                continue
+            programs = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
+            for split_k in (1, 2, 4, 8):
+                if split_k > 1 and (programs * split_k > 600 or k // 128 < 4 * split_k):
+                    continue
+                if split_k == 1 and programs < 40:
+                    continue
+                stages = 3 if block_m == 256 else 4
+                found.append(GemmConfig("hopper", block_m, block_n, warps, stages, split_k))
+    return found
+
+
+def default_config(packed: PackedWeight, m: int, dtype: torch.dtype) -> GemmConfig:
+    """A configuration that works, for what no table knows."""
+    if not (packed.weight.is_cuda and is_fusable(packed) and dtype in (torch.float16, torch.bfloat16)):
+        return GemmConfig("dequantize")
+    n = packed.out_features
+    kernel: Kernel = "hopper" if fits_hopper(packed, dtype) else "portable"
+    if m > (1024 if kernel == "hopper" else 128):
+        return GemmConfig("dequantize")
+    block_m = 32 if m <= 32 else 64 if m <= 64 else 128
+    programs = triton.cdiv(m, block_m) * triton.cdiv(n, 128)
+    split_k = 1
+    while programs * split_k < 100 and split_k < 8 and packed.in_features // 128 >= 8 * split_k:
+        split_k *= 2
+    return GemmConfig(kernel, block_m, 128, 8, 4 if kernel == "hopper" else 2, split_k)
+
+
+def gemm(
+    x: torch.Tensor,
+    packed: PackedWeight,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    *,
+    config: GemmConfig | None = None,
+) -> torch.Tensor:
+    """`x W^T + bias`.
+
+    Args:
+        x: `[M, K]`, float16, bfloat16 or float32.
+        packed: the weight, on x's device.
+        bias: `[N]`, or None.
+        out_dtype: x's where None.
+        config: how; a sensible one where None. Replaced by "dequantize" where its kernel cannot compute this weight.
+
+    Returns:
+        `[M, N]`, accumulated in float32.
+    """
+    out_dtype = out_dtype or x.dtype
+    config = config or default_config(packed, x.shape[0], x.dtype)
+    fused = x.dtype in (torch.float16, torch.bfloat16) and x.numel() > 0
+    if config.kernel == "hopper" and fused and fits_hopper(packed, x.dtype):
+        return _hopper(x, packed, bias, out_dtype, config)
+    if config.kernel == "portable" and fused and is_fusable(packed):
+        return _portable(x, packed, bias, out_dtype, config)
+    weight = _dense(packed, x.dtype)
+    if bias is None:
+        return torch.mm(x, weight.T).to(out_dtype)
+    return torch.addmm(bias.to(x.dtype), x, weight.T).to(out_dtype)
+
+
+def gemm_input_grad(grad: torch.Tensor, packed: PackedWeight, *, config: GemmConfig | None = None) -> torch.Tensor:
+    """`grad W`, the gradient of the input, `[M, K]` from `[M, N]`: through the dense weight.
+
+    Args:
+        grad: `[M, N]`, float16, bfloat16 or float32.
+        packed: the weight.
+        config: not used yet by any kernel of this direction.
+
+    Returns:
+        `[M, K]` of grad's dtype.
+    """
+    return torch.mm(grad, _dense(packed, grad.dtype))
+
+
+def _dense(packed: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """`[N, K]`: a view of `[K, N]` where the columns are permuted, because that is written faster."""
+    if packed.permutation is not None:
+        return dequantize(packed, dtype, transposed=True).T
+    return dequantize(packed, dtype)
+
+
+def _output(m: int, n: int, split_k: int, out_dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What a kernel fills: the result, or the parts of its sums."""
+    if split_k == 1:
+        return torch.empty(m, n, dtype=out_dtype, device=device)
+    return torch.empty(split_k, m, n, dtype=torch.float32, device=device)
+
+
+def _finish(filled: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
+    if filled.dim() == 2:
+        return filled
+    out = torch.empty(filled.shape[1:], dtype=out_dtype, device=filled.device)
+    sum_parts(filled, bias, out)
+    return out
+
+
+def _split(config: GemmConfig, packed: PackedWeight) -> int:
+    """No more programs along K than there are whole tiles, each with at least one."""
+    tiles = max(packed.in_features // tile_width(packed.block_size), 1)
+    share = triton.cdiv(tiles, min(config.split_k, tiles))
+    return triton.cdiv(tiles, share)
+
+
+def _hopper(
+    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype, config: GemmConfig
+) -> torch.Tensor:
+    scaled = False
+    if packed.permutation is not None:
+        scaled = packed.layout.planes == 1 and packed.layout.col_scales == 1
+        x = gather_columns(x, packed, scaled=scaled)
+    elif x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # the copy engine wants 16-byte rows
+        x = x.clone(memory_format=torch.contiguous_format)
+    split_k = _split(config, packed)
+    filled = _output(x.shape[0], packed.out_features, split_k, out_dtype, x.device)
+    hopper.launch(
+        x,
+        packed,
+        bias if split_k == 1 else None,
+        filled,
+        block_m=config.block_m,
+        block_n=config.block_n,
+        warps=config.warps,
+        stages=config.stages,
+        split_k=split_k,
+        scaled=scaled,
+    )
+    return _finish(filled, bias, out_dtype)
+
+
+def _portable(
+    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype, config: GemmConfig
+) -> torch.Tensor:
+    if packed.permutation is not None:
+        x = gather_columns(x, packed)
+    elif x.stride(1) != 1:
+        x = x.contiguous()
+    split_k = _split(config, packed)
+    filled = _output(x.shape[0], packed.out_features, split_k, out_dtype, x.device)
+    args = arguments(packed)
+    programs = triton.cdiv(x.shape[0], config.block_m) * triton.cdiv(packed.out_features, config.block_n)
+    _gemm_kernel[(programs, split_k)](
+        filled,
+        x,
+        filled if bias is None else bias,
+        x.shape[0],
+        x.stride(0),
+        *args.tensors,
+        *args.sizes,
+        **args.constants,
+        HAS_BIAS=bias is not None and split_k == 1,
+        SPLIT_K=split_k,
+        GROUP=8,
+        UPCAST=not x.is_cuda,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return _finish(filled, bias, out_dtype)

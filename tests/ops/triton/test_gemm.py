@@ -1,0 +1,121 @@
+"""The fused product in plain Triton, in its interpreter, and the product by way of the dense weight."""
+
+import pytest
+import torch
+from packed_weights import random_packed
+
+from optimum_arb.layout import all_layouts, planes_layout
+from optimum_arb.ops.backends.triton.gemm import GemmConfig, candidates, gemm, gemm_input_grad, is_fusable
+
+LAYOUTS = {layout.name: layout for layout in all_layouts()}
+PORTABLE = GemmConfig("portable", block_m=32, block_n=32)
+# out_features, in_features, block_size, permuted
+SHAPES = [
+    (1, 64, 64, False),
+    (6, 100, 128, True),
+    (42, 192, 64, True),
+    (123, 576, 128, False),
+    (9, 576, 256, True),
+    (3, 4304, -1, True),
+    (431, 192, 128, True),
+    (3, 3, 128, False),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Fills every new tensor with NaN, so that what is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def check(packed, m, dtype=torch.float16, bias=True, config=PORTABLE, out_dtype=None, strided=False):
+    """Against float64, in units of the sum of the absolute products: the rounding of W and of the result."""
+    generator = torch.Generator().manual_seed(m)
+    rows, columns = packed.out_features, packed.in_features
+    x = torch.randn(m, 2 * columns if strided else columns, generator=generator).to(dtype)[:, :columns]
+    added = torch.randn(rows, generator=generator).to(dtype) if bias else None
+    weight = packed.unpack().dequantize(torch.float64)
+    expected = x.double() @ weight.T + (added.double() if bias else 0)
+    size = x.double().abs() @ weight.abs().T + (added.double().abs() if bias else 0)
+    result = gemm(x, packed, added, out_dtype, config=config)
+    assert result.dtype == (out_dtype or dtype)
+    assert result.shape == expected.shape
+    eps = torch.finfo(dtype).eps if dtype != torch.float32 else 1e-6
+    assert ((result.double() - expected).abs() <= eps * size + torch.finfo(result.dtype).eps * expected.abs()).all()
+    return result
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout(name):
+    """Layouts with salient columns go by way of the dense weight, whatever the config says."""
+    assert is_fusable(random_packed(LAYOUTS[name], 6, 300)) != LAYOUTS[name].salient
+    check(random_packed(LAYOUTS[name], 6, 300, permuted=True), 17)
+    check(random_packed(LAYOUTS[name], 6, 300, block_size=64), 5, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("rows", "columns", "block_size", "permuted"), SHAPES)
+@pytest.mark.parametrize("name", ["planes-2-col", "planes-3-mean"])
+def test_shapes(name, rows, columns, block_size, permuted):
+    check(random_packed(LAYOUTS[name], rows, columns, block_size, permuted=permuted), 19)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kernel", ["portable", "dequantize"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_dtypes(dtype, kernel, bias):
+    packed = random_packed(planes_layout(2, col_scale=True), 42, 192, permuted=True)
+    check(packed, 33, dtype, bias, GemmConfig(kernel, block_m=32, block_n=32))
+    check(packed, 33, dtype, bias, GemmConfig(kernel, block_m=32, block_n=32), out_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("m", [1, 31, 32, 33, 100])
+def test_tokens(m):
+    packed = random_packed(planes_layout(1, col_scale=True), 42, 192)
+    result = check(packed, m, strided=True)
+    again = check(packed, m, strided=True)
+    assert torch.equal(result, again)
+
+
+@pytest.mark.parametrize("split_k", [2, 3, 4, 8])
+def test_split_columns(split_k):
+    """Tiles that do not divide evenly among the programs, and fewer tiles than programs."""
+    for columns in (700, 640, 128, 100):
+        packed = random_packed(planes_layout(1), 20, columns)
+        check(packed, 17, config=GemmConfig("portable", block_m=32, block_n=32, split_k=split_k))
+
+
+def test_a_row_does_not_depend_on_the_others():
+    packed = random_packed(planes_layout(2, col_scale=True), 42, 300)
+    x = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)).half()
+    whole = gemm(x, packed, config=PORTABLE)
+    for m in (1, 20, 33):
+        assert torch.equal(gemm(x[:m], packed, config=PORTABLE), whole[:m])
+
+
+def test_no_tokens():
+    packed = random_packed(planes_layout(1), 6, 192)
+    assert gemm(torch.empty(0, 192).half(), packed).shape == (0, 6)
+
+
+@pytest.mark.parametrize("name", ["planes-1", "planes-2-col", "groups-all-salient-mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_input_grad(name, dtype):
+    packed = random_packed(LAYOUTS[name], 42, 300, permuted=name != "planes-1")
+    grad = torch.randn(19, 42, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight = packed.unpack().dequantize(torch.float64)
+    result = gemm_input_grad(grad, packed)
+    assert result.dtype == dtype
+    size = grad.double().abs() @ weight.abs()
+    eps = 1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    assert ((result.double() - grad.double() @ weight).abs() <= eps * size).all()
+
+
+def test_candidates():
+    for m in (17, 64, 512, 16384):
+        for n, k in ((4096, 4096), (28672, 8192), (4096, 11008), (42, 192)):
+            found = candidates(n, k, m)
+            assert len(found) == len(set(found))
+            assert all(config.split_k * 128 <= k for config in found if config.split_k > 1)
