@@ -31,9 +31,7 @@ def _gather_kernel(
     tl.store(at, values.to(out.dtype.element_ty), mask=(m < M)[:, None] & (k < out_stride)[None, :])
 
 
-def gather_columns(
-    x: torch.Tensor, packed: PackedWeight, *, scaled: bool = False, multiple: int = 1
-) -> torch.Tensor:
+def gather_columns(x: torch.Tensor, packed: PackedWeight, *, scaled: bool = False, multiple: int = 1) -> torch.Tensor:
     """`x[:, permutation]`, or x's copy without a permutation.
 
     Args:

@@ -183,9 +183,7 @@ def decode_tile(
     if SALIENT:
         index, inside = _salient_index(salient_columns, salient, column)
         if SALIENT_PLANES > 0:
-            extra = _salient_bits(
-                salient_weight, rows, index, inside, salient, salient_stride, 0, SALIENT_PLANES, TILE
-            )
+            extra = _salient_bits(salient_weight, rows, index, inside, salient, salient_stride, 0, SALIENT_PLANES, TILE)
             if PLANES == 1:
                 bits1 = extra
             else:
@@ -204,9 +202,9 @@ def decode_tile(
             if COL < COL_SCALES:
                 c = tl.load(col_scale + COL * K + column, mask=valid, other=0).to(tl.float32)
             else:
-                c = tl.load(
-                    salient_col_scale + (COL - COL_SCALES) * salient + index, mask=inside, other=0
-                ).to(tl.float32)
+                c = tl.load(salient_col_scale + (COL - COL_SCALES) * salient + index, mask=inside, other=0).to(
+                    tl.float32
+                )
             value = value * c[None, :]
         if ZONE == 1:
             value = tl.where(inside[None, :], 0.0, value)

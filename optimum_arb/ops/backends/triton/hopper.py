@@ -1,6 +1,6 @@
 """The fused product on sm_90: packed tiles become the register operand of asynchronous warpgroup products.
 
-One program owns BLOCK_N rows of the weight and BLOCK_M tokens and walks the packing tiles (128 columns each). The tensor
+One program owns BLOCK_N rows of the weight and BLOCK_M tokens and walks the packing tiles, 128 columns each. The tensor
 copy engine brings the packed bytes of a tile and the tokens' columns into a ring of STAGES slots of shared memory. The
 product of tile t runs while the signs of tile t + 1 are turned into weights, two at a time, with one shift, one
 three-input logic operation and one multiply-add a plane; W is the left operand, so that the decoded weights never
@@ -9,6 +9,9 @@ leave their registers.
 Written in Gluon, Triton's lower-level language, because plain Triton waits for a product whose register operand changes
 in the loop before it goes on.
 """
+
+# mypy: disable-error-code="assignment"
+# ruff: noqa: RUF005
 
 from __future__ import annotations
 
@@ -86,7 +89,7 @@ def _decode_bit(
     BIT: gl.constexpr, PLANES: gl.constexpr, COLUMNS: gl.constexpr, MEAN: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """The weights [rows, 16] whose signs are bit BIT of the bytes q [rows, 16] (in the upper half of int16)."""
-    asm: gl.constexpr = _asm(PLANES, COLUMNS, MEAN, DTYPE == gl.bfloat16, BIT)
+    asm: gl.constexpr = _asm(PLANES, COLUMNS, MEAN, gl.bfloat16 == DTYPE, BIT)
     count: gl.constexpr = 2 * PLANES + MEAN + COLUMNS * PLANES
     constraints: gl.constexpr = _constraints(count)
     args = (q0,)
@@ -165,8 +168,8 @@ def _fetch(
     """Asks for tile number `tile` in the slot of step number `step`."""
     slot = step % STAGES
     bar = ready.index(slot)
-    size: gl.constexpr = (
-        x_desc.block_type.nbytes + PLANES * (w_desc.block_type.nbytes + COLUMNS * c_desc.block_type.nbytes)
+    size: gl.constexpr = x_desc.block_type.nbytes + PLANES * (
+        w_desc.block_type.nbytes + COLUMNS * c_desc.block_type.nbytes
     )
     mbarrier.expect(bar, size, pred=pred)
     for p in gl.static_range(PLANES):
@@ -217,7 +220,24 @@ def _hopper_kernel(
         mbarrier.init(ready.index(stage), count=1)
     fence_async_shared()
     for stage in gl.static_range(STAGES):
-        _fetch(x_desc, w_desc, c_desc, x_ring, bits, columns, ready, start + stage, stage, m, n, K, PLANES, COLUMNS, STAGES, stage < steps)
+        _fetch(
+            x_desc,
+            w_desc,
+            c_desc,
+            x_ring,
+            bits,
+            columns,
+            ready,
+            start + stage,
+            stage,
+            m,
+            n,
+            K,
+            PLANES,
+            COLUMNS,
+            STAGES,
+            stage < steps,
+        )
 
     rows = gl.minimum(n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, LAYOUT)), N - 1)
     scales = row_scale + rows.to(gl.int64) * row_stride
@@ -225,9 +245,7 @@ def _hopper_kernel(
     r0, r1, r2, mean = _load_scales(scales, start, tiles_per_block, last, PLANES, SCALES, DTYPE)
     next0, next1, next2, next_mean = _load_scales(scales, start + 1, tiles_per_block, last, PLANES, SCALES, DTYPE)
     mbarrier.wait(ready.index(0), 0)
-    w = _decode(
-        bits, columns, 0, r0, r1, r2, mean, PLANES, COLUMNS, MEAN, DTYPE, LAYOUT, OPERAND
-    )
+    w = _decode(bits, columns, 0, r0, r1, r2, mean, PLANES, COLUMNS, MEAN, DTYPE, LAYOUT, OPERAND)
     sums = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA)
     sums = warpgroup_mma(w, x_ring.index(0).permute((1, 0)), sums, is_async=True)
     for step in range(1, steps):
@@ -249,7 +267,24 @@ def _hopper_kernel(
         # every warp is past the product of the step before: its slot can be filled again
         gl.thread_barrier()
         ahead = step - 1 + STAGES
-        _fetch(x_desc, w_desc, c_desc, x_ring, bits, columns, ready, start + ahead, ahead, m, n, K, PLANES, COLUMNS, STAGES, ahead < steps)
+        _fetch(
+            x_desc,
+            w_desc,
+            c_desc,
+            x_ring,
+            bits,
+            columns,
+            ready,
+            start + ahead,
+            ahead,
+            m,
+            n,
+            K,
+            PLANES,
+            COLUMNS,
+            STAGES,
+            ahead < steps,
+        )
     sums, w = warpgroup_mma_wait(0, deps=(sums, w))
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(stage))
@@ -304,7 +339,7 @@ def launch(
     w_desc = TensorDescriptor.from_tensor(packed.weight, [block_n, 16], w_layout)
     with_columns = bool(layout.col_scales) and not scaled
     c_desc = w_desc
-    if with_columns:
+    if packed.col_scale is not None and with_columns:
         scales = packed.col_scale.to(x.dtype).view(-1)
         c_desc = TensorDescriptor.from_tensor(scales, [128], gl.NVMMASharedLayout(0, 16, rank=1))
     grid = (triton.cdiv(tokens, block_m) * triton.cdiv(rows, block_n), split_k)
