@@ -17,7 +17,7 @@ from .patterns import check_pattern, matches
 
 METHODS = ("rtn", "billm", "arb", "arb-x", "arb-rc", "arb-hrc")
 BITMAP_METHODS = ("billm", "arb", "arb-x", "arb-rc")
-BACKENDS = ("auto", "cpu", "reference", "dequantize")
+BACKENDS = ("auto", "triton", "cpu", "reference", "dequantize", "auto:batch-invariant", "triton:batch-invariant")
 COMPENSATIONS = ("exact", "diagonal")
 SPLIT_METRICS = ("weight", "score")
 # What an entry of `overrides` may change for the modules that its pattern matches.
@@ -76,9 +76,10 @@ class ARBConfig(QuantizationConfigMixin):
             whole name. A pattern that matches nothing is an error.
         overrides: pattern -> choices for the modules that it matches, such as `{"down_proj": {"planes": 2}}` or
             `{"re:.*layers\\.0\\..*": {"skip": True}}`. Later entries win.
-        backend: what runs the packed layers: "auto", "cpu" (the packed bits, natively where the extension was
-            built), "reference" (plain torch, any device) or "dequantize" (keeps a dequantized copy: fast, no memory
-            saved).
+        backend: what runs the packed layers: "auto", "triton" (the GPU kernels), "cpu" (the packed bits, natively where
+            the extension was built), "reference" (plain torch, any device) or "dequantize" (keeps a dequantized copy:
+            fast, no memory saved). "auto:batch-invariant" computes every row of an input the same way whatever the
+            number of rows (GPU only; slower for few rows).
         max_memory: as in `from_pretrained`, for placing a model that was calibrated on load.
 
     A saved configuration also carries what the run recorded: `format_version`, `optimum_arb_version`,

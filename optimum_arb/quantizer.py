@@ -22,7 +22,7 @@ from .config import ARBConfig
 from .conversion import Record, binarize_linear, empty_linear, float_linear
 from .keys import KeyMap
 from .modules import Selection, linear_shape, resolved_skips, select_modules
-from .nn import ARBLinear
+from .nn import ARBLinear, share_inputs
 from .packing import packed_shapes
 from .placement import calibration_device, check_no_disk, place_model
 from .report import model_report
@@ -129,6 +129,7 @@ class ARBHfQuantizer(HfQuantizer):
                     for key, parameter in module.named_parameters(recurse=False):
                         # transformers lets every float tensor that it loads require a gradient
                         parameter.requires_grad_(key == "bias")
+            share_inputs(model)
             return model
         if self.calibrates:
             self._calibrate(model)
@@ -137,6 +138,7 @@ class ARBHfQuantizer(HfQuantizer):
         if self._tokens is not None:
             place_model(model, self._device_map, self.quantization_config.max_memory)
             self._tokens = None
+        share_inputs(model)
         report = model_report(model)
         logger.log(logging.WARNING if self._lost(report.kept) else logging.INFO, report.summary())
         return model

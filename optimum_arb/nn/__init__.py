@@ -1,5 +1,6 @@
-"""Layers that run packed weights."""
+"""Layers that hold packed weights."""
 
 from .linear import ARBLinear
+from .shared_input import share_inputs
 
-__all__ = ["ARBLinear"]
+__all__ = ["ARBLinear", "share_inputs"]

@@ -12,6 +12,7 @@ from .. import packing
 from ..layout import Layout
 from ..ops import linear
 from ..packing import BinarizedWeight
+from .shared_input import MAX_TOKENS, SharedInput, prepare_layer
 
 # Parameters by the names of their packed tensors.
 _PARAMETERS = {name: name if name == "weight" else f"weight_{name}" for name in packing.TENSOR_NAMES}
@@ -34,7 +35,8 @@ class ARBLinear(nn.Linear):
         permuted: whether the columns are permuted.
         salient: the number of salient columns.
         scale_dtypes: dtypes of "row_scale", "col_scale" and "salient_col_scale" where they are not float16.
-        backend: "auto", "cpu", "reference", or "dequantize" (keeps a dequantized copy of the weight: fast, and no
+        backend: "auto", "triton", "cpu", "reference", or "dequantize" (keeps a dequantized copy of the weight: fast,
+        and no
             memory saved). It may be set later too.
         dtype: of the bias; None is torch's default.
         device: of all tensors.
@@ -65,6 +67,9 @@ class ARBLinear(nn.Linear):
         self.layout = layout
         self.block_size = block_size
         self.backend = backend
+        self.shared_input: SharedInput | None = None  # set by `share_inputs`, as is the place in it
+        self.shared_index = 0
+        self._prepared = False
         self._dequantized: torch.Tensor | None = None
         self._dequantized_from: tuple[Any, ...] | None = None
         # transformers leaves alone what has this mark when it initializes the weights of a model's linears
@@ -120,6 +125,10 @@ class ARBLinear(nn.Linear):
     def reset_parameters(self) -> None:
         """Does nothing: a binarized weight has no random initialization."""
 
+    def packed_parameter(self, name: str) -> torch.Tensor | None:
+        """The parameter of the packed tensor of this name of `optimum_arb.packing.pack`, None where there is none."""
+        return self._parameters.get(_PARAMETERS[name])
+
     def packed(self) -> dict[str, torch.Tensor]:
         """The packed tensors by the names of `optimum_arb.packing.pack`."""
         found = {name: self._parameters.get(key) for name, key in _PARAMETERS.items()}
@@ -143,6 +152,12 @@ class ARBLinear(nn.Linear):
         if self.backend == "dequantize":
             weight = self._cached_weight(x.dtype)
             return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        if x.is_cuda and self._few_tokens(x):
+            shared = self.shared_input
+            if shared is not None and shared.enabled:
+                out = shared.output(self, x)
+                if out is not None:
+                    return out
         tensors: dict[str, Any] = {name: self._parameters.get(key) for name, key in _PARAMETERS.items()}
         return linear(
             x,
@@ -152,6 +167,17 @@ class ARBLinear(nn.Linear):
             block_size=self.block_size,
             backend=self.backend,
         )
+
+    def _few_tokens(self, x: torch.Tensor) -> bool:
+        """Whether the kernels for few tokens may compute this. Prepares them, unless the call is being compiled."""
+        if self.backend not in ("auto", "triton") or (torch.is_grad_enabled() and x.requires_grad):
+            return False
+        if not self._prepared and not torch.compiler.is_compiling():
+            if torch.cuda.is_current_stream_capturing():
+                return False
+            prepare_layer(self)
+            self._prepared = True
+        return x.numel() <= MAX_TOKENS * x.shape[-1] and x.dtype in (torch.float16, torch.bfloat16)
 
     # The dequantized copy of backend="dequantize". It is no parameter and no buffer: state dicts do not have it.
 
@@ -177,6 +203,7 @@ class ARBLinear(nn.Linear):
 
     def _drop_dequantized(self) -> None:
         self.__dict__["_dequantized"] = self.__dict__["_dequantized_from"] = None
+        self.__dict__["_prepared"] = False
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ARBLinear:
         self._drop_dequantized()
@@ -191,7 +218,8 @@ class ARBLinear(nn.Linear):
         super().register_parameter(name, param)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_dequantized": None, "_dequantized_from": None}
+        left_behind = {"shared_input": None, "_prepared": False, "_dequantized": None, "_dequantized_from": None}
+        return {**self.__dict__, **left_behind}
 
     def extra_repr(self) -> str:
         return (

@@ -1,5 +1,6 @@
 """The operator that runs packed layers, and its backends."""
 
+from . import shared_input
 from .linear import linear
 
-__all__ = ["linear"]
+__all__ = ["linear", "shared_input"]

@@ -14,6 +14,10 @@ import torch
 from ..layout import layout_from_name
 from .backends import cpu, reference
 from .backends.packed import PackedWeight
+from .backends.triton.available import has_kernels
+
+# Behind a backend's name: every row of x is computed the same way, whatever the number of rows. GPU kernels only.
+BATCH_INVARIANT = ":batch-invariant"
 
 _PACKED = (
     "Tensor weight, Tensor row_scale, Tensor? col_scale, Tensor? permutation, Tensor? salient_columns, "
@@ -30,22 +34,42 @@ torch.library.define(
 
 
 def _backend(name: str, device: torch.device) -> ModuleType:
-    """The backend of this name; "auto" is "cpu" for tensors there and "reference" elsewhere."""
-    if name == "auto":
-        return cpu if device.type == "cpu" else reference
-    if name == "reference":
+    """The backend of this name; "auto" is the fastest that this device has."""
+    kind = name.removesuffix(BATCH_INVARIANT)
+    if kind == "auto":
+        kind = "cpu" if device.type == "cpu" else "triton" if has_kernels(device) else "reference"
+    if kind == "reference":
         return reference
-    if name == "cpu":
+    if kind == "cpu":
         if device.type != "cpu":
             raise ValueError(
-                f"backend='cpu' was given a tensor on {device}: use backend='auto' or 'reference', or move the model "
-                "and its inputs to the CPU."
+                f"backend={name!r} was given a tensor on {device}: use backend='auto' or 'reference', or move the "
+                "model and its inputs to the CPU."
             )
         return cpu
+    if kind == "triton":
+        if not has_kernels(device):
+            raise ValueError(
+                f"backend={name!r} does not run on {device}: it needs Triton and a GPU of compute capability 8.0. Use "
+                "backend='auto', which takes what there is."
+            )
+        from .backends.triton import dispatch
+
+        return dispatch
     raise ValueError(
-        f"backend={name!r} is unknown to optimum_arb::linear: use 'auto', 'cpu' or 'reference' "
+        f"backend={name!r} is unknown to optimum_arb::linear: use 'auto', 'triton', 'cpu' or 'reference' "
         "('dequantize' is a choice of ARBLinear, not of the operator)."
     )
+
+
+def compute(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, backend: str) -> torch.Tensor:
+    """`x W^T + bias` by the backend of this name."""
+    chosen = _backend(backend, x.device)
+    if not backend.endswith(BATCH_INVARIANT):
+        return chosen.linear(x, packed, bias)
+    if chosen in (cpu, reference):
+        raise ValueError(f"backend={backend!r} is a choice of the GPU kernels; these tensors are on {x.device}.")
+    return chosen.linear(x, packed, bias, batch_invariant=True)
 
 
 @torch.library.impl("optimum_arb::linear", "CompositeExplicitAutograd")
@@ -80,7 +104,7 @@ def _linear(
         salient_col_scale,
     )
     packed.check()
-    return _backend(backend, x.device).linear(x, packed, bias)
+    return compute(x, packed, bias, backend)
 
 
 @torch.library.register_fake("optimum_arb::linear")
@@ -174,7 +198,9 @@ def linear(
         bias: `[N]`, or None.
         layout: the name of the weight's `Layout`.
         block_size: as it was packed.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "triton", "cpu" or "reference"; with ":batch-invariant" behind it every row of x is computed
+        the
+            same way whatever the number of rows (GPU only).
 
     Returns:
         `[..., N]` of x's dtype, accumulated in float32 (float64 for float64 x).

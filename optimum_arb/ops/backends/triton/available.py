@@ -1,0 +1,85 @@
+"""Whether this machine's GPU runs the kernels: asked once a device, and checked by computing."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+
+from ....layout import planes_layout
+from ....packing import BinarizedWeight, pack
+from ..packed import PackedWeight
+
+logger = logging.getLogger("optimum_arb")
+
+# mma with operands of one bit is an instruction of these; 10.0 and later emulate it slowly
+ONE_BIT_CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0))
+
+
+@cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton's kernels run on this device: an NVIDIA GPU from compute capability 8.0 on, or an AMD one.
+
+    Says once why not, where it is not so; the reference backend then computes.
+    """
+    if device.type != "cuda":
+        return False
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        logger.warning(
+            "Packed layers run without their GPU kernels, slowly, because Triton is not installed: pip install triton."
+        )
+        return False
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        logger.warning(
+            "Packed layers run without their GPU kernels, slowly: these need compute capability 8.0, and %s has %d.%d.",
+            torch.cuda.get_device_name(device),
+            *torch.cuda.get_device_capability(device),
+        )
+        return False
+    return True
+
+
+@cache
+def has_one_bit_kernel(device: torch.device) -> bool:
+    """Whether the kernel for few tokens works on this device, found by running it against the reference.
+
+    Its input operand relies on which lane of a warp holds which element. A wrong answer or a failure to compile is told
+    once; the kernels for many tokens then serve few tokens as well.
+    """
+    if not has_kernels(device) or torch.version.hip is not None:
+        return False
+    if torch.cuda.get_device_capability(device) not in ONE_BIT_CAPABILITIES:
+        return False
+    logger.info("Compiling the GPU kernels of optimum_arb; Triton keeps them for the next time.")
+    try:
+        error = _self_check(device)
+    except Exception as failure:  # a Triton without Gluon, or with another form of it, fails in many ways
+        logger.warning("The one-bit tensor core kernel does not compile here (%s); using the others.", failure)
+        return False
+    if not error < 1e-3:
+        logger.warning("The one-bit tensor core kernel is wrong here (relative error %.1e); using the others.", error)
+        return False
+    return True
+
+
+def _self_check(device: torch.device) -> float:
+    from . import one_bit, prepack
+
+    rows, columns = 96, 320
+    generator = torch.Generator().manual_seed(0)
+    weight = BinarizedWeight(
+        planes_layout(2, col_scale=True),
+        128,
+        torch.rand(2, rows, columns, generator=generator) < 0.5,
+        torch.rand(rows, 3, 2, generator=generator) + 0.5,
+        torch.rand(2, columns, generator=generator) + 0.5,
+        torch.randperm(columns, generator=generator),
+    )
+    packed = PackedWeight(weight.layout, 128, columns, **{k: v.to(device) for k, v in pack(weight).items()})
+    x = torch.randn(2, columns, generator=generator).to(device)
+    out = one_bit.decode(x, prepack.prepack(packed), None, one_bit.DecodeConfig(warps=4))
+    expected = x.double() @ packed.unpack().dequantize(torch.float64).T
+    return float((out.double() - expected).norm() / expected.norm())

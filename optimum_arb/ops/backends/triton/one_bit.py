@@ -1,0 +1,341 @@
+"""One to four tokens: products of the packed sign words with 16-bit fixed-point inputs on the one-bit tensor cores.
+
+Two kernels. `_prepare` scales the inputs by the column scales, rounds each tile of 128 to 16-bit fixed point (2.8e-5
+of the result, less than rounding them to float16) and writes their bit planes; `_decode` reads every sign word once.
+The second is launched while the first still runs (programmatic dependent launch) and fetches its first weights before
+it waits: 0.7 us a call less on an H200.
+
+Each token's sums are made in the same order whatever the number of tokens, so a row of the result does not depend on
+the other rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from . import fragments
+from .prepack import ROWS, SLOTS, Prepacked
+
+MAX_TOKENS = 4
+
+_PREPARE = gl.constexpr(fragments.prepare())
+_PREPARE_CONSTRAINTS = gl.constexpr(fragments.PREPARE_CONSTRAINTS)
+_MULTIPLY = gl.constexpr(fragments.multiply())
+_MULTIPLY_CONSTRAINTS = gl.constexpr(fragments.MULTIPLY_CONSTRAINTS)
+_ADD_SUM = gl.constexpr(fragments.add_sum())
+_ADD_SUM_CONSTRAINTS = gl.constexpr(fragments.ADD_SUM_CONSTRAINTS)
+_SLOTS = gl.constexpr(SLOTS)
+_ROWS = gl.constexpr(ROWS)
+# the operand is passed through so that what is computed from it stays behind the instruction
+_WAIT = gl.constexpr("{ griddepcontrol.wait; mov.b32 $0, $1; }")
+_LAUNCH = gl.constexpr("{ griddepcontrol.launch_dependents; mov.b32 $0, $1; }")
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How the decode kernel is cut.
+
+    Attributes:
+        groups: groups of 32 rows of a program.
+        warps: warps of a program; each takes every `warps`-th tile of all its rows.
+        prefetch: whether the next tile's words are loaded before this one's are used.
+    """
+
+    groups: int = 1
+    warps: int = 8
+    prefetch: bool = True
+
+
+@gluon.jit(do_not_specialize=["T"])
+def _prepare(
+    x_ptr,
+    scale_ptr,
+    index_ptr,
+    out_ptr,
+    T,
+    x_stride,
+    M,
+    INPUTS: gl.constexpr,
+    INDEXED: gl.constexpr,
+    OVERLAP: gl.constexpr,
+):
+    """x [M, K] to int32 [parts, INPUTS, M, T, 128]. Grid (T, M, parts * INPUTS), one warp."""
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    slot = gl.arange(0, _SLOTS, layout=layout)
+    if OVERLAP:
+        slot = gl.inline_asm_elementwise(_LAUNCH, "=r,r", [slot], dtype=gl.int32, is_pure=False, pack=1)
+        slot = gl.max_contiguous(gl.multiple_of(slot, 128), 128)
+    tile = gl.program_id(0)
+    token = gl.program_id(1)
+    source = gl.program_id(2)
+    at = tile * _SLOTS + slot
+    if INDEXED:
+        column = gl.load(index_ptr + (source // INPUTS) * (T * _SLOTS) + at)
+    else:
+        column = at
+    scale = gl.load(scale_ptr + source * (T * _SLOTS) + at)
+    x = gl.load(x_ptr + token * x_stride + column).to(gl.float32)
+    x = gl.where(scale != 0, x * scale, 0.0)
+    words = gl.inline_asm_elementwise(_PREPARE, _PREPARE_CONSTRAINTS, [x], dtype=gl.int32, is_pure=False, pack=4)
+    gl.store(out_ptr + ((source * M + token) * T) * _SLOTS + at, words)
+
+
+@gluon.jit
+def _sign_word(words, MASK: gl.constexpr):
+    """The product of the planes in MASK: equal signs give +1, so XNOR, and XOR of three."""
+    found = words[0]
+    count: gl.constexpr = (MASK & 1) + (MASK >> 1 & 1) + (MASK >> 2 & 1)
+    if count == 1:
+        if MASK == 2:
+            found = words[1]
+        if MASK == 4:
+            found = words[2]
+    else:
+        if MASK & 1:
+            found = words[0] ^ (words[1] if MASK & 2 else words[2])
+        else:
+            found = words[1] ^ words[2]
+        if count == 3:
+            found = found ^ words[2]
+        else:
+            found = found ^ -1
+    return found
+
+
+@gluon.jit(do_not_specialize=["N", "T", "G", "end0", "end1", "group1", "group2"])
+def _decode(
+    input_ptr,
+    words_ptr,
+    scale_ptr,
+    bias_ptr,
+    out_ptr,
+    T,
+    G,
+    M,
+    out_stride,
+    end0,
+    end1,
+    end2,
+    group1,
+    group2,
+    PLANES: gl.constexpr,
+    ROW_SCALES: gl.constexpr,
+    INPUTS: gl.constexpr,
+    TERMS: gl.constexpr,
+    TILES_PER_BLOCK: gl.constexpr,
+    BIAS: gl.constexpr,
+    PARTS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    GROUPS: gl.constexpr,
+    WARPS: gl.constexpr,
+    PREFETCH: gl.constexpr,
+    OVERLAP: gl.constexpr,
+):
+    """One program: GROUPS * 32 rows of all tiles, every warp the tiles w, w + WARPS, ...
+
+    Parts (weights of one input, joined) begin at row groups group1 and group2; end0, end1 and end2 are the columns of
+    out at which their results end.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([TOKENS, GROUPS, 4], [1, 1, 32], [1, 1, WARPS], [2, 1, 0])
+    weight_layout: gl.constexpr = gl.SliceLayout(0, layout)  # [GROUPS, lanes]
+    input_layout: gl.constexpr = gl.SliceLayout(1, layout)  # [TOKENS, lanes]
+    LANES: gl.constexpr = WARPS * _SLOTS
+    lane = gl.arange(0, LANES, layout=gl.SliceLayout(0, weight_layout))
+    warp = lane // _SLOTS
+    slot = lane % _SLOTS
+    t = lane // 4 % 4
+    group = gl.arange(0, GROUPS, layout=gl.SliceLayout(1, weight_layout))
+    input_lane = gl.arange(0, LANES, layout=gl.SliceLayout(0, input_layout))
+    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, input_layout))
+
+    first = gl.program_id(0) * GROUPS
+    part = 0
+    first_group = 0
+    start = 0
+    end = end0
+    if PARTS > 1:  # noqa: SIM102 (the outer condition is a constant of the compilation)
+        if first >= group1:
+            part = 1
+            first_group = group1
+            start = end0
+            end = end1
+    if PARTS > 2:  # noqa: SIM102
+        if first >= group2:
+            part = 2
+            first_group = group2
+            start = end1
+            end = end2
+    row_group = gl.expand_dims(gl.minimum(first + group, G - 1), 1)
+    blocks = gl.cdiv(T, TILES_PER_BLOCK)
+    words_at = words_ptr + row_group * (T * (PLANES * _SLOTS)) + gl.expand_dims(warp * (PLANES * _SLOTS) + slot, 0)
+    scale_slot = gl.max_contiguous(gl.multiple_of(slot // 16 * 4 + lane % 4, 4), 4)
+    scale_at = scale_ptr + row_group * (blocks * (ROW_SCALES * _ROWS)) + gl.expand_dims(scale_slot, 0)
+    relative = gl.expand_dims(gl.expand_dims(gl.where(t == 3, -2, 2), 0), 0)
+    sums = gl.full([TOKENS, GROUPS, LANES], 0.0, gl.float32, layout=layout)
+
+    there = gl.expand_dims(warp < T, 0)
+    if PREFETCH:
+        next0 = gl.load(words_at, mask=there, other=0)
+        next1 = next0
+        next2 = next0
+        if PLANES > 1:
+            next1 = gl.load(words_at + _SLOTS, mask=there, other=0)
+        if PLANES > 2:
+            next2 = gl.load(words_at + 2 * _SLOTS, mask=there, other=0)
+    input_slot = input_lane
+    if OVERLAP:
+        zero = gl.inline_asm_elementwise(_WAIT, "=r,r", [input_lane * 0], dtype=gl.int32, is_pure=False, pack=1)
+        input_slot = input_lane + gl.max_constancy(gl.multiple_of(zero, [128]), [128])
+    input_at = input_ptr + part * (INPUTS * M * T * _SLOTS)
+    input_at += gl.expand_dims(gl.minimum(token, M - 1) * (T * _SLOTS), 1) + gl.expand_dims(input_slot, 0)
+
+    for step in range(gl.cdiv(T, WARPS)):
+        tile = step * WARPS + warp
+        there = gl.expand_dims(tile < T, 0)
+        if PREFETCH:
+            words = (next0, next1, next2)
+            following = gl.expand_dims(tile + WARPS < T, 0)
+            at = words_at + (step + 1) * (WARPS * PLANES * _SLOTS)
+            next0 = gl.load(at, mask=following, other=0)
+            next1 = next0
+            next2 = next0
+            if PLANES > 1:
+                next1 = gl.load(at + _SLOTS, mask=following, other=0)
+            if PLANES > 2:
+                next2 = gl.load(at + 2 * _SLOTS, mask=following, other=0)
+        else:
+            at = words_at + step * (WARPS * PLANES * _SLOTS)
+            word0 = gl.load(at, mask=there, other=0)
+            word1 = word0
+            word2 = word0
+            if PLANES > 1:
+                word1 = gl.load(at + _SLOTS, mask=there, other=0)
+            if PLANES > 2:
+                word2 = gl.load(at + 2 * _SLOTS, mask=there, other=0)
+            words = (word0, word1, word2)
+        row_scale_at = scale_at + gl.expand_dims(tile // TILES_PER_BLOCK * (ROW_SCALES * _ROWS), 0)
+        input_there = gl.expand_dims(step * WARPS + input_lane // _SLOTS < T, 0)
+        for i in gl.static_range(INPUTS):
+            x = gl.load(input_at + (i * M * T + step * WARPS) * _SLOTS, mask=input_there, other=0)
+            x = gl.expand_dims(x, 1)
+            for j in gl.static_range(len(TERMS)):
+                if TERMS[j][2] == i:
+                    row_scale = gl.load(row_scale_at + TERMS[j][1] * _ROWS, mask=there, other=0.0).to(gl.float32)
+                    if TERMS[j][3] != 1.0:
+                        row_scale = row_scale * TERMS[j][3]
+                    row_scale = gl.expand_dims(row_scale, 0)
+                    if TERMS[j][0] == 0:
+                        sums = gl.inline_asm_elementwise(
+                            _ADD_SUM, _ADD_SUM_CONSTRAINTS, [x, row_scale, sums], dtype=gl.float32, is_pure=True, pack=4
+                        )
+                    else:
+                        word = gl.expand_dims(_sign_word(words, TERMS[j][0]), 0)
+                        sums = gl.inline_asm_elementwise(
+                            _MULTIPLY,
+                            _MULTIPLY_CONSTRAINTS,
+                            [word, x, row_scale, sums, relative],
+                            dtype=gl.float32,
+                            is_pure=True,
+                            pack=4,
+                        )
+    sums = sums * gl.expand_dims(gl.expand_dims((1 << (2 * t)).to(gl.float32), 0), 0)
+    sums = gl.reshape(sums, [TOKENS, GROUPS, WARPS, 8, 4, 4])
+    sums = gl.permute(gl.sum(gl.sum(sums, 4), 2), (0, 1, 3, 2))  # [TOKENS, GROUPS, row / 8, row % 8]
+    out_layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, WARPS], [1, 0])
+    out = gl.convert_layout(gl.reshape(sums, [TOKENS, GROUPS * _ROWS]), out_layout)
+    row = (first - first_group) * _ROWS + start + gl.arange(0, GROUPS * _ROWS, layout=gl.SliceLayout(0, out_layout))
+    out_token = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, out_layout))
+    if BIAS:
+        out += gl.expand_dims(gl.load(bias_ptr + row, mask=row < end, other=0.0).to(gl.float32), 0)
+    gl.store(
+        out_ptr + gl.expand_dims(out_token * out_stride, 1) + gl.expand_dims(row, 0),
+        out.to(out_ptr.dtype.element_ty),
+        mask=gl.expand_dims(row < end, 0) & gl.expand_dims(out_token < M, 1),
+    )
+
+
+def decode(
+    x: torch.Tensor,
+    weight: Prepacked,
+    bias: torch.Tensor | None,
+    config: DecodeConfig,
+    part_rows: tuple[int, ...] | None = None,
+) -> torch.Tensor:
+    """`x W^T + bias` for 1 to `MAX_TOKENS` rows of x.
+
+    Args:
+        x: `[M, K]`, float16 or bfloat16 (float32 is taken too, and rounded to 16-bit fixed point as the others), with
+            neighbouring columns side by side in memory.
+        weight: on the device of x.
+        bias: `[N]`, or None.
+        config: how to cut the work.
+        part_rows: the rows of each weight that was joined; None for a single one.
+
+    Returns:
+        `[M, N]` of x's dtype.
+    """
+    tokens, parts = x.shape[0], part_rows or (weight.rows,)
+    groups = config.groups if len(parts) == 1 else 1  # a program must not cross from part to part
+    inputs = len(weight.program.inputs)
+    tiles = weight.tiles
+    scratch = torch.empty(len(parts) * inputs * tokens * tiles * SLOTS, dtype=torch.int32, device=x.device)
+    out = torch.empty(tokens, weight.rows, dtype=x.dtype, device=x.device)
+    ends = [sum(parts[: i + 1]) for i in range(len(parts))] + [0, 0]
+    starts = [0]
+    for rows in parts:
+        starts.append(starts[-1] + -(-rows // ROWS))
+    grid = triton.cdiv(weight.groups, groups)
+    # launching early takes room from what runs: it pays where one wave of programs covers the weight
+    overlap = grid <= 4 * _multiprocessors(x.device)
+    width = 1 << (tokens - 1).bit_length()
+    with torch.cuda.device(x.device):
+        _prepare[(tiles, tokens, len(parts) * inputs)](
+            x,
+            weight.input_scale,
+            x if weight.index is None else weight.index,
+            scratch,
+            tiles,
+            x.stride(0),
+            tokens,
+            INPUTS=inputs,
+            INDEXED=weight.index is not None,
+            OVERLAP=overlap,
+            num_warps=1,
+        )
+        _decode[(grid,)](
+            scratch,
+            weight.words,
+            weight.row_scale,
+            x if bias is None else bias,
+            out,
+            tiles,
+            weight.groups,
+            tokens,
+            out.stride(0),
+            *ends[:3],
+            *[*starts, 0, 0][1:3],
+            PLANES=weight.program.planes,
+            ROW_SCALES=weight.program.row_scales,
+            INPUTS=inputs,
+            TERMS=weight.program.terms,
+            TILES_PER_BLOCK=weight.tiles_per_block,
+            BIAS=bias is not None,
+            PARTS=len(parts),
+            TOKENS=width,
+            GROUPS=groups,
+            WARPS=config.warps,
+            PREFETCH=config.prefetch,
+            OVERLAP=overlap,
+            num_warps=config.warps,
+            launch_pdl=overlap,
+        )
+    return out
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,125 @@
+"""Which kernel computes a product, and how it is cut: looked up, never measured while a user waits.
+
+The package brings tables of the GPUs that it was tuned on (`tables/`); `optimum-cli arb tune` writes one for the
+user's own, which goes before them. A shape that is in no table takes the entry of the nearest shape of the same planes
+and tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Numbers of tokens that are tuned; a number between two of them takes the larger one's entry.
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+TABLE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tuned product.
+
+    Attributes:
+        out_features: N.
+        in_features: K.
+        planes: stored sign planes.
+        tokens: M, one of `TOKENS`.
+        kernel: "one_bit", or a kernel of `GemmConfig`.
+        config: the fields of `DecodeConfig` or `GemmConfig`.
+        microseconds: what it took when it was tuned.
+    """
+
+    out_features: int
+    in_features: int
+    planes: int
+    tokens: int
+    kernel: str
+    config: dict[str, Any]
+    microseconds: float = math.nan
+
+
+def bucket(tokens: int) -> int:
+    """The tuned number of tokens that stands for this one."""
+    return next((size for size in TOKENS if size >= tokens), TOKENS[-1])
+
+
+def device_file(device: torch.device | str) -> str:
+    """The file name of a device's table."""
+    name = device if isinstance(device, str) else torch.cuda.get_device_name(device)
+    return "".join(c if c.isalnum() else "_" for c in name) + ".json"
+
+
+def user_directory() -> Path:
+    """Where `tune` writes: `$OPTIMUM_ARB_CACHE`, or `optimum_arb` in the user's cache directory."""
+    if chosen := os.environ.get("OPTIMUM_ARB_CACHE"):
+        return Path(chosen) / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optimum_arb" / "kernels"
+
+
+def read(path: Path) -> list[Entry]:
+    """The entries of a table; none where the file does not exist.
+
+    Raises:
+        ValueError: the file is no table, or one of another version.
+    """
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text())
+        if found["version"] != TABLE_VERSION:
+            return []  # of another release: as good as none
+        return [Entry(**entry) for entry in found["entries"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a table of kernels ({error}): delete it, or write it again with `optimum-cli arb tune`."
+        ) from error
+
+
+def write(path: Path, entries: Iterable[Entry]) -> None:
+    """Writes a table whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n  ".join(json.dumps(asdict(entry)) for entry in entries)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(f'{{"version": {TABLE_VERSION}, "entries": [\n  {lines}\n]}}\n')
+    temporary.replace(path)
+
+
+@cache
+def _entries(name: str) -> tuple[Entry, ...]:
+    shipped = Path(__file__).parent / "tables" / name
+    found = {
+        (e.out_features, e.in_features, e.planes, e.tokens): e
+        for path in (shipped, user_directory() / name)
+        for e in read(path)
+    }
+    return tuple(found.values())
+
+
+@cache
+def lookup(device: torch.device, out_features: int, in_features: int, planes: int, tokens: int) -> Entry | None:
+    """The entry for this product on this device; None where no table knows the device.
+
+    Args:
+        device: a CUDA device.
+        out_features: N.
+        in_features: K.
+        planes: stored sign planes.
+        tokens: M, of `TOKENS`.
+    """
+    entries = [e for e in _entries(device_file(device)) if e.tokens == tokens]
+    same = [e for e in entries if e.planes == planes] or [
+        e for e in entries if e.planes == max(x.planes for x in entries)
+    ]
+
+    def distance(entry: Entry) -> float:
+        return abs(math.log2(entry.out_features / out_features)) + abs(math.log2(entry.in_features / in_features))
+
+    return min(same, key=distance, default=None)

@@ -1,0 +1,58 @@
+"""`torch.ops.optimum_arb.shared_input_linear`: several packed linear layers of one input, computed together.
+
+For inference: it has no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..layout import layout_from_name
+from .backends.packed import PackedWeight
+from .linear import compute
+
+torch.library.define(
+    "optimum_arb::shared_input_linear",
+    "(Tensor x, Tensor[] weight, Tensor[] row_scale, Tensor[] col_scale, Tensor[] permutation, "
+    "Tensor[] salient_columns, Tensor[] salient_weight, Tensor[] salient_col_scale, Tensor? bias, "
+    "str layout, int block_size, str backend) -> Tensor",
+)
+
+
+def packed_weights(
+    columns: int, layout: str, block_size: int, weight: Sequence[torch.Tensor], *rest: Sequence[torch.Tensor]
+) -> list[PackedWeight]:
+    """The weights whose tensors of a kind stand in one list; a kind that the layout has not is an empty list."""
+    found = []
+    for i, packed in enumerate(weight):
+        others = (tensors[i] if tensors else None for tensors in rest)
+        found.append(PackedWeight(layout_from_name(layout), block_size, columns, packed, *others))  # type: ignore[arg-type]
+    return found
+
+
+@torch.library.impl("optimum_arb::shared_input_linear", "CompositeExplicitAutograd")
+def _shared_input_linear(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    *tensors, bias, layout, block_size, backend = rest
+    weights = packed_weights(x.shape[-1], layout, block_size, *tensors)
+    for packed in weights:
+        packed.check()
+    if x.is_cuda and backend in ("auto", "triton") and x.dtype in (torch.float16, torch.bfloat16):
+        from .backends.triton.available import has_one_bit_kernel
+
+        if has_one_bit_kernel(x.device):
+            from .backends.triton.dispatch import few_tokens
+
+            out = few_tokens(x.reshape(-1, x.shape[-1]), weights, bias)
+            if out is not None:
+                return out.view(*x.shape[:-1], out.shape[1])
+    rows = [packed.out_features for packed in weights]
+    biases = [None] * len(rows) if bias is None else bias.split(rows)
+    return torch.cat([compute(x, packed, b, backend) for packed, b in zip(weights, biases, strict=True)], -1)
+
+
+@torch.library.register_fake("optimum_arb::shared_input_linear")
+def _fake(x: torch.Tensor, weight: Sequence[torch.Tensor], *rest: Any) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], sum(packed.shape[0] for packed in weight))
