@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,7 +12,10 @@ from .. import packing
 from ..layout import Layout
 from ..ops import linear
 from ..packing import BinarizedWeight
-from .shared_input import MAX_TOKENS, SharedInput, prepare_layer
+from .shared_input import MAX_TOKENS, SharedInput, prepare_layer, run_prepared_layer
+
+if TYPE_CHECKING:
+    from ..ops.backends.triton.prepack import Prepacked
 
 # Parameters by the names of their packed tensors.
 _PARAMETERS = {name: name if name == "weight" else f"weight_{name}" for name in packing.TENSOR_NAMES}
@@ -69,7 +72,8 @@ class ARBLinear(nn.Linear):
         self.backend = backend
         self.shared_input: SharedInput | None = None  # set by `share_inputs`, as is the place in it
         self.shared_index = 0
-        self._prepared = False
+        self._prepared: Prepacked | None = None  # the weight as the GPU kernel for few tokens reads it
+        self._looked = False  # for it
         self._dequantized: torch.Tensor | None = None
         self._dequantized_from: tuple[Any, ...] | None = None
         # transformers leaves alone what has this mark when it initializes the weights of a model's linears
@@ -158,6 +162,8 @@ class ARBLinear(nn.Linear):
                 out = shared.output(self, x)
                 if out is not None:
                     return out
+            if self._prepared is not None and not torch.compiler.is_compiling():
+                return run_prepared_layer(x, self._prepared, bias)
         tensors: dict[str, Any] = {name: self._parameters.get(key) for name, key in _PARAMETERS.items()}
         return linear(
             x,
@@ -172,12 +178,12 @@ class ARBLinear(nn.Linear):
         """Whether the kernels for few tokens may compute this. Prepares them, unless the call is being compiled."""
         if self.backend not in ("auto", "triton") or (torch.is_grad_enabled() and x.requires_grad):
             return False
-        if not self._prepared and not torch.compiler.is_compiling():
+        if not self._looked and not torch.compiler.is_compiling():
             if torch.cuda.is_current_stream_capturing():
                 return False
-            prepare_layer(self)
-            self._prepared = True
-        return x.numel() <= MAX_TOKENS * x.shape[-1] and x.dtype in (torch.float16, torch.bfloat16)
+            self._prepared = prepare_layer(self)
+            self._looked = True
+        return 0 < x.numel() <= MAX_TOKENS * x.shape[-1] and x.dtype in (torch.float16, torch.bfloat16)
 
     # The dequantized copy of backend="dequantize". It is no parameter and no buffer: state dicts do not have it.
 
@@ -203,7 +209,8 @@ class ARBLinear(nn.Linear):
 
     def _drop_dequantized(self) -> None:
         self.__dict__["_dequantized"] = self.__dict__["_dequantized_from"] = None
-        self.__dict__["_prepared"] = False
+        self.__dict__["_prepared"] = None
+        self.__dict__["_looked"] = False
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ARBLinear:
         self._drop_dequantized()
@@ -218,7 +225,13 @@ class ARBLinear(nn.Linear):
         super().register_parameter(name, param)
 
     def __getstate__(self) -> dict[str, Any]:
-        left_behind = {"shared_input": None, "_prepared": False, "_dequantized": None, "_dequantized_from": None}
+        left_behind = {
+            "shared_input": None,
+            "_prepared": None,
+            "_looked": False,
+            "_dequantized": None,
+            "_dequantized_from": None,
+        }
         return {**self.__dict__, **left_behind}
 
     def extra_repr(self) -> str:

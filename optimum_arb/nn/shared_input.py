@@ -16,6 +16,7 @@ from ..ops.backends.packed import PackedWeight
 from ..ops.backends.triton.available import has_one_bit_kernel
 
 if TYPE_CHECKING:
+    from ..ops.backends.triton.prepack import Prepacked
     from .linear import ARBLinear
 
 # Children of one module that its forward calls with one and the same tensor, in the order in which they are computed.
@@ -38,43 +39,50 @@ class SharedInput:
     def __init__(self, layers: list[ARBLinear]):
         self.layers = layers
         self.enabled = True
+        self._rows = [layer.out_features for layer in layers]
+        self._prepared: Prepacked | None = None
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor | None] = []
 
     def output(self, layer: ARBLinear, x: torch.Tensor) -> torch.Tensor | None:
         """The layer's result for x `[..., K]`; None where the layer has to compute it itself."""
-        index = layer.shared_index
         if self._input is not None and self._input is not x:
             self._input, self._outputs = None, []
             self.enabled = False  # cross-attention: key and value have an input of their own
             return None
         if self._input is None:
             self._input = x
-            self._outputs = list(self._compute(x))
+            self._outputs = list(self._compute(x).split(self._rows, -1))
+        index = layer.shared_index
         out, self._outputs[index] = self._outputs[index], None
         if all(left is None for left in self._outputs):
             self._input, self._outputs = None, []
         return out
 
-    def _compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., sum of out_features]`."""
         first = self.layers[0]
+        biases: list[torch.Tensor] = [layer.bias for layer in self.layers if layer.bias is not None]
+        bias = torch.cat(biases) if biases else None
+        if self._prepared is not None and not torch.compiler.is_compiling():
+            from ..ops.backends.triton.dispatch import run_prepared
+
+            out = run_prepared(x.reshape(-1, x.shape[-1]), self._prepared, bias, tuple(self._rows))
+            return out.view(*x.shape[:-1], out.shape[1])
         tensors: list[list[torch.Tensor]] = []
         for name in packing.TENSOR_NAMES:
             found = [layer.packed_parameter(name) for layer in self.layers]
             tensors.append([tensor for tensor in found if tensor is not None])
-        biases = [layer.bias for layer in self.layers]
-        bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
-        out = torch.ops.optimum_arb.shared_input_linear(
+        return torch.ops.optimum_arb.shared_input_linear(
             x, *tensors, bias, first.layout.name, first.block_size, first.backend
         )
-        return out.split([layer.out_features for layer in self.layers], -1)
 
     def prepare(self) -> bool:
         """Makes the copy of the weights that the kernel reads; returns whether it will be used."""
         from ..ops.backends.triton.dispatch import prepare
 
-        weights = [packed_weight(layer) for layer in self.layers]
-        self.enabled = self.enabled and prepare(weights)
+        self._prepared = prepare([packed_weight(layer) for layer in self.layers])
+        self.enabled = self.enabled and self._prepared is not None
         return self.enabled
 
 
@@ -121,12 +129,25 @@ def share_inputs(model: nn.Module) -> int:
     return groups
 
 
-def prepare_layer(layer: ARBLinear) -> None:
-    """Makes what the kernels for few tokens need, once the layer's tensors are on a GPU that has them."""
+def prepare_layer(layer: ARBLinear) -> Prepacked | None:
+    """Makes what the kernel for few tokens needs, once the layer's tensors are on a GPU that has it.
+
+    Returns:
+        The layer's own copy of its weight; None where it shares one with others or has none.
+    """
+    if not has_one_bit_kernel(layer.weight.device):
+        return None
     from ..ops.backends.triton.dispatch import prepare
 
-    if not has_one_bit_kernel(layer.weight.device):
-        return
     shared = layer.shared_input
-    if shared is None or not shared.enabled or not shared.prepare():
-        prepare([packed_weight(layer)])
+    if shared is not None and shared.enabled and shared.prepare():
+        return None
+    return prepare([packed_weight(layer)])
+
+
+def run_prepared_layer(x: torch.Tensor, prepared: Prepacked, bias: torch.Tensor | None) -> torch.Tensor:
+    """A layer's result for few tokens, without the operator's detour: `[..., K]` to `[..., N]`."""
+    from ..ops.backends.triton.dispatch import run_prepared
+
+    out = run_prepared(x.reshape(-1, x.shape[-1]), prepared, bias, (prepared.rows,))
+    return out.view(*x.shape[:-1], prepared.rows)

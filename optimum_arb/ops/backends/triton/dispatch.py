@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import TYPE_CHECKING
+
 import torch
 
 from .. import reference
@@ -10,6 +13,11 @@ from . import prepack
 from .available import has_one_bit_kernel
 from .gemm import GemmConfig, default_config, gemm, gemm_input_grad
 from .table import bucket, lookup
+
+if TYPE_CHECKING:
+    from . import one_bit
+
+MAX_TOKENS = 4  # of the one-bit kernel
 
 # Every row of a product of any number of tokens is computed alike with this: no sum is split by the number of tokens.
 BATCH_INVARIANT = GemmConfig("hopper", 64, 128, 8, 4, 1)
@@ -58,24 +66,36 @@ def few_tokens(rows: torch.Tensor, weights: list[PackedWeight], bias: torch.Tens
         weights: one, or several of the same input whose results are wanted side by side.
         bias: `[N]`, of all weights together, or None.
     """
-    from .one_bit import MAX_TOKENS, DecodeConfig, decode
-
     if rows.shape[0] > MAX_TOKENS:
         return None
     weight = prepack.find(weights)
     if weight is None:
         return None
-    entry = lookup(rows.device, weight.rows, rows.shape[1], weight.program.planes, bucket(rows.shape[0]))
-    if entry is None or entry.kernel != "one_bit":
-        if entry is not None and len(weights) == 1:
-            return None
-        config = DecodeConfig(warps=16 if weight.tiles > 32 and weight.groups < 400 else 8)
-    else:
-        config = DecodeConfig(**entry.config)
+    return run_prepared(rows, weight, bias, tuple(packed.out_features for packed in weights))
+
+
+def run_prepared(
+    rows: torch.Tensor, weight: prepack.Prepacked, bias: torch.Tensor | None, parts: tuple[int, ...]
+) -> torch.Tensor:
+    """`few_tokens` of a weight that `prepare` returned; `parts` are the rows of each weight that was joined."""
+    from .one_bit import decode
+
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    parts = tuple(packed.out_features for packed in weights)
+    config = _decode_config(rows.device, weight.rows, rows.shape[1], weight.program.planes, bucket(rows.shape[0]))
     return decode(rows, weight, bias, config, parts if len(parts) > 1 else None)
+
+
+@cache
+def _decode_config(
+    device: torch.device, out_features: int, in_features: int, planes: int, tokens: int
+) -> one_bit.DecodeConfig:
+    from .one_bit import DecodeConfig
+
+    entry = lookup(device, out_features, in_features, planes, tokens)
+    if entry is not None and entry.kernel == "one_bit":
+        return DecodeConfig(**entry.config)
+    return DecodeConfig(warps=16 if in_features > 4096 and out_features < 12800 else 8)
 
 
 def many_tokens(rows: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -89,7 +109,7 @@ def many_tokens(rows: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | N
     return gemm(rows, packed, bias, config=config)
 
 
-def prepare(weights: list[PackedWeight]) -> bool:
+def prepare(weights: list[PackedWeight]) -> prepack.Prepacked | None:
     """Makes the copy of the weights that `few_tokens` reads, unless there is one.
 
     Call it outside of CUDA graphs, whose memory is not for what stays.
@@ -98,8 +118,6 @@ def prepare(weights: list[PackedWeight]) -> bool:
         weights: one, or several of the same input, on a CUDA device.
 
     Returns:
-        Whether `few_tokens` will compute with them.
+        The copy; None where the one-bit kernel does not run here or the weights do not fit together.
     """
-    if not has_one_bit_kernel(weights[0].weight.device):
-        return False
-    return prepack.make(weights) is not None
+    return prepack.make(weights) if has_one_bit_kernel(weights[0].weight.device) else None

@@ -12,6 +12,7 @@ the other rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -21,7 +22,7 @@ from triton.experimental.gluon import language as gl
 from . import fragments
 from .prepack import ROWS, SLOTS, Prepacked
 
-MAX_TOKENS = 4
+MAX_TOKENS = 4  # the operands of more take more registers than a lane has to spare
 
 _PREPARE = gl.constexpr(fragments.prepare())
 _PREPARE_CONSTRAINTS = gl.constexpr(fragments.PREPARE_CONSTRAINTS)
@@ -51,7 +52,7 @@ class DecodeConfig:
     prefetch: bool = True
 
 
-@gluon.jit(do_not_specialize=["T"])
+@gluon.jit(do_not_specialize=["T", "x_stride", "M"])
 def _prepare(
     x_ptr,
     scale_ptr,
@@ -107,7 +108,7 @@ def _sign_word(words, MASK: gl.constexpr):
     return found
 
 
-@gluon.jit(do_not_specialize=["N", "T", "G", "end0", "end1", "group1", "group2"])
+@gluon.jit(do_not_specialize=["T", "G", "M", "out_stride", "end0", "end1", "end2", "group1", "group2"])
 def _decode(
     input_ptr,
     words_ptr,
@@ -279,63 +280,91 @@ def decode(
     Returns:
         `[M, N]` of x's dtype.
     """
-    tokens, parts = x.shape[0], part_rows or (weight.rows,)
-    groups = config.groups if len(parts) == 1 else 1  # a program must not cross from part to part
-    inputs = len(weight.program.inputs)
-    tiles = weight.tiles
-    scratch = torch.empty(len(parts) * inputs * tokens * tiles * SLOTS, dtype=torch.int32, device=x.device)
-    out = torch.empty(tokens, weight.rows, dtype=x.dtype, device=x.device)
-    ends = [sum(parts[: i + 1]) for i in range(len(parts))] + [0, 0]
-    starts = [0]
-    for rows in parts:
-        starts.append(starts[-1] + -(-rows // ROWS))
-    grid = triton.cdiv(weight.groups, groups)
-    # launching early takes room from what runs: it pays where one wave of programs covers the weight
-    overlap = grid <= 4 * _multiprocessors(x.device)
-    width = 1 << (tokens - 1).bit_length()
-    with torch.cuda.device(x.device):
-        _prepare[(tiles, tokens, len(parts) * inputs)](
-            x,
-            weight.input_scale,
-            x if weight.index is None else weight.index,
-            scratch,
-            tiles,
-            x.stride(0),
-            tokens,
-            INPUTS=inputs,
-            INDEXED=weight.index is not None,
-            OVERLAP=overlap,
-            num_warps=1,
+    # Triton's own launch looks at every argument again: 25 us a kernel in Python, against 6 of a plan's
+    key = (
+        x.shape[0],
+        x.dtype,
+        x.data_ptr() % 16,
+        None if bias is None else (bias.dtype, bias.data_ptr() % 16),
+        config,
+        part_rows,
+    )
+    plan = weight.plans.get(key)
+    if plan is None:
+        plan = weight.plans[key] = _Plan(x, weight, bias, config, part_rows or (weight.rows,))
+    device = x.device.index
+    if torch.cuda.current_device() != device:
+        with torch.cuda.device(device):
+            return plan.run(x, bias)
+    return plan.run(x, bias)
+
+
+class _Plan:
+    """The two launches of a product of some weight and number of tokens, compiled and with all but x and bias known."""
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        weight: Prepacked,
+        bias: torch.Tensor | None,
+        config: DecodeConfig,
+        parts: tuple[int, ...],
+    ):
+        tokens = x.shape[0]
+        self.weight_rows = weight.rows
+        inputs, tiles = len(weight.program.inputs), weight.tiles
+        self.scratch = len(parts) * inputs * tokens * tiles * SLOTS
+        groups = config.groups if len(parts) == 1 else 1  # a program must not cross from part to part
+        ends = [sum(parts[: i + 1]) for i in range(len(parts))]
+        starts = [0]
+        for rows in parts:
+            starts.append(starts[-1] + -(-rows // ROWS))
+        programs = triton.cdiv(weight.groups, groups)
+        # launching early takes room from what runs: it pays where few waves of programs cover the weight
+        overlap = programs <= 4 * torch.cuda.get_device_properties(x.device).multi_processor_count
+        self.prepare_grid = (tiles, tokens, len(parts) * inputs)
+        index = weight.input_scale if weight.index is None else weight.index
+        self.prepare_weights = (weight.input_scale, index)
+        self.prepare_constants = (inputs, weight.index is not None, overlap)
+        self.tiles, self.tokens = tiles, tokens
+        self.decode_grid = (programs, 1, 1)
+        self.decode_weights = (weight.words, weight.row_scale)
+        self.decode_sizes = (tiles, weight.groups, tokens, weight.rows, *[*ends, 0, 0][:3], *[*starts, 0, 0][1:3])
+        self.decode_constants = (
+            weight.program.planes,
+            weight.program.row_scales,
+            inputs,
+            weight.program.terms,
+            weight.tiles_per_block,
+            bias is not None,
+            len(parts),
+            1 << (tokens - 1).bit_length(),
+            groups,
+            config.warps,
+            config.prefetch,
+            overlap,
         )
-        _decode[(grid,)](
+        self.warps, self.overlap = config.warps, overlap
+        self.launches: tuple[Any, Any] | None = None
+
+    def run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        scratch = torch.empty(self.scratch, dtype=torch.int32, device=x.device)
+        out = torch.empty(self.tokens, self.weight_rows, dtype=x.dtype, device=x.device)
+        first = (x, *self.prepare_weights, scratch, self.tiles, x.stride(0), self.tokens, *self.prepare_constants)
+        second = (
             scratch,
-            weight.words,
-            weight.row_scale,
-            x if bias is None else bias,
+            *self.decode_weights,
+            scratch if bias is None else bias,
             out,
-            tiles,
-            weight.groups,
-            tokens,
-            out.stride(0),
-            *ends[:3],
-            *[*starts, 0, 0][1:3],
-            PLANES=weight.program.planes,
-            ROW_SCALES=weight.program.row_scales,
-            INPUTS=inputs,
-            TERMS=weight.program.terms,
-            TILES_PER_BLOCK=weight.tiles_per_block,
-            BIAS=bias is not None,
-            PARTS=len(parts),
-            TOKENS=width,
-            GROUPS=groups,
-            WARPS=config.warps,
-            PREFETCH=config.prefetch,
-            OVERLAP=overlap,
-            num_warps=config.warps,
-            launch_pdl=overlap,
+            *self.decode_sizes,
+            *self.decode_constants,
         )
-    return out
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        if self.launches is None:
+            prepare = _prepare[self.prepare_grid](*first, num_warps=1)
+            decode = _decode[self.decode_grid](*second, num_warps=self.warps, launch_pdl=self.overlap)
+            self.launches = prepare[self.prepare_grid], decode[self.decode_grid]
+        else:
+            stream = torch.cuda.current_stream(x.device).cuda_stream
+            self.launches[0](*first, stream=stream)
+            self.launches[1](*second, stream=stream)
+        return out

@@ -8,7 +8,8 @@ It was measured to be worth its memory (one more bit a weight and plane): readin
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -62,6 +63,7 @@ class Prepacked:
         input_scale: float32 `[inputs, T * 128]`: the factors of the inputs, 0 where a column is not in the zone or does
             not exist.
         index: int32 `[T * 128]`: the columns of the input; None where they are 0, 1, 2, ...
+        plans: kept by `one_bit`.
     """
 
     program: Program
@@ -71,6 +73,7 @@ class Prepacked:
     row_scale: torch.Tensor
     input_scale: torch.Tensor
     index: torch.Tensor | None
+    plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # launches that were made ready
 
     @property
     def tiles(self) -> int:
