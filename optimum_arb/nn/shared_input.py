@@ -14,6 +14,7 @@ from torch import nn
 from .. import packing
 from ..ops.backends.packed import PackedWeight
 from ..ops.backends.triton.available import has_one_bit_kernel
+from ..ops.shared_input import split_results
 
 if TYPE_CHECKING:
     from ..ops.backends.triton.prepack import Prepacked
@@ -52,7 +53,7 @@ class SharedInput:
             return None
         if self._input is None:
             self._input = x
-            self._outputs = list(self._compute(x).split(self._rows, -1))
+            self._outputs = [*split_results(self._compute(x), x.shape[:-1], self._rows)]
         index = layer.shared_index
         out, self._outputs[index] = self._outputs[index], None
         if all(left is None for left in self._outputs):
@@ -60,15 +61,14 @@ class SharedInput:
         return out
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., sum of out_features]`."""
+        """The layers' results one after another, a vector."""
         first = self.layers[0]
         biases: list[torch.Tensor] = [layer.bias for layer in self.layers if layer.bias is not None]
         bias = torch.cat(biases) if biases else None
         if self._prepared is not None and not torch.compiler.is_compiling():
             from ..ops.backends.triton.dispatch import run_prepared
 
-            out = run_prepared(x.reshape(-1, x.shape[-1]), self._prepared, bias, tuple(self._rows))
-            return out.view(*x.shape[:-1], out.shape[1])
+            return run_prepared(x.reshape(-1, x.shape[-1]), self._prepared, bias, tuple(self._rows))
         tensors: list[list[torch.Tensor]] = []
         for name in packing.TENSOR_NAMES:
             found = [layer.packed_parameter(name) for layer in self.layers]

@@ -1,10 +1,12 @@
 """`torch.ops.optimum_arb.shared_input_linear`: several packed linear layers of one input, computed together.
 
-For inference: it has no gradient.
+The result is one vector, the layers' results one after another; `split_results` gives them their shapes. For inference:
+it has no gradient.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,12 +49,24 @@ def _shared_input_linear(x: torch.Tensor, *rest: Any) -> torch.Tensor:
 
             out = few_tokens(x.reshape(-1, x.shape[-1]), weights, bias)
             if out is not None:
-                return out.view(*x.shape[:-1], out.shape[1])
+                return out
     rows = [packed.out_features for packed in weights]
     biases = [None] * len(rows) if bias is None else bias.split(rows)
-    return torch.cat([compute(x, packed, b, backend) for packed, b in zip(weights, biases, strict=True)], -1)
+    return torch.cat([compute(x, packed, b, backend).flatten() for packed, b in zip(weights, biases, strict=True)])
 
 
 @torch.library.register_fake("optimum_arb::shared_input_linear")
 def _fake(x: torch.Tensor, weight: Sequence[torch.Tensor], *rest: Any) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], sum(packed.shape[0] for packed in weight))
+    return x.new_empty(x.numel() // x.shape[-1] * sum(packed.shape[0] for packed in weight))
+
+
+def split_results(out: torch.Tensor, shape: Sequence[int], rows: Sequence[int]) -> list[torch.Tensor]:
+    """The contiguous results `[*shape, rows]` of the layers that `out` holds one after another.
+
+    Args:
+        out: one vector.
+        shape: the input's, without its last dimension.
+        rows: out_features of each layer.
+    """
+    tokens = math.prod(shape)
+    return [part.view(*shape, -1) for part in out.split([tokens * count for count in rows])]

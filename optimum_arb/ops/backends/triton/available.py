@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from functools import cache
 
 import torch
@@ -53,12 +54,17 @@ def has_one_bit_kernel(device: torch.device) -> bool:
         return False
     if torch.cuda.get_device_capability(device) not in ONE_BIT_CAPABILITIES:
         return False
-    logger.info("Compiling the GPU kernels of optimum_arb; Triton keeps them for the next time.")
+    # said only where it takes long enough to look like a hang, which is once: Triton keeps what it compiled on disk
+    notice = threading.Timer(2, logger.warning, ["Compiling GPU kernels of packed layers; this takes seconds, once."])
+    notice.daemon = True
+    notice.start()
     try:
         error = _self_check(device)
     except Exception as failure:  # a Triton without Gluon, or with another form of it, fails in many ways
         logger.warning("The one-bit tensor core kernel does not compile here (%s); using the others.", failure)
         return False
+    finally:
+        notice.cancel()
     if not error < 1e-3:
         logger.warning("The one-bit tensor core kernel is wrong here (relative error %.1e); using the others.", error)
         return False
@@ -80,6 +86,6 @@ def _self_check(device: torch.device) -> float:
     )
     packed = PackedWeight(weight.layout, 128, columns, **{k: v.to(device) for k, v in pack(weight).items()})
     x = torch.randn(2, columns, generator=generator).to(device)
-    out = one_bit.decode(x, prepack.prepack(packed), None, one_bit.DecodeConfig(warps=4))
+    out = one_bit.decode(x, prepack.prepack(packed), None, one_bit.DecodeConfig(warps=4)).view(2, rows)
     expected = x.double() @ packed.unpack().dequantize(torch.float64).T
     return float((out.double() - expected).norm() / expected.norm())

@@ -59,12 +59,15 @@ def input_grad(grad: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
 
 
 def few_tokens(rows: torch.Tensor, weights: list[PackedWeight], bias: torch.Tensor | None) -> torch.Tensor | None:
-    """`[M, N]` by the one-bit kernel for weights that `prepare` has prepared; None where it is not to be used.
+    """`[M * N]` by the one-bit kernel for weights that `prepare` has prepared; None where it is not to be used.
 
     Args:
         rows: `[M, K]`.
         weights: one, or several of the same input whose results are wanted side by side.
         bias: `[N]`, of all weights together, or None.
+
+    Returns:
+        The results `[M, rows]` of the weights, one after another.
     """
     if rows.shape[0] > MAX_TOKENS:
         return None

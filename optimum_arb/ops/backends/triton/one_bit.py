@@ -108,7 +108,7 @@ def _sign_word(words, MASK: gl.constexpr):
     return found
 
 
-@gluon.jit(do_not_specialize=["T", "G", "M", "out_stride", "end0", "end1", "end2", "group1", "group2"])
+@gluon.jit(do_not_specialize=["T", "G", "M", "end0", "end1", "end2", "group1", "group2"])
 def _decode(
     input_ptr,
     words_ptr,
@@ -118,7 +118,6 @@ def _decode(
     T,
     G,
     M,
-    out_stride,
     end0,
     end1,
     end2,
@@ -254,7 +253,7 @@ def _decode(
     if BIAS:
         out += gl.expand_dims(gl.load(bias_ptr + row, mask=row < end, other=0.0).to(gl.float32), 0)
     gl.store(
-        out_ptr + gl.expand_dims(out_token * out_stride, 1) + gl.expand_dims(row, 0),
+        out_ptr + start * M + gl.expand_dims(out_token * (end - start), 1) + gl.expand_dims(row - start, 0),
         out.to(out_ptr.dtype.element_ty),
         mask=gl.expand_dims(row < end, 0) & gl.expand_dims(out_token < M, 1),
     )
@@ -278,7 +277,7 @@ def decode(
         part_rows: the rows of each weight that was joined; None for a single one.
 
     Returns:
-        `[M, N]` of x's dtype.
+        `[M * N]` of x's dtype: the results `[M, rows]` of the parts, one after another.
     """
     # Triton's own launch looks at every argument again: 25 us a kernel in Python, against 6 of a plan's
     key = (
@@ -329,7 +328,7 @@ class _Plan:
         self.tiles, self.tokens = tiles, tokens
         self.decode_grid = (programs, 1, 1)
         self.decode_weights = (weight.words, weight.row_scale)
-        self.decode_sizes = (tiles, weight.groups, tokens, weight.rows, *[*ends, 0, 0][:3], *[*starts, 0, 0][1:3])
+        self.decode_sizes = (tiles, weight.groups, tokens, *[*ends, 0, 0][:3], *[*starts, 0, 0][1:3])
         self.decode_constants = (
             weight.program.planes,
             weight.program.row_scales,
@@ -349,7 +348,7 @@ class _Plan:
 
     def run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         scratch = torch.empty(self.scratch, dtype=torch.int32, device=x.device)
-        out = torch.empty(self.tokens, self.weight_rows, dtype=x.dtype, device=x.device)
+        out = torch.empty(self.tokens * self.weight_rows, dtype=x.dtype, device=x.device)
         first = (x, *self.prepare_weights, scratch, self.tiles, x.stride(0), self.tokens, *self.prepare_constants)
         second = (
             scratch,
@@ -364,7 +363,7 @@ class _Plan:
             decode = _decode[self.decode_grid](*second, num_warps=self.warps, launch_pdl=self.overlap)
             self.launches = prepare[self.prepare_grid], decode[self.decode_grid]
         else:
-            stream = torch.cuda.current_stream(x.device).cuda_stream
+            stream = triton.runtime.driver.active.get_current_stream(x.device.index)
             self.launches[0](*first, stream=stream)
             self.launches[1](*second, stream=stream)
         return out

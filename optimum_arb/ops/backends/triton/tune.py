@@ -47,7 +47,7 @@ def _run(
     if isinstance(config, GemmConfig):
         return gemm(x, packed, config=config)
     assert ready is not None
-    return one_bit.decode(x, ready, None, config)
+    return one_bit.decode(x, ready, None, config).view(x.shape[0], -1)
 
 
 def compile_all(work: Iterable[tuple[Shape, int]]) -> None:
