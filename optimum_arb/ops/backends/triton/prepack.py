@@ -247,6 +247,11 @@ def make(weights: list[PackedWeight]) -> Prepacked | None:
     return found[1]
 
 
+def forget() -> None:
+    """Drops all copies."""
+    _cache.clear()
+
+
 def _key(weights: list[PackedWeight]) -> tuple[int, ...]:
     return tuple(packed.weight.data_ptr() for packed in weights)
 
