@@ -2,11 +2,11 @@
 
     python benchmarks/linear_gpu.py --json linear_gpu.json
 
-Microseconds of a call, from CUDA graphs over copies of the weight that do not fit the caches together, median of the
-replays; everything that a call does is in it (scaling and permuting x, adding parts). 12288x4096 and 22016x4096 are q, k
-and v, and gate and up of a 7B model, joined. Packed weights have row and column scales and a permutation (`arb-hrc`).
-Kernels come from the package's table, nothing is tuned here. Every result is first compared with a float32 product of the
-dequantized weight.
+Microseconds of a call, from CUDA graphs over copies of the weight that do not fit the caches together, median of
+the replays; everything that a call does is in it (scaling and permuting x, adding parts). 12288x4096 and 22016x4096
+are q, k and v, and gate and up of a 7B model, joined. Packed weights have row and column scales and a permutation
+(`arb-hrc`). Kernels come from the package's table, nothing is tuned here. Every result is first compared with a
+float32 product of the dequantized weight.
 
 Peers are timed where they are installed: gemlite (A16W1, A16W2, A16W4), torchao (int4, groups of 128), bitsandbytes
 (NF4).
@@ -171,8 +171,8 @@ def main() -> None:
             for row in our_rows(n, k, planes, inputs, bf16, speed):
                 rows.append(row)
                 print(
-                    "{shape:>11} planes {planes} tokens {tokens:>4}: bf16 {bf16_us:7.1f} us, ours {us:7.1f} us, {times:5.2f} "
-                    "times, {bandwidth_percent:4.0f} % of bandwidth, error {error:.1e}".format(**row),
+                    "{shape:>11} planes {planes} tokens {tokens:>4}: bf16 {bf16_us:7.1f} us, ours {us:7.1f} us, "
+                    "{times:5.2f} times, {bandwidth_percent:4.0f} % of bandwidth, error {error:.1e}".format(**row),
                     flush=True,
                 )
             prepack.forget()
