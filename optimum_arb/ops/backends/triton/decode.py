@@ -192,37 +192,33 @@ def decode_tile(
     scales = row_scale + rows * row_stride + block * ROW_SCALES
     result = tl.zeros([rows.shape[0], TILE], tl.float32)
     for t in tl.static_range(len(TERMS)):
-        MASK: tl.constexpr = TERMS[t][0]
-        ROW: tl.constexpr = TERMS[t][1]
-        COL: tl.constexpr = TERMS[t][2]
-        ZONE: tl.constexpr = TERMS[t][3]
-        FACTOR: tl.constexpr = TERMS[t][4]
-        value = (tl.load(scales + ROW).to(tl.float32) * FACTOR)[:, None]
-        if COL >= 0:
-            if COL < COL_SCALES:
-                c = tl.load(col_scale + COL * K + column, mask=valid, other=0).to(tl.float32)
+        # no constexpr may be given a name here: compiled, the second term's would be refused as an assignment to it
+        value = (tl.load(scales + TERMS[t][1]).to(tl.float32) * TERMS[t][4])[:, None]
+        if TERMS[t][2] >= 0:
+            if TERMS[t][2] < COL_SCALES:
+                c = tl.load(col_scale + TERMS[t][2] * K + column, mask=valid, other=0).to(tl.float32)
             else:
-                c = tl.load(salient_col_scale + (COL - COL_SCALES) * salient + index, mask=inside, other=0).to(
-                    tl.float32
-                )
+                c = tl.load(
+                    salient_col_scale + (TERMS[t][2] - COL_SCALES) * salient + index, mask=inside, other=0
+                ).to(tl.float32)
             value = value * c[None, :]
-        if ZONE == 1:
+        if TERMS[t][3] == 1:
             value = tl.where(inside[None, :], 0.0, value)
-        elif ZONE == 2:
+        elif TERMS[t][3] == 2:
             value = tl.where(inside[None, :], value, 0.0)
         value = tl.broadcast_to(value, (rows.shape[0], TILE))
-        if MASK != 0:
-            if MASK == 1:
+        if TERMS[t][0] != 0:
+            if TERMS[t][0] == 1:
                 bits = bits0
-            elif MASK == 2:
+            elif TERMS[t][0] == 2:
                 bits = bits1
-            elif MASK == 3:
+            elif TERMS[t][0] == 3:
                 bits = bits0 ^ bits1
-            elif MASK == 4:
+            elif TERMS[t][0] == 4:
                 bits = bits2
-            elif MASK == 5:
+            elif TERMS[t][0] == 5:
                 bits = bits0 ^ bits2
-            elif MASK == 6:
+            elif TERMS[t][0] == 6:
                 bits = bits1 ^ bits2
             else:
                 bits = bits0 ^ bits1 ^ bits2
