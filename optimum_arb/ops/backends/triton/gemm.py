@@ -84,6 +84,7 @@ def _gemm_kernel(
     SALIENT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    WORDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SPLIT_K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -137,6 +138,7 @@ def _gemm_kernel(
             SALIENT,
             ONE_BLOCK,
             TILE,
+            WORDS,
             True,
         ).to(x.dtype.element_ty)
         tokens = tl.load(x_rows + tile * TILE + k[None, :])
@@ -168,6 +170,7 @@ def _gemm_kernel(
             SALIENT,
             ONE_BLOCK,
             TILE,
+            WORDS,
             False,
         ).to(x.dtype.element_ty)
         tokens = tl.load(x_rows + whole * TILE + k[None, :], mask=(whole * TILE + k < K)[None, :], other=0)
