@@ -176,7 +176,7 @@ def main() -> None:
             for config in candidates(n, k, m):
                 for name in layouts:
                     key = (name, replace(config, split_k=min(config.split_k, 2)))
-                    with_bias = config.block_n == 64 and config.tiles == 1 and config.kernel == "hopper"
+                    with_bias = config.kernel == "hopper" and (config.block_n, config.tiles) in ((64, 1), (256, 1))
                     jobs.setdefault(key, (name, n, k, m, args.dtype, key[1], with_bias and config.split_k == 1))
     for name in layouts:
         jobs.update({(name, form): (name, *shapes[0], 8, args.dtype, form, False) for form in DENSE_FORMS})
