@@ -5,18 +5,27 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..packed import PackedWeight
 
 ROWS, COLUMNS = 8, 512
 
 
+def overlaps(device: torch.device) -> bool:
+    """Whether a launch may begin while the one before it ends: from sm_90 on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 @triton.jit
 def _gather_kernel(
     out, x, permutation, scale, M, K, x_stride, out_stride,
-    PERMUTED: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PERMUTED: tl.constexpr, SCALED: tl.constexpr, OVERLAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """out[m, k] = x[m, permutation[k]] * scale[k], zero where k >= K."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = k < K
@@ -46,7 +55,9 @@ def gather_columns(x: torch.Tensor, packed: PackedWeight, *, scaled: bool = Fals
     tokens, columns = x.shape
     width = triton.cdiv(columns, multiple) * multiple
     out = x.new_empty(tokens, width)
-    _gather_kernel[(triton.cdiv(width, COLUMNS), triton.cdiv(tokens, ROWS))](
+    overlap = overlaps(x.device)
+    rows = ROWS if tokens > ROWS else triton.next_power_of_2(tokens)
+    _gather_kernel[(triton.cdiv(width, COLUMNS), triton.cdiv(tokens, rows))](
         out,
         x,
         x if packed.permutation is None else packed.permutation,
@@ -57,8 +68,10 @@ def gather_columns(x: torch.Tensor, packed: PackedWeight, *, scaled: bool = Fals
         width,
         PERMUTED=packed.permutation is not None,
         SCALED=scaled,
-        ROWS=ROWS,
+        OVERLAP=overlap,
+        ROWS=rows,
         COLUMNS=COLUMNS,
         num_warps=4,
+        **({"launch_pdl": True} if overlap else {}),
     )
     return out

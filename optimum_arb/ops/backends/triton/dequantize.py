@@ -10,8 +10,9 @@ from ..packed import PackedWeight
 from .decode import arguments, decode_tile
 
 # Rows of a program and its warps. [K, N] takes more rows: they are the contiguous direction of its stores.
-ROWS, WARPS = 32, 4
-TRANSPOSED_ROWS, TRANSPOSED_WARPS = 64, 4
+# With fewer warps the compiler gives a thread many columns, whose scales it then loads one by one.
+ROWS, WARPS = 64, 8
+TRANSPOSED_ROWS, TRANSPOSED_WARPS = 128, 8
 
 
 @triton.jit
@@ -39,8 +40,10 @@ def _dequantize_kernel(
     SALIENT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    WORDS: tl.constexpr,
     PERMUTED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    EVEN: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """out[n, k] or, TRANSPOSED, out[k, n]; a program is ROWS rows of one tile. Neighbouring programs share rows, so
@@ -48,7 +51,8 @@ def _dequantize_kernel(
     tile = tl.program_id(0)
     n = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     rows = tl.minimum(n, N - 1)
-    if tile < K // TILE:
+    # EVEN: there is no narrow tile, whose branch would take as many registers again
+    if EVEN or tile < K // TILE:
         w = decode_tile(
             weight,
             row_scale,
@@ -72,6 +76,7 @@ def _dequantize_kernel(
             SALIENT,
             ONE_BLOCK,
             TILE,
+            WORDS,
             True,
         )
     else:
@@ -98,6 +103,7 @@ def _dequantize_kernel(
             SALIENT,
             ONE_BLOCK,
             TILE,
+            WORDS,
             False,
         )
     column = tile * TILE + tl.arange(0, TILE)
@@ -144,6 +150,7 @@ def dequantize(
         **args.constants,
         PERMUTED=permutation is not None,
         TRANSPOSED=transposed,
+        EVEN=columns % args.constants["TILE"] == 0,
         ROWS=per_program,
         num_warps=TRANSPOSED_WARPS if transposed else WARPS,
     )

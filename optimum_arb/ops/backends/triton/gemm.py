@@ -17,10 +17,11 @@ from typing import Literal
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ....packing import tile_width
 from ..packed import PackedWeight
-from .columns import gather_columns
+from .columns import gather_columns, overlaps
 from .decode import arguments, decode_tile
 from .dequantize import dequantize
 
@@ -42,6 +43,7 @@ class GemmConfig:
         block_n: weight rows of a tile of the output.
         warps: warps of a program.
         stages: tiles of x that are loaded ahead.
+        tiles: "hopper" alone: packing tiles that are loaded at once, 1 or 2.
         split_k: programs that share the columns of one output tile; their sums are added in order by a second kernel.
     """
 
@@ -51,6 +53,7 @@ class GemmConfig:
     warps: int = 4
     stages: int = 3
     split_k: int = 1
+    tiles: int = 1
 
 
 @triton.jit(do_not_specialize=["M", "row_stride", "tiles_per_block"])
@@ -81,6 +84,7 @@ def _gemm_kernel(
     SALIENT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    WORDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SPLIT_K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -134,6 +138,7 @@ def _gemm_kernel(
             SALIENT,
             ONE_BLOCK,
             TILE,
+            WORDS,
             True,
         ).to(x.dtype.element_ty)
         tokens = tl.load(x_rows + tile * TILE + k[None, :])
@@ -165,6 +170,7 @@ def _gemm_kernel(
             SALIENT,
             ONE_BLOCK,
             TILE,
+            WORDS,
             False,
         ).to(x.dtype.element_ty)
         tokens = tl.load(x_rows + whole * TILE + k[None, :], mask=(whole * TILE + k < K)[None, :], other=0)
@@ -179,8 +185,21 @@ def _gemm_kernel(
 
 
 @triton.jit
-def _sum_kernel(out, parts, bias, size, N, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_kernel(
+    out,
+    parts,
+    bias,
+    size,
+    N,
+    SPLIT_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """out[i] = parts[0, i] + parts[1, i] + ... + bias[i mod N], in this order."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     total = tl.load(parts + i, mask=inside, other=0)
@@ -193,7 +212,8 @@ def _sum_kernel(out, parts, bias, size, N, SPLIT_K: tl.constexpr, HAS_BIAS: tl.c
 
 def sum_parts(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     """Adds `parts` float32 `[split_k, M, N]` and the bias into `out` `[M, N]`, always in the same order."""
-    block = 1024
+    overlap = overlaps(out.device)
+    block = 1024 if out.numel() >= 2**18 else 256
     _sum_kernel[(triton.cdiv(out.numel(), block),)](
         out,
         parts,
@@ -202,8 +222,10 @@ def sum_parts(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor)
         out.shape[1],
         SPLIT_K=parts.shape[0],
         HAS_BIAS=bias is not None,
+        OVERLAP=overlap,
         BLOCK=block,
-        num_warps=4,
+        num_warps=block // 256,
+        **({"launch_pdl": True} if overlap else {}),
     )
 
 
@@ -235,20 +257,28 @@ def candidates(n: int, k: int, m: int) -> list[GemmConfig]:
         k: in_features.
         m: tokens.
     """
-    found = [GemmConfig("dequantize")]
-    blocks_m = [b for b in (32, 64, 128, 256) if b < 2 * max(m, 17)]
-    for block_m in blocks_m[-2:] if m > 64 else blocks_m:
-        for block_n, warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
-            if block_m * block_n // warps > 4096:  # sums of a thread: more than 128 registers
+    found = [GemmConfig("dequantize")] if m >= 128 else []
+    # tokens, rows, warps, stages, tiles of a program
+    if m <= 64:
+        block_m = max(8, triton.next_power_of_2(m))
+        programs = [(block_m, 64, 4, 2 if block_m == 64 else 3, 2), (block_m, 64, 4, 4, 1)]
+        programs.append((block_m, 128, 4, 4, 1) if m <= 32 else (block_m, 128, 8, 3, 2))
+        if m <= 32:
+            programs.append((block_m, 128, 8, 4, 2))
+    elif m <= 256:
+        programs = [(64, 64, 4, 4, 1), (128, 64, 4, 3, 1), (128, 128, 8, 4, 1), (64, 128, 8, 3, 2)]
+    else:
+        programs = [(128, 128, 8, 4, 1), (128, 256, 8, 4, 1), (256, 128, 8, 3, 1)]
+    for block_m, block_n, warps, stages, tiles in programs:
+        count = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
+        # two large programs have no room on one multiprocessor, about four small ones do
+        most = 270 if warps == 8 else 800
+        for split_k in (1, 2, 4, 8, 16):
+            if split_k > 1 and (m > 256 or count * split_k > most or k // 128 < 2 * tiles * split_k):
                 continue
-            programs = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
-            for split_k in (1, 2, 4, 8):
-                if split_k > 1 and (programs * split_k > 600 or k // 128 < 4 * split_k):
-                    continue
-                if split_k == 1 and programs < 40:
-                    continue
-                stages = 3 if block_m == 256 else 4
-                found.append(GemmConfig("hopper", block_m, block_n, warps, stages, split_k))
+            if count * split_k < 100 and count * split_k * 2 <= most and k // 128 >= 4 * tiles * split_k and m <= 256:
+                continue
+            found.append(GemmConfig("hopper", block_m, block_n, warps, stages, split_k, tiles))
     return found
 
 
@@ -256,16 +286,25 @@ def default_config(packed: PackedWeight, m: int, dtype: torch.dtype) -> GemmConf
     """A configuration that works, for what no table knows."""
     if not (packed.weight.is_cuda and is_fusable(packed) and dtype in (torch.float16, torch.bfloat16)):
         return GemmConfig("dequantize")
-    n = packed.out_features
-    kernel: Kernel = "hopper" if fits_hopper(packed, dtype) else "portable"
-    if m > (1024 if kernel == "hopper" else 128):
-        return GemmConfig("dequantize")
-    block_m = 32 if m <= 32 else 64 if m <= 64 else 128
-    programs = triton.cdiv(m, block_m) * triton.cdiv(n, 128)
+    n, tiles = packed.out_features, packed.in_features // 128
+    if not fits_hopper(packed, dtype):
+        if m > 128:
+            return GemmConfig("dequantize")
+        block_m = max(16, triton.next_power_of_2(m))
+        programs = triton.cdiv(n, 128)
+        split_k = 1
+        while programs * split_k < 100 and split_k < 8 and tiles >= 8 * split_k:
+            split_k *= 2
+        return GemmConfig("portable", block_m, 128, 8, 2, split_k)
+    if m > 256:
+        large = triton.cdiv(m, 128) * triton.cdiv(n, 256) >= 120
+        return GemmConfig("hopper", 128, 256 if large else 128, 8, 4)
+    block_m = min(max(8, triton.next_power_of_2(m)), 128)
+    programs = triton.cdiv(m, block_m) * triton.cdiv(n, 64)
     split_k = 1
-    while programs * split_k < 100 and split_k < 8 and packed.in_features // 128 >= 8 * split_k:
+    while programs * split_k < 200 and split_k < 8 and tiles >= 8 * split_k:
         split_k *= 2
-    return GemmConfig(kernel, block_m, 128, 8, 4 if kernel == "hopper" else 2, split_k)
+    return GemmConfig("hopper", block_m, 64, 4, 4 if block_m < 128 else 3, split_k)
 
 
 def gemm(
@@ -338,10 +377,10 @@ def _finish(filled: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dt
 
 
 def _split(config: GemmConfig, packed: PackedWeight) -> int:
-    """No more programs along K than there are whole tiles, each with at least one."""
-    tiles = max(packed.in_features // tile_width(packed.block_size), 1)
-    share = triton.cdiv(tiles, min(config.split_k, tiles))
-    return triton.cdiv(tiles, share)
+    """No more programs along K than there are whole steps of `config.tiles` tiles, each with at least one."""
+    steps = max(triton.cdiv(packed.in_features // tile_width(packed.block_size), config.tiles), 1)
+    share = triton.cdiv(steps, min(config.split_k, steps))
+    return triton.cdiv(steps, share)
 
 
 def _hopper(
@@ -364,8 +403,10 @@ def _hopper(
         block_n=config.block_n,
         warps=config.warps,
         stages=config.stages,
+        tiles=config.tiles,
         split_k=split_k,
         scaled=scaled,
+        overlapped=True,
     )
     return _finish(filled, bias, out_dtype)
 

@@ -1,13 +1,14 @@
 """The fused product on sm_90: packed tiles become the register operand of asynchronous warpgroup products.
 
-One program owns BLOCK_N rows of the weight and BLOCK_M tokens and walks the packing tiles, 128 columns each. The tensor
-copy engine brings the packed bytes of a tile and the tokens' columns into a ring of STAGES slots of shared memory. The
-product of tile t runs while the signs of tile t + 1 are turned into weights, two at a time, with one shift, one
-three-input logic operation and one multiply-add a plane; W is the left operand, so that the decoded weights never
-leave their registers.
+Every warpgroup owns some rows of the weight and BLOCK_M tokens and walks the packing tiles, 128 columns each. The
+tensor copy engine brings the packed bytes of TILES tiles and the tokens' columns into a ring of STAGES slots of shared
+memory. Signs are turned into weights two at a time, with one shift, one three-input logic operation and one
+multiply-add a plane; W is the left operand, so that the decoded weights never leave their registers.
 
-Written in Gluon, Triton's lower-level language, because plain Triton waits for a product whose register operand changes
-in the loop before it goes on.
+A warpgroup waits for its product before it decodes on: ptxas keeps the registers of a left operand only until the
+product is issued, and a decode beside it would change them under its hands. What keeps the tensor cores busy is
+another warpgroup's product: several small programs on a multiprocessor (`_shared_kernel`), or one large program
+(`_split_kernel`) whose warpgroups share the tokens' columns, meet nowhere, and have them brought by a warp of its own.
 """
 
 # mypy: disable-error-code="assignment"
@@ -112,23 +113,38 @@ def _decode_bit(
 
 
 @gluon.jit
+def _plane(
+    bits, slot, T: gl.constexpr, P: gl.constexpr, PART: gl.constexpr,
+    PLANES: gl.constexpr, TILES: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Plane P of the T-th tile in this slot: int16 [rows, 16], the byte in the upper half."""
+    ROWS: gl.constexpr = LAYOUT.shape[0]
+    if PLANES == 3:
+        tile = bits.index((slot * TILES + T) * PLANES + P)
+    else:
+        tile = bits.index(slot).slice((T * PLANES + P) * BYTES, BYTES, dim=1)
+    return tile.slice(PART * ROWS, ROWS, dim=0).load(LAYOUT).to(gl.int16) << 8
+
+
+@gluon.jit
 def _decode(
-    bits, columns, slot, r0, r1, r2, mean,
-    PLANES: gl.constexpr, COLUMNS: gl.constexpr, MEAN: gl.constexpr, DTYPE: gl.constexpr,
+    bits, columns, slot, scales, T: gl.constexpr, PART: gl.constexpr,
+    PLANES: gl.constexpr, COLUMNS: gl.constexpr, MEAN: gl.constexpr, DTYPE: gl.constexpr, TILES: gl.constexpr,
     LAYOUT: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
-    """The weights [rows, 128] of the tile in this slot, as the left operand of a product."""
-    q0 = bits.index(slot * PLANES).load(LAYOUT).to(gl.int16) << 8
+    """The weights [rows, 128] of the T-th tile in this slot, as the left operand of a product."""
+    q0 = _plane(bits, slot, T, 0, PART, PLANES, TILES, LAYOUT)
     q1 = q0
     q2 = q0
     if PLANES > 1:
-        q1 = bits.index(slot * PLANES + 1).load(LAYOUT).to(gl.int16) << 8
+        q1 = _plane(bits, slot, T, 1, PART, PLANES, TILES, LAYOUT)
     if PLANES > 2:
-        q2 = bits.index(slot * PLANES + 2).load(LAYOUT).to(gl.int16) << 8
-    r0 = gl.expand_dims(r0, 1)
-    r1 = gl.expand_dims(r1, 1)
-    r2 = gl.expand_dims(r2, 1)
-    mean = gl.expand_dims(mean, 1)
+        q2 = _plane(bits, slot, T, 2, PART, PLANES, TILES, LAYOUT)
+    r0 = gl.expand_dims(scales[0], 1)
+    r1 = gl.expand_dims(scales[1], 1)
+    r2 = gl.expand_dims(scales[2], 1)
+    mean = gl.expand_dims(scales[3], 1)
+    slot = slot * TILES + T
     w0 = _decode_bit(q0, q1, q2, r0, r1, r2, mean, columns, slot, LAYOUT, 0, PLANES, COLUMNS, MEAN, DTYPE)
     w1 = _decode_bit(q0, q1, q2, r0, r1, r2, mean, columns, slot, LAYOUT, 1, PLANES, COLUMNS, MEAN, DTYPE)
     w2 = _decode_bit(q0, q1, q2, r0, r1, r2, mean, columns, slot, LAYOUT, 2, PLANES, COLUMNS, MEAN, DTYPE)
@@ -162,143 +178,278 @@ def _load_scales(pointer, tile, tiles_per_block, last, PLANES: gl.constexpr, SCA
 
 @gluon.jit
 def _fetch(
-    x_desc, w_desc, c_desc, x_ring, bits, columns, ready, tile, step, m, n, K,
-    PLANES: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, pred,
+    x_desc, w_desc, c_desc, x_ring, bits, columns, ready, tile, slot, m, n, K, pred,
+    PLANES: gl.constexpr, COLUMNS: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    """Asks for tile number `tile` in the slot of step number `step`."""
-    slot = step % STAGES
+    """Asks for the TILES tiles from number `tile` on in this slot; past the last column there come zeros."""
     bar = ready.index(slot)
-    size: gl.constexpr = x_desc.block_type.nbytes + PLANES * (
-        w_desc.block_type.nbytes + COLUMNS * c_desc.block_type.nbytes
+    COPIES: gl.constexpr = TILES * PLANES if PLANES == 3 else 1
+    size: gl.constexpr = (
+        x_desc.block_type.nbytes
+        + COPIES * w_desc.block_type.nbytes
+        + COLUMNS * TILES * PLANES * c_desc.block_type.nbytes
     )
     mbarrier.expect(bar, size, pred=pred)
-    for p in gl.static_range(PLANES):
+    for copy in gl.static_range(COPIES):
         tma.async_copy_global_to_shared(
-            w_desc, [n, (tile * PLANES + p) * BYTES], bar, bits.index(slot * PLANES + p), pred=pred
+            w_desc, [n, (tile * PLANES + copy) * BYTES], bar, bits.index(slot * COPIES + copy), pred=pred
         )
-        if COLUMNS:
-            tma.async_copy_global_to_shared(
-                c_desc, [p * K + tile * TILE], bar, columns.index(slot * PLANES + p), pred=pred
-            )
+    if COLUMNS:
+        for t in gl.static_range(TILES):
+            for p in gl.static_range(PLANES):
+                tma.async_copy_global_to_shared(
+                    c_desc, [p * K + (tile + t) * TILE], bar, columns.index((slot * TILES + t) * PLANES + p), pred=pred
+                )
     tma.async_copy_global_to_shared(x_desc, [m, tile * TILE], bar, x_ring.index(slot), pred=pred)
 
 
-@gluon.jit(do_not_specialize=["M", "row_stride", "tiles_per_block", "share"])
-def _hopper_kernel(
-    x_desc, w_desc, c_desc, out, bias, row_scale, M, N, K, row_stride, tiles_per_block, share,
-    PLANES: gl.constexpr, COLUMNS: gl.constexpr, SCALES: gl.constexpr, HAS_BIAS: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+@gluon.jit
+def _stage_scales(
+    pointer, tile, tiles_per_block, last,
+    PLANES: gl.constexpr, SCALES: gl.constexpr, DTYPE: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    """out[m, n] (or float32 [split, m, n], summed later)."""
-    WARPS: gl.constexpr = gl.num_warps()
-    DTYPE: gl.constexpr = x_desc.dtype
-    MEAN: gl.constexpr = SCALES > PLANES
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    LAYOUT: gl.constexpr = _row_layout(BLOCK_N, WARPS)
+    """The row scales of the TILES tiles from number `tile` on (TILES is 1 or 2)."""
+    first = _load_scales(pointer, tile, tiles_per_block, last, PLANES, SCALES, DTYPE)
+    second = first
+    if TILES == 2:
+        second = _load_scales(pointer, tile + 1, tiles_per_block, last, PLANES, SCALES, DTYPE)
+    return first, second
 
+
+@gluon.jit
+def _product(
+    sums, x_ring, bits, columns, slot, first, second,
+    PART: gl.constexpr, PLANES: gl.constexpr, COLUMNS: gl.constexpr, MEAN: gl.constexpr, DTYPE: gl.constexpr,
+    TILES: gl.constexpr, LAYOUT: gl.constexpr, OPERAND: gl.constexpr,
+):  # fmt: skip
+    """sums plus the product of what is in this slot, done when this returns."""
+    x = x_ring.index(slot)
+    w = _decode(
+        bits, columns, slot, first, 0, PART, PLANES, COLUMNS, MEAN, DTYPE, TILES, LAYOUT, OPERAND
+    )  # fmt: skip
+    if TILES == 1:
+        sums = warpgroup_mma(w, x.permute((1, 0)), sums, is_async=True)
+        sums, w = warpgroup_mma_wait(0, deps=(sums, w))
+    else:
+        w2 = _decode(
+            bits, columns, slot, second, 1, PART, PLANES, COLUMNS, MEAN, DTYPE, TILES, LAYOUT, OPERAND
+        )  # fmt: skip
+        sums = warpgroup_mma(w, x.slice(0, TILE, dim=1).permute((1, 0)), sums, is_async=True)
+        sums = warpgroup_mma(w2, x.slice(TILE, TILE, dim=1).permute((1, 0)), sums, is_async=True)
+        sums, w, w2 = warpgroup_mma_wait(0, deps=(sums, w, w2))
+    return sums
+
+
+@gluon.jit
+def _store(sums, out, bias, split, m, n, M, N, HAS_BIAS: gl.constexpr):
+    """out[m, n] (or float32 [split, m, n]) of one tile, through a layout whose threads hold neighbouring n."""
+    WARPS: gl.constexpr = gl.num_warps()
+    STORE: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
+    result = sums.to(out.dtype.element_ty)
+    result = gl.convert_layout(result, STORE)
+    to_n = n + gl.arange(0, sums.shape[0], gl.SliceLayout(1, STORE))
+    to_m = m + gl.arange(0, sums.shape[1], gl.SliceLayout(0, STORE))
+    if HAS_BIAS:
+        added = gl.load(bias + gl.minimum(to_n, N - 1)).to(gl.float32)
+        result = (result.to(gl.float32) + gl.expand_dims(added, 1)).to(out.dtype.element_ty)
+    at = out + split.to(gl.int64) * M * N + gl.expand_dims(to_m.to(gl.int64) * N, 0) + gl.expand_dims(to_n, 1)
+    gl.store(at, result, mask=gl.expand_dims(to_n < N, 1) & gl.expand_dims(to_m < M, 0))
+
+
+@gluon.jit
+def _place(M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr):
+    """The first token and row of this program: neighbours share rows or tokens, GROUP tiles of rows at a time."""
     tiles_m = gl.cdiv(M, BLOCK_M)
     tiles_n = gl.cdiv(N, BLOCK_N)
     program = gl.program_id(0)
     group = program // (GROUP * tiles_m)
     height = gl.minimum(tiles_n - group * GROUP, GROUP)
     inside = program - group * GROUP * tiles_m
-    n = (group * GROUP + inside % height) * BLOCK_N
-    m = (inside // height) * BLOCK_M
+    return (inside // height) * BLOCK_M, (group * GROUP + inside % height) * BLOCK_N
+
+
+@gluon.jit
+def _row_scales(row_scale, row_stride, n, N, LAYOUT: gl.constexpr):
+    """Where the scales of this warpgroup's rows begin."""
+    rows = gl.minimum(n + gl.arange(0, LAYOUT.shape[0], gl.SliceLayout(1, LAYOUT)), N - 1)
+    return row_scale + rows.to(gl.int64) * row_stride
+
+
+@gluon.jit(do_not_specialize=["M", "row_stride", "share"])
+def _shared_kernel(
+    x_desc, w_desc, c_desc, out, bias, row_scale, M, N, K, row_stride, tiles_per_block, share,
+    PLANES: gl.constexpr, COLUMNS: gl.constexpr, SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup (or two in step) a program, which is small enough to share its multiprocessor with others."""
+    WARPS: gl.constexpr = gl.num_warps()
+    DTYPE: gl.constexpr = x_desc.dtype
+    MEAN: gl.constexpr = SCALES > PLANES
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    LAYOUT: gl.constexpr = _row_layout(BLOCK_N, WARPS)
+    m, n = _place(M, N, BLOCK_M, BLOCK_N, GROUP)
     split = gl.program_id(1)
     tiles = K // TILE
     start = split * share
-    steps = gl.minimum(share, tiles - start)
+    steps = gl.cdiv(gl.minimum(share, tiles - start), TILES)
 
-    x_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, TILE], x_desc.layout)
-    bits = gl.allocate_shared_memory(gl.uint8, [STAGES * PLANES, BLOCK_N, BYTES], w_desc.layout)
+    x_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, TILES * TILE], x_desc.layout)
+    COPIES: gl.constexpr = TILES * PLANES if PLANES == 3 else 1
+    bits = gl.allocate_shared_memory(gl.uint8, [STAGES * COPIES, BLOCK_N, w_desc.block_shape[1]], w_desc.layout)
     columns = bits
     if COLUMNS:
-        columns = gl.allocate_shared_memory(DTYPE, [STAGES * PLANES, TILE], c_desc.layout)
+        columns = gl.allocate_shared_memory(DTYPE, [STAGES * TILES * PLANES, TILE], c_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
     fence_async_shared()
+    if PDL:  # x is what the launch before this one writes
+        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
     for stage in gl.static_range(STAGES):
         _fetch(
-            x_desc,
-            w_desc,
-            c_desc,
-            x_ring,
-            bits,
-            columns,
-            ready,
-            start + stage,
-            stage,
-            m,
-            n,
-            K,
-            PLANES,
-            COLUMNS,
-            STAGES,
-            stage < steps,
-        )
+            x_desc, w_desc, c_desc, x_ring, bits, columns, ready, start + stage * TILES, stage, m, n, K,
+            stage < steps, PLANES, COLUMNS, TILES,
+        )  # fmt: skip
 
-    rows = gl.minimum(n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, LAYOUT)), N - 1)
-    scales = row_scale + rows.to(gl.int64) * row_stride
+    scales = _row_scales(row_scale, row_stride, n, N, LAYOUT)
     last = (tiles - 1) // tiles_per_block
-    r0, r1, r2, mean = _load_scales(scales, start, tiles_per_block, last, PLANES, SCALES, DTYPE)
-    next0, next1, next2, next_mean = _load_scales(scales, start + 1, tiles_per_block, last, PLANES, SCALES, DTYPE)
-    mbarrier.wait(ready.index(0), 0)
-    w = _decode(bits, columns, 0, r0, r1, r2, mean, PLANES, COLUMNS, MEAN, DTYPE, LAYOUT, OPERAND)
+    first, second = _stage_scales(scales, start, tiles_per_block, last, PLANES, SCALES, DTYPE, TILES)
     sums = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA)
-    sums = warpgroup_mma(w, x_ring.index(0).permute((1, 0)), sums, is_async=True)
-    for step in range(1, steps):
-        r0 = next0
-        r1 = next1
-        r2 = next2
-        mean = next_mean
-        next0, next1, next2, next_mean = _load_scales(
-            scales, start + step + 1, tiles_per_block, last, PLANES, SCALES, DTYPE
-        )
+    for step in range(steps):
+        following = start + (step + 1) * TILES
+        next_first, next_second = _stage_scales(scales, following, tiles_per_block, last, PLANES, SCALES, DTYPE, TILES)
         slot = step % STAGES
         mbarrier.wait(ready.index(slot), (step // STAGES) & 1)
-        following = _decode(
-            bits, columns, slot, r0, r1, r2, mean, PLANES, COLUMNS, MEAN, DTYPE, LAYOUT, OPERAND,
+        sums = _product(
+            sums, x_ring, bits, columns, slot, first, second,
+            0, PLANES, COLUMNS, MEAN, DTYPE, TILES, LAYOUT, OPERAND,
         )  # fmt: skip
-        sums, w = warpgroup_mma_wait(0, deps=(sums, w))
-        w = following
-        sums = warpgroup_mma(w, x_ring.index(slot).permute((1, 0)), sums, is_async=True)
-        # every warp is past the product of the step before: its slot can be filled again
+        # every warp is past the product of this step: its slot can be filled again
         gl.thread_barrier()
-        ahead = step - 1 + STAGES
+        ahead = step + STAGES
         _fetch(
-            x_desc,
-            w_desc,
-            c_desc,
-            x_ring,
-            bits,
-            columns,
-            ready,
-            start + ahead,
-            ahead,
-            m,
-            n,
-            K,
-            PLANES,
-            COLUMNS,
-            STAGES,
-            ahead < steps,
-        )
-    sums, w = warpgroup_mma_wait(0, deps=(sums, w))
+            x_desc, w_desc, c_desc, x_ring, bits, columns, ready, start + ahead * TILES, slot, m, n, K,
+            ahead < steps, PLANES, COLUMNS, TILES,
+        )  # fmt: skip
+        first = next_first
+        second = next_second
+    # what follows may use the ring's memory again
+    gl.thread_barrier()
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(stage))
+    _store(sums, out, bias, split, m, n, M, N, HAS_BIAS)
 
-    STORE: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, WARPS], [0, 1])
-    result = sums.to(out.dtype.element_ty)
-    result = gl.convert_layout(result, STORE)
-    to_n = n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, STORE))
-    to_m = m + gl.arange(0, BLOCK_M, gl.SliceLayout(0, STORE))
-    if HAS_BIAS:
-        added = gl.load(bias + gl.minimum(to_n, N - 1)).to(gl.float32)
-        result = (result.to(gl.float32) + gl.expand_dims(added, 1)).to(out.dtype.element_ty)
-    at = out + split.to(gl.int64) * M * N + gl.expand_dims(to_m.to(gl.int64) * N, 0) + gl.expand_dims(to_n, 1)
-    gl.store(at, result, mask=gl.expand_dims(to_n < N, 1) & gl.expand_dims(to_m < M, 0))
+
+@gluon.jit
+def _copying_warp(
+    x_desc, w_desc, c_desc, x_ring, bits, columns, ready, empty, start, steps, m, n, K,
+    PLANES: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    for step in range(steps):
+        slot = step % STAGES
+        # a barrier that nothing has passed yet counts as past the phase of parity 1
+        mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
+        _fetch(
+            x_desc, w_desc, c_desc, x_ring, bits, columns, ready, start + step * TILES, slot, m, n, K,
+            True, PLANES, COLUMNS, TILES,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _warpgroup(
+    x_ring, bits, columns, ready, empty, out, bias, row_scale, M, N, K, row_stride, tiles_per_block,
+    split, start, steps, m, n,
+    PART: gl.constexpr, PLANES: gl.constexpr, COLUMNS: gl.constexpr, SCALES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    BLOCK_M: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """The PART-th ROWS rows of a program."""
+    DTYPE: gl.constexpr = x_ring.dtype
+    MEAN: gl.constexpr = SCALES > PLANES
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    LAYOUT: gl.constexpr = _row_layout(ROWS, 4)
+    scales = _row_scales(row_scale, row_stride, n + PART * ROWS, N, LAYOUT)
+    last = (K // TILE - 1) // tiles_per_block
+    first, second = _stage_scales(scales, start, tiles_per_block, last, PLANES, SCALES, DTYPE, TILES)
+    sums = gl.zeros([ROWS, BLOCK_M], gl.float32, MMA)
+    for step in range(steps):
+        following = start + (step + 1) * TILES
+        next_first, next_second = _stage_scales(scales, following, tiles_per_block, last, PLANES, SCALES, DTYPE, TILES)
+        slot = step % STAGES
+        mbarrier.wait(ready.index(slot), (step // STAGES) & 1)
+        sums = _product(
+            sums, x_ring, bits, columns, slot, first, second,
+            PART, PLANES, COLUMNS, MEAN, DTYPE, TILES, LAYOUT, OPERAND,
+        )  # fmt: skip
+        # all four warps have read the slot
+        gl.thread_barrier()
+        mbarrier.arrive(empty.index(slot), count=1)
+        first = next_first
+        second = next_second
+    _store(sums, out, bias, split, m, n + PART * ROWS, M, N, HAS_BIAS)
+
+
+@gluon.jit(do_not_specialize=["M", "row_stride", "share"])
+def _split_kernel(
+    x_desc, w_desc, c_desc, out, bias, row_scale, M, N, K, row_stride, tiles_per_block, share,
+    PLANES: gl.constexpr, COLUMNS: gl.constexpr, SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Two warpgroups, each with half of the rows and a rhythm of its own, and a warp that asks for tiles."""
+    DTYPE: gl.constexpr = x_desc.dtype
+    ROWS: gl.constexpr = BLOCK_N // 2
+    m, n = _place(M, N, BLOCK_M, BLOCK_N, GROUP)
+    split = gl.program_id(1)
+    start = split * share
+    steps = gl.cdiv(gl.minimum(share, K // TILE - start), TILES)
+    x_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, TILES * TILE], x_desc.layout)
+    COPIES: gl.constexpr = TILES * PLANES if PLANES == 3 else 1
+    bits = gl.allocate_shared_memory(gl.uint8, [STAGES * COPIES, BLOCK_N, w_desc.block_shape[1]], w_desc.layout)
+    columns = bits
+    if COLUMNS:
+        columns = gl.allocate_shared_memory(DTYPE, [STAGES * TILES * PLANES, TILE], c_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+    if PDL:  # x is what the launch before this one writes
+        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+    gl.warp_specialize(
+        [
+            (
+                _warpgroup,
+                (
+                    x_ring, bits, columns, ready, empty, out, bias, row_scale, M, N, K, row_stride, tiles_per_block,
+                    split, start, steps, m, n, 0, PLANES, COLUMNS, SCALES, HAS_BIAS, BLOCK_M, ROWS, STAGES, TILES,
+                ),
+            ),
+            (
+                _warpgroup,
+                (
+                    x_ring, bits, columns, ready, empty, out, bias, row_scale, M, N, K, row_stride, tiles_per_block,
+                    split, start, steps, m, n, 1, PLANES, COLUMNS, SCALES, HAS_BIAS, BLOCK_M, ROWS, STAGES, TILES,
+                ),
+            ),
+            (
+                _copying_warp,
+                (
+                    x_desc, w_desc, c_desc, x_ring, bits, columns, ready, empty, start, steps, m, n, K,
+                    PLANES, COLUMNS, STAGES, TILES,
+                ),
+            ),
+        ],
+        worker_num_warps=[4, 1],
+        worker_num_regs=[240, 24],
+    )  # fmt: skip
 
 
 def launch(
@@ -311,9 +462,10 @@ def launch(
     block_n: int,
     warps: int,
     stages: int,
+    tiles: int,
     split_k: int,
     scaled: bool,
-    run=None,
+    overlapped: bool,
 ) -> None:
     """Fills `out` `[M, N]`, or float32 `[split_k, M, N]` with sums that are still to be added.
 
@@ -324,26 +476,32 @@ def launch(
         out: the result.
         block_m: tokens of a program, at most 256.
         block_n: weight rows of a program.
-        warps: 4, or 8.
+        warps: 4, or 8: two warpgroups and a copying warp.
         stages: slots of the ring.
+        tiles: packing tiles of a slot, 1 or 2.
         split_k: programs along K.
         scaled: x is multiplied by the (single) column scale already.
+        overlapped: start while the launch before this one, which may write x, is still ending.
     """
     layout = packed.layout
     rows, columns = packed.out_features, packed.in_features
     tokens = x.shape[0]
     kind = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
-    x_layout = gl.NVMMASharedLayout.get_default_for([block_m, 128], kind)
+    width = 128 * tiles
+    x_layout = gl.NVMMASharedLayout.get_default_for([block_m, width], kind)
     w_layout = gl.NVMMASharedLayout(0, 8)
-    x_desc = TensorDescriptor.from_tensor(x, [block_m, 128], x_layout)
-    w_desc = TensorDescriptor.from_tensor(packed.weight, [block_n, 16], w_layout)
+    x_desc = TensorDescriptor.from_tensor(x, [block_m, width], x_layout)
+    # a box is a power of two: three planes come one by one
+    w_width = 16 if layout.planes == 3 else 16 * layout.planes * tiles
+    w_desc = TensorDescriptor.from_tensor(packed.weight, [block_n, w_width], w_layout)
     with_columns = bool(layout.col_scales) and not scaled
     c_desc = w_desc
     if packed.col_scale is not None and with_columns:
         scales = packed.col_scale.to(x.dtype).view(-1)
         c_desc = TensorDescriptor.from_tensor(scales, [128], gl.NVMMASharedLayout(0, 16, rank=1))
-    grid = (triton.cdiv(tokens, block_m) * triton.cdiv(rows, block_n), split_k)
-    (run or _hopper_kernel[grid])(
+    share = triton.cdiv(triton.cdiv(columns // 128, tiles), split_k) * tiles
+    kernel = _split_kernel if warps == 8 else _shared_kernel
+    kernel[(triton.cdiv(tokens, block_m) * triton.cdiv(rows, block_n), split_k)](
         x_desc,
         w_desc,
         c_desc,
@@ -355,14 +513,17 @@ def launch(
         columns,
         packed.row_scale.shape[1],
         columns // 128 if packed.block_size == -1 else packed.block_size // 128,
-        triton.cdiv(columns // 128, split_k),
+        share,
         PLANES=layout.planes,
         COLUMNS=with_columns,
         SCALES=layout.row_scales,
         HAS_BIAS=bias is not None,
+        PDL=overlapped,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         STAGES=stages,
+        TILES=tiles,
         GROUP=8,
-        num_warps=warps,
+        num_warps=4,
+        launch_pdl=overlapped,
     )

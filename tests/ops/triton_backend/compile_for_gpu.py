@@ -1,0 +1,124 @@
+"""Compiles the kernels for sm_90 on a machine without a GPU and reads the machine code; `test_compile.py` runs this.
+
+Triton's launcher is told of a GPU that is not there and stops short of the launch, so that what is compiled is what
+the calls of the package would run.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from packed_weights import random_packed
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+from optimum_arb.layout import all_layouts, layout_from_name
+from optimum_arb.ops.backends.triton import columns, gemm
+from optimum_arb.ops.backends.triton.dequantize import dequantize
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# layout, permuted, config
+QUICK = [
+    ("planes-1-col", True, gemm.GemmConfig("hopper", 8, 64, 4, 3, 2, 2)),
+    ("planes-2-col", True, gemm.GemmConfig("hopper", 128, 256, 8, 4, 1, 1)),
+]
+# with those, each shape of program, one and two tiles a slot, one to three planes
+MORE = [
+    ("planes-2-col", True, gemm.GemmConfig("hopper", 16, 64, 4, 3, 1, 2)),
+    ("planes-2", False, gemm.GemmConfig("hopper", 64, 64, 4, 4, 1, 1)),
+    ("planes-2", False, gemm.GemmConfig("hopper", 256, 128, 8, 3, 1, 1)),
+    ("planes-3-mean", False, gemm.GemmConfig("hopper", 64, 128, 8, 3, 1, 2)),
+]
+
+
+class NoDevice:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+def operands_overwritten(code: str) -> list[str]:
+    """Instructions that write a register from which a product that is not waited for yet still reads its operand."""
+    lines: list[str] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if line.startswith(".L"):
+            labels[line.rstrip(":").strip()] = len(lines)
+        lines.append(line)
+        # what a loop leaves in flight meets the loop's own beginning
+        back = re.search(r"BRA `\((\.L\w+)\)", line)
+        if back and back[1] in labels:
+            lines += lines[labels[back[1]] :]
+    found = []
+    in_flight: set[int] = set()
+    for line in lines:
+        text = re.sub(r"^\s*/\*[0-9a-f]+\*/\s*", "", line).strip()
+        text = re.sub(r"^@!?U?P\w+\s+", "", text)
+        product = re.match(r"HGMMA\S*\s+R\d+,\s*R(\d+),", text)
+        if product:
+            in_flight |= set(range(int(product[1]), int(product[1]) + 4))
+            continue
+        if text.startswith("WARPGROUP.DEPBAR"):
+            in_flight.clear()
+            continue
+        written = re.match(r"([A-Z0-9_.]+)\s+(?:P\w+,\s*)?R(\d+)\b", text)
+        if written and not written[1].startswith(("ST", "RED", "HGMMA", "R2UR", "SYNCS.ARRIVE")):
+            width = 4 if ".128" in written[1] else 2 if ".64" in written[1] or ".WIDE" in written[1] else 1
+            if in_flight & set(range(int(written[2]), int(written[2]) + width)):
+                found.append(text)
+    return found
+
+
+def disassemble(kernel) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    compiled = []
+    launch = jit.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        compiled.append((self.__name__, kernel))
+        return kernel
+
+    jit.JITFunction.run = compile_only
+    driver.set_active(NoDevice())
+    gemm.fits_hopper = lambda packed, dtype: True
+    gemm.overlaps = columns.overlaps = lambda device: True
+
+    x = torch.zeros(300, 2048, dtype=torch.bfloat16)
+    for asked, configs in (("quick", QUICK), ("more", MORE)):
+        for name, permuted, config in configs if asked in sys.argv else ():
+            gemm.gemm(x, random_packed(layout_from_name(name), 272, 2048, permuted=permuted), config=config)
+            overwritten = operands_overwritten(disassemble(compiled[-1 - (config.split_k > 1)][1]))
+            assert not overwritten, f"{name} {config}: {overwritten[:4]}"
+    if "portable" in sys.argv:
+        gemm.gemm(
+            x,
+            random_packed(layout_from_name("planes-2-col"), 272, 2048),
+            config=gemm.GemmConfig("portable", 64, 64, 4, 2),
+        )
+    if "dequantize" in sys.argv:
+        for layout in all_layouts():
+            dequantize(random_packed(layout, 6, 2048, permuted=True), torch.bfloat16, transposed=layout.planes == 2)
+    names = sorted({name for name, _ in compiled})
+    print(f"{len(compiled)} kernels: {', '.join(names)}")
+
+
+if __name__ == "__main__":
+    main()

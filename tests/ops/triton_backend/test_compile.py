@@ -1,0 +1,42 @@
+"""What the interpreter does not notice: the kernels as the compiler for sm_90 takes them, without a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+BACKEND = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+pytestmark = pytest.mark.skipif(
+    not (BACKEND / "ptxas").exists() or not (BACKEND / "nvdisasm").exists(), reason="Triton without NVIDIA's tools"
+)
+
+
+def compile_for_gpu(*what: str, cache: Path) -> str:
+    """In a process of its own: this one has the interpreter."""
+    here = Path(__file__)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    paths = [str(here.parents[3]), str(here.parents[2]), environment.get("PYTHONPATH", "")]
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(paths)}
+    script = here.with_name("compile_for_gpu.py")
+    done = subprocess.run([sys.executable, str(script), *what], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_fused(tmp_path):
+    """No product loses its operand's registers while it runs."""
+    out = compile_for_gpu("quick", cache=tmp_path)
+    assert all(name in out for name in ("_shared_kernel", "_split_kernel", "_gather_kernel", "_sum_kernel"))
+
+
+@pytest.mark.slow
+def test_every_form(tmp_path):
+    assert "_gemm_kernel" in compile_for_gpu("more", "portable", cache=tmp_path)
+
+
+@pytest.mark.slow
+def test_dequantize_every_layout(tmp_path):
+    assert "_dequantize_kernel" in compile_for_gpu("dequantize", cache=tmp_path)
