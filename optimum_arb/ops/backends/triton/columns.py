@@ -61,7 +61,7 @@ def _gather_rows_kernel(
     for r in range(ROWS):
         m = (tl.program_id(0) * ROWS + r).to(tl.int64)
         values = tl.load(x + m * x_stride + k, mask=inside & (m < M), other=0)
-        values = tl.gather(values, source, 0)
+        values = tl.where(inside, tl.gather(values, source, 0), 0)
         if SCALED:
             values = values.to(tl.float32) * factor
         tl.store(out + m * out_stride + k, values.to(out.dtype.element_ty), mask=(k < out_stride) & (m < M))
