@@ -38,10 +38,10 @@ def test_what_transformers_keeps_in_float32_stays():
     assert keep["encoder.block.0.layer.1.DenseReluDense.wo"] == "kept in float32 by transformers"
 
 
-def test_experts_and_routers_stay():
-    keep = select(tiny_model("MixtralForCausalLM")).keep
-    assert "not supported" in keep["model.layers.0.mlp.experts.gate_up_proj"]
-    assert "not supported" in keep["model.layers.1.mlp.experts.down_proj"]
+def test_routers_stay():
+    selection = select(tiny_model("MixtralForCausalLM"))
+    assert selection.keep["model.layers.1.mlp.gate"] == "router of experts"
+    assert selection.experts["model.layers.0.mlp.experts.gate_up_proj"].parts == 2
     model = tiny_model("LlamaForCausalLM")
     model.model.layers[0].mlp.gate = nn.Linear(96, 4)
     assert select(model).keep["model.layers.0.mlp.gate"] == "router of experts"

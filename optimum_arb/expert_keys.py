@@ -1,0 +1,97 @@
+"""The names under which packed experts are stored: transformers' conversions of the float ones, for every companion.
+
+A checkpoint holds one `w1.weight` for each expert where the model has one `gate_up_proj`; transformers stacks and joins
+them by a `WeightConverter`. The packed tensors are made so that the same operations on `w1.weight_row_scale` and its
+like give `gate_up_proj_row_scale`, and their reverse when the model is saved.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+)
+
+from .experts import ExpertMatrix
+from .packing import TENSOR_NAMES
+
+SUFFIXES = tuple(f"_{name}" for name in TENSOR_NAMES[1:])
+
+
+def split_companion(key: str) -> tuple[str, str]:
+    """A tensor's name without the companion's ending, and the tensor's name in `TENSOR_NAMES` ("weight" if none)."""
+    for suffix in SUFFIXES:
+        if key.endswith(suffix):
+            return key.removesuffix(suffix), suffix[1:]
+    return key, "weight"
+
+
+def with_companions(conversions: Iterable[WeightTransform], packed: Collection[str]) -> list[WeightTransform]:
+    """The conversions of a model's checkpoint, and the same for the companions of its packed experts.
+
+    Args:
+        conversions: of the float model.
+        packed: names of the parameters that hold packed signs.
+    """
+    result = list(conversions)
+    if not hasattr(WeightTransform, "copy"):
+        # Before 5.21 a pattern matched a name's beginning and kept what follows it: the companions come along.
+        return result
+    for conversion in conversions:
+        if type(conversion) not in (WeightConverter, WeightRenaming):
+            continue
+        sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+        if not any(re.search(rf"{_plain(target)}$", name) for target in targets for name in packed):
+            continue
+        operations: dict[str, Any] = {}
+        if isinstance(conversion, WeightConverter):
+            operations["operations"] = conversion.operations
+        for suffix in SUFFIXES:
+            more = {key: list(value) for key, value in operations.items()}
+            result.append(conversion.copy([s + suffix for s in sources], [t + suffix for t in targets], **more))
+    return result
+
+
+def _plain(pattern: str) -> str:
+    """A target pattern as a regular expression that it matches itself: those of transformers escape dots or not."""
+    return re.escape(pattern.replace("\\.", ".").removeprefix("^"))
+
+
+def unsupported_conversions(model: PreTrainedModel, matrices: Mapping[str, ExpertMatrix]) -> dict[str, str]:
+    """What keeps matrices of experts from being stored packed: operations by which their checkpoint is converted.
+
+    Args:
+        model: the float model.
+        matrices: name of a parameter in the model -> which matrix it is.
+
+    Returns:
+        Name of a parameter -> the operation, of those that have one other than stacking the experts and joining gate
+        and up.
+    """
+    conversions = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)]
+    turned: list[Any] = [conversion.reverse_transform() for conversion in conversions]
+    found = {}
+    for name, matrix in matrices.items():
+        _, pattern = rename_source_key(name, [], turned, reverse=True)
+        if pattern is None:
+            continue
+        converter = next(c for c, t in zip(conversions, turned, strict=True) if pattern in t.source_patterns)
+        pieces = len(converter.source_patterns)
+        if pieces not in (1, matrix.parts):
+            found[name] = f"Concatenate of {pieces} tensors"
+        for operation in converter.operations:
+            stacks = type(operation) is MergeModulelist and operation.dim == 0
+            joins = type(operation) is Concatenate and operation.dim == 1
+            if not stacks and not joins:
+                found[name] = type(operation).__name__
+    return found
