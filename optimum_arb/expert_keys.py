@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
+    ConversionOps,
     MergeModulelist,
+    SplitModulelist,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -36,34 +38,79 @@ def split_companion(key: str) -> tuple[str, str]:
     return key, "weight"
 
 
-def with_companions(conversions: Iterable[WeightTransform], packed: Collection[str]) -> list[WeightTransform]:
+class StackExperts(MergeModulelist):
+    """Experts into one tensor, and back into tensors of two dimensions (before 5.21, a row came back as a vector)."""
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SplitExperts(self.dim)
+
+
+class SplitExperts(SplitModulelist):
+    """One tensor into those of each expert, which keep dimensions of size 1."""
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for pattern, tensors in input_dict.items():
+            tensor = tensors[0] if isinstance(tensors, list) else tensors
+            names = self.get_target_patterns(input_dict, pattern, target_patterns, tensor.shape[self.dim])
+            result.update(zip(names, tensor.unbind(self.dim), strict=True))
+        return result
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return StackExperts(self.dim)
+
+
+def conversions_for_loading(conversions: Iterable[WeightTransform], packed: Collection[str]) -> list[WeightTransform]:
     """The conversions of a model's checkpoint, and the same for the companions of its packed experts.
+
+    The first that matches a key counts, and before 5.21 a pattern matches the beginning of a name: companions go first.
 
     Args:
         conversions: of the float model.
         packed: names of the parameters that hold packed signs.
     """
-    result = list(conversions)
-    if not hasattr(WeightTransform, "copy"):
-        # Before 5.21 a pattern matched a name's beginning and kept what follows it: the companions come along.
-        return result
+    conversions = list(conversions)
+    return [*_companions(conversions, packed), *conversions]
+
+
+def conversions_for_saving(conversions: Iterable[WeightTransform], packed: Collection[str]) -> list[WeightTransform]:
+    """The same for a model that was loaded, to be turned round: saving goes through them from the last to the first.
+
+    Args:
+        conversions: those that were used in loading, with those of companions or without.
+        packed: names of the parameters that hold packed signs.
+    """
+    plain = [c for c in conversions if not all(p.endswith(SUFFIXES) for p in c._original_source_patterns)]
+    return [*plain, *_companions(plain, packed)]
+
+
+def _companions(conversions: Iterable[WeightTransform], packed: Collection[str]) -> list[WeightTransform]:
+    result: list[WeightTransform] = []
     for conversion in conversions:
         if type(conversion) not in (WeightConverter, WeightRenaming):
             continue
         sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
         if not any(re.search(rf"{_plain(target)}$", name) for target in targets for name in packed):
             continue
-        operations: dict[str, Any] = {}
-        if isinstance(conversion, WeightConverter):
-            operations["operations"] = conversion.operations
         for suffix in SUFFIXES:
-            more = {key: list(value) for key, value in operations.items()}
-            result.append(conversion.copy([s + suffix for s in sources], [t + suffix for t in targets], **more))
+            names = [source + suffix for source in sources], [target + suffix for target in targets]
+            copy: WeightTransform
+            if isinstance(conversion, WeightConverter):
+                operations = [StackExperts(o.dim) if type(o) is MergeModulelist else o for o in conversion.operations]
+                copy = WeightConverter(*names, operations=operations)
+            else:
+                copy = WeightRenaming(*names)
+            copy.scope_prefix, copy.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
+            result.append(copy)
     return result
 
 
 def _plain(pattern: str) -> str:
-    """A target pattern as a regular expression that it matches itself: those of transformers escape dots or not."""
+    """A regular expression of the name that a target pattern of transformers stands for."""
     return re.escape(pattern.replace("\\.", ".").removeprefix("^"))
 
 

@@ -23,7 +23,7 @@ from .calibration.experts import RoutedInputs
 from .config import ARBConfig
 from .conversion import Record, binarize_linear, empty_linear, float_linear
 from .expert_conversion import binarize_experts, packed_form
-from .expert_keys import with_companions
+from .expert_keys import conversions_for_loading, conversions_for_saving
 from .keys import KeyMap
 from .modules import Selection, linear_shape, resolved_skips, select_modules
 from .nn import ARBExperts, ARBLinear, share_inputs
@@ -111,9 +111,9 @@ class ARBHfQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> BinarizeOnLoad:
         return BinarizeOnLoad(self)
 
-    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
+    def update_weight_conversions(self, weight_conversions: list, *args: Any, **kwargs: Any) -> list:
         """The model's conversions, and the same for the companions of its packed experts."""
-        return weight_conversions if model is None else with_companions(weight_conversions, _packed_experts(model))
+        return conversions_for_loading(weight_conversions, self._packed_experts)
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """Bytes of an element, for placing a model by its size: of the packed form where there will be one."""
@@ -138,6 +138,7 @@ class ARBHfQuantizer(HfQuantizer):
         if self.failure is not None:
             raise self.failure
         if self.pre_quantized:
+            self._prepare_saving(model)
             for module in model.modules():
                 if isinstance(module, (ARBLinear, ARBExperts)):
                     packed = module.packed_names() if isinstance(module, ARBExperts) else None
@@ -149,9 +150,7 @@ class ARBHfQuantizer(HfQuantizer):
         if self.calibrates:
             self._calibrate(model)
         self._keep_what_is_not_binarized()
-        conversions: Any = getattr(model, "_weight_conversions", None)
-        if conversions is not None:  # how the model is saved; the companions are only there now
-            model._weight_conversions = with_companions(conversions, _packed_experts(model))  # type: ignore[assignment]
+        self._prepare_saving(model)
         self._record_run(model)
         if self._tokens is not None:
             place_model(model, self._device_map, self.quantization_config.max_memory)
@@ -160,6 +159,17 @@ class ARBHfQuantizer(HfQuantizer):
         report = model_report(model)
         logger.log(logging.WARNING if self._lost(report.kept) else logging.INFO, report.summary())
         return model
+
+    @property
+    def _packed_experts(self) -> list[str]:
+        """The names of the parameters that hold the packed signs of experts."""
+        return [name for name in self.selection.experts if name in self.records]
+
+    def _prepare_saving(self, model: PreTrainedModel) -> None:
+        conversions: Any = getattr(model, "_weight_conversions", None)
+        if conversions is not None:
+            saving = conversions_for_saving(conversions, self._packed_experts)
+            model._weight_conversions = saving  # type: ignore[assignment]
 
     def _calibrate(self, model: PreTrainedModel) -> None:
         assert self._tokens is not None
@@ -292,9 +302,3 @@ class ARBHfQuantizer(HfQuantizer):
                 plain = add_hook_to_module(plain, hook)
             model.set_submodule(name, plain)
         return model
-
-
-def _packed_experts(model: nn.Module) -> list[str]:
-    """The names of the parameters that hold the packed signs of experts."""
-    modules = ((name, module) for name, module in model.named_modules() if isinstance(module, ARBExperts))
-    return [f"{name}.{key}" for name, module in modules for key in module.forms]
