@@ -27,7 +27,8 @@ from transformers.core_model_loading import (
 from .experts import ExpertMatrix
 from .packing import TENSOR_NAMES
 
-SUFFIXES = tuple(f"_{name}" for name in TENSOR_NAMES[1:])
+# Of the companions' names, those first that end in another one.
+SUFFIXES = tuple(sorted((f"_{name}" for name in TENSOR_NAMES[1:]), key=len, reverse=True))
 
 
 def split_companion(key: str) -> tuple[str, str]:
