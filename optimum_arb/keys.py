@@ -29,6 +29,11 @@ class KeyMap:
         self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
         self._by_pattern = {p: c for c in self._converters for p in c.source_patterns}
 
+    @property
+    def expected(self) -> set[str]:
+        """The tensors of the model."""
+        return set(self._expected)
+
     def names(self, key: str) -> list[str]:
         """The tensors of the model that a key of the checkpoint becomes (part of)."""
         prefix = self._model.base_model_prefix

@@ -208,9 +208,14 @@ class ARBHfQuantizer(HfQuantizer):
         if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
             names = KeyMap(model)
             stored = {name for key in read_headers(checkpoint_files) for name in names.names(key)}
-            for name in [name for name in self.selection.convert if self.selection.parameter(name) not in stored]:
-                del self.selection.convert[name]
-                self.kept[name] = NOT_STORED
+            for name in list(self.selection.convert):
+                needed = {self.selection.parameter(name)}
+                if name in self.selection.experts:  # of packed experts, nothing initializes the rest
+                    owner = name.rpartition(".")[0]
+                    needed = {other for other in names.expected if other.rpartition(".")[0] == owner}
+                if not needed <= stored:
+                    del self.selection.convert[name]
+                    self.kept[name] = NOT_STORED
 
     def _keep_what_is_not_binarized(self) -> None:
         self.kept |= {name: NOT_STORED for name in self.selection.convert if name not in self.records}

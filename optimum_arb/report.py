@@ -80,10 +80,14 @@ class ModelReport:
         if self.mean_output_error is not None:
             lines[0] += f" Mean relative output error {self.mean_output_error:.4f}."
         if experts := [module for module in self.modules if module.experts is not None]:
-            starved = [module for module in experts if module.starved]
+            counts = " or ".join(map(str, sorted({module.experts or 0 for module in experts})))
+            starved = sum(module.starved for module in experts)
             lines.append(
-                f"{len(experts)} of the modules are matrices of {experts[0].experts} experts each"
-                + (f" ({sum(m.starved for m in experts)} starved in {len(starved)} of them)." if starved else ".")
+                f"{len(experts)} of the modules are matrices of {counts} experts each; {starved} of "
+                f"{sum(module.experts or 0 for module in experts)} such matrices were starved: too few calibration "
+                "tokens reached the expert, and they were binarized from their weights alone."
+                if starved
+                else f"{len(experts)} of the modules are matrices of {counts} experts each."
             )
         for reason, count in Counter(self.kept.values()).items():
             names = [name for name, why in self.kept.items() if why == reason]

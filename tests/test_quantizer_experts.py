@@ -176,8 +176,8 @@ def test_starved_experts_in_the_report(mixtral, monkeypatch, caplog):
     experts = [module for module in report.modules if module.experts]
     starved = sum(module.starved for module in experts)
     assert 0 < starved < 16
-    assert f"4 of the modules are matrices of 4 experts each ({starved} starved in" in report.summary()
-    assert "starved in" in caplog.text
+    assert f"4 of the modules are matrices of 4 experts each; {starved} of 16 such matrices" in report.summary()
+    assert "were starved" in caplog.text
     assert json.loads(json.dumps(report.to_dict()))["modules"][4]["experts"] == 4
 
 
@@ -236,6 +236,28 @@ def test_packed_parameters_need_no_gradient_and_others_do(tmp_path):
     model(input_ids=tokens(1, 8)).logits.sum().backward()
     assert model.model.embed_tokens.weight.grad.abs().max() > 0
     assert experts.down_proj_bias.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("data", ["data-free", "calibrated"])
+def test_device_map_auto(mixtral, data):
+    """On the CPU: the sizes of the packed experts are known before there are any."""
+    choices = {"dataset": tokens(), "num_samples": 4} if data == "calibrated" else {}
+    config = ARBConfig(**{"block_size": 64, "method": "rtn", "dataset": None, **choices})
+    model = AutoModelForCausalLM.from_pretrained(mixtral, quantization_config=config, device_map="auto")
+    ids = tokens(1, 8)
+    assert torch.equal(outputs(model, ids), outputs(binarize(mixtral, **choices), ids))
+    quantizer, name = model.hf_quantizer, f"{LAYER.format(0)}.down_proj"
+    quantizer.pre_quantized, config.dataset, quantizer.quantization_config.dataset = False, None, None
+    size = quantizer.param_element_size(model, name, torch.empty(0))
+    # 12 bytes of signs and two float16 scales for 96 columns
+    assert size == (12 + 4) / 96
+
+
+def test_generate_with_a_static_cache(packed):
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    ids = tokens(2, 6)
+    dynamic = model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert torch.equal(dynamic, model.generate(ids, max_new_tokens=6, do_sample=False, cache_implementation="static"))
 
 
 def test_devices_and_offloading(packed, tmp_path):
@@ -330,6 +352,19 @@ def test_a_shape_that_does_not_belong(mixtral, tmp_path):
 
     with pytest.raises(ValueError, match=r"experts.down_proj: it is \[4, 64, 32\] in the checkpoint and \[4, 64, 96\]"):
         binarize(edit(mixtral, tmp_path, cut))
+
+
+def test_experts_whose_bias_is_missing_stay_in_float(tmp_path):
+    """transformers initializes it, which it could not in a packed module."""
+    source = save_moe(tmp_path / "float", "GptOssForCausalLM")
+
+    def drop(tensors):
+        del tensors[f"{LAYER.format(1)}.down_proj_bias"]
+
+    model = binarize(edit(source, tmp_path / "cut", drop))
+    for name in ("gate_up_proj", "down_proj"):
+        assert model_report(model).kept[f"{LAYER.format(1)}.{name}"] == "not in the checkpoint"
+    assert torch.isfinite(outputs(model, tokens(1, 8))).all()
 
 
 def test_nan_on_load(mixtral, tmp_path):
