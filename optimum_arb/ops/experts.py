@@ -1,8 +1,9 @@
 """`torch.ops.optimum_arb.grouped_linear`: the linear layers of all experts on packed tensors, in one call.
 
 Rows of x are sorted by expert. The operator is opaque to `torch.compile`, has a fake and a formula for the gradient of
-its input, and neither looks at the offsets' values. A backend that has `grouped_linear(x, offsets, packed)` and
-`grouped_input_grad(grad, offsets, packed)` runs them; for any other, its product of one matrix runs expert by expert.
+its input, and neither looks at the offsets' values. A backend that has `grouped_linear(x, offsets, packed)` runs it,
+one that has `grouped_input_grad(grad, offsets, packed)` the gradient; otherwise, and where every row is to be computed
+alike, the backend's product of one matrix runs expert by expert.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from ..layout import layout_from_name
 from .backends import grouped
 from .backends.grouped import PackedExperts
-from .linear import _PACKED, _backend
+from .linear import _PACKED, BATCH_INVARIANT, _backend, compute
 
 torch.library.define(
     "optimum_arb::grouped_linear",
@@ -34,9 +35,10 @@ def _grouped_linear(x: torch.Tensor, offsets: torch.Tensor, *rest: Any) -> torch
         raise ValueError(f"The input of packed experts is {x.dtype} {list(x.shape)}: it must be floating [M, K].")
     packed = PackedExperts(layout_from_name(layout), block_size, parts, x.shape[1], *tensors)
     packed.check(offsets)
-    module = _backend(backend, x.device)
-    own = getattr(module, "grouped_linear", None)
-    return grouped.linear(x, offsets, packed, module) if own is None else own(x, offsets, packed)
+    own = getattr(_backend(backend, x.device), "grouped_linear", None)
+    if own is not None and not backend.endswith(BATCH_INVARIANT):
+        return own(x, offsets, packed)
+    return grouped.linear(x, offsets, packed, lambda rows, weight: compute(rows, weight, None, backend))
 
 
 @torch.library.register_fake("optimum_arb::grouped_linear")
@@ -50,7 +52,7 @@ def _input_grad(grad: torch.Tensor, offsets: torch.Tensor, *rest: Any) -> torch.
     packed = PackedExperts(layout_from_name(layout), block_size, parts, in_features, *tensors)
     module = _backend(backend, grad.device)
     own = getattr(module, "grouped_input_grad", None)
-    return grouped.input_grad(grad, offsets, packed, module) if own is None else own(grad, offsets, packed)
+    return grouped.input_grad(grad, offsets, packed, module.input_grad) if own is None else own(grad, offsets, packed)
 
 
 @torch.library.register_fake("optimum_arb::grouped_linear_input_grad")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 
@@ -67,14 +67,17 @@ class PackedExperts:
         return PackedWeight(self.layout, self.block_size, self.in_features, **tensors)
 
 
-def linear(x: torch.Tensor, offsets: torch.Tensor, packed: PackedExperts, backend: ModuleType) -> torch.Tensor:
-    """Each expert's rows of x times its weight, by the backend's `linear`. Waits for the offsets.
+Product = Callable[[torch.Tensor, PackedWeight], torch.Tensor]
+
+
+def linear(x: torch.Tensor, offsets: torch.Tensor, packed: PackedExperts, product: Product) -> torch.Tensor:
+    """Each expert's rows of x times its weight, one after the other. Waits for the offsets.
 
     Args:
         x: `[M, K]`, rows sorted by expert.
         offsets: integers `[E]`, where the rows of each expert end.
         packed: the weights.
-        backend: a module with `linear`.
+        product: `x W^T` of one weight.
 
     Returns:
         `[M, N]` of x's dtype; rows past the last expert's are 0.
@@ -85,25 +88,27 @@ def linear(x: torch.Tensor, offsets: torch.Tensor, packed: PackedExperts, backen
     for expert, stop in enumerate(offsets.tolist()):
         if stop > start:
             for part in range(packed.parts):
-                rows = backend.linear(x[start:stop], packed.matrix(expert, part), None)
+                rows = product(x[start:stop], packed.matrix(expert, part))
                 out[start:stop, part * width : (part + 1) * width] = rows
         start = stop
     return out
 
 
-def input_grad(grad: torch.Tensor, offsets: torch.Tensor, packed: PackedExperts, backend: ModuleType) -> torch.Tensor:
-    """The gradient of the input of `linear`, `[M, K]` from `[M, N]`; parts are summed in float32."""
+def input_grad(grad: torch.Tensor, offsets: torch.Tensor, packed: PackedExperts, product: Product) -> torch.Tensor:
+    """The gradient of the input of `linear`, `[M, K]` from `[M, N]`, where `product` is `grad W` of one weight.
+
+    Parts are summed in float32.
+    """
     out = grad.new_zeros(grad.shape[0], packed.in_features)
     width = packed.out_features // packed.parts
     start = 0
     for expert, stop in enumerate(offsets.tolist()):
         if stop > start:
             rows = grad[start:stop].to(compute_dtype(grad.dtype))
-            total = backend.input_grad(rows[:, :width], packed.matrix(expert, 0))
+            total = product(rows[:, :width], packed.matrix(expert, 0))
             for part in range(1, packed.parts):
-                total = total + backend.input_grad(
-                    rows[:, part * width : (part + 1) * width], packed.matrix(expert, part)
-                )
+                own = rows[:, part * width : (part + 1) * width]
+                total = total + product(own, packed.matrix(expert, part))
             out[start:stop] = total.to(grad.dtype)
         start = stop
     return out
