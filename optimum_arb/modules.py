@@ -115,10 +115,9 @@ def select_modules(model: PreTrainedModel, config: ARBConfig, strict: bool = Tru
             selection.keep[name] = f"its type is {type(module).__name__}, not a plain linear"
         elif not isinstance(module, nn.modules.conv._ConvNd):
             for key, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3 and min(parameter.shape) > 1:
-                    selection.keep[f"{name}.{key}"] = (
-                        f"a three-dimensional tensor of {type(module).__name__}: not supported"
-                    )
+                matrices = parameter.dim() == 3 or (parameter.dim() == 2 and "expert" in name)
+                if matrices and min(parameter.shape) > 1:
+                    selection.keep[f"{name}.{key}"] = f"a tensor of {type(module).__name__}: not supported"
                 elif parameter.dim() == 2 and key == "weight" and name.rpartition(".")[2] in ROUTER_NAMES:
                     selection.keep[name] = "router of experts"
     if strict and not selection.convert:
@@ -192,7 +191,7 @@ def _structural_reasons(model: PreTrainedModel, linears: dict[str, nn.Module]) -
             reasons[name] = "module shared by several parents"
         elif not name.startswith(prefix):
             reasons[name] = "task head"
-        elif last in ROUTER_NAMES:
+        elif any(part in ROUTER_NAMES for part in name.split(".")) or "Router" in owner.__name__:
             reasons[name] = "router of experts"
         elif composite and _OTHER_MODALITY.search(name):
             reasons[name] = "vision or audio tower"
