@@ -4,7 +4,7 @@ Importing this package registers `ARBConfig` and its quantizer with transformers
 """
 
 from .config import ARBConfig
-from .nn import ARBLinear
+from .nn import ARBExperts, ARBLinear
 from .packing import BinarizedWeight
 from .quantizer import ARBHfQuantizer
 from .registration import register
@@ -16,6 +16,7 @@ register()
 
 __all__ = [
     "ARBConfig",
+    "ARBExperts",
     "ARBHfQuantizer",
     "ARBLinear",
     "BinarizedWeight",

@@ -279,11 +279,11 @@ class ARBConfig(QuantizationConfigMixin):
             self.resolved_group_bitmap, self.resolved_salient_columns != 0, col_scale=self.method == "arb-rc"
         )
 
-    def for_module(self, name: str) -> ARBConfig | None:
-        """The configuration of one module, overrides applied; None where an override skips it."""
+    def for_module(self, *names: str) -> ARBConfig | None:
+        """The configuration of a module of one or several names, overrides applied; None where one skips it."""
         choices: dict[str, Any] = {}
         for pattern, entry in self.overrides.items():
-            if matches(pattern, name):
+            if any(matches(pattern, name) for name in names):
                 choices.update(entry)
         if choices.pop("skip", False):
             return None

@@ -27,12 +27,16 @@ class Record:
         output_error: squared error of the module's outputs on the calibration tokens over the outputs' squared norm;
             None without calibration.
         tokens: calibration tokens that reached the module.
+        experts: how many matrices it holds, one for each expert; None for a linear.
+        starved: experts that too few calibration tokens reached, binarized from their weights alone.
     """
 
     method: str
     weight_error: float | None = None
     output_error: float | None = None
     tokens: int = 0
+    experts: int | None = None
+    starved: int = 0
 
 
 @torch.no_grad()

@@ -15,20 +15,22 @@ from huggingface_hub import get_safetensors_metadata
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .config import ARBConfig
+from .keys import KeyMap
 from .modules import linear_shape, select_modules
 from .packing import TENSOR_NAMES
 from .stored import StoredTensor, describe, packed_linears, read_headers
+from .stored_experts import describe_experts, packed_experts
 
 
 @dataclass(frozen=True)
 class StoredModule:
-    """A binarized linear on disk.
+    """A binarized linear, or a matrix of all experts of a layer, on disk.
 
     Attributes:
-        name: the module's name.
+        name: the module's name (of experts: the parameter's in the model).
         method: the method that made it.
         layout: the name of its layout.
-        shape: (out_features, in_features).
+        shape: (out_features, in_features), of experts (experts, out_features, in_features).
         stored_bytes: bytes of the packed weight with all its companions (the bias, which stays in float, not counted).
         bits_per_weight: the same in bits over the number of weights.
     """
@@ -36,7 +38,7 @@ class StoredModule:
     name: str
     method: str
     layout: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     stored_bytes: int
     bits_per_weight: float
 
@@ -105,26 +107,37 @@ def inspect_model(name: str | Path) -> Inspection:
         raise ValueError(f"{name} is not binarized: its config.json has no quantization_config of method 'arb'.")
     config = ARBConfig.from_dict(quantization)
     tensors, file_bytes = _headers(name)
-    linears = {linear.key: linear for linear in packed_linears(tensors)}
     model = _skeleton(model_config)
     selection = select_modules(model, config, strict=False)
-    missing = sorted(set(selection.convert) - set(linears))
+    names = KeyMap(model)
+    experts = packed_experts(tensors, names, selection.experts)
+    linears = {linear.key: linear for linear in packed_linears(tensors) if names.module(linear.key) not in experts}
+    missing = sorted(set(selection.convert) - set(linears) - set(experts))
     if missing:
-        raise ValueError(f"{missing[0]}: the tensor '{missing[0]}.weight' of {name} is missing, or is not packed.")
+        parameter = selection.parameter(missing[0])
+        raise ValueError(f"{missing[0]}: the tensor '{parameter}' of {name} is missing, or is not packed.")
     result = Inspection(config, kept=selection.keep, file_bytes=file_bytes)
-    for key, linear in linears.items():
+    for key in [*linears, *experts]:
         choices = selection.convert.get(key)
         if choices is None:
             reason = selection.keep.get(key, "the model has no such linear")
             raise ValueError(f"{key}: its weight is packed in {name}, but should not be ({reason}).")
-        rows, columns = linear_shape(model.get_submodule(key))
-        describe(linear, choices, rows, columns)
-        count = sum(tensor_bytes(tensor) for tensor in linear.tensors.values())
-        bits = 8 * count / (rows * columns)
-        result.modules.append(StoredModule(key, choices.method, choices.layout.name, (rows, columns), count, bits))
+        if key in experts:
+            matrix = selection.experts[key]
+            describe_experts(experts[key], choices, matrix)
+            shape: tuple[int, ...] = (matrix.experts, matrix.out_features, matrix.in_features)
+            parts = [tensors[part] for part in experts[key].keys()]  # noqa: SIM118 (it is no dict)
+        else:
+            shape = linear_shape(model.get_submodule(key))
+            describe(linears[key], choices, *shape)
+            parts = list(linears[key].tensors.values())
+        count = sum(tensor_bytes(tensor) for tensor in parts)
+        bits = 8 * count / math.prod(shape)
+        result.modules.append(StoredModule(key, choices.method, choices.layout.name, shape, count, bits))
     order = {key: index for index, key in enumerate(selection.convert)}
     result.modules.sort(key=lambda module: order[module.name])
     packed = {f"{key}.weight" + ("" if part == "weight" else f"_{part}") for key in linears for part in TENSOR_NAMES}
+    packed |= {key for stored in experts.values() for key in stored.keys()}  # noqa: SIM118
     result.float_tensors = {key: tensor_bytes(tensor) for key, tensor in tensors.items() if key not in packed}
     result.stored_bytes = sum(tensor_bytes(tensor) for tensor in tensors.values())
     return result

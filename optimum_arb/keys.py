@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from .modules import Selection
 from .stored import COMPANIONS, StoredTensor
 
 
@@ -28,6 +29,11 @@ class KeyMap:
         self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
         self._by_pattern = {p: c for c in self._converters for p in c.source_patterns}
 
+    @property
+    def expected(self) -> set[str]:
+        """The tensors of the model."""
+        return set(self._expected)
+
     def names(self, key: str) -> list[str]:
         """The tensors of the model that a key of the checkpoint becomes (part of)."""
         prefix = self._model.base_model_prefix
@@ -38,6 +44,10 @@ class KeyMap:
             return [name]
         targets = self._by_pattern[pattern].target_patterns
         return [name.replace(targets[0], target) for target in targets]
+
+    def saved(self, key: str) -> str:
+        """The tensor that a key of the checkpoint becomes, with the prefix that the class which was saved had."""
+        return rename_source_key(key, self._renamings, self._converters)[0]
 
     def module(self, stem: str) -> str:
         """The model's name of the linear that the checkpoint calls `stem`."""
@@ -50,17 +60,17 @@ class KeyMap:
             return None
 
     def check_complete(
-        self, headers: Mapping[str, StoredTensor], packed: Collection[str], expected: Collection[str]
+        self, headers: Mapping[str, StoredTensor], packed: Collection[str], selection: Selection
     ) -> None:
-        """Whether the checkpoint holds all of the model, with every linear in `expected` packed.
+        """Whether the checkpoint holds all of the model, with everything packed that the selection binarizes.
 
         A part of the model that the saved class did not have (a task head, a pooler) may be absent as a whole:
         transformers initializes it and says so.
 
         Args:
             headers: of all tensors of the checkpoint.
-            packed: names of the linears that are packed there.
-            expected: names of the linears that the configuration says are binarized.
+            packed: names of the linears and of the experts' matrices that are packed there.
+            selection: what the configuration says is binarized.
 
         Raises:
             ValueError: a tensor is missing, or a linear is there in float; the message names it.
@@ -69,11 +79,12 @@ class KeyMap:
         for key, header in headers.items():
             if key.rpartition(".")[2] not in COMPANIONS:
                 stored.update(dict.fromkeys(self.names(key), header))
-        for name in expected:
-            if name not in packed and f"{name}.weight" in stored:
+        for name in selection.convert:
+            weight = selection.parameter(name)
+            if name not in packed and weight in stored:
                 raise ValueError(
                     f"{name}: the quantization_config says that it is binarized, but the checkpoint holds its weight "
-                    f"as {stored[f'{name}.weight']}. The configuration or the checkpoint was changed."
+                    f"as {stored[weight]}. The configuration or the checkpoint was changed."
                 )
         tied = set(getattr(self._model, "all_tied_weights_keys", None) or {})
         optional = [*(self._model._keys_to_ignore_on_load_missing or ()), *(self._model._keys_to_ignore_on_save or ())]

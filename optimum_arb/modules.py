@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import ARBConfig
+from .expert_keys import unsupported_conversions
+from .experts import ExpertMatrix, expert_matrices, is_experts
 from .patterns import matches
 
 ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
@@ -22,15 +24,37 @@ _OTHER_MODALITY = re.compile(r"vision|visual|image|audio|speech|multi_modal|mm_"
 
 @dataclass
 class Selection:
-    """The linears of a model, divided.
+    """The linears of a model and the matrices of its experts, divided. The latter go by their parameter's name.
 
     Attributes:
-        convert: name of a linear that is to be binarized -> its configuration, overrides applied.
-        keep: name of a linear, or of a parameter with one matrix per expert, that stays in float -> the reason.
+        convert: name of a linear, or of a parameter with one matrix per expert, that is to be binarized -> its
+            configuration, overrides applied.
+        keep: name of such a one that stays in float -> the reason.
+        experts: name of such a parameter -> its shape, whether it is binarized or not.
     """
 
     convert: dict[str, ARBConfig] = field(default_factory=dict)
     keep: dict[str, str] = field(default_factory=dict)
+    experts: dict[str, ExpertMatrix] = field(default_factory=dict)
+
+    def parameter(self, name: str) -> str:
+        """The name of the parameter that holds the weight of an entry of `convert` or `keep`."""
+        return name if name in self.experts else f"{name}.weight"
+
+    def by_parameter(self, parameter: str) -> str | None:
+        """The entry of `convert` whose weight is this parameter."""
+        name = parameter if parameter in self.experts else parameter.removesuffix(".weight")
+        return name if name in self.convert and self.parameter(name) == parameter else None
+
+    def modules(self) -> list[str]:
+        """The modules to be binarized, in the order of `convert`: linears, and modules of experts."""
+        names = (name.rpartition(".")[0] if name in self.experts else name for name in self.convert)
+        return list(dict.fromkeys(names))
+
+    def of_experts(self, module: str) -> dict[str, ARBConfig]:
+        """The matrices of a module of experts that are to be binarized: name within the module -> configuration."""
+        names = (name for name in self.experts if name in self.convert and name.rpartition(".")[0] == module)
+        return {name.rpartition(".")[2]: self.convert[name] for name in names}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -51,7 +75,8 @@ def select_modules(model: PreTrainedModel, config: ARBConfig, strict: bool = Tru
 
     Output embeddings, tied weights, task heads, routers, towers of other modalities, modules that transformers keeps in
     float32 and modules whose weight is read by other code than their own forward stay in float, then what
-    `modules_to_not_convert` and `overrides` say.
+    `modules_to_not_convert` and `overrides` say. A pattern matches the experts of a layer by their module's name or by
+    a parameter's (`experts.down_proj`).
 
     Args:
         model: the float model; its weights are not looked at and may be on the meta device.
@@ -63,9 +88,12 @@ def select_modules(model: PreTrainedModel, config: ARBConfig, strict: bool = Tru
     """
     selection = Selection()
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    experts = {name: module for name, module in model.named_modules() if is_experts(module)}
+    for name, module in experts.items():
+        selection.experts |= {f"{name}.{key}": matrix for key, matrix in expert_matrices(module).items()}
     if strict:
-        _check_patterns(config, list(linears))
-    structural = _structural_reasons(model, linears)
+        _check_patterns(config, [*linears, *experts, *selection.experts])
+    structural = _structural_reasons(model, linears) | _structural_reasons_of_experts(model, selection.experts)
     for name, module in model.named_modules():
         if name in linears:
             choices = config.for_module(name)
@@ -74,12 +102,24 @@ def select_modules(model: PreTrainedModel, config: ARBConfig, strict: bool = Tru
                 selection.convert[name] = choices
             elif reason is not None:
                 selection.keep[name] = reason
+        elif name in experts:
+            for key in expert_matrices(module):
+                matrix = f"{name}.{key}"
+                choices = config.for_module(matrix, name)
+                reason = structural.get(matrix) or _user_reason(config, choices, matrix, name)
+                if reason is None and choices is not None:
+                    selection.convert[matrix] = choices
+                elif reason is not None:
+                    selection.keep[matrix] = reason
         elif isinstance(module, nn.Linear):
             selection.keep[name] = f"its type is {type(module).__name__}, not a plain linear"
         elif not isinstance(module, nn.modules.conv._ConvNd):
             for key, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3 and min(parameter.shape) > 1:
-                    selection.keep[f"{name}.{key}"] = "one three-dimensional tensor of all experts: not supported yet"
+                matrices = parameter.dim() == 3 or (parameter.dim() == 2 and "expert" in name)
+                if matrices and min(parameter.shape) > 1:
+                    selection.keep[f"{name}.{key}"] = f"a tensor of {type(module).__name__}: not supported"
+                elif parameter.dim() == 2 and key == "weight" and name.rpartition(".")[2] in ROUTER_NAMES:
+                    selection.keep[name] = "router of experts"
     if strict and not selection.convert:
         raise ValueError(
             f"{type(model).__name__} has no module to binarize: "
@@ -101,7 +141,7 @@ def resolved_skips(selection: Selection) -> list[str]:
         parts = name.split(".")
         for start in range(len(parts) - 1, -1, -1):
             suffix = ".".join(parts[start:])
-            if not any(matches(suffix, other) for other in selection.convert):
+            if not any(matches(suffix, other) for other in [*selection.convert, *selection.modules()]):
                 suffixes.append(suffix)
                 break
     return suffixes
@@ -122,9 +162,9 @@ def _check_patterns(config: ARBConfig, names: list[str]) -> None:
                 )
 
 
-def _user_reason(config: ARBConfig, choices: ARBConfig | None, name: str) -> str | None:
+def _user_reason(config: ARBConfig, choices: ARBConfig | None, *names: str) -> str | None:
     for pattern in config.modules_to_not_convert or ():
-        if matches(pattern, name):
+        if any(matches(pattern, name) for name in names):
             return f"modules_to_not_convert: {pattern!r}"
     return None if choices is not None else "overrides: skip"
 
@@ -135,9 +175,9 @@ def _structural_reasons(model: PreTrainedModel, linears: dict[str, nn.Module]) -
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     tied |= set((getattr(model, "all_tied_weights_keys", None) or {}).values())
     uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    float32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    float32 = _kept_in_float32(model)
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
-    composite = any("vision" in key or "audio" in key for key in getattr(model.config, "sub_configs", ()))
+    composite = _has_other_modality(model)
     merged = merged_weights(model)
     reasons = {}
     for name, module in linears.items():
@@ -151,17 +191,45 @@ def _structural_reasons(model: PreTrainedModel, linears: dict[str, nn.Module]) -
             reasons[name] = "module shared by several parents"
         elif not name.startswith(prefix):
             reasons[name] = "task head"
-        elif last in ROUTER_NAMES:
+        elif any(part in ROUTER_NAMES for part in name.split(".")) or "Router" in owner.__name__:
             reasons[name] = "router of experts"
         elif composite and _OTHER_MODALITY.search(name):
             reasons[name] = "vision or audio tower"
-        elif any(re.search(rf"(^|\.){pattern}($|\.)", name) for pattern in float32):
+        elif any(pattern.search(name) for pattern in float32):
             reasons[name] = "kept in float32 by transformers"
         elif reads_weight(owner, last) and not _bloom_without_slices(model):
             reasons[name] = f"{owner.__name__} reads its weight directly"
         elif f"{name}.weight" in merged:
             reasons[name] = "its weight is stored in pieces"
     return reasons
+
+
+def _structural_reasons_of_experts(model: PreTrainedModel, experts: dict[str, ExpertMatrix]) -> dict[str, str]:
+    """The same of the matrices of experts."""
+    if not experts:
+        return {}
+    reasons = {
+        name: f"transformers converts its checkpoint by {operation}: not supported"
+        for name, operation in unsupported_conversions(model, experts).items()
+    }
+    float32 = _kept_in_float32(model)
+    composite = _has_other_modality(model)
+    for name in experts:
+        if any(pattern.search(name) for pattern in float32):
+            reasons[name] = "kept in float32 by transformers"
+        elif composite and _OTHER_MODALITY.search(name):
+            reasons[name] = "vision or audio tower"
+    return reasons
+
+
+def _kept_in_float32(model: PreTrainedModel) -> list[re.Pattern]:
+    """What matches the names that transformers keeps in float32."""
+    parts = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    return [re.compile(rf"(^|\.){part}($|\.)") for part in parts]
+
+
+def _has_other_modality(model: PreTrainedModel) -> bool:
+    return any("vision" in key or "audio" in key for key in getattr(model.config, "sub_configs", ()))
 
 
 def merged_weights(model: PreTrainedModel) -> set[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from typing import Any
 
 import torch
@@ -18,15 +19,19 @@ from transformers.quantizers.base import HfQuantizer
 
 from .calibration import CalibrationWalk, model_tokens, token_batches
 from .calibration.data import calibration_record
+from .calibration.experts import RoutedInputs
 from .config import ARBConfig
 from .conversion import Record, binarize_linear, empty_linear, float_linear
+from .expert_conversion import binarize_experts, packed_form
+from .expert_keys import conversions_for_loading, conversions_for_saving
 from .keys import KeyMap
 from .modules import Selection, linear_shape, resolved_skips, select_modules
-from .nn import ARBLinear, share_inputs
+from .nn import ARBExperts, ARBLinear, share_inputs
 from .packing import packed_shapes
 from .placement import calibration_device, check_no_disk, place_model
 from .report import model_report
 from .stored import COMPANIONS, describe, packed_linears, read_headers
+from .stored_experts import describe_experts, packed_experts
 from .streaming import BinarizeOnLoad
 from .version import __version__
 
@@ -101,17 +106,26 @@ class ARBHfQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         if self.pre_quantized or self.calibrates:
             return False
-        return param_name.endswith(".weight") and param_name.removesuffix(".weight") in self.selection.convert
+        return self.selection.by_parameter(param_name) is not None
 
     def get_quantize_ops(self) -> BinarizeOnLoad:
         return BinarizeOnLoad(self)
+
+    def update_weight_conversions(self, weight_conversions: list, *args: Any, **kwargs: Any) -> list:
+        """The model's conversions, and the same for the companions of its packed experts."""
+        return conversions_for_loading(weight_conversions, self._packed_experts)
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """Bytes of an element, for placing a model by its size: of the packed form where there will be one."""
         if not self.param_needs_quantization(model, param_name):
             return param.element_size()
-        name = param_name.removesuffix(".weight")
+        name = self.selection.by_parameter(param_name)
+        assert name is not None
         config = self.selection.convert[name]
+        if name in self.selection.experts:
+            matrix = self.selection.experts[name]
+            shapes3 = packed_form(matrix, config).shapes(permuted=False)
+            return sum(math.prod(s) * (1 if n.endswith("weight") else 2) for n, s in shapes3.items()) / matrix.weights
         rows, columns = linear_shape(model.get_submodule(name))
         shapes = packed_shapes(config.layout, rows, columns, config.block_size, permuted=False)
         stored = sum(r * c * (1 if n.endswith("weight") else 2) for n, (r, c) in shapes.items())
@@ -124,16 +138,19 @@ class ARBHfQuantizer(HfQuantizer):
         if self.failure is not None:
             raise self.failure
         if self.pre_quantized:
+            self._prepare_saving(model)
             for module in model.modules():
-                if isinstance(module, ARBLinear):
+                if isinstance(module, (ARBLinear, ARBExperts)):
+                    packed = module.packed_names() if isinstance(module, ARBExperts) else None
                     for key, parameter in module.named_parameters(recurse=False):
                         # transformers lets every float tensor that it loads require a gradient
-                        parameter.requires_grad_(key == "bias")
+                        parameter.requires_grad_(key == "bias" if packed is None else key not in packed)
             share_inputs(model)
             return model
         if self.calibrates:
             self._calibrate(model)
         self._keep_what_is_not_binarized()
+        self._prepare_saving(model)
         self._record_run(model)
         if self._tokens is not None:
             place_model(model, self._device_map, self.quantization_config.max_memory)
@@ -143,6 +160,17 @@ class ARBHfQuantizer(HfQuantizer):
         logger.log(logging.WARNING if self._lost(report.kept) else logging.INFO, report.summary())
         return model
 
+    @property
+    def _packed_experts(self) -> list[str]:
+        """The names of the parameters that hold the packed signs of experts."""
+        return [name for name in self.selection.experts if name in self.records]
+
+    def _prepare_saving(self, model: PreTrainedModel) -> None:
+        conversions: Any = getattr(model, "_weight_conversions", None)
+        if conversions is not None:
+            saving = conversions_for_saving(conversions, self._packed_experts)
+            model._weight_conversions = saving  # type: ignore[assignment]
+
     def _calibrate(self, model: PreTrainedModel) -> None:
         assert self._tokens is not None
 
@@ -151,10 +179,15 @@ class ARBHfQuantizer(HfQuantizer):
             self.records[name] = record
             return packed, record.output_error
 
+        def binarize_layer(name: str, module: nn.Module, routed: RoutedInputs):
+            packed, records = binarize_experts(name, module, routed, self.selection.of_experts(name))
+            self.records |= {f"{name}.{key}": record for key, record in records.items()}
+            return packed, [r.output_error for r in records.values() if r.output_error is not None]
+
         batches = token_batches(self._tokens, self.quantization_config.batch_size)
         device = calibration_device(self._device_map)
         model.eval()
-        CalibrationWalk(model, list(self.selection.convert), binarize, batches, device).run()
+        CalibrationWalk(model, self.selection.modules(), binarize, batches, device, binarize_layer).run()
 
     def _record_run(self, model: PreTrainedModel) -> None:
         config = self.quantization_config
@@ -163,7 +196,8 @@ class ARBHfQuantizer(HfQuantizer):
         config.bits_per_weight = model_report(model).bits_per_weight
         config.optimum_arb_version = __version__
         converted = {name: c for name, c in self.selection.convert.items() if name in self.records}
-        config.modules_to_not_convert = resolved_skips(Selection(converted, self.kept)) or None
+        done = Selection(converted, self.kept, self.selection.experts)
+        config.modules_to_not_convert = resolved_skips(done) or None
         config.calibration = None
         if self._tokens is not None:
             config.calibration = calibration_record(config, self._tokens)
@@ -174,9 +208,14 @@ class ARBHfQuantizer(HfQuantizer):
         if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
             names = KeyMap(model)
             stored = {name for key in read_headers(checkpoint_files) for name in names.names(key)}
-            for name in [name for name in self.selection.convert if f"{name}.weight" not in stored]:
-                del self.selection.convert[name]
-                self.kept[name] = NOT_STORED
+            for name in list(self.selection.convert):
+                needed = {self.selection.parameter(name)}
+                if name in self.selection.experts:  # of packed experts, nothing initializes the rest
+                    owner = name.rpartition(".")[0]
+                    needed = {other for other in names.expected if other.rpartition(".")[0] == owner}
+                if not needed <= stored:
+                    del self.selection.convert[name]
+                    self.kept[name] = NOT_STORED
 
     def _keep_what_is_not_binarized(self) -> None:
         self.kept |= {name: NOT_STORED for name in self.selection.convert if name not in self.records}
@@ -204,23 +243,38 @@ class ARBHfQuantizer(HfQuantizer):
             raise ValueError("A binarized model is loaded from safetensors files; this checkpoint has none.")
         headers = read_headers(checkpoint_files)
         names = KeyMap(model)
+        experts = packed_experts(headers, names, self.selection.experts)
         stored = {names.module(linear.key): linear for linear in packed_linears(headers)}
-        if not stored:
+        stored = {name: linear for name, linear in stored.items() if name not in experts}
+        if not stored and not experts:
             raise ValueError("The quantization_config says that the model is binarized, but no tensor is packed.")
-        names.check_complete(headers, stored, set(self.selection.convert))
+        names.check_complete(headers, {*stored, *experts}, self.selection)
         for name, linear in stored.items():
             module = names.find(name)
             if module is None:
                 continue  # a part of the saved model that this class does not have
-            if name not in self.selection.convert:
-                reason = self.selection.keep.get(name, f"it is a {type(module).__name__}")
-                raise ValueError(f"{name}: packed in the checkpoint, but the model keeps it in float ({reason}).")
+            self._check_selected(name, module)
             config = self.quantization_config.for_module(linear.key) or self.selection.convert[name]
             packed = empty_linear(module, **describe(linear, config, *linear_shape(module)))
             packed.train(module.training)
             model.set_submodule(name, packed)
             self.records[name] = Record(config.method)
+        for name, found in experts.items():
+            owner, _, key = name.rpartition(".")
+            module = model.get_submodule(owner)
+            self._check_selected(name, module)
+            config = self.quantization_config.for_module(found.key, found.module) or self.selection.convert[name]
+            description = describe_experts(found, config, self.selection.experts[name])
+            layer = module if isinstance(module, ARBExperts) else ARBExperts(module, config.backend)
+            layer.set_empty(key, **description)
+            model.set_submodule(owner, layer)
+            self.records[name] = Record(config.method, experts=found.matrix.experts)
         self._keep_what_is_not_binarized()
+
+    def _check_selected(self, name: str, module: nn.Module) -> None:
+        if name not in self.selection.convert:
+            reason = self.selection.keep.get(name, f"it is a {type(module).__name__}")
+            raise ValueError(f"{name}: packed in the checkpoint, but the model keeps it in float ({reason}).")
 
     # What transformers asks
 
@@ -237,12 +291,15 @@ class ARBHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         dtype = dtype or model.dtype
-        packed = [(name, module) for name, module in model.named_modules() if isinstance(module, ARBLinear)]
+        if isinstance(dtype, str):  # as `save_pretrained` leaves it in the model's configuration
+            dtype = getattr(torch, dtype)
+        kinds = (ARBLinear, ARBExperts)
+        packed = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
         for name, module in packed:
             if any(p.is_meta for p in module.parameters()):
                 raise ValueError(f"{name} is offloaded: load the model without offloading to dequantize it.")
         for name, module in packed:
-            plain = float_linear(module, dtype)
+            plain = module.float_module(dtype) if isinstance(module, ARBExperts) else float_linear(module, dtype)
             hook = getattr(module, "_hf_hook", None)
             if hook is not None:
                 from accelerate.hooks import add_hook_to_module

@@ -11,16 +11,16 @@ from torch import nn
 
 from .conversion import Record
 from .modules import parameter_bytes
-from .nn import ARBLinear
+from .nn import ARBExperts, ARBLinear
 from .packing import stored_bytes
 
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One binarized module.
+    """One binarized linear, or one matrix of all experts of a layer.
 
     Attributes:
-        name: its name in the model.
+        name: its name in the model (of experts: the parameter's).
         method: the method that made it.
         layout: the name of its layout.
         weights: number of weights that it stands for.
@@ -28,6 +28,9 @@ class ModuleReport:
         stored_bytes: bytes of its packed weight (without the bias, which stays as it was).
         weight_error: squared error of the weight over its squared norm; None for a model loaded binarized.
         output_error: the same of its outputs on the calibration tokens; None without calibration.
+        experts: of experts, how many there are; None for a linear.
+        starved: of experts, how many were binarized from their weights alone, since fewer calibration tokens than
+            `expert_conversion.STARVED_TOKENS` were routed to them.
     """
 
     name: str
@@ -38,6 +41,8 @@ class ModuleReport:
     stored_bytes: int
     weight_error: float | None
     output_error: float | None
+    experts: int | None = None
+    starved: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,16 @@ class ModelReport:
         ]
         if self.mean_output_error is not None:
             lines[0] += f" Mean relative output error {self.mean_output_error:.4f}."
+        if experts := [module for module in self.modules if module.experts is not None]:
+            counts = " or ".join(map(str, sorted({module.experts or 0 for module in experts})))
+            starved = sum(module.starved for module in experts)
+            lines.append(
+                f"{len(experts)} of the modules are matrices of {counts} experts each; {starved} of "
+                f"{sum(module.experts or 0 for module in experts)} such matrices were starved: too few calibration "
+                "tokens reached the expert, and they were binarized from their weights alone."
+                if starved
+                else f"{len(experts)} of the modules are matrices of {counts} experts each."
+            )
         for reason, count in Counter(self.kept.values()).items():
             names = [name for name, why in self.kept.items() if why == reason]
             shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")
@@ -107,6 +122,23 @@ def model_report(model: nn.Module) -> ModelReport:
                     output_error=record.output_error,
                 )
             )
+        elif isinstance(module, ARBExperts):
+            for key, form in module.forms.items():
+                record = records.get(f"{name}.{key}", default)
+                modules.append(
+                    ModuleReport(
+                        name=f"{name}.{key}",
+                        method=record.method,
+                        layout=form.layout.name,
+                        weights=module.float_matrices[key].weights,
+                        bits_per_weight=module.bits_per_weight(key),
+                        stored_bytes=stored_bytes(module.packed(key)),
+                        weight_error=record.weight_error,
+                        output_error=record.output_error,
+                        experts=form.experts,
+                        starved=record.starved,
+                    )
+                )
     if not modules:
         raise ValueError(
             f"{type(model).__name__} has no binarized module: load it with quantization_config=ARBConfig()."

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 
 from .conversion import binarize_linear
+from .expert_conversion import binarize_matrix
+from .nn import ARBExperts
 
 if TYPE_CHECKING:
     from .quantizer import ARBHfQuantizer
@@ -38,16 +40,33 @@ class BinarizeOnLoad(ConversionOps):
         result: dict[str, Any] = {}
         for key, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
-            name = key.removesuffix(".weight")
-            if model is None or name not in self.quantizer.selection.convert or self.quantizer.failure is not None:
+            name = self.quantizer.selection.by_parameter(key)
+            if model is None or name is None or self.quantizer.failure is not None:
                 result[key] = tensor
                 continue
             try:
-                result.update(self._binarize(name, tensor, model))
+                experts = name in self.quantizer.selection.experts
+                result.update((self._binarize_experts if experts else self._binarize)(name, tensor, model))
             except (ValueError, RuntimeError) as error:
                 self.quantizer.failure = error
                 result[key] = tensor
         return result
+
+    def _binarize_experts(self, name: str, tensor: torch.Tensor, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        empty = module._parameters[key]
+        if empty is None or tensor.shape != empty.shape:
+            raise ValueError(
+                f"{name}: it is {list(tensor.shape)} in the checkpoint and "
+                f"{'absent' if empty is None else list(empty.shape)} in the model. They do not belong together."
+            )
+        config = self.quantizer.selection.convert[name]
+        packed = module if isinstance(module, ARBExperts) else ARBExperts(module, config.backend)
+        matrix = self.quantizer.selection.experts[name]
+        self.quantizer.records[name] = binarize_matrix(name, matrix, tensor, config, packed)
+        model.set_submodule(owner, packed)
+        return {f"{owner}.{own}": packed.get_parameter(own) for own in packed.packed_names(key)}
 
     def _binarize(self, name: str, tensor: torch.Tensor, model: PreTrainedModel) -> dict[str, torch.Tensor]:
         module = model.get_submodule(name)

@@ -38,10 +38,24 @@ def test_what_transformers_keeps_in_float32_stays():
     assert keep["encoder.block.0.layer.1.DenseReluDense.wo"] == "kept in float32 by transformers"
 
 
-def test_experts_and_routers_stay():
-    keep = select(tiny_model("MixtralForCausalLM")).keep
-    assert "not supported" in keep["model.layers.0.mlp.experts.gate_up_proj"]
-    assert "not supported" in keep["model.layers.1.mlp.experts.down_proj"]
+def test_experts_of_other_forms_are_reported():
+    config = transformers.JetMoeConfig(
+        hidden_size=64, num_hidden_layers=1, kv_channels=16, num_key_value_heads=4, num_local_experts=4, vocab_size=96
+    )
+    selection = select(transformers.JetMoeForCausalLM(config))
+    assert selection.keep["model.layers.0.mlp.router.layer"] == "router of experts"
+    for name in ("mlp.input_linear", "mlp.output_linear", "self_attention.experts.input_linear"):
+        assert selection.keep[f"model.layers.0.{name}.weight"] == "a tensor of JetMoeParallelExperts: not supported"
+    model = tiny_model("LlamaForCausalLM")
+    model.model.layers[0].mlp.experts = nn.Module()
+    model.model.layers[0].mlp.experts.w1 = nn.Parameter(torch.zeros(4 * 96, 96))  # as DBRX has it
+    assert select(model).keep["model.layers.0.mlp.experts.w1"] == "a tensor of Module: not supported"
+
+
+def test_routers_stay():
+    selection = select(tiny_model("MixtralForCausalLM"))
+    assert selection.keep["model.layers.1.mlp.gate"] == "router of experts"
+    assert selection.experts["model.layers.0.mlp.experts.gate_up_proj"].parts == 2
     model = tiny_model("LlamaForCausalLM")
     model.model.layers[0].mlp.gate = nn.Linear(96, 4)
     assert select(model).keep["model.layers.0.mlp.gate"] == "router of experts"

@@ -49,7 +49,7 @@ OTHERS = {
         {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4},
         28,
     ),
-    "MixtralForCausalLM": ("MixtralConfig", {**_LLAMA, "num_local_experts": 4}, 8),
+    "MixtralForCausalLM": ("MixtralConfig", {**_LLAMA, "num_local_experts": 4}, 12),
 }
 FAMILIES = {**CAUSAL, **ENCODERS, **OTHERS}
 

@@ -15,7 +15,7 @@ from .hessian import PreparedHessian, identity_hessian, prepare_hessian
 from .planes import PlanesFit, fit_planes
 from .refinement import refine_blocks
 
-__all__ = ["binarize", "output_error"]
+__all__ = ["binarize", "output_error", "squared_errors"]
 
 
 def binarize(weight: torch.Tensor, hessian: torch.Tensor | None, config: ARBConfig) -> BinarizedWeight:
@@ -74,6 +74,14 @@ def output_error(weight: torch.Tensor, reconstruction: torch.Tensor, hessian: to
     Returns:
         0 for a weight whose outputs are all zero.
     """
+    lost, total = squared_errors(weight, reconstruction, hessian)
+    return lost / total if total > 0 else 0.0
+
+
+def squared_errors(
+    weight: torch.Tensor, reconstruction: torch.Tensor, hessian: torch.Tensor | None
+) -> tuple[float, float]:
+    """Numerator and denominator of `output_error`, which sum over matrices."""
     original = weight.to(torch.float32)
     error = original - reconstruction.to(torch.float32)
     if hessian is None:
@@ -82,7 +90,7 @@ def output_error(weight: torch.Tensor, reconstruction: torch.Tensor, hessian: to
         metric = hessian.to(torch.float32)
         lost = ((error @ metric) * error).sum(dtype=torch.float64)
         total = ((original @ metric) * original).sum(dtype=torch.float64)
-    return float(lost / total) if float(total) > 0 else 0.0
+    return float(lost), float(total)
 
 
 def _binarize_planes(target: torch.Tensor, hessian: PreparedHessian, config: ARBConfig) -> BinarizedWeight:

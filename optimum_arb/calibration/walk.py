@@ -14,11 +14,13 @@ from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..nn import ARBLinear
-from .statistics import InputStatistics
+from ..nn import ARBExperts, ARBLinear
+from .experts import LayerStatistics, RoutedInputs
 
 # (name, float module, calibration matrix or None, tokens) -> the binarized module and its output error
 Binarize = Callable[[str, nn.Module, "torch.Tensor | None", int], "tuple[ARBLinear, float | None]"]
+# (name, float experts, their inputs) -> the binarized module and the output errors of its matrices
+BinarizeExperts = Callable[[str, nn.Module, RoutedInputs], "tuple[ARBExperts, list[float]]"]
 
 
 class _Stop(Exception):
@@ -81,10 +83,11 @@ class CalibrationWalk:
 
     Args:
         model: the float model, on the CPU, in evaluation mode.
-        targets: names of the linears to binarize.
+        targets: names of the linears, and of the modules of experts, to binarize.
         binarize: makes the binarized module of a linear.
         batches: token ids int64 `[B, L]`.
         device: where a layer runs and is binarized; its weights go there and come back.
+        binarize_experts: makes the binarized module of experts; needed where there are any.
     """
 
     def __init__(
@@ -94,8 +97,10 @@ class CalibrationWalk:
         binarize: Binarize,
         batches: list[torch.Tensor],
         device: torch.device | str = "cpu",
+        binarize_experts: BinarizeExperts | None = None,
     ):
         self.model = model
+        self.binarize_experts = binarize_experts
         self.binarize = binarize
         self.batches = batches
         self.device = torch.device(device)
@@ -215,8 +220,8 @@ class CalibrationWalk:
             layer.to(self.device)
             try:
                 if names:
-                    linears = {name: self.model.get_submodule(name) for name in names}
-                    with InputStatistics(linears) as statistics:
+                    modules = {name: self.model.get_submodule(name) for name in names}
+                    with LayerStatistics(modules) as statistics:
                         for batch, call in enumerate(calls[index]):
                             call.run(layer, hidden[batch].to(self.device), self.device)
                             statistics.end_batch()
@@ -237,7 +242,7 @@ class CalibrationWalk:
                 self._binarize_all(names, self._statistics_of_whole_runs(names, layer if len(seen) == 1 else None))
             yield
 
-    def _statistics_of_whole_runs(self, names: list[str], last: nn.Module | None = None) -> InputStatistics:
+    def _statistics_of_whole_runs(self, names: list[str], last: nn.Module | None = None) -> LayerStatistics:
         """Statistics from runs of the whole model, each ended after the module `last` if there is one."""
 
         def stop(module, args, output):
@@ -245,7 +250,7 @@ class CalibrationWalk:
 
         handle = last.register_forward_hook(stop) if last is not None else None
         try:
-            with InputStatistics({name: self.model.get_submodule(name) for name in names}) as statistics:
+            with LayerStatistics({name: self.model.get_submodule(name) for name in names}) as statistics:
                 for tokens in self.batches:
                     self._run_model(tokens)
                     statistics.end_batch()
@@ -254,12 +259,19 @@ class CalibrationWalk:
                 handle.remove()
         return statistics
 
-    def _binarize_all(self, names: list[str], statistics: InputStatistics) -> None:
+    def _binarize_all(self, names: list[str], statistics: LayerStatistics) -> None:
+        linears = statistics.linears
         for name in names:
-            linear = self.model.get_submodule(name)
-            packed, error = self.binarize(name, linear, statistics.hessian(name), statistics.tokens(name))
-            if error is not None:
-                self.errors.append(error)
+            module = self.model.get_submodule(name)
+            routed = statistics.experts.pop(name, None)
+            packed: nn.Module
+            if routed is None:
+                packed, error = self.binarize(name, module, linears.hessian(name), linears.tokens(name))
+                self.errors += [] if error is None else [error]
+            else:
+                assert self.binarize_experts is not None
+                packed, errors = self.binarize_experts(name, module, routed)
+                self.errors += errors
             self.model.set_submodule(name, packed)
 
 

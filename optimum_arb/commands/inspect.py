@@ -83,7 +83,8 @@ def _float_rows(result: Inspection) -> list[list[str]]:
     binarized = {module.name for module in result.modules}
     for name, count in result.float_tensors.items():
         module = name.rpartition(".")[0]
-        no_weight = "bias of a binarized linear" if module in binarized else "no linear layer"
+        is_bias = module in binarized or name.removesuffix("_bias") in binarized
+        no_weight = "bias of a binarized linear" if is_bias else "no linear layer"
         reason = result.kept.get(module) or result.kept.get(name) or no_weight
         sums[kind_of(name), reason] += count
     for name, reason in result.kept.items():

@@ -1,6 +1,7 @@
-"""The operator that runs packed layers, and its backends."""
+"""The operators that run packed layers, and their backends."""
 
 from . import shared_input
+from .experts import grouped_linear
 from .linear import linear
 
-__all__ = ["linear", "shared_input"]
+__all__ = ["grouped_linear", "linear", "shared_input"]
