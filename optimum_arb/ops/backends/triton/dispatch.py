@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 
-from .. import reference
+from .. import grouped, reference
+from ..grouped import PackedExperts
 from ..packed import PackedWeight
 from . import prepack
 from .available import has_one_bit_kernel
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from . import one_bit
 
 MAX_TOKENS = 4  # of the one-bit kernel
+# Rows of experts, each of which reads a whole weight: about 16 tokens with 4 experts each.
+MAX_EXPERT_ROWS = 64
 
 # Every row of a product of any number of tokens is computed alike with this: no sum is split by the number of tokens.
 BATCH_INVARIANT = GemmConfig("hopper", 64, 128, 8, 4, 1)
@@ -56,6 +60,40 @@ def input_grad(grad: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
         return reference.input_grad(grad, packed)
     rows = grad.reshape(-1, packed.out_features)
     return gemm_input_grad(rows, packed).view(*grad.shape[:-1], packed.in_features)
+
+
+def grouped_linear(x: torch.Tensor, offsets: torch.Tensor, packed: PackedExperts) -> torch.Tensor:
+    """Each expert's rows of x times its weight; rows past the last expert's are 0.
+
+    Up to `MAX_EXPERT_ROWS` rows take one launch that asks nothing of the host; more go expert by expert, which waits for
+    the offsets.
+
+    Args:
+        x: `[M, K]`, rows sorted by expert, on a CUDA device.
+        offsets: integers `[E]`, where the rows of each expert end.
+        packed: the weights, on the same device.
+
+    Returns:
+        `[M, N]` of x's dtype.
+    """
+    if 0 < x.shape[0] <= MAX_EXPERT_ROWS and packed.parts <= 3 and x.dtype in (torch.float16, torch.bfloat16):
+        weight = None
+        if has_one_bit_kernel(x.device):
+            capturing = torch.cuda.is_current_stream_capturing()
+            weight = prepack.find(packed) if capturing else prepack.make(packed)
+        if weight is not None:
+            from .one_bit import decode
+
+            owner = torch.searchsorted(
+                offsets, torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype), right=True
+            )
+            rows = packed.out_features // packed.parts
+            parts = (rows,) * packed.parts if packed.parts > 1 else None
+            config = _decode_config(x.device, rows, x.shape[1], weight.program.planes, 1)
+            config = replace(config, groups=1)
+            x = x if x.stride(1) == 1 else x.contiguous()
+            return decode(x, weight, None, config, parts, owner.int()).view(x.shape[0], -1)
+    return grouped.linear(x, offsets, packed, lambda part, weight: linear(part, weight, None))
 
 
 def few_tokens(rows: torch.Tensor, weights: list[PackedWeight], bias: torch.Tensor | None) -> torch.Tensor | None:

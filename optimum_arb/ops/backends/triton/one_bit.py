@@ -57,15 +57,18 @@ def _prepare(
     x_ptr,
     scale_ptr,
     index_ptr,
+    expert_ptr,
     out_ptr,
     T,
     x_stride,
     M,
     INPUTS: gl.constexpr,
+    PARTS: gl.constexpr,
+    EXPERTS: gl.constexpr,
     INDEXED: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
-    """x [M, K] to int32 [parts, INPUTS, M, T, 128]. Grid (T, M, parts * INPUTS), one warp."""
+    """x [M, K] to int32 [PARTS, INPUTS, M, T, 128]. Grid (T, M, PARTS * INPUTS), one warp."""
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     slot = gl.arange(0, _SLOTS, layout=layout)
     if OVERLAP:
@@ -75,11 +78,14 @@ def _prepare(
     token = gl.program_id(1)
     source = gl.program_id(2)
     at = tile * _SLOTS + slot
+    weight = 0
+    if EXPERTS:
+        weight = gl.minimum(gl.load(expert_ptr + token), EXPERTS - 1).to(gl.int64)
     if INDEXED:
-        column = gl.load(index_ptr + (source // INPUTS) * (T * _SLOTS) + at)
+        column = gl.load(index_ptr + (weight * PARTS + source // INPUTS) * (T * _SLOTS) + at)
     else:
         column = at
-    scale = gl.load(scale_ptr + source * (T * _SLOTS) + at)
+    scale = gl.load(scale_ptr + (weight * (PARTS * INPUTS) + source) * (T * _SLOTS) + at)
     x = gl.load(x_ptr + token * x_stride + column).to(gl.float32)
     x = gl.where(scale != 0, x * scale, 0.0)
     words = gl.inline_asm_elementwise(_PREPARE, _PREPARE_CONSTRAINTS, [x], dtype=gl.int32, is_pure=False, pack=4)
@@ -108,11 +114,12 @@ def _sign_word(words, MASK: gl.constexpr):
     return found
 
 
-@gluon.jit(do_not_specialize=["T", "G", "M", "end0", "end1", "end2", "group1", "group2"])
+@gluon.jit(do_not_specialize=["T", "G", "M", "end0", "end1", "end2", "group1", "group2", "out_rows"])
 def _decode(
     input_ptr,
     words_ptr,
     scale_ptr,
+    expert_ptr,
     bias_ptr,
     out_ptr,
     T,
@@ -123,6 +130,7 @@ def _decode(
     end2,
     group1,
     group2,
+    out_rows,
     PLANES: gl.constexpr,
     ROW_SCALES: gl.constexpr,
     INPUTS: gl.constexpr,
@@ -130,6 +138,7 @@ def _decode(
     TILES_PER_BLOCK: gl.constexpr,
     BIAS: gl.constexpr,
     PARTS: gl.constexpr,
+    EXPERTS: gl.constexpr,
     TOKENS: gl.constexpr,
     GROUPS: gl.constexpr,
     WARPS: gl.constexpr,
@@ -172,6 +181,12 @@ def _decode(
             end = end2
     row_group = gl.expand_dims(gl.minimum(first + group, G - 1), 1)
     blocks = gl.cdiv(T, TILES_PER_BLOCK)
+    expert = 0
+    if EXPERTS:
+        expert = gl.load(expert_ptr + gl.program_id(1))
+        weight = gl.minimum(expert, EXPERTS - 1).to(gl.int64)
+        words_ptr += weight * (G * T * (PLANES * _SLOTS))
+        scale_ptr += weight * (G * blocks * (ROW_SCALES * _ROWS))
     words_at = words_ptr + row_group * (T * (PLANES * _SLOTS)) + gl.expand_dims(warp * (PLANES * _SLOTS) + slot, 0)
     scale_slot = gl.max_contiguous(gl.multiple_of(slot // 16 * 4 + lane % 4, 4), 4)
     scale_at = scale_ptr + row_group * (blocks * (ROW_SCALES * _ROWS)) + gl.expand_dims(scale_slot, 0)
@@ -192,6 +207,8 @@ def _decode(
         zero = gl.inline_asm_elementwise(_WAIT, "=r,r", [input_lane * 0], dtype=gl.int32, is_pure=False, pack=1)
         input_slot = input_lane + gl.max_constancy(gl.multiple_of(zero, [128]), [128])
     input_at = input_ptr + part * (INPUTS * M * T * _SLOTS)
+    if EXPERTS:
+        token += gl.program_id(1)
     input_at += gl.expand_dims(gl.minimum(token, M - 1) * (T * _SLOTS), 1) + gl.expand_dims(input_slot, 0)
 
     for step in range(gl.cdiv(T, WARPS)):
@@ -252,11 +269,13 @@ def _decode(
     out_token = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, out_layout))
     if BIAS:
         out += gl.expand_dims(gl.load(bias_ptr + row, mask=row < end, other=0.0).to(gl.float32), 0)
-    gl.store(
-        out_ptr + start * M + gl.expand_dims(out_token * (end - start), 1) + gl.expand_dims(row - start, 0),
-        out.to(out_ptr.dtype.element_ty),
-        mask=gl.expand_dims(row < end, 0) & gl.expand_dims(out_token < M, 1),
-    )
+    if EXPERTS:
+        out = gl.where(expert < EXPERTS, out, 0.0)
+        out_at = out_ptr + gl.program_id(1) * out_rows + gl.expand_dims(out_token * 0, 1) + gl.expand_dims(row, 0)
+    else:
+        out_at = out_ptr + start * M + gl.expand_dims(out_token * (end - start), 1) + gl.expand_dims(row - start, 0)
+    there = gl.expand_dims(row < end, 0) & gl.expand_dims(out_token < M, 1)
+    gl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=there)
 
 
 def decode(
@@ -265,6 +284,7 @@ def decode(
     bias: torch.Tensor | None,
     config: DecodeConfig,
     part_rows: tuple[int, ...] | None = None,
+    experts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`x W^T + bias` for 1 to `MAX_TOKENS` rows of x.
 
@@ -275,9 +295,12 @@ def decode(
         bias: `[N]`, or None.
         config: how to cut the work.
         part_rows: the rows of each weight that was joined; None for a single one.
+        experts: int32 `[M]`, for the weights of experts (`prepack.experts`): the expert of each row of x, of which
+            there may be any number; a number that is none's gives zeros.
 
     Returns:
-        `[M * N]` of x's dtype: the results `[M, rows]` of the parts, one after another.
+        `[M * N]` of x's dtype: the results `[M, rows]` of the parts, one after another; with experts `[M, N]`, the
+        parts side by side.
     """
     # Triton's own launch looks at every argument again: 25 us a kernel in Python, against 6 of a plan's
     key = (
@@ -287,15 +310,16 @@ def decode(
         None if bias is None else (bias.dtype, bias.data_ptr() % 16),
         config,
         part_rows,
+        experts is None,
     )
     plan = weight.plans.get(key)
     if plan is None:
-        plan = weight.plans[key] = _Plan(x, weight, bias, config, part_rows or (weight.rows,))
+        plan = weight.plans[key] = _Plan(x, weight, bias, config, part_rows or (weight.rows,), experts)
     device = x.device.index
     if torch.cuda.current_device() != device:
         with torch.cuda.device(device):
-            return plan.run(x, bias)
-    return plan.run(x, bias)
+            return plan.run(x, bias, experts)
+    return plan.run(x, bias, experts)
 
 
 class _Plan:
@@ -308,6 +332,7 @@ class _Plan:
         bias: torch.Tensor | None,
         config: DecodeConfig,
         parts: tuple[int, ...],
+        experts: torch.Tensor | None,
     ):
         tokens = x.shape[0]
         self.weight_rows = weight.rows
@@ -320,15 +345,18 @@ class _Plan:
             starts.append(starts[-1] + -(-rows // ROWS))
         programs = triton.cdiv(weight.groups, groups)
         # launching early takes room from what runs: it pays where few waves of programs cover the weight
-        overlap = programs <= 4 * torch.cuda.get_device_properties(x.device).multi_processor_count
+        overlap = (
+            programs * (1 if experts is None else tokens)
+            <= 4 * torch.cuda.get_device_properties(x.device).multi_processor_count
+        )
         self.prepare_grid = (tiles, tokens, len(parts) * inputs)
         index = weight.input_scale if weight.index is None else weight.index
         self.prepare_weights = (weight.input_scale, index)
-        self.prepare_constants = (inputs, weight.index is not None, overlap)
+        self.prepare_constants = (inputs, len(parts), weight.experts, weight.index is not None, overlap)
         self.tiles, self.tokens = tiles, tokens
-        self.decode_grid = (programs, 1, 1)
+        self.decode_grid = (programs, 1 if experts is None else tokens, 1)
         self.decode_weights = (weight.words, weight.row_scale)
-        self.decode_sizes = (tiles, weight.groups, tokens, *[*ends, 0, 0][:3], *[*starts, 0, 0][1:3])
+        self.decode_sizes = (tiles, weight.groups, tokens, *[*ends, 0, 0][:3], *[*starts, 0, 0][1:3], weight.rows)
         self.decode_constants = (
             weight.program.planes,
             weight.program.row_scales,
@@ -337,7 +365,8 @@ class _Plan:
             weight.tiles_per_block,
             bias is not None,
             len(parts),
-            1 << (tokens - 1).bit_length(),
+            weight.experts,
+            1 << (tokens - 1).bit_length() if experts is None else 1,
             groups,
             config.warps,
             config.prefetch,
@@ -346,13 +375,24 @@ class _Plan:
         self.warps, self.overlap = config.warps, overlap
         self.launches: tuple[Any, Any] | None = None
 
-    def run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def run(self, x: torch.Tensor, bias: torch.Tensor | None, experts: torch.Tensor | None) -> torch.Tensor:
         scratch = torch.empty(self.scratch, dtype=torch.int32, device=x.device)
         out = torch.empty(self.tokens * self.weight_rows, dtype=x.dtype, device=x.device)
-        first = (x, *self.prepare_weights, scratch, self.tiles, x.stride(0), self.tokens, *self.prepare_constants)
+        owner = scratch if experts is None else experts
+        first = (
+            x,
+            *self.prepare_weights,
+            owner,
+            scratch,
+            self.tiles,
+            x.stride(0),
+            self.tokens,
+            *self.prepare_constants,
+        )
         second = (
             scratch,
             *self.decode_weights,
+            owner,
             scratch if bias is None else bias,
             out,
             *self.decode_sizes,

@@ -8,13 +8,15 @@ It was measured to be worth its memory (one more bit a weight and plane): readin
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import torch
 
 from ....layout import Layout
 from ....packing import block_count, pack_bits, packed_bytes, tile_width, unpack_bits
+from ..grouped import PackedExperts
 from ..packed import PackedWeight
 
 ROWS = 32  # rows of a warp's tile
@@ -63,6 +65,7 @@ class Prepacked:
         input_scale: float32 `[inputs, T * 128]`: the factors of the inputs, 0 where a column is not in the zone or does
             not exist.
         index: int32 `[T * 128]`: the columns of the input; None where they are 0, 1, 2, ...
+        experts: E where these are the weights of experts, all tensors then stacked along a new first dimension; else 0.
         plans: kept by `one_bit`.
     """
 
@@ -73,15 +76,16 @@ class Prepacked:
     row_scale: torch.Tensor
     input_scale: torch.Tensor
     index: torch.Tensor | None
+    experts: int = 0
     plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # launches that were made ready
 
     @property
     def tiles(self) -> int:
-        return self.words.shape[1]
+        return self.words.shape[-5]
 
     @property
     def groups(self) -> int:
-        return self.words.shape[0]
+        return self.words.shape[-6]
 
 
 def prepack(packed: PackedWeight) -> Prepacked:
@@ -215,18 +219,43 @@ def join(parts: list[Prepacked]) -> Prepacked | None:
     )
 
 
+def experts(packed: PackedExperts) -> Prepacked | None:
+    """The prepacked weights of all experts; the parts of each are joined. None where they do not fit together."""
+    found = []
+    for expert in range(packed.weight.shape[0]):
+        parts = [prepack(packed.matrix(expert, part)) for part in range(packed.parts)]
+        joined = parts[0] if len(parts) == 1 else join(parts)
+        if joined is None:
+            return None
+        found.append(joined)
+    indices = [weight.index for weight in found if weight.index is not None]
+    if len(indices) not in (0, len(found)):
+        return None  # some are in natural order, some are not
+    return replace(
+        found[0],
+        words=torch.stack([weight.words for weight in found]),
+        row_scale=torch.stack([weight.row_scale for weight in found]),
+        input_scale=torch.stack([weight.input_scale for weight in found]),
+        index=torch.stack(indices) if indices else None,
+        experts=len(found),
+        plans={},
+    )
+
+
+Weights: TypeAlias = "list[PackedWeight] | PackedExperts"
+
 # Prepacked copies by the addresses of the weights that they were made of. An entry goes when its weight goes.
 _cache: dict[tuple[int, ...], tuple[tuple[int, ...], Prepacked | None]] = {}
 
 
-def find(weights: list[PackedWeight]) -> Prepacked | None:
+def find(weights: Weights) -> Prepacked | None:
     """The copy that `make` made of these tensors, if they have not changed since."""
     found = _cache.get(_key(weights))
     return None if found is None or found[0] != _state(weights) else found[1]
 
 
-def make(weights: list[PackedWeight]) -> Prepacked | None:
-    """The prepacked copy of one weight, or of several of one input, made at the first call and kept while they live.
+def make(weights: Weights) -> Prepacked | None:
+    """The prepacked copy of one weight, of several of one input or of experts, made at the first call and kept.
 
     Args:
         weights: on one CUDA device.
@@ -238,10 +267,13 @@ def make(weights: list[PackedWeight]) -> Prepacked | None:
     found = _cache.get(key)
     if found is None or found[0] != state:
         with torch.no_grad():
-            parts = [prepack(packed) for packed in weights]
-            made = parts[0] if len(parts) == 1 else join(parts)
+            if isinstance(weights, PackedExperts):
+                made = experts(weights)
+            else:
+                parts = [prepack(packed) for packed in weights]
+                made = parts[0] if len(parts) == 1 else join(parts)
         if found is None:
-            for packed in weights:
+            for packed in _members(weights):
                 weakref.finalize(packed.weight, _cache.pop, key, None)
         found = _cache[key] = (state, made)
     return found[1]
@@ -252,14 +284,18 @@ def forget() -> None:
     _cache.clear()
 
 
-def _key(weights: list[PackedWeight]) -> tuple[int, ...]:
-    return tuple(packed.weight.data_ptr() for packed in weights)
+def _members(weights: Weights) -> Sequence[PackedWeight | PackedExperts]:
+    return [weights] if isinstance(weights, PackedExperts) else weights
 
 
-def _state(weights: list[PackedWeight]) -> tuple[int, ...]:
+def _key(weights: Weights) -> tuple[int, ...]:
+    return tuple(packed.weight.data_ptr() for packed in _members(weights))
+
+
+def _state(weights: Weights) -> tuple[int, ...]:
     """Changes when a tensor is replaced or written."""
     found = []
-    for packed in weights:
+    for packed in _members(weights):
         found.append(packed.weight._version if not packed.weight.is_inference() else 0)
         for tensor in (packed.row_scale, packed.col_scale):
             if tensor is not None:
