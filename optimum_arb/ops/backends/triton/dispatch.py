@@ -69,7 +69,7 @@ def few_tokens(rows: torch.Tensor, weights: list[PackedWeight], bias: torch.Tens
     Returns:
         The results `[M, rows]` of the weights, one after another.
     """
-    if rows.shape[0] > MAX_TOKENS:
+    if not 1 <= rows.shape[0] <= MAX_TOKENS:
         return None
     weight = prepack.find(weights)
     if weight is None:

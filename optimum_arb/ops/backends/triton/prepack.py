@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ....layout import Layout
-from ....packing import block_count, pack_bits, packed_bytes, tile_width, unpack_bits
+from ....packing import TENSOR_NAMES, block_count, pack_bits, packed_bytes, tile_width, unpack_bits
 from ..packed import PackedWeight
 
 ROWS = 32  # rows of a warp's tile
@@ -215,7 +215,8 @@ def join(parts: list[Prepacked]) -> Prepacked | None:
     )
 
 
-# Prepacked copies by the addresses of the weights that they were made of. An entry goes when its weight goes.
+# Prepacked copies by the addresses of the weights that they were made of. An entry goes when any memory that it was
+# made of goes: addresses are used again, by the next model of the same shapes for one.
 _cache: dict[tuple[int, ...], tuple[tuple[int, ...], Prepacked | None]] = {}
 
 
@@ -240,16 +241,28 @@ def make(weights: list[PackedWeight]) -> Prepacked | None:
         with torch.no_grad():
             parts = [prepack(packed) for packed in weights]
             made = parts[0] if len(parts) == 1 else join(parts)
-        if found is None:
-            for packed in weights:
-                weakref.finalize(packed.weight, _cache.pop, key, None)
         found = _cache[key] = (state, made)
+        for tensor in _tensors(weights):
+            # the storage, not the tensor: `module.to` gives the same parameter another one
+            weakref.finalize(tensor.untyped_storage(), _forget, key, state)
     return found[1]
 
 
 def forget() -> None:
     """Drops all copies."""
     _cache.clear()
+
+
+def _forget(key: tuple[int, ...], state: tuple[int, ...]) -> None:
+    """Drops an entry, unless it was made again since."""
+    found = _cache.get(key)
+    if found is not None and found[0] is state:
+        del _cache[key]
+
+
+def _tensors(weights: list[PackedWeight]) -> list[torch.Tensor]:
+    found = [getattr(packed, name) for packed in weights for name in TENSOR_NAMES]
+    return [tensor for tensor in found if tensor is not None]
 
 
 def _key(weights: list[PackedWeight]) -> tuple[int, ...]:
@@ -259,9 +272,6 @@ def _key(weights: list[PackedWeight]) -> tuple[int, ...]:
 def _state(weights: list[PackedWeight]) -> tuple[int, ...]:
     """Changes when a tensor is replaced or written."""
     found = []
-    for packed in weights:
-        found.append(packed.weight._version if not packed.weight.is_inference() else 0)
-        for tensor in (packed.row_scale, packed.col_scale):
-            if tensor is not None:
-                found += [tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version]
+    for tensor in _tensors(weights):
+        found += [tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version]
     return tuple(found)
