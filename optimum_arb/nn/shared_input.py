@@ -48,8 +48,10 @@ class SharedInput:
     def output(self, layer: ARBLinear, x: torch.Tensor) -> torch.Tensor | None:
         """The layer's result for x `[..., K]`; None where the layer has to compute it itself."""
         if self._input is not None and self._input is not x:
-            self._input, self._outputs = None, []
             self.enabled = False  # cross-attention: key and value have an input of their own
+            self.forget()
+            for each in self.layers:
+                each._looked = False  # for a copy of its own weight alone: the next call that is not compiled
             return None
         if self._input is None:
             self._input = x
@@ -79,11 +81,23 @@ class SharedInput:
 
     def prepare(self) -> bool:
         """Makes the copy of the weights that the kernel reads; returns whether it will be used."""
+        from ..ops.backends.triton import prepack
         from ..ops.backends.triton.dispatch import prepare
 
-        self._prepared = prepare([packed_weight(layer) for layer in self.layers])
-        self.enabled = self.enabled and self._prepared is not None
+        weights = [packed_weight(layer) for layer in self.layers]
+        if not self.enabled:
+            prepack.drop(weights)
+        elif len({packed.weight.device for packed in weights}) > 1:
+            self.enabled = False  # offloaded: the weights come to the GPU layer by layer
+        else:
+            self._prepared = prepare(weights)
+            self.enabled = self._prepared is not None
         return self.enabled
+
+    def forget(self) -> None:
+        """Drops what was computed and prepared: a layer's tensors have changed."""
+        self._prepared = self._input = None
+        self._outputs = []
 
 
 def packed_weight(layer: ARBLinear) -> PackedWeight:
@@ -140,7 +154,7 @@ def prepare_layer(layer: ARBLinear) -> Prepacked | None:
     from ..ops.backends.triton.dispatch import prepare
 
     shared = layer.shared_input
-    if shared is not None and shared.enabled and shared.prepare():
+    if shared is not None and shared.prepare():
         return None
     return prepare([packed_weight(layer)])
 

@@ -253,6 +253,11 @@ def forget() -> None:
     _cache.clear()
 
 
+def drop(weights: list[PackedWeight]) -> None:
+    """Drops the copy of these weights, if there is one."""
+    _cache.pop(_key(weights), None)
+
+
 def _forget(key: tuple[int, ...], state: tuple[int, ...]) -> None:
     """Drops an entry, unless it was made again since."""
     found = _cache.get(key)
