@@ -278,6 +278,7 @@ def prepare(monkeypatch):
     monkeypatch.setitem(sys.modules, f"{triton.__name__}.dispatch", fake)
     monkeypatch.setattr(triton, "dispatch", fake, raising=False)
     monkeypatch.setattr(module, "has_one_bit_kernel", lambda device: device.type == "cpu")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return asked
 
 
