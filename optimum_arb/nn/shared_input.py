@@ -87,8 +87,8 @@ class SharedInput:
         weights = [packed_weight(layer) for layer in self.layers]
         if not self.enabled:
             prepack.drop(weights)
-        elif len({packed.weight.device for packed in weights}) > 1:
-            self.enabled = False  # offloaded: the weights come to the GPU layer by layer
+        elif any(is_offloaded(layer) for layer in self.layers) or len({w.weight.device for w in weights}) > 1:
+            self.enabled = False
         else:
             self._prepared = prepare(weights)
             self.enabled = self._prepared is not None
@@ -104,6 +104,12 @@ def packed_weight(layer: ARBLinear) -> PackedWeight:
     """The layer's tensors as a backend takes them."""
     tensors = {name: layer.packed_parameter(name) for name in packing.TENSOR_NAMES}
     return PackedWeight(layer.layout, layer.block_size, layer.in_features, **tensors)  # type: ignore[arg-type]
+
+
+def is_offloaded(layer: nn.Module) -> bool:
+    """Whether a hook of accelerate brings the layer's weights to the GPU for the time of a call: no copy is to stay."""
+    hook = getattr(layer, "_hf_hook", None)
+    return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook]))
 
 
 def share_inputs(model: nn.Module) -> int:
@@ -149,7 +155,7 @@ def prepare_layer(layer: ARBLinear) -> Prepacked | None:
     Returns:
         The layer's own copy of its weight; None where it shares one with others or has none.
     """
-    if not has_one_bit_kernel(layer.weight.device):
+    if is_offloaded(layer) or not has_one_bit_kernel(layer.weight.device):
         return None
     from ..ops.backends.triton.dispatch import prepare
 

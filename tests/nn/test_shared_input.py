@@ -9,6 +9,14 @@ import weakref
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import (
+    AlignDevicesHook,
+    ModelHook,
+    SequentialHook,
+    add_hook_to_module,
+    remove_hook_from_module,
+)
 from packed_weights import random_binarized, random_packed, relative_error
 from tiny_models import tiny_model, tokens
 from torch import nn
@@ -302,6 +310,22 @@ def test_offloaded_layers_have_copies_of_their_own(prepare):
     assert not together.enabled
     assert prepare == [[42]]
     assert prepare_layer(found[1]) is None
+
+
+def test_nothing_of_an_offloaded_layer_stays_on_the_gpu(prepare):
+    found = layers()
+    together = shared(found)
+    for layer in found:
+        cpu_offload(layer, execution_device="cpu")
+    assert prepare_layer(found[0]) is None
+    assert not prepare
+    remove_hook_from_module(found[0])
+    add_hook_to_module(found[0], SequentialHook(ModelHook(), AlignDevicesHook("cpu", offload=True)))
+    assert prepare_layer(found[0]) is None
+    remove_hook_from_module(found[0])
+    assert prepare_layer(found[0]) is not None  # the others are still offloaded
+    assert not together.enabled
+    assert prepare == [[42]]
 
 
 def test_few_tokens_of_a_layer(prepare):
