@@ -39,8 +39,7 @@ class ARBLinear(nn.Linear):
         salient: the number of salient columns.
         scale_dtypes: dtypes of "row_scale", "col_scale" and "salient_col_scale" where they are not float16.
         backend: "auto", "triton", "cpu", "reference", or "dequantize" (keeps a dequantized copy of the weight: fast,
-        and no
-            memory saved). It may be set later too.
+            and no memory saved). It may be set later too.
         dtype: of the bias; None is torch's default.
         device: of all tensors.
 
@@ -176,9 +175,11 @@ class ARBLinear(nn.Linear):
 
     def _few_tokens(self, x: torch.Tensor) -> bool:
         """Whether the kernels for few tokens may compute this. Prepares them, unless the call is being compiled."""
-        if self.backend not in ("auto", "triton") or (torch.is_grad_enabled() and x.requires_grad):
+        if self.backend not in ("auto", "triton") or x.shape[-1] != self.in_features:
             return False
-        if not self._looked and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            return False  # what follows has no gradient
+        if not torch.compiler.is_compiling() and not self._looked:
             if torch.cuda.is_current_stream_capturing():
                 return False
             self._prepared = prepare_layer(self)
@@ -211,6 +212,9 @@ class ARBLinear(nn.Linear):
         self.__dict__["_dequantized"] = self.__dict__["_dequantized_from"] = None
         self.__dict__["_prepared"] = None
         self.__dict__["_looked"] = False
+        shared = self.__dict__.get("shared_input")
+        if shared is not None:
+            shared.forget()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ARBLinear:
         self._drop_dequantized()

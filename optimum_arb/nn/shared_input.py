@@ -48,8 +48,10 @@ class SharedInput:
     def output(self, layer: ARBLinear, x: torch.Tensor) -> torch.Tensor | None:
         """The layer's result for x `[..., K]`; None where the layer has to compute it itself."""
         if self._input is not None and self._input is not x:
-            self._input, self._outputs = None, []
             self.enabled = False  # cross-attention: key and value have an input of their own
+            self.forget()
+            for each in self.layers:
+                each._looked = False  # for a copy of its own weight alone: the next call that is not compiled
             return None
         if self._input is None:
             self._input = x
@@ -79,17 +81,35 @@ class SharedInput:
 
     def prepare(self) -> bool:
         """Makes the copy of the weights that the kernel reads; returns whether it will be used."""
+        from ..ops.backends.triton import prepack
         from ..ops.backends.triton.dispatch import prepare
 
-        self._prepared = prepare([packed_weight(layer) for layer in self.layers])
-        self.enabled = self.enabled and self._prepared is not None
+        weights = [packed_weight(layer) for layer in self.layers]
+        if not self.enabled:
+            prepack.drop(weights)
+        elif any(is_offloaded(layer) for layer in self.layers) or len({w.weight.device for w in weights}) > 1:
+            self.enabled = False
+        else:
+            self._prepared = prepare(weights)
+            self.enabled = self._prepared is not None
         return self.enabled
+
+    def forget(self) -> None:
+        """Drops what was computed and prepared: a layer's tensors have changed."""
+        self._prepared = self._input = None
+        self._outputs = []
 
 
 def packed_weight(layer: ARBLinear) -> PackedWeight:
     """The layer's tensors as a backend takes them."""
     tensors = {name: layer.packed_parameter(name) for name in packing.TENSOR_NAMES}
     return PackedWeight(layer.layout, layer.block_size, layer.in_features, **tensors)  # type: ignore[arg-type]
+
+
+def is_offloaded(layer: nn.Module) -> bool:
+    """Whether a hook of accelerate brings the layer's weights to the GPU for the time of a call: no copy is to stay."""
+    hook = getattr(layer, "_hf_hook", None)
+    return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook]))
 
 
 def share_inputs(model: nn.Module) -> int:
@@ -135,12 +155,12 @@ def prepare_layer(layer: ARBLinear) -> Prepacked | None:
     Returns:
         The layer's own copy of its weight; None where it shares one with others or has none.
     """
-    if not has_one_bit_kernel(layer.weight.device):
+    if is_offloaded(layer) or not has_one_bit_kernel(layer.weight.device):
         return None
     from ..ops.backends.triton.dispatch import prepare
 
     shared = layer.shared_input
-    if shared is not None and shared.enabled and shared.prepare():
+    if shared is not None and shared.prepare():
         return None
     return prepare([packed_weight(layer)])
 

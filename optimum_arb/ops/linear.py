@@ -199,8 +199,7 @@ def linear(
         layout: the name of the weight's `Layout`.
         block_size: as it was packed.
         backend: "auto", "triton", "cpu" or "reference"; with ":batch-invariant" behind it every row of x is computed
-        the
-            same way whatever the number of rows (GPU only).
+            the same way whatever the number of rows (GPU only).
 
     Returns:
         `[..., N]` of x's dtype, accumulated in float32 (float64 for float64 x).

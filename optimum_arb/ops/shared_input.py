@@ -69,4 +69,5 @@ def split_results(out: torch.Tensor, shape: Sequence[int], rows: Sequence[int]) 
         rows: out_features of each layer.
     """
     tokens = math.prod(shape)
-    return [part.view(*shape, -1) for part in out.split([tokens * count for count in rows])]
+    parts = out.split([tokens * count for count in rows])
+    return [part.view(*shape, count) for part, count in zip(parts, rows, strict=True)]

@@ -5,7 +5,7 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 if importlib.util.find_spec("triton") is None:
-    collect_ignore_glob = ["test_*.py"]
+    collect_ignore = [f"test_{name}.py" for name in ("compile", "dequantize", "dispatch", "gemm")]  # not the others
 else:
     from triton.runtime import interpreter
 

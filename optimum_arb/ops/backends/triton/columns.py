@@ -71,7 +71,7 @@ def gather_columns(x: torch.Tensor, packed: PackedWeight, *, scaled: bool = Fals
     """`x[:, permutation]`, or x's copy without a permutation.
 
     Args:
-        x: `[M, K]`, contiguous in its last dimension.
+        x: `[M, K]`.
         packed: the weight whose columns it meets.
         scaled: multiply by the first column scale.
         multiple: the columns of the result are zero-padded to a multiple of this.
@@ -79,6 +79,8 @@ def gather_columns(x: torch.Tensor, packed: PackedWeight, *, scaled: bool = Fals
     Returns:
         `[M, K']` of x's dtype, contiguous.
     """
+    if x.stride(1) != 1:
+        x = x.contiguous()
     tokens, columns = x.shape
     width = triton.cdiv(columns, multiple) * multiple
     out = x.new_empty(tokens, width)

@@ -13,7 +13,8 @@ from ..grouped import PackedExperts
 from ..packed import PackedWeight
 from . import prepack
 from .available import has_one_bit_kernel
-from .gemm import GemmConfig, default_config, gemm, gemm_input_grad
+from .dequantize import dequantize
+from .gemm import GemmConfig, default_config, fits_hopper, gemm, gemm_input_grad, is_fusable
 from .table import bucket, lookup
 
 if TYPE_CHECKING:
@@ -23,8 +24,12 @@ MAX_TOKENS = 4  # of the one-bit kernel
 # Rows of experts, each of which reads a whole weight: about 16 tokens with 4 experts each.
 MAX_EXPERT_ROWS = 64
 
-# Every row of a product of any number of tokens is computed alike with this: no sum is split by the number of tokens.
-BATCH_INVARIANT = GemmConfig("hopper", 64, 128, 8, 4, 1)
+# Every row of a product of any number of tokens is computed alike with these: no sum is split by the number of tokens.
+BATCH_INVARIANT = {
+    "hopper": GemmConfig("hopper", 64, 128, 8, 4, 1),
+    "portable": GemmConfig("portable", 64, 128, 8, 2, 1),
+}
+BATCH_INVARIANT_ROWS = 64  # of a product by the vendor's library, which chooses its kernel by their number
 
 
 def linear(
@@ -47,11 +52,25 @@ def linear(
     if not rows.shape[0]:
         return x.new_empty(*x.shape[:-1], packed.out_features)
     if batch_invariant:
-        out = gemm(rows, packed, bias, config=BATCH_INVARIANT)
+        out = _batch_invariant(rows, packed, bias)
     else:
         found = None if x.dtype == torch.float32 else few_tokens(rows, [packed], bias)
         out = many_tokens(rows, packed, bias) if found is None else found
     return out.view(*x.shape[:-1], packed.out_features)
+
+
+def _batch_invariant(rows: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    half = rows.dtype in (torch.float16, torch.bfloat16)
+    if half and fits_hopper(packed, rows.dtype):
+        return gemm(rows, packed, bias, config=BATCH_INVARIANT["hopper"])
+    if half and is_fusable(packed):
+        return gemm(rows, packed, bias, config=BATCH_INVARIANT["portable"])
+    weight = dequantize(packed, rows.dtype)
+    bias = None if bias is None else bias.to(rows.dtype)
+    padded = rows.new_zeros(-(-len(rows) // BATCH_INVARIANT_ROWS) * BATCH_INVARIANT_ROWS, rows.shape[1])
+    padded[: len(rows)] = rows
+    out = [torch.nn.functional.linear(some, weight, bias) for some in padded.split(BATCH_INVARIANT_ROWS)]
+    return torch.cat(out)[: len(rows)]
 
 
 def input_grad(grad: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
@@ -65,8 +84,8 @@ def input_grad(grad: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
 def grouped_linear(x: torch.Tensor, offsets: torch.Tensor, packed: PackedExperts) -> torch.Tensor:
     """Each expert's rows of x times its weight; rows past the last expert's are 0.
 
-    Up to `MAX_EXPERT_ROWS` rows take one launch that asks nothing of the host; more go expert by expert, which waits for
-    the offsets.
+    Up to `MAX_EXPERT_ROWS` rows take one launch that asks nothing of the host; more go expert by expert, which waits
+    for the offsets.
 
     Args:
         x: `[M, K]`, rows sorted by expert, on a CUDA device.
@@ -107,7 +126,7 @@ def few_tokens(rows: torch.Tensor, weights: list[PackedWeight], bias: torch.Tens
     Returns:
         The results `[M, rows]` of the weights, one after another.
     """
-    if rows.shape[0] > MAX_TOKENS:
+    if not 1 <= rows.shape[0] <= MAX_TOKENS:
         return None
     weight = prepack.find(weights)
     if weight is None:

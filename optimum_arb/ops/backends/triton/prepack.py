@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ....layout import Layout
-from ....packing import block_count, pack_bits, packed_bytes, tile_width, unpack_bits
+from ....packing import TENSOR_NAMES, block_count, pack_bits, packed_bytes, tile_width, unpack_bits
 from ..grouped import PackedExperts
 from ..packed import PackedWeight
 
@@ -244,7 +244,8 @@ def experts(packed: PackedExperts) -> Prepacked | None:
 
 Weights: TypeAlias = "list[PackedWeight] | PackedExperts"
 
-# Prepacked copies by the addresses of the weights that they were made of. An entry goes when its weight goes.
+# Prepacked copies by the addresses of the weights that they were made of. An entry goes when any memory that it was
+# made of goes: addresses are used again, by the next model of the same shapes for one.
 _cache: dict[tuple[int, ...], tuple[tuple[int, ...], Prepacked | None]] = {}
 
 
@@ -272,10 +273,10 @@ def make(weights: Weights) -> Prepacked | None:
             else:
                 parts = [prepack(packed) for packed in weights]
                 made = parts[0] if len(parts) == 1 else join(parts)
-        if found is None:
-            for packed in _members(weights):
-                weakref.finalize(packed.weight, _cache.pop, key, None)
         found = _cache[key] = (state, made)
+        for tensor in _tensors(weights):
+            # the storage, not the tensor: `module.to` gives the same parameter another one
+            weakref.finalize(tensor.untyped_storage(), _forget, key, state)
     return found[1]
 
 
@@ -288,6 +289,23 @@ def _members(weights: Weights) -> Sequence[PackedWeight | PackedExperts]:
     return [weights] if isinstance(weights, PackedExperts) else weights
 
 
+def drop(weights: Weights) -> None:
+    """Drops the copy of these weights, if there is one."""
+    _cache.pop(_key(weights), None)
+
+
+def _forget(key: tuple[int, ...], state: tuple[int, ...]) -> None:
+    """Drops an entry, unless it was made again since."""
+    found = _cache.get(key)
+    if found is not None and found[0] is state:
+        del _cache[key]
+
+
+def _tensors(weights: Weights) -> list[torch.Tensor]:
+    found = [getattr(packed, name) for packed in _members(weights) for name in TENSOR_NAMES]
+    return [tensor for tensor in found if tensor is not None]
+
+
 def _key(weights: Weights) -> tuple[int, ...]:
     return tuple(packed.weight.data_ptr() for packed in _members(weights))
 
@@ -295,9 +313,6 @@ def _key(weights: Weights) -> tuple[int, ...]:
 def _state(weights: Weights) -> tuple[int, ...]:
     """Changes when a tensor is replaced or written."""
     found = []
-    for packed in _members(weights):
-        found.append(packed.weight._version if not packed.weight.is_inference() else 0)
-        for tensor in (packed.row_scale, packed.col_scale):
-            if tensor is not None:
-                found += [tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version]
+    for tensor in _tensors(weights):
+        found += [tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version]
     return tuple(found)

@@ -1,0 +1,112 @@
+"""Whether the GPU's kernels are used, on machines that are made up: told once, and something computes either way."""
+
+import logging
+import sys
+import types
+
+import pytest
+import torch
+
+from optimum_arb.ops.backends import reference
+from optimum_arb.ops.backends.triton import available
+from optimum_arb.ops.backends.triton.available import has_kernels, has_one_bit_kernel
+from optimum_arb.ops.linear import _backend
+
+DEVICE = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """An H200 with Triton whose kernel is right."""
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Test GPU")
+    monkeypatch.setattr(available, "_self_check", lambda device: 3e-5)
+    for cached in (has_kernels, has_one_bit_kernel):
+        cached.cache_clear()
+    yield
+    for cached in (has_kernels, has_one_bit_kernel):
+        cached.cache_clear()
+
+
+def warnings(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_good_machine(caplog):
+    assert has_kernels(DEVICE)
+    assert has_one_bit_kernel(DEVICE)
+    assert not warnings(caplog)
+
+
+def test_no_kernels_for_the_cpu(caplog):
+    for device in ("cpu", "meta"):
+        assert not has_kernels(torch.device(device))
+        assert not has_one_bit_kernel(torch.device(device))
+    assert not warnings(caplog)
+
+
+def check_once(caplog, message: str) -> None:
+    """The reference backend computes, which is told once; asking for the kernels by name is an error."""
+    for _ in range(3):
+        assert not has_kernels(DEVICE)
+        assert not has_one_bit_kernel(DEVICE)
+        assert _backend("auto", DEVICE) is reference
+    (found,) = warnings(caplog)
+    assert message in found
+    for name in ("triton", "triton:batch-invariant"):
+        with pytest.raises(ValueError, match=f"backend='{name}' does not run on cuda:0: it needs Triton and a GPU"):
+            _backend(name, DEVICE)
+
+
+def test_no_triton(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    check_once(caplog, "Triton is not installed: pip install triton")
+
+
+def test_an_old_gpu(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    check_once(caplog, "these need compute capability 8.0, and Test GPU has 7.5")
+
+
+@pytest.mark.parametrize("error", [2e-3, 1.0, float("nan"), float("inf")])
+def test_a_wrong_answer(monkeypatch, caplog, error):
+    monkeypatch.setattr(available, "_self_check", lambda device: error)
+    for _ in range(3):
+        assert not has_one_bit_kernel(DEVICE)
+    assert has_kernels(DEVICE)  # the others
+    (found,) = warnings(caplog)
+    assert f"is wrong here (relative error {error:.1e}); using the others" in found
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("ptxas said no"), ImportError("no gluon"), AttributeError("jit")])
+def test_a_kernel_that_does_not_compile(monkeypatch, caplog, failure):
+    def fail(device):
+        raise failure
+
+    monkeypatch.setattr(available, "_self_check", fail)
+    for _ in range(3):
+        assert not has_one_bit_kernel(DEVICE)
+    assert has_kernels(DEVICE)
+    (found,) = warnings(caplog)
+    assert f"does not compile here ({failure}); using the others" in found
+
+
+@pytest.mark.parametrize(("capability", "works"), [((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 0), False)])
+def test_capabilities_of_the_one_bit_kernel(monkeypatch, caplog, capability, works):
+    """Where the instruction is emulated the kernels for many tokens serve few, and nothing is wrong."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(available, "_self_check", lambda device: asked.append(device) or 0.0)
+    assert has_one_bit_kernel(DEVICE) == works
+    assert asked == [DEVICE] * works
+    assert has_kernels(DEVICE)
+    assert not warnings(caplog)
+
+
+def test_amd(monkeypatch, caplog):
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert has_kernels(DEVICE)
+    assert not has_one_bit_kernel(DEVICE)
+    assert not warnings(caplog)
