@@ -9,16 +9,19 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
 from packed_weights import random_packed
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import driver, jit
 
 from optimum_arb.layout import all_layouts, layout_from_name
-from optimum_arb.ops.backends.triton import columns, gemm
+from optimum_arb.ops.backends.triton import columns, gemm, one_bit
 from optimum_arb.ops.backends.triton.dequantize import dequantize
+from optimum_arb.ops.backends.triton.prepack import join, prepack
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # layout, permuted, config
@@ -87,6 +90,17 @@ def disassemble(kernel) -> str:
         return subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
 
 
+def few_tokens(layout: str, tokens: int, permuted: bool, rows: tuple[int, ...], config: one_bit.DecodeConfig) -> None:
+    """Asks for the one-bit kernels of a product, of weights joined where there are several."""
+    x = torch.zeros(tokens, 320, dtype=torch.bfloat16)
+    parts = [prepack(random_packed(layout_from_name(layout), count, 320, permuted=permuted)) for count in rows]
+    bias = None if permuted else torch.zeros(sum(rows), dtype=torch.bfloat16)
+    weight = parts[0] if len(parts) == 1 else join(parts)
+    assert weight is not None
+    out = one_bit.decode(x, weight, bias, config, rows if len(rows) > 1 else None)
+    assert out.shape == (tokens * sum(rows),)
+
+
 def main() -> None:
     compiled = []
     launch = jit.JITFunction.run
@@ -107,6 +121,18 @@ def main() -> None:
             gemm.gemm(x, random_packed(layout_from_name(name), 272, 2048, permuted=permuted), config=config)
             overwritten = operands_overwritten(disassemble(compiled[-1 - (config.split_k > 1)][1]))
             assert not overwritten, f"{name} {config}: {overwritten[:4]}"
+    # no GPU to launch on, or to ask
+    CompiledKernel.__getitem__ = lambda self, grid: lambda *args, **options: None
+    torch.cuda.current_device = lambda: None
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
+    if "one_bit" in sys.argv:
+        few_tokens("planes-2-col", 1, True, (272,), one_bit.DecodeConfig())
+        few_tokens("planes-1", 2, False, (42, 7, 64), one_bit.DecodeConfig(warps=4, prefetch=False))
+        for name, kernel in compiled[-4:]:
+            assert ("BMMA" in disassemble(kernel)) == (name == "_decode"), name
+    if "one_bit_layouts" in sys.argv:
+        for layout in all_layouts():
+            few_tokens(layout.name, 4, True, (272,), one_bit.DecodeConfig(warps=4))
     if "portable" in sys.argv:
         gemm.gemm(
             x,

@@ -32,6 +32,17 @@ def test_fused(tmp_path):
     assert all(name in out for name in ("_shared_kernel", "_split_kernel", "_gather_kernel", "_sum_kernel"))
 
 
+def test_one_bit(tmp_path):
+    """The assembly is taken, and its products run on the tensor cores."""
+    out = compile_for_gpu("one_bit", cache=tmp_path)
+    assert out.startswith("4 kernels: _decode, _prepare")
+
+
+@pytest.mark.slow
+def test_one_bit_every_layout(tmp_path):
+    assert "_decode, _prepare" in compile_for_gpu("one_bit_layouts", cache=tmp_path)
+
+
 @pytest.mark.slow
 def test_every_form(tmp_path):
     assert "_gemm_kernel" in compile_for_gpu("more", "portable", cache=tmp_path)
