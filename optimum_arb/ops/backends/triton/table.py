@@ -20,6 +20,7 @@ import torch
 
 # Numbers of tokens that are tuned; a number between two of them takes the larger one's entry.
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+FEW_TOKENS = 4  # up to which the one-bit kernel computes
 TABLE_VERSION = 1
 
 
@@ -105,7 +106,7 @@ def _entries(name: str) -> tuple[Entry, ...]:
 
 @cache
 def lookup(device: torch.device, out_features: int, in_features: int, planes: int, tokens: int) -> Entry | None:
-    """The entry for this product on this device; None where no table knows the device.
+    """The entry of the nearest product on this device, by tokens, then planes, then shape; None where there is none.
 
     Args:
         device: a CUDA device.
@@ -114,7 +115,13 @@ def lookup(device: torch.device, out_features: int, in_features: int, planes: in
         planes: stored sign planes.
         tokens: M, of `TOKENS`.
     """
-    entries = [e for e in _entries(device_file(device)) if e.tokens == tokens]
+    entries = _entries(device_file(device))
+    few = [e for e in entries if (e.kernel == "one_bit") == (tokens <= FEW_TOKENS)]
+    sizes = {e.tokens for e in few}
+    if not sizes:
+        return None
+    nearest = min(sizes, key=lambda size: (abs(math.log2(size / tokens)), -size))
+    entries = tuple(e for e in few if e.tokens == nearest)
     same = [e for e in entries if e.planes == planes] or [
         e for e in entries if e.planes == max(x.planes for x in entries)
     ]
