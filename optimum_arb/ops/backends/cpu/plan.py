@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 
@@ -48,19 +48,37 @@ class Plan:
 
 @cache
 def plan_for(name: str) -> Plan:
-    """The plan of the layout of this name."""
+    """The plan of the layout of this name, with the salient columns' own planes and scales apart."""
     layout = layout_from_name(name)
+
+    def own(term: Term) -> bool:
+        return any(p >= layout.planes for p in term.planes) or (term.col is not None and term.col >= layout.col_scales)
+
+    terms = [term for term in layout.terms if not own(term)]
+    return Plan(*_with_variants(terms), tuple(term for term in layout.terms if own(term)))
+
+
+@cache
+def full_plan_for(name: str) -> Plan:
+    """The plan of the layout of this name with every term among `terms`, sorted by their planes.
+
+    The salient columns' own planes follow those of all columns, their own column scales those of all columns.
+    """
+    variants, terms = _with_variants(layout_from_name(name).terms)
+    return Plan(variants, tuple(sorted(terms, key=lambda term: term.planes)), ())
+
+
+def _with_variants(
+    terms: Iterable[Term],
+) -> tuple[tuple[tuple[int | None, Zone], ...], tuple[PlanTerm, ...]]:
     variants: dict[tuple[int | None, Zone], int] = {}
-    terms, salient = [], []
-    for term in layout.terms:
-        if any(p >= layout.planes for p in term.planes) or (term.col is not None and term.col >= layout.col_scales):
-            salient.append(term)
-            continue
+    found = []
+    for term in terms:
         variant = variants.setdefault((term.col, term.zone), len(variants))
         # with 1 for +1, the product of an even number of signs is the complement of the xor of their bits
         sign = -1.0 if term.planes and len(term.planes) % 2 == 0 else 1.0
-        terms.append(PlanTerm(sum(1 << p for p in term.planes), term.row, variant, sign * term.factor))
-    return Plan(tuple(variants), tuple(terms), tuple(salient))
+        found.append(PlanTerm(sum(1 << p for p in term.planes), term.row, variant, sign * term.factor))
+    return tuple(variants), tuple(found)
 
 
 @dataclass(frozen=True)
