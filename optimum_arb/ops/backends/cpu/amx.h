@@ -34,6 +34,19 @@ ALWAYS_INLINE AMX_TARGET void amx_expand_row(const problem_t *p, int64_t row, co
                                             amx_matrix(2), amx_matrix(1), amx_matrix(0));
     const int width = p->width;
     const int64_t whole = p->tiles - (p->last_bytes < width / 8);
+    /* the same columns of the next panel: the processor does not foresee 32 rows (a quarter of the time at one token) */
+    const uint8_t *next = p->weight + row * p->row_bytes + PANEL * p->row_bytes + from * p->planes * (width / 8);
+    for (int64_t ahead = 0; ahead < (to - from) * p->planes * (width / 8); ahead += 64)
+        __builtin_prefetch(next + ahead, 0, 2);
+    if (width == 128 && to <= whole && !(planes & (planes - 1)) && planes < 1 << p->planes) {
+        const uint8_t *at = next - PANEL * p->row_bytes + __builtin_ctz(planes) * 16;
+        for (int64_t t = from; t < to; t++, at += p->planes * 16, out += 4096) {
+            __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)at));
+            _mm512_store_si512(out, amx_signs(all, low));
+            _mm512_store_si512(out + 2048, amx_signs(all, high));
+        }
+        return;
+    }
     const signs_t signs = row_signs(p, row, own, planes);
     for (int64_t t = from; t < to; t++) {
         bytes_t bytes;
@@ -81,27 +94,21 @@ static AMX_TARGET void amx_place_token(const work_t *w, int64_t m, const int8_t 
     }
 }
 
-/* The products of the expanded signs of one packing tile, 32 rows, with 16 columns of x: `[32, 16]`. */
+/* The products of the expanded signs of one packing tile, 16 rows, with 16 columns of x: `[16, 16]`. */
 ALWAYS_INLINE AMX_TARGET void amx_products(const int8_t *signs, const int8_t *digits, int32_t *products, int width) {
     _tile_zero(0);
-    _tile_zero(1);
     _tile_loadd(4, digits, 64);
     _tile_loadd(2, signs, 64);
     _tile_dpbssd(0, 2, 4);
-    _tile_loadd(3, signs + 1024, 64);
-    _tile_dpbssd(1, 3, 4);
     if (width == 128) {
         _tile_loadd(5, digits + 1024, 64);
-        _tile_loadd(6, signs + 2048, 64);
-        _tile_dpbssd(0, 6, 5);
-        _tile_loadd(7, signs + 3072, 64);
-        _tile_dpbssd(1, 7, 5);
+        _tile_loadd(3, signs + 2048, 64);
+        _tile_dpbssd(0, 3, 5);
     }
     _tile_stored(0, products, 64);
-    _tile_stored(1, products + 256, 64);
 }
 
-/* The products of one panel with one batch of tokens over expanded tiles: sums[row][column] += scale * product. The
+/* The products of 16 rows with one batch of tokens over expanded tiles: sums[row][column] += scale * product. The
    matrix unit is one packing tile ahead of the scaling, `products` has room for two. */
 ALWAYS_INLINE AMX_TARGET void amx_batch(const problem_t *p, const group_t *group, int64_t from, int64_t to,
                                         const int8_t *signs, const int8_t *digits, const float *scales,
@@ -110,24 +117,28 @@ ALWAYS_INLINE AMX_TARGET void amx_batch(const problem_t *p, const group_t *group
     const int64_t stride = p->blocks * p->row_scales;
     const __m512i index = _mm512_loadu_si512(group->row);
     const __mmask16 kept = p->row_scales >= 16 ? 0xffff : (1 << p->row_scales) - 1;
+    __m512 sum[16];
+#pragma GCC unroll 16
+    for (int row = 0; row < 16; row++) sum[row] = _mm512_load_ps(sums + row * 16);
     amx_products(signs, digits + from * width * 16, products, width);
     for (int64_t t = from; t < to; t++) {
-        const int32_t *current = products + (t - from) % 2 * PANEL * 16;
+        const int32_t *current = products + (t - from) % 2 * 256;
         if (t + 1 < to)
-            amx_products(signs + (t + 1 - from) * width * 32, digits + (t + 1) * width * 16,
-                         products + (t + 1 - from) % 2 * PANEL * 16, width);
+            amx_products(signs + (t + 1 - from) * width * PANEL, digits + (t + 1) * width * 16,
+                         products + (t + 1 - from) % 2 * 256, width);
         const __m512 scale = _mm512_load_ps(scales + t * 16);
         const float *row_scale = row_scales + t / p->tiles_per_block * p->row_scales;
         if (one_scale) row_scale += group->row[0];
-#pragma GCC unroll 8
-        for (int row = 0; row < PANEL; row++) {
+#pragma GCC unroll 16
+        for (int row = 0; row < 16; row++) {
             __m512 factor = one_scale ? _mm512_set1_ps(row_scale[row * stride])
                                       : _mm512_permutexvar_ps(index, _mm512_maskz_loadu_ps(kept, row_scale + row * stride));
             __m512 product = _mm512_cvtepi32_ps(_mm512_load_si512(current + row * 16));
-            __m512 sum = _mm512_load_ps(sums + row * 16);
-            _mm512_store_ps(sums + row * 16, _mm512_fmadd_ps(product, _mm512_mul_ps(scale, factor), sum));
+            sum[row] = _mm512_fmadd_ps(product, _mm512_mul_ps(scale, factor), sum[row]);
         }
     }
+#pragma GCC unroll 16
+    for (int row = 0; row < 16; row++) _mm512_store_ps(sums + row * 16, sum[row]);
 }
 
 /* Rows of panel `panel` for all tokens of the chunk. */
@@ -137,7 +148,7 @@ static AMX_TARGET void amx_panel(const work_t *w, int64_t panel, uint8_t *scratc
     const int64_t rows = padded < PANEL ? padded : PANEL;
     int8_t *signs = (int8_t *)scratch;
     int32_t *products = (int32_t *)(signs + EXPANDED * MAX_TILE * PANEL);
-    float *sums = (float *)(products + 2 * PANEL * 16);
+    float *sums = (float *)(products + 2 * 256);
     float *out = sums + w->amx_sums; /* [tokens, PANEL] */
     float *row_scales = out + w->tokens * PANEL;
     uint8_t *own = scratch + w->own_offset;
@@ -178,13 +189,17 @@ static AMX_TARGET void amx_panel(const work_t *w, int64_t panel, uint8_t *scratc
             for (int64_t b = 0; b < batches; b++) {
                 const int8_t *digits = w->amx_digits + group->digits_offset + b * p->tiles * p->width * 16;
                 const float *scales = w->amx_scales + group->scales_offset + b * p->tiles * 16;
-                float *sum = sums + b * PANEL * 16;
-                if (p->width == 128 && group->count == 1)
-                    amx_batch(p, group, from, to, signs, digits, scales, row_scales, products, sum, 128, 1);
-                else if (p->width == 128)
-                    amx_batch(p, group, from, to, signs, digits, scales, row_scales, products, sum, 128, 0);
-                else
-                    amx_batch(p, group, from, to, signs, digits, scales, row_scales, products, sum, 64, 0);
+                for (int half = 0; half < 2; half++) {
+                    float *sum = sums + (b * PANEL + half * 16) * 16;
+                    const float *of_half = row_scales + half * 16 * count;
+                    const int8_t *from_half = signs + half * 1024;
+                    if (p->width == 128 && group->count == 1)
+                        amx_batch(p, group, from, to, from_half, digits, scales, of_half, products, sum, 128, 1);
+                    else if (p->width == 128)
+                        amx_batch(p, group, from, to, from_half, digits, scales, of_half, products, sum, 128, 0);
+                    else
+                        amx_batch(p, group, from, to, from_half, digits, scales, of_half, products, sum, 64, 0);
+                }
             }
         }
         if (g + 1 < w->group_count && group[1].tokens == group->tokens && group[1].count == group->count) continue;

@@ -31,7 +31,7 @@ static TARGET void NAME(dequantize_row)(const dequantize_problem_t *p, int64_t r
         const uint8_t *tile = p->weight + row * p->row_bytes + i * p->planes * p->tile_bytes;
         int nbytes = i + 1 < p->tiles ? p->tile_bytes : p->last_bytes;
         const float *row_scales = scales + i / p->tiles_per_block * p->row_scales;
-        float *out = p->out + (row * p->tiles + i) * TILE_FLOATS;
+        float out[TILE_FLOATS] __attribute__((aligned(64)));
         for (int t = 0; t < p->term_count; t++) {
             const term_t *term = p->terms + t;
             const float *columns = p->columns + (term->variant * p->tiles + i) * TILE_FLOATS;
@@ -51,6 +51,7 @@ static TARGET void NAME(dequantize_row)(const dequantize_problem_t *p, int64_t r
                 }
             }
         }
+        store_floats(p->out, p->out_type, (row * p->tiles + i) * TILE_FLOATS, TILE_FLOATS, out);
     }
 }
 

@@ -38,7 +38,8 @@ typedef struct {
 
 /* A salient column's bit among the salient columns' own planes, and where it goes among the planes of all columns. */
 typedef struct {
-    uint32_t from, to;
+    uint32_t from, to; /* bytes, of the first plane */
+    uint16_t step;     /* bytes from plane to plane */
     uint8_t from_bit, to_bit;
 } own_bit_t;
 
@@ -130,16 +131,10 @@ static void unpack_own(const work_t *w, int64_t row, uint8_t *to) {
     const int64_t bytes = p->tiles * (p->width / 8);
     if (!w->own_planes) return;
     memset(to, 0, w->own_planes * bytes);
-    for (int plane = 0; plane < w->own_planes; plane++) {
-        const int64_t whole = p->salient / p->width, left = (p->salient - whole * p->width + 7) / 8;
-        for (int64_t s = 0; s < p->salient; s++) {
-            const own_bit_t *at = w->own_bits + s;
-            int64_t tile = at->from / (p->width / 8), nbytes = tile < whole ? p->width / 8 : left;
-            const uint8_t *from = p->salient_weight + row * p->salient_bytes + at->from +
-                                  tile * (p->width / 8) * (w->own_planes - 1) + plane * nbytes;
-            to[plane * bytes + at->to] |= (*from >> at->from_bit & 1) << at->to_bit;
-        }
-    }
+    const uint8_t *from = p->salient_weight + row * p->salient_bytes;
+    for (int plane = 0; plane < w->own_planes; plane++)
+        for (const own_bit_t *at = w->own_bits; at < w->own_bits + p->salient; at++)
+            to[plane * bytes + at->to] |= (from[at->from + plane * at->step] >> at->from_bit & 1) << at->to_bit;
 }
 
 /* The weight, or a part of it, in float32; columns are prepared by the caller, tile by tile. */
@@ -151,10 +146,11 @@ typedef struct {
     const float *columns;    /* [variants, tiles, 8, 16]: column scale times zone, 0 where a tile has no such column */
     const term_t *terms;
     float *scales;           /* scratch [threads, blocks * row_scales] */
-    float *out;              /* [rows, tiles, 8, 16] */
+    void *out;               /* [rows, tiles, 8, 16], of out_type */
     int64_t rows, row_bytes, tiles, tiles_per_block, blocks;
     int32_t row_scale_type, row_scales, term_count, planes;
     int32_t tile_bytes, last_bytes; /* of a plane of a whole tile, and of the last one */
+    int32_t out_type;
     int32_t threads;
 } dequantize_problem_t;
 
@@ -196,11 +192,9 @@ ALWAYS_INLINE bytes_t load_bytes(const uint8_t *tile, int nbytes, int32_t planes
 
 #define NAME(name) name##_avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
-#define WIDTH 16
 #include "prepare.h"
-#include "dequantize.h"
+#include "dequantize_avx512.h"
 #include "avx512.h"
-#undef WIDTH
 #undef NAME
 #undef TARGET
 
@@ -275,6 +269,15 @@ int arb_supported(int index) {
 #endif
 }
 
+/* Whether the processor multiplies bfloat16 faster than float32. */
+int arb_bfloat16(void) {
+#if X86
+    return x86_bfloat16();
+#else
+    return 0;
+#endif
+}
+
 #ifdef _OPENMP
 extern int omp_get_thread_num(void);
 extern int omp_get_num_threads(void);
@@ -342,7 +345,7 @@ int arb_linear(const problem_t *p, int index) {
     const int64_t own_row = p->tiles * (p->width / 8) * work.own_planes;
     int64_t rows_bytes;
     if (amx)
-        work.own_offset = align64(EXPANDED * MAX_TILE * PANEL + (2 * PANEL * 16 + work.amx_sums + chunk * PANEL +
+        work.own_offset = align64(EXPANDED * MAX_TILE * PANEL + (2 * 256 + work.amx_sums + chunk * PANEL +
                                                     PANEL * scale_count + 16) * sizeof(float));
     else
         work.own_offset = align64((scale_count + p->term_count * DIRECT_TOKENS * p->tiles) * sizeof(float));
@@ -362,6 +365,9 @@ int arb_linear(const problem_t *p, int index) {
     for (int64_t s = 0; work.own_planes && s < p->salient; s++) {
         own_bit_t *own = work.own_bits + s;
         find_bit(s, p->salient, p->width, &own->from, &own->from_bit);
+        const int64_t tile = s / p->width * p->width, left = (p->salient - tile + 7) / 8;
+        own->step = left < p->width / 8 ? left : p->width / 8;
+        own->from += tile / 8 * (work.own_planes - 1);
         find_bit(load_index(p->salient_columns, p->salient_columns_bytes, s), p->columns, p->width, &own->to, &own->to_bit);
     }
 
@@ -372,7 +378,7 @@ int arb_linear(const problem_t *p, int index) {
     for (int64_t first = 0; first < p->m; first += chunk) {
         work.first_token = first;
         work.tokens = p->m - first < chunk ? p->m - first : chunk;
-        int64_t next_token = 0, next_step = 0;
+        int64_t next_token = 0;
 #pragma omp parallel num_threads(p->threads)
         {
             uint8_t *scratch = at + omp_get_thread_num() * thread_bytes;
@@ -393,7 +399,10 @@ int arb_linear(const problem_t *p, int index) {
 #if X86
             if (amx) amx_start();
 #endif
-            for (int64_t i; (i = __atomic_fetch_add(&next_step, 1, __ATOMIC_RELAXED)) < steps;) {
+            /* each thread has the same rows in every call, so that they stay in its cache where they fit */
+            const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+            const int64_t last_step = steps * (thread + 1) / threads;
+            for (int64_t i = steps * thread / threads; i < last_step; i++) {
                 int64_t start = i * step, stop = start + step < p->rows ? start + step : p->rows;
                 if (!amx) kernel->direct(&work, start, stop, scratch);
 #if X86

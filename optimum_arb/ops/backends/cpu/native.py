@@ -60,7 +60,7 @@ class _Dequantize(ctypes.Structure):
     _fields_ = (
         *_fields(ctypes.c_void_p, "weight row_scale columns terms scales out"),
         *_fields(ctypes.c_int64, "rows row_bytes tiles tiles_per_block blocks"),
-        *_fields(ctypes.c_int32, "row_scale_type row_scales term_count planes tile_bytes last_bytes threads"),
+        *_fields(ctypes.c_int32, "row_scale_type row_scales term_count planes tile_bytes last_bytes out_type threads"),
     )
 
 
@@ -114,6 +114,13 @@ def kernels() -> dict[str, int]:
 def best_kernel() -> str:
     """The fastest kernel of this machine: "amx", "avx512-vnni", "avx-vnni", "avx2", "dotprod", "neon" or "portable"."""
     return list(kernels())[-1]
+
+
+@lru_cache(maxsize=1)
+def multiplies_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices faster than float32 ones."""
+    library = load()
+    return library is not None and bool(library.arb_bfloat16())
 
 
 @cache
@@ -254,7 +261,8 @@ def dequantize(
     out: torch.Tensor,
     kernel: str | None = None,
 ) -> torch.Tensor:
-    """The plan's terms as a weight, in the order of `Tiles.split`, written to `out`, float32 `[N, tiles * 128]`.
+    """The plan's terms as a weight, in the order of `Tiles.split`, written to `out`, float32, bfloat16 or float16
+    `[N, tiles * 128]`.
 
     Args:
         columns: float32 `[1, variants, tiles, 8, 16]`, contiguous, from `prepare_columns` of a row of ones.
@@ -293,6 +301,7 @@ def dequantize(
         planes=packed.layout.planes,
         tile_bytes=tiles.width // 8,
         last_bytes=tiles.last_bytes,
+        out_type=_TYPES[out.dtype],
         threads=threads,
     )
     library.arb_dequantize(ctypes.byref(problem), kernels()[best_kernel() if kernel is None else kernel])

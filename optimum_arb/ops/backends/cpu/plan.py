@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 
@@ -12,6 +12,33 @@ import torch
 from ....layout import Term, Zone, layout_from_name
 from ....packing import tile_width
 from ..packed import PackedWeight
+
+# Without the native kernels: terms times rows of x up to which signs are looked up, and the rows for which they always
+# are. At 4096x4096 on one core a look-up takes 4 ms a term and row, dequantizing and multiplying 40 ms a term.
+LOOKUP_TERMS = 8
+LOOKUP_ROWS = 2
+DIRECT_ROWS = {"avx512-vnni": 4, "avx-vnni": 8, "avx2": 8, "dotprod": 8, "neon": 8, "portable": 4}
+AMX_ROWS = {torch.float32: 2**30, torch.float16: 2**30, torch.bfloat16: 32}
+
+
+def choose_kernel(kernels: Container[str], name: str, rows: int, dtype: torch.dtype) -> str | None:
+    """The native kernel for this many rows of x, or None to dequantize the weight and multiply.
+
+    Args:
+        kernels: those of this machine, from the slowest to the fastest.
+        name: the layout's.
+        rows: of x.
+        dtype: of x.
+    """
+    plan = full_plan_for(name)
+    terms = len([term for term in plan.terms if term.planes])
+    matrices = len({term.planes for term in plan.terms if term.planes})
+    direct = next(kernel for kernel in DIRECT_ROWS if kernel in kernels)
+    if rows <= max(1, DIRECT_ROWS[direct] // terms):
+        return direct
+    if "amx" in kernels and rows <= AMX_ROWS[dtype] // matrices:
+        return "amx"
+    return None
 
 
 @dataclass(frozen=True)
