@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch.nn.functional import linear as linear_of
 
 from ....packing import tile_width
 from .. import reference
@@ -26,8 +27,8 @@ from .plan import (
 )
 from .salient import salient_weight
 
-# Values of a dequantized chunk of the weight: 8 MiB of float32, which stay in the cache until they are multiplied.
-CHUNK_FLOATS = 2**21
+# Values of a dequantized chunk of the weight: 4 MiB of float32, which stay in the cache until they are multiplied.
+CHUNK_FLOATS = 2**20
 
 
 def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -57,9 +58,11 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> 
         direct = rows.shape[0] <= max(LOOKUP_ROWS, LOOKUP_TERMS // terms)
     if packed.permutation is not None:
         rows = rows.index_select(1, packed.permutation[0].int())
-    out = _looked_up(rows.float(), packed) if direct else _dequantized(rows, packed)
-    if bias is not None:
-        out += bias
+    if direct:
+        out = _looked_up(rows.float(), packed)
+        out = out if bias is None else out + bias
+    else:
+        out = _dequantized(rows, packed, bias)
     return out.to(x.dtype).view(*x.shape[:-1], packed.out_features)
 
 
@@ -99,18 +102,21 @@ def _looked_up(rows: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
     return out
 
 
-def _dequantized(rows: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
-    """float32 `[M, N]` from chunks of the dequantized weight, multiplied in x's dtype or float32."""
+def _dequantized(rows: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """`[M, N]` from chunks of the dequantized weight, in float32 or, where that is faster, in the bfloat16 of x."""
     dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 and native.multiplies_bfloat16() else torch.float32
     rows = rows.to(dtype)
     x = _enter_kernel_order(rows, _tiles(packed))
-    out = torch.empty(rows.shape[0], packed.out_features)
+    bias = None if bias is None else bias.to(dtype)
+    out = torch.empty(rows.shape[0], packed.out_features, dtype=dtype)
     at = None
     for start, stop, weight, salient in _chunks(packed, dtype):
-        out[:, start:stop] = x @ weight.T
-        if salient is not None:
-            at = rows.index_select(1, _salient_index(packed)).float() if at is None else at
-            out[:, start:stop] += at @ salient.T
+        if salient is None:
+            out[:, start:stop] = linear_of(x, weight, None if bias is None else bias[start:stop])
+            continue
+        at = rows.index_select(1, _salient_index(packed)).float() if at is None else at
+        part = linear_of(x, weight).float() + at @ salient.T
+        out[:, start:stop] = part if bias is None else part + bias[start:stop]
     return out
 
 

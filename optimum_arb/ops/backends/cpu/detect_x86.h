@@ -29,7 +29,8 @@ static int x86_supported(const char *name) {
     if (!strcmp(name, "avx2")) return avx2;
     if (!strcmp(name, "avx-vnni")) return avx2 && a7_1 >> 4 & 1;
     if (!strcmp(name, "avx512-vnni")) return vnni;
-    return vnni && c7 >> 8 & 1 && d7 >> 24 & 1 && d7 >> 25 & 1 && (state >> 17 & 3) == 3 && amx_permitted();
+    const int bfloat = a7_1 >> 5 & 1; /* conversions to it: every processor with the matrix unit has them */
+    return vnni && bfloat && c7 >> 8 & 1 && d7 >> 24 & 1 && d7 >> 25 & 1 && (state >> 17 & 3) == 3 && amx_permitted();
 }
 
 static int x86_bfloat16(void) {

@@ -198,6 +198,14 @@ ALWAYS_INLINE bytes_t load_bytes(const uint8_t *tile, int nbytes, int32_t planes
 #undef NAME
 #undef TARGET
 
+#define NAME(name) name##_bfloat
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")))
+#define WITH_BFLOAT
+#include "dequantize_avx512.h"
+#undef WITH_BFLOAT
+#undef NAME
+#undef TARGET
+
 #include "amx.h"
 #endif
 
@@ -239,7 +247,7 @@ static const kernels_t kernels[] = {
     {"avx2", prepare_token_avx2, direct_avx2, dequantize_row_avx2},
     {"avx-vnni", prepare_token_avx2, direct_avxvnni, dequantize_row_avx2},
     {"avx512-vnni", prepare_token_avx512, direct_avx512, dequantize_row_avx512},
-    {"amx", prepare_token_avx512, NULL, dequantize_row_avx512},
+    {"amx", prepare_token_avx512, NULL, dequantize_row_bfloat},
 #endif
 #if defined(__aarch64__)
     {"neon", prepare_token_neon, direct_neon, dequantize_row_neon},

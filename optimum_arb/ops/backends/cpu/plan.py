@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 
@@ -17,28 +17,36 @@ from ..packed import PackedWeight
 # are. At 4096x4096 on one core a look-up takes 4 ms a term and row, dequantizing and multiplying 40 ms a term.
 LOOKUP_TERMS = 8
 LOOKUP_ROWS = 2
-DIRECT_ROWS = {"avx512-vnni": 4, "avx-vnni": 8, "avx2": 8, "dotprod": 8, "neon": 8, "portable": 4}
-AMX_ROWS = {torch.float32: 2**30, torch.float16: 2**30, torch.bfloat16: 32}
+# Terms times rows of x up to which a processor without a matrix unit sums digits; above, the weight is dequantized.
+# Measured at 4096x4096 on one core of a Xeon with AVX-512: 0.4 to 0.7 ms a term and row, dequantizing 2.5 to 5 ms.
+DIRECT_TERMS = 12
+# Milliseconds at 4096x4096 on that core: the matrix unit on digits, a row and sign matrix; dequantizing and multiplying,
+# whatever the rows, and a row. Both scale with the size of the weight.
+AMX_COSTS = {
+    torch.float32: (0.115, 16.0, 0.25),
+    torch.float16: (0.075, 14.0, 0.26),
+    torch.bfloat16: (0.075, 4.0, 0.045),
+}
 
 
-def choose_kernel(kernels: Container[str], name: str, rows: int, dtype: torch.dtype) -> str | None:
+def choose_kernel(kernels: Collection[str], name: str, rows: int, dtype: torch.dtype) -> str | None:
     """The native kernel for this many rows of x, or None to dequantize the weight and multiply.
 
     Args:
         kernels: those of this machine, from the slowest to the fastest.
         name: the layout's.
         rows: of x.
-        dtype: of x.
+        dtype: float32, float16 or bfloat16.
     """
-    plan = full_plan_for(name)
-    terms = len([term for term in plan.terms if term.planes])
-    matrices = len({term.planes for term in plan.terms if term.planes})
-    direct = next(kernel for kernel in DIRECT_ROWS if kernel in kernels)
-    if rows <= max(1, DIRECT_ROWS[direct] // terms):
-        return direct
-    if "amx" in kernels and rows <= AMX_ROWS[dtype] // matrices:
-        return "amx"
-    return None
+    terms = [term for term in full_plan_for(name).terms if term.planes]
+    direct = [kernel for kernel in kernels if kernel != "amx"][-1]
+    if rows <= 1:
+        return direct  # at two planes 1.34 ms, and 1.57 on the matrix unit
+    if "amx" not in kernels:
+        return direct if rows * len(terms) <= DIRECT_TERMS else None
+    digits, fixed, multiplied = AMX_COSTS[dtype]
+    matrices = len({term.planes for term in terms})
+    return "amx" if matrices * rows * digits <= fixed + rows * multiplied else None
 
 
 @dataclass(frozen=True)
