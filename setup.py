@@ -4,6 +4,8 @@ A plain C object without Python or torch headers, loaded through ctypes by optim
 no compiler can build it, the installation goes on without it.
 """
 
+from pathlib import Path
+
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, CompileError
@@ -31,8 +33,8 @@ setup(
         Extension(
             "optimum_arb.ops.backends.cpu._native",
             sources=[FOLDER + "native.c"],
-            depends=[FOLDER + "rows.h"],
-            extra_compile_args=["-O3", "-std=gnu11", "-fopenmp", "-Wno-psabi"],
+            depends=[str(path) for path in Path(FOLDER).glob("*.h")],
+            extra_compile_args=["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-Wno-psabi"],
             optional=True,
         )
     ],

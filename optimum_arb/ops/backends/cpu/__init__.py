@@ -9,25 +9,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch.nn.functional import linear as linear_of
 
 from ....packing import tile_width
 from .. import reference
 from ..packed import PackedWeight
 from . import lookup, native
-from .plan import Tiles, plan_for, prepare_columns, row_chunks, tiles_for
+from .plan import (
+    LOOKUP_ROWS,
+    LOOKUP_TERMS,
+    Tiles,
+    choose_kernel,
+    plan_for,
+    prepare_columns,
+    row_chunks,
+    tiles_for,
+)
 from .salient import salient_weight
 
-# Terms times rows of x up to which the packed bits are summed directly, and the rows that always are.
-# Measured at 4096x4096 on a core with AVX-512: directly, 1.1 ms a term and row (plain torch: 4);
-# dequantizing and multiplying, 3 ms and 2 a term and 0.7 a row (plain torch: 40 a term).
-DIRECT_TERMS = 8
-DIRECT_ROWS = 2
-# Values of a dequantized chunk of the weight: 8 MiB of float32, which stay in the cache until they are multiplied.
-CHUNK_FLOATS = 2**21
+# Values of a dequantized chunk of the weight: 4 MiB of float32, which stay in the cache until they are multiplied.
+CHUNK_FLOATS = 2**20
 
 
 def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """`x W^T + bias` in float32, cast to x's dtype; float64 x takes the reference backend.
+    """`x W^T + bias`, accumulated in float32 and rounded to x's dtype once; float64 x takes the reference backend.
+
+    The columns of x enter the native kernels as block fixed point of 24 bits (float32) or 16 (half precision); the
+    dequantized weight of long half-precision inputs is rounded to their dtype where the processor multiplies that faster.
 
     Args:
         x: `[..., K]`, floating, on the CPU.
@@ -37,18 +45,24 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> 
     Returns:
         `[..., N]`, of x's dtype.
     """
-    if x.dtype == torch.float64:
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return reference.linear(x, packed, bias)
-    rows = x.reshape(-1, packed.in_features).float()
+    rows = x if x.dim() == 2 else x.reshape(-1, packed.in_features)
+    if native.load() is not None:
+        kernel = choose_kernel(native.kernels(), packed.layout.name, rows.shape[0], x.dtype)
+        if kernel is not None:
+            return native.linear(rows, packed, bias, kernel).view(*x.shape[:-1], packed.out_features)
+        direct = False
+    else:
+        terms = len(plan_for(packed.layout.name).terms)
+        direct = rows.shape[0] <= max(LOOKUP_ROWS, LOOKUP_TERMS // terms)
     if packed.permutation is not None:
         rows = rows.index_select(1, packed.permutation[0].int())
-    terms = len(plan_for(packed.layout.name).terms)
-    if rows.shape[0] <= max(DIRECT_ROWS, DIRECT_TERMS // terms):
-        out = _direct(rows, packed)
+    if direct:
+        out = _looked_up(rows.float(), packed)
+        out = out if bias is None else out + bias
     else:
-        out = _dequantized(rows, packed)
-    if bias is not None:
-        out += bias
+        out = _dequantized(rows, packed, bias)
     return out.to(x.dtype).view(*x.shape[:-1], packed.out_features)
 
 
@@ -74,16 +88,13 @@ def input_grad(grad: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
     return out.to(grad.dtype).view(*grad.shape[:-1], packed.in_features)
 
 
-def _direct(rows: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
-    """float32 `[M, N]` from the packed bits."""
+def _looked_up(rows: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
+    """float32 `[M, N]` from the packed bits in plain torch."""
     plan, tiles = plan_for(packed.layout.name), _tiles(packed)
     columns = prepare_columns(rows, packed, plan, tiles)
-    if native.load() is not None:
-        out = native.linear(columns, packed, plan, tiles)
-    else:
-        out = torch.empty(rows.shape[0], packed.out_features)
-        for start, stop in row_chunks(packed.out_features, packed.in_features, CHUNK_FLOATS):
-            out[:, start:stop] = lookup.linear(columns, packed.rows(start, stop), plan, tiles)
+    out = torch.empty(rows.shape[0], packed.out_features)
+    for start, stop in row_chunks(packed.out_features, packed.in_features, CHUNK_FLOATS):
+        out[:, start:stop] = lookup.linear(columns, packed.rows(start, stop), plan, tiles)
     if plan.salient_terms:
         at = rows.index_select(1, _salient_index(packed))
         for start, stop in row_chunks(packed.out_features, at.shape[1], CHUNK_FLOATS):
@@ -91,21 +102,28 @@ def _direct(rows: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
     return out
 
 
-def _dequantized(rows: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
-    """float32 `[M, N]` from chunks of the dequantized weight."""
+def _dequantized(rows: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """`[M, N]` from chunks of the dequantized weight, in float32 or, where that is faster, in the bfloat16 of x."""
+    dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 and native.multiplies_bfloat16() else torch.float32
+    rows = rows.to(dtype)
     x = _enter_kernel_order(rows, _tiles(packed))
-    out = torch.empty(rows.shape[0], packed.out_features)
+    bias = None if bias is None else bias.to(dtype)
+    out = torch.empty(rows.shape[0], packed.out_features, dtype=dtype)
     at = None
-    for start, stop, weight, salient in _chunks(packed):
-        out[:, start:stop] = x @ weight.T
-        if salient is not None:
-            at = rows.index_select(1, _salient_index(packed)) if at is None else at
-            out[:, start:stop] += at @ salient.T
+    for start, stop, weight, salient in _chunks(packed, dtype):
+        if salient is None:
+            out[:, start:stop] = linear_of(x, weight, None if bias is None else bias[start:stop])
+            continue
+        at = rows.index_select(1, _salient_index(packed)).float() if at is None else at
+        part = linear_of(x, weight).float() + at @ salient.T
+        out[:, start:stop] = part if bias is None else part + bias[start:stop]
     return out
 
 
-def _chunks(packed: PackedWeight) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor | None]]:
-    """Rows `start` to `stop` of the weight in kernel order, and what the salient columns have beside it.
+def _chunks(
+    packed: PackedWeight, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor | None]]:
+    """Rows `start` to `stop` of the weight in kernel order and `dtype`, and what the salient columns have beside it.
 
     Each weight may be written over by the next: one buffer for all, since fresh pages cost as much as filling them.
     """
@@ -118,8 +136,8 @@ def _chunks(packed: PackedWeight) -> Iterator[tuple[int, int, torch.Tensor, torc
         if native.load() is None:
             weight = lookup.dequantize(columns, part, plan, tiles)
         else:
-            buffer = torch.empty(stop - start, width) if buffer is None else buffer
-            weight = native.dequantize(columns, part, plan, tiles, buffer[: stop - start])
+            buffer = torch.empty(stop - start, width, dtype=dtype) if buffer is None else buffer
+            weight = native.dequantize(columns, part, tiles, buffer[: stop - start])
         yield start, stop, weight, salient
 
 

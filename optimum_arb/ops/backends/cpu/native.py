@@ -10,38 +10,57 @@ from pathlib import Path
 
 import torch
 
+from ....layout import layout_from_name
+from ....packing import packed_bytes
 from ..packed import PackedWeight
-from .plan import Plan, Tiles, plan_for
+from .plan import Plan, Tiles, full_plan_for, plan_for, tiles_for
 
 LANES = 16
 # Signs that one thread sums in about 5 microseconds, which is what waking another one costs.
 _SIGNS_PER_THREAD = 2**18
-_SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_ZONES = {"all": 0, "rest": 1, "salient": 2}
+
+
+def _fields(kind: type, names: str) -> tuple[tuple[str, type], ...]:
+    return tuple((name, kind) for name in names.split())
+
+
+class _Variant(ctypes.Structure):
+    _fields_ = _fields(ctypes.c_int32, "col own zone")
 
 
 class _Term(ctypes.Structure):
+    _fields_ = (*_fields(ctypes.c_int32, "planes row variant"), ("factor", ctypes.c_float))
+
+
+class _Linear(ctypes.Structure):
+    """`problem_t` of native.h, field by field."""
+
     _fields_ = (
-        ("planes", ctypes.c_int32),
-        ("row", ctypes.c_int32),
-        ("variant", ctypes.c_int32),
-        ("factor", ctypes.c_float),
+        *_fields(
+            ctypes.c_void_p,
+            "x weight row_scale col_scale permutation salient_columns salient_weight salient_col_scale bias out "
+            "variants terms",
+        ),
+        *_fields(
+            ctypes.c_int64, "m rows columns salient row_bytes salient_bytes tiles tiles_per_block blocks"
+        ),
+        *_fields(
+            ctypes.c_int32,
+            "x_type row_scale_type col_scale_type salient_col_scale_type bias_type permutation_bytes "
+            "salient_columns_bytes planes row_scales variant_count term_count width last_bytes digits threads",
+        ),
     )
 
 
-class _Problem(ctypes.Structure):
-    """`problem_t` of native.c, field by field."""
+class _Dequantize(ctypes.Structure):
+    """`dequantize_problem_t` of native.c, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "row_scale", "columns", "sums", "terms", "scales", "out")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("rows", "m", "out_stride", "row_bytes", "tiles", "tiles_per_block", "blocks")
-        ),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("scale_type", "row_scales", "variants", "term_count", "planes", "tile_bytes", "last_bytes")
-        ),
-        ("threads", ctypes.c_int32),
+        *_fields(ctypes.c_void_p, "weight row_scale columns terms scales out"),
+        *_fields(ctypes.c_int64, "rows row_bytes tiles tiles_per_block blocks"),
+        *_fields(ctypes.c_int32, "row_scale_type row_scales term_count planes tile_bytes last_bytes out_type threads"),
     )
 
 
@@ -73,107 +92,217 @@ def _open(path: Path) -> ctypes.CDLL:
         # a torch that keeps its OpenMP library to itself: load one (the same file where the name is the same)
         ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
         library = ctypes.CDLL(str(path))
-    for function in (library.arb_linear, library.arb_dequantize):
-        function.argtypes = (ctypes.POINTER(_Problem), ctypes.c_int)
-        function.restype = None
-    library.arb_instruction_set.restype = ctypes.c_int
+    library.arb_linear.argtypes = (ctypes.POINTER(_Linear), ctypes.c_int)
+    library.arb_linear.restype = ctypes.c_int
+    library.arb_dequantize.argtypes = (ctypes.POINTER(_Dequantize), ctypes.c_int)
+    library.arb_dequantize.restype = None
+    library.arb_kernel_name.restype = ctypes.c_char_p
     return library
 
 
 @lru_cache(maxsize=1)
-def best_instruction_set() -> int:
-    """0 what the compiler assumes, 1 AVX2, 2 AVX-512BW; 0 without the native kernels."""
+def kernels() -> dict[str, int]:
+    """The kernels that this machine can run, from the slowest to the fastest, by name; none without the extension."""
     library = load()
-    return library.arb_instruction_set() if library is not None else 0
+    if library is None:
+        return {}
+    found = {library.arb_kernel_name(i).decode(): i for i in range(library.arb_kernel_count())}
+    return {name: index for name, index in found.items() if library.arb_supported(index)}
+
+
+@lru_cache(maxsize=1)
+def best_kernel() -> str:
+    """The fastest kernel of this machine: "amx", "avx512-vnni", "avx-vnni", "avx2", "dotprod", "neon" or "portable"."""
+    return list(kernels())[-1]
+
+
+@lru_cache(maxsize=1)
+def multiplies_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices faster than float32 ones."""
+    library = load()
+    return library is not None and bool(library.arb_bfloat16())
 
 
 @cache
-def _terms(name: str) -> ctypes.Array:
-    terms = plan_for(name).terms
-    return (_Term * len(terms))(*(_Term(t.planes, t.row, t.variant, t.factor) for t in terms))
+def _plan(name: str) -> tuple[ctypes.Array, ctypes.Array]:
+    """Variants and terms of the layout of this name."""
+    layout, plan = layout_from_name(name), full_plan_for(name)
+    variants = []
+    for col, zone in plan.variants:
+        own = col is not None and col >= layout.col_scales
+        index = -1 if col is None else col - layout.col_scales * own
+        variants.append(_Variant(index, own, _ZONES[zone]))
+    return (_Variant * len(variants))(*variants), _terms(plan)
+
+
+def _terms(plan: Plan) -> ctypes.Array:
+    return (_Term * len(plan.terms))(*(_Term(t.planes, t.row, t.variant, t.factor) for t in plan.terms))
+
+
+@cache
+def _dequantize_terms(name: str) -> ctypes.Array:
+    return _terms(plan_for(name))
+
+
+@lru_cache(maxsize=4096)
+def _described(
+    name: str,
+    block_size: int,
+    rows: int,
+    columns: int,
+    salient: int,
+    types: tuple[torch.dtype | None, ...],
+) -> bytes:
+    """The part of a `_Linear` that does not change from call to call; `types` are those of its `_type` fields, then of
+    the permutation and the salient columns."""
+    layout, tiles = layout_from_name(name), tiles_for(columns, block_size, LANES)
+    variants, terms = _plan(name)
+    x, row, col, own, bias = (_TYPES[torch.float32 if dtype is None else dtype] for dtype in types[:5])
+    permutation, index = (0 if dtype is None else dtype.itemsize for dtype in types[5:])
+    return bytes(
+        _Linear(
+            variants=ctypes.addressof(variants),
+            terms=ctypes.addressof(terms),
+            rows=rows,
+            columns=columns,
+            salient=salient,
+            row_bytes=layout.planes * packed_bytes(columns, tiles.width),
+            salient_bytes=layout.salient_planes * packed_bytes(salient, tiles.width),
+            tiles=tiles.count,
+            tiles_per_block=tiles.per_block,
+            blocks=tiles.blocks,
+            x_type=x,
+            row_scale_type=row,
+            col_scale_type=col,
+            salient_col_scale_type=own,
+            bias_type=bias,
+            permutation_bytes=permutation,
+            salient_columns_bytes=index,
+            planes=layout.planes,
+            row_scales=layout.row_scales,
+            variant_count=len(variants),
+            term_count=len(terms),
+            width=tiles.width,
+            last_bytes=tiles.last_bytes,
+            digits=3 if types[0] == torch.float32 else 2,
+        )
+    )
+
+
+def _ready(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Contiguous, and of a dtype that the kernels read."""
+    if tensor is None:
+        return None
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype not in _TYPES else tensor
 
 
 def linear(
-    columns: torch.Tensor, packed: PackedWeight, plan: Plan, tiles: Tiles, instruction_set: int | None = None
+    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, kernel: str | None = None
 ) -> torch.Tensor:
-    """Sums the plan's terms for every row of x.
+    """`x W^T + bias` straight from the packed bits.
 
     Args:
-        columns: float32 `[M, variants, tiles, 8, 16]`, contiguous, from `prepare_columns`.
+        x: float32, bfloat16 or float16 `[M, K]`.
         packed: the weight.
-        plan: its plan.
-        tiles: its geometry with 16 lanes.
-        instruction_set: one below `best_instruction_set`, for tests.
+        bias: `[N]`, or None.
+        kernel: one of `kernels()`; the best one where it is None.
 
     Returns:
-        float32 `[M, N]`.
+        `[M, N]` of x's dtype.
     """
-    out = torch.empty(columns.shape[0], packed.out_features)
-    _call("arb_linear", columns, columns.sum(3), packed, plan, tiles, out, instruction_set)
+    library = load()
+    assert library is not None
+    rows, columns = packed.weight.shape[0], packed.in_features
+    out = x.new_empty(x.shape[0], rows)
+    if not out.numel():
+        return out
+    name = packed.layout.name
+    # the tensors in the order of the pointers of `_Linear`
+    tensors = [
+        _ready(tensor)
+        for tensor in (
+            x,
+            packed.weight,
+            packed.row_scale,
+            packed.col_scale,
+            packed.permutation,
+            packed.salient_columns,
+            packed.salient_weight,
+            packed.salient_col_scale,
+            bias,
+            out,
+        )
+    ]
+    dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+    types = (dtypes[0], dtypes[2], dtypes[3], dtypes[7], dtypes[8], dtypes[4], dtypes[5])
+    salient = 0 if packed.salient_columns is None else packed.salient_columns.shape[-1]
+    problem = _Linear.from_buffer_copy(_described(name, packed.block_size, rows, columns, salient, types))
+    for field, tensor in zip(_POINTERS, tensors, strict=True):
+        if tensor is not None:
+            setattr(problem, field, tensor.data_ptr())
+    problem.m = x.shape[0]
+    work = problem.m * rows * columns * problem.term_count
+    problem.threads = max(1, min(torch.get_num_threads(), work // _SIGNS_PER_THREAD))
+    index = kernels()[best_kernel() if kernel is None else kernel]
+    if library.arb_linear(ctypes.byref(problem), index):
+        raise MemoryError(f"No memory for the digits of an input of {x.shape[0]} x {columns}: pass fewer rows at once.")
     return out
+
+
+_POINTERS = tuple(name for name, kind in _Linear._fields_ if kind is ctypes.c_void_p)[:10]
 
 
 def dequantize(
     columns: torch.Tensor,
     packed: PackedWeight,
-    plan: Plan,
     tiles: Tiles,
     out: torch.Tensor,
-    instruction_set: int | None = None,
+    kernel: str | None = None,
 ) -> torch.Tensor:
-    """The plan's terms as a weight, in the order of `Tiles.split`, written to `out`, float32 `[N, tiles * 128]`.
+    """The plan's terms as a weight, in the order of `Tiles.split`, written to `out`, float32, bfloat16 or float16
+    `[N, tiles * 128]`.
 
-    `columns` are those of a row of ones.
+    Args:
+        columns: float32 `[1, variants, tiles, 8, 16]`, contiguous, from `prepare_columns` of a row of ones.
+        packed: the weight.
+        tiles: its geometry with 16 lanes.
+        out: where the weight goes.
+        kernel: one of `kernels()`; the best one where it is None.
     """
-    _call("arb_dequantize", columns, columns, packed, plan, tiles, out, instruction_set)
-    return out
-
-
-def _call(
-    function: str,
-    columns: torch.Tensor,
-    sums: torch.Tensor,
-    packed: PackedWeight,
-    plan: Plan,
-    tiles: Tiles,
-    out: torch.Tensor,
-    instruction_set: int | None,
-) -> None:
     library = load()
     assert library is not None
     if not out.numel():
-        return
-    weight, row_scale = packed.weight.contiguous(), packed.row_scale.contiguous()
-    if row_scale.dtype not in _SCALE_TYPES:
-        row_scale = row_scale.float()
-    m, rows = columns.shape[0], packed.out_features
-    work = m * rows * tiles.count * tiles.width * len(plan.terms)
+        return out
+    weight, row_scale = _ready(packed.weight), _ready(packed.row_scale)
+    assert weight is not None
+    assert row_scale is not None
+    terms = _dequantize_terms(packed.layout.name)
+    rows = packed.out_features
+    work = rows * tiles.count * tiles.width * len(terms)
     threads = max(1, min(torch.get_num_threads(), rows, work // _SIGNS_PER_THREAD))
     scales = torch.empty(threads, tiles.blocks * packed.layout.row_scales)
-    problem = _Problem(
+    problem = _Dequantize(
         weight=weight.data_ptr(),
         row_scale=row_scale.data_ptr(),
         columns=columns.data_ptr(),
-        sums=sums.data_ptr(),
-        terms=ctypes.addressof(_terms(packed.layout.name)),
+        terms=ctypes.addressof(terms),
         scales=scales.data_ptr(),
         out=out.data_ptr(),
         rows=rows,
-        m=m,
-        out_stride=rows,
         row_bytes=weight.shape[1],
         tiles=tiles.count,
         tiles_per_block=tiles.per_block,
         blocks=tiles.blocks,
-        scale_type=_SCALE_TYPES[row_scale.dtype],
+        row_scale_type=_TYPES[row_scale.dtype],
         row_scales=packed.layout.row_scales,
-        variants=len(plan.variants),
-        term_count=len(plan.terms),
+        term_count=len(terms),
         planes=packed.layout.planes,
         tile_bytes=tiles.width // 8,
         last_bytes=tiles.last_bytes,
+        out_type=_TYPES[out.dtype],
         threads=threads,
     )
-    best = best_instruction_set()
-    chosen = best if instruction_set is None else min(best, instruction_set)
-    getattr(library, function)(ctypes.byref(problem), chosen)
+    library.arb_dequantize(ctypes.byref(problem), kernels()[best_kernel() if kernel is None else kernel])
+    return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 
@@ -12,6 +12,41 @@ import torch
 from ....layout import Term, Zone, layout_from_name
 from ....packing import tile_width
 from ..packed import PackedWeight
+
+# Without the native kernels: terms times rows of x up to which signs are looked up, and the rows for which they always
+# are. At 4096x4096 on one core a look-up takes 4 ms a term and row, dequantizing and multiplying 40 ms a term.
+LOOKUP_TERMS = 8
+LOOKUP_ROWS = 2
+# Terms times rows of x up to which a processor without a matrix unit sums digits; above, the weight is dequantized.
+# Measured at 4096x4096 on one core of a Xeon with AVX-512: 0.4 to 0.7 ms a term and row, dequantizing 2.5 to 5 ms.
+DIRECT_TERMS = 12
+# Milliseconds at 4096x4096 on that core: the matrix unit on digits, a row and sign matrix; dequantizing and multiplying,
+# whatever the rows, and a row. Both scale with the size of the weight.
+AMX_COSTS = {
+    torch.float32: (0.115, 16.0, 0.25),
+    torch.float16: (0.075, 14.0, 0.26),
+    torch.bfloat16: (0.075, 4.0, 0.045),
+}
+
+
+def choose_kernel(kernels: Collection[str], name: str, rows: int, dtype: torch.dtype) -> str | None:
+    """The native kernel for this many rows of x, or None to dequantize the weight and multiply.
+
+    Args:
+        kernels: those of this machine, from the slowest to the fastest.
+        name: the layout's.
+        rows: of x.
+        dtype: float32, float16 or bfloat16.
+    """
+    terms = [term for term in full_plan_for(name).terms if term.planes]
+    direct = [kernel for kernel in kernels if kernel != "amx"][-1]
+    if rows <= 1:
+        return direct  # at two planes 1.34 ms, and 1.57 on the matrix unit
+    if "amx" not in kernels:
+        return direct if rows * len(terms) <= DIRECT_TERMS else None
+    digits, fixed, multiplied = AMX_COSTS[dtype]
+    matrices = len({term.planes for term in terms})
+    return "amx" if matrices * rows * digits <= fixed + rows * multiplied else None
 
 
 @dataclass(frozen=True)
@@ -48,19 +83,37 @@ class Plan:
 
 @cache
 def plan_for(name: str) -> Plan:
-    """The plan of the layout of this name."""
+    """The plan of the layout of this name, with the salient columns' own planes and scales apart."""
     layout = layout_from_name(name)
+
+    def own(term: Term) -> bool:
+        return any(p >= layout.planes for p in term.planes) or (term.col is not None and term.col >= layout.col_scales)
+
+    terms = [term for term in layout.terms if not own(term)]
+    return Plan(*_with_variants(terms), tuple(term for term in layout.terms if own(term)))
+
+
+@cache
+def full_plan_for(name: str) -> Plan:
+    """The plan of the layout of this name with every term among `terms`, sorted by their planes.
+
+    The salient columns' own planes follow those of all columns, their own column scales those of all columns.
+    """
+    variants, terms = _with_variants(layout_from_name(name).terms)
+    return Plan(variants, tuple(sorted(terms, key=lambda term: term.planes)), ())
+
+
+def _with_variants(
+    terms: Iterable[Term],
+) -> tuple[tuple[tuple[int | None, Zone], ...], tuple[PlanTerm, ...]]:
     variants: dict[tuple[int | None, Zone], int] = {}
-    terms, salient = [], []
-    for term in layout.terms:
-        if any(p >= layout.planes for p in term.planes) or (term.col is not None and term.col >= layout.col_scales):
-            salient.append(term)
-            continue
+    found = []
+    for term in terms:
         variant = variants.setdefault((term.col, term.zone), len(variants))
         # with 1 for +1, the product of an even number of signs is the complement of the xor of their bits
         sign = -1.0 if term.planes and len(term.planes) % 2 == 0 else 1.0
-        terms.append(PlanTerm(sum(1 << p for p in term.planes), term.row, variant, sign * term.factor))
-    return Plan(tuple(variants), tuple(terms), tuple(salient))
+        found.append(PlanTerm(sum(1 << p for p in term.planes), term.row, variant, sign * term.factor))
+    return tuple(variants), tuple(found)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,56 @@
+/* The weight itself, row by row, with AVX-512: the sixteen columns of a bit are negated through a mask of their bits;
+   WITH_BFLOAT is defined where the processor converts to bfloat16 itself. */
+
+ALWAYS_INLINE TARGET __m256i NAME(to_bfloat)(__m512 value) {
+#ifdef WITH_BFLOAT
+    return (__m256i)_mm512_cvtneps_pbh(value);
+#else
+    __m512i bits = _mm512_castps_si512(value);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+#endif
+}
+
+static TARGET void NAME(dequantize_row)(const dequantize_problem_t *p, int64_t row, float *scales) {
+    const __m512 minus = _mm512_set1_ps(-0.0f);
+    load_floats(p->row_scale, p->row_scale_type, row * p->blocks * p->row_scales, p->blocks * p->row_scales, scales);
+    for (int64_t i = 0; i < p->tiles; i++) {
+        const uint8_t *tile = p->weight + row * p->row_bytes + i * p->planes * p->tile_bytes;
+        int nbytes = i + 1 < p->tiles ? p->tile_bytes : p->last_bytes;
+        const float *row_scales = scales + i / p->tiles_per_block * p->row_scales;
+        __m512 sum[8];
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) sum[j] = _mm512_setzero_ps();
+        for (int t = 0; t < p->term_count; t++) {
+            const term_t *term = p->terms + t;
+            const float *columns = p->columns + (term->variant * p->tiles + i) * TILE_FLOATS;
+            const __m512 scale = _mm512_set1_ps(term->factor * row_scales[term->row]);
+            bytes_t bytes; /* a product of no planes is +1: all bits set */
+            memset(&bytes, 255, sizeof bytes);
+            if (term->planes == 1 && nbytes == 16)
+                memcpy(&bytes, tile, 16);
+            else if (term->planes)
+                bytes = load_bytes(tile, nbytes, term->planes);
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) {
+                __mmask16 negative = _mm_testn_epi8_mask((__m128i)bytes, _mm_set1_epi8((char)(1 << j)));
+                __m512 column = _mm512_loadu_ps(columns + j * 16);
+                column = _mm512_mask_xor_ps(column, negative, column, minus);
+                sum[j] = _mm512_fmadd_ps(scale, column, sum[j]);
+            }
+        }
+        const int64_t start = (row * p->tiles + i) * TILE_FLOATS;
+        if (p->out_type == BFLOAT16) {
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++)
+                _mm256_storeu_si256((__m256i *)((uint16_t *)p->out + start + j * 16), NAME(to_bfloat)(sum[j]));
+        } else {
+            float out[TILE_FLOATS];
+            float *to = p->out_type == FLOAT32 ? (float *)p->out + start : out;
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) _mm512_storeu_ps(to + j * 16, sum[j]);
+            if (to == out) store_floats(p->out, p->out_type, start, TILE_FLOATS, out);
+        }
+    }
+}
