@@ -106,7 +106,7 @@ def inspect_model(name: str | Path) -> Inspection:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "arb":
         raise ValueError(f"{name} is not binarized: its config.json has no quantization_config of method 'arb'.")
     config = ARBConfig.from_dict(quantization)
-    tensors, file_bytes = _headers(name)
+    tensors, file_bytes = stored_tensors(name)
     model = _skeleton(model_config)
     selection = select_modules(model, config, strict=False)
     names = KeyMap(model)
@@ -149,7 +149,7 @@ def tensor_bytes(tensor: StoredTensor) -> int:
     return math.prod(tensor.shape) * (int(bits.group()) if bits else 8) // 8
 
 
-def _headers(name: str | Path) -> tuple[dict[str, StoredTensor], int]:
+def stored_tensors(name: str | Path) -> tuple[dict[str, StoredTensor], int]:
     """The tensors of all safetensors files of a model, and the bytes of the files."""
     if not Path(name).is_dir():
         return _headers_of_hub(str(name))
