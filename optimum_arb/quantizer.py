@@ -21,10 +21,10 @@ from .calibration import CalibrationWalk, model_tokens, token_batches
 from .calibration.data import calibration_record
 from .calibration.experts import RoutedInputs
 from .config import ARBConfig
-from .hub.base_model import base_model_facts
 from .conversion import Record, binarize_linear, empty_linear, float_linear
 from .expert_conversion import binarize_experts, packed_form
 from .expert_keys import conversions_for_loading, conversions_for_saving
+from .hub.base_model import base_model_facts
 from .keys import KeyMap
 from .modules import Selection, linear_shape, resolved_skips, select_modules
 from .nn import ARBExperts, ARBLinear, share_inputs
@@ -197,7 +197,9 @@ class ARBHfQuantizer(HfQuantizer):
         config.bits_per_weight = model_report(model).bits_per_weight
         config.optimum_arb_version = __version__
         source = model.config
-        config.base_model = base_model_facts(source.name_or_path, getattr(source, "_commit_hash", None), config.base_model)
+        config.base_model = base_model_facts(
+            source.name_or_path, getattr(source, "_commit_hash", None), config.base_model
+        )
         converted = {name: c for name, c in self.selection.convert.items() if name in self.records}
         done = Selection(converted, self.kept, self.selection.experts)
         config.modules_to_not_convert = resolved_skips(done) or None

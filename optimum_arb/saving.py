@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .hub.card import NAME as CARD
-from .hub.card import is_generated, write_card
+from .hub.card import is_users_own, write_card
 from .hub.upload import push_directory
 
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf")
@@ -101,7 +101,12 @@ def save_model(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if push_to_hub is not None:
-        push_directory(path, push_to_hub, files=saved, private=private, revision=revision, token=token)
+        try:
+            push_directory(path, push_to_hub, files=saved, private=private, revision=revision, token=token)
+        except OSError as error:
+            raise type(error)(
+                f"{error} The model is saved in {path}; to try again: optimum-arb push {path} {push_to_hub}"
+            ) from error
     return path
 
 
@@ -117,9 +122,8 @@ def _replace_files(source: Path, target: Path) -> None:
         if stale.name not in {f.name for f in new}:
             stale.unlink()
     for file in new:
-        if file.name == CARD and (target / CARD).exists():
-            if not is_generated((target / CARD).read_text(encoding="utf-8", errors="replace")):
-                continue  # the user's own
+        if file.name == CARD and is_users_own(target / CARD):
+            continue
         if file.is_dir() and (target / file.name).is_dir():
             shutil.rmtree(target / file.name)
         os.replace(file, target / file.name)

@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..commands.printing import size
 from ..config import ARBConfig
 from ..inspection import stored_tensors, tensor_bytes
 from ..stored import packed_linears
@@ -67,7 +68,8 @@ def model_card(
     name = name or directory.resolve().name
     classes = model_config.get("architectures") or ["AutoModel"]
     causal = classes[0].endswith("ForCausalLM")
-    # null values are left out of the card
+    inherited: dict[str, Any] = {key: base.get(key) for key in CARD_KEYS}
+    # what is None is left out of the card
     data = ModelCardData(
         library_name="transformers",
         base_model=base.get("name"),
@@ -76,7 +78,7 @@ def model_card(
         tags=list(dict.fromkeys([*TAGS, *tags])),
         eval_results=_eval_results(config.perplexity),
         model_name=name.rpartition("/")[2] if config.perplexity else None,
-        **{key: base.get(key) for key in CARD_KEYS},
+        **inherited,
     )
     text = _text(name, config, base, _Sizes(packed, total - packed, file_bytes), classes[0])
     content = f"---\n{data.to_yaml()}\n---\n\n{text}"
@@ -98,16 +100,19 @@ def write_card(directory: str | Path, **options: Any) -> bool:
         OSError: the file cannot be read or written.
     """
     path = Path(directory) / NAME
-    if path.exists() and not is_generated(path.read_text(encoding="utf-8", errors="replace")):
+    if is_users_own(path):
         return False
     path.write_text(str(model_card(directory, **options)), encoding="utf-8")
     return True
 
 
-def is_generated(text: str) -> bool:
-    """Whether a card is as this package wrote it: with its mark, and not changed since."""
-    match = _MARKED.fullmatch(text.replace("\r\n", "\n"))
-    return match is not None and _digest(match[1]) == match[2]
+def is_users_own(path: Path) -> bool:
+    """Whether a card is there that is not, or not any more, as this package wrote it: without its mark, or changed."""
+    if not path.exists():
+        return False
+    text = path.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n")
+    match = _MARKED.fullmatch(text)
+    return match is None or _digest(match[1]) != match[2]
 
 
 def _digest(content: str) -> str:
@@ -118,7 +123,7 @@ def _text(name: str, config: ARBConfig, base: dict[str, Any], sizes: _Sizes, arc
     rows = [
         ("method", _method(config)),
         ("true bits per weight", _bits(config, sizes)),
-        ("whole model", f"{_megabytes(sizes.files)}, of which {_megabytes(sizes.in_float)} are tensors in float"),
+        ("whole model", f"{size(sizes.files)}, of which {size(sizes.in_float)} are tensors in float"),
         ("perplexity", _perplexity(config.perplexity)),
         ("calibrated on", _calibration(config.calibration)),
         ("written by", f"optimum_arb {config.optimum_arb_version or 'unknown'}, format {config.format_version}"),
@@ -173,9 +178,9 @@ def _method(config: ARBConfig) -> str:
 
 def _bits(config: ARBConfig, sizes: _Sizes) -> str:
     if not config.bits_per_weight:
-        return f"{_megabytes(sizes.packed)} binarized"
+        return f"{size(sizes.packed)} binarized"
     weights = round(sizes.packed * 8 / config.bits_per_weight)
-    return f"{config.bits_per_weight:.4f}, over {weights:,} binarized weights ({_megabytes(sizes.packed)})"
+    return f"{config.bits_per_weight:.4f}, over {weights:,} binarized weights ({size(sizes.packed)})"
 
 
 def _perplexity(measured: dict[str, Any] | None) -> str:
@@ -221,7 +226,3 @@ def _license_link(link: Any) -> str:
 def _cell(text: str) -> str:
     """What a line of a table can hold."""
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 10**9 else f"{count / 1e6:,.1f} MB"

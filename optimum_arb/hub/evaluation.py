@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -30,7 +31,7 @@ def record_perplexity(model: PreTrainedModel | str | Path, result: PerplexityRes
     """
     record = {key: value for key, value in result.to_dict().items() if key in _FIELDS}
     if isinstance(model, PreTrainedModel):
-        config = getattr(model.config, "quantization_config", None)
+        config: Any = getattr(model.config, "quantization_config", None)
         if getattr(config, "quant_method", None) != "arb":
             raise ValueError(f"{type(model).__name__} is not binarized: its perplexity cannot be recorded.")
         config.perplexity = record

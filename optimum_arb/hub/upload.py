@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 
 from ..version import __version__
 from .card import NAME as CARD
-from .card import is_generated, model_card
+from .card import is_users_own, model_card
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,9 @@ def push_directory(
     with hub_errors(f"Could not upload {directory.name} to {repo_id}", "The model there is as it was."):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.model_info(repo_id).private:
-            raise ValueError(f"{repo_id} exists and is public. Make it private in its settings, or choose another name.")
+            raise ValueError(
+                f"{repo_id} exists and is public. Make it private in its settings, or choose another name."
+            )
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         present = set(api.list_repo_files(repo_id, revision=revision))
@@ -153,14 +155,10 @@ def _card(
     directory: Path, repo_id: str, tags: Iterable[str], token: str | bool | None, revision: str | None, present: bool
 ) -> str | None:
     """The card to upload; None where the one on the Hub is to stay."""
-    if present:
-        path = hf_hub_download(repo_id, CARD, revision=revision, token=token)
-        if not is_generated(Path(path).read_text(encoding="utf-8", errors="replace")):
-            logger.warning("The model card of %s was not written by optimum_arb, or was changed: it stays.", repo_id)
-            return None
+    if present and is_users_own(Path(hf_hub_download(repo_id, CARD, revision=revision, token=token))):
+        logger.warning("The model card of %s was not written by optimum_arb, or was changed: it stays.", repo_id)
+        return None
     local = directory / CARD
-    if local.is_file():
-        text = local.read_text(encoding="utf-8", errors="replace")
-        if not is_generated(text):
-            return text
+    if is_users_own(local):
+        return local.read_text(encoding="utf-8")
     return str(model_card(directory, repo_id, tags, online=True, token=token))
