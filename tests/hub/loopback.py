@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 import threading
 from base64 import b64decode
 from contextlib import contextmanager
@@ -48,16 +49,16 @@ class Hub:
 
     Attributes:
         repositories: by name.
-        blobs: contents of large files by their SHA-256, committed or not.
+        blobs: contents of large files by repository and SHA-256, committed or not.
         requests: "METHOD path" of every request, in order.
-        fault: (regular expression of "METHOD path", status) to answer with, or None; status 0 cuts the connection.
+        faults: (regular expression of "METHOD path", status) to answer with; status 0 cuts the connection.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
-        self.blobs: dict[str, bytes] = {}
+        self.blobs: dict[tuple[str, str], bytes] = {}
         self.requests: list[str] = []
-        self.fault: tuple[str, int] | None = None
+        self.faults: list[tuple[str, int]] = []
         self.url = ""
 
 
@@ -93,13 +94,10 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.read_body()
         request = f"{self.command} {self.path}"
         self.hub.requests.append(request)
-        if self.hub.fault and re.search(self.hub.fault[0], request):
-            if self.hub.fault[1] == 0:
-                self.close_connection = True
-                self.connection.close()
-            else:
-                self.answer(self.hub.fault[1], {"error": "planted by the test"})
-            return
+        for pattern, status in self.hub.faults:
+            if re.search(pattern, request):
+                self.fail(status)
+                return
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in ACCOUNTS:
             self.answer(401, {"error": "Invalid credentials in Authorization header"})
@@ -111,6 +109,13 @@ class Handler(BaseHTTPRequestHandler):
                 method(self, *match.groups())
                 return
         self.answer(404, {"error": f"no such request: {request}"})
+
+    def fail(self, status: int) -> None:
+        if status:
+            self.answer(status, {"error": "planted by the test"})
+        else:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
 
@@ -221,16 +226,16 @@ class Handler(BaseHTTPRequestHandler):
         objects = []
         for asked in json.loads(self.body)["objects"]:
             entry = {"oid": asked["oid"], "size": asked["size"]}
-            if asked["oid"] not in self.hub.blobs:
-                entry["actions"] = {"upload": {"href": f"{self.hub.url}/blobs/{asked['oid']}", "header": {}}}
+            if (name, asked["oid"]) not in self.hub.blobs:
+                entry["actions"] = {"upload": {"href": f"{self.hub.url}/{name}.git/blobs/{asked['oid']}", "header": {}}}
             objects.append(entry)
         self.answer(200, {"transfer": "basic", "objects": objects})
 
-    def put_blob(self, oid: str) -> None:
+    def put_blob(self, name: str, oid: str) -> None:
         if hashlib.sha256(self.body).hexdigest() != oid:
             self.answer(400, {"error": "content does not match its SHA-256"})
             return
-        self.hub.blobs[oid] = self.body
+        self.hub.blobs[name, oid] = self.body
         self.answer(200, {})
 
     def commit(self, name: str, revision: str) -> None:
@@ -244,7 +249,7 @@ class Handler(BaseHTTPRequestHandler):
             if entry["key"] == "file":
                 tree[value["path"]] = b64decode(value["content"])
             elif entry["key"] == "lfsFile":
-                tree[value["path"]] = self.hub.blobs[value["oid"]]
+                tree[value["path"]] = self.hub.blobs[name, value["oid"]]
             elif entry["key"] == "deletedFile":
                 del tree[value["path"]]
         oid = repository.commit(revision, tree)
@@ -300,6 +305,6 @@ ROUTES = [
     (rf"GET /api/models/{NAME}/revision/(.+)", Handler.info),
     (rf"GET /api/models/{NAME}", Handler.info),
     (rf"POST /{NAME}\.git/info/lfs/objects/batch", Handler.lfs_batch),
-    (r"PUT /blobs/([0-9a-f]{64})", Handler.put_blob),
+    (rf"PUT /{NAME}\.git/blobs/([0-9a-f]{{64}})", Handler.put_blob),
     (rf"(?:GET|HEAD) /{NAME}/resolve/([^/]+)/(.+)", Handler.resolve),
 ]
