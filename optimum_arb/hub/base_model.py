@@ -8,7 +8,6 @@ from typing import Any
 
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HTTPError
-from yaml import YAMLError
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ def card_facts(name: str, revision: str | None, online: bool, token: str | bool 
 def _read(path: Path) -> dict[str, Any]:
     try:
         data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, YAMLError):
+    except Exception:  # whatever a card of somebody else holds, it is no reason to fail
         return {}
     found = {key: data.get(key) for key in CARD_KEYS}
     return {key: value for key, value in found.items() if value and isinstance(value, (str, list))}
