@@ -218,8 +218,13 @@ class ARBConfig(QuantizationConfigMixin):
                 )
         if self.planes > 1 and self.method != "arb-hrc":
             raise ValueError(f"planes={self.planes} needs method='arb-hrc': {self.method!r} has a fixed form.")
+        for name in ("overrides", "calibration", "base_model", "perplexity"):
+            if not isinstance(getattr(self, name), (dict, type(None))):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be a dictionary.")
         for pattern, choices in self.overrides.items():
             check_pattern(pattern)
+            if not isinstance(choices, dict):
+                raise TypeError(f"overrides[{pattern!r}]={choices!r} must be a dictionary of choices.")
             unknown = sorted(set(choices) - set(OVERRIDABLE) - {"skip"})
             if unknown:
                 raise ValueError(

@@ -156,7 +156,10 @@ def stored_tensors(name: str | Path) -> tuple[dict[str, StoredTensor], int]:
     index = Path(name) / "model.safetensors.index.json"
     files = [Path(name) / "model.safetensors"]
     if index.is_file():
-        entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        try:
+            entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{index} is no index of safetensors files. Save or download the model again.") from None
         files = [Path(name) / file for file in sorted(set(entries))]
     for file in files:
         if not file.is_file():

@@ -32,6 +32,7 @@ from .packing import packed_shapes
 from .placement import calibration_device, check_no_disk, place_model
 from .report import model_report
 from .stored import COMPANIONS, describe, packed_linears, read_headers
+from .stored_checks import check_indices, check_other_tensors, check_permuted
 from .stored_experts import describe_experts, packed_experts
 from .streaming import BinarizeOnLoad
 from .version import __version__
@@ -205,7 +206,8 @@ class ARBHfQuantizer(HfQuantizer):
         config.modules_to_not_convert = resolved_skips(done) or None
         config.calibration = None
         if self._tokens is not None:
-            config.calibration = calibration_record(config, self._tokens)
+            unreached = sorted(name for name, record in self.records.items() if not record.tokens)
+            config.calibration = {**calibration_record(config, self._tokens), "unreached": unreached}
             config.dataset = config.calibration["dataset"]
 
     def _leave_out_new_modules(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
@@ -253,17 +255,22 @@ class ARBHfQuantizer(HfQuantizer):
         stored = {name: linear for name, linear in stored.items() if name not in experts}
         if not stored and not experts:
             raise ValueError("The quantization_config says that the model is binarized, but no tensor is packed.")
-        names.check_complete(headers, {*stored, *experts}, self.selection)
+        every = {*stored, *experts}
+        names.check_complete(headers, every, self.selection)
+        check_other_tensors(model, names, headers, every)
+        columns: dict[str, int] = {}
         for name, linear in stored.items():
             module = names.find(name)
             if module is None:
                 continue  # a part of the saved model that this class does not have
             self._check_selected(name, module)
             config = self.quantization_config.for_module(linear.key) or self.selection.convert[name]
+            check_permuted(linear, config, self.quantization_config.calibration)
             packed = empty_linear(module, **describe(linear, config, *linear_shape(module)))
             packed.train(module.training)
             model.set_submodule(name, packed)
             self.records[name] = Record(config.method)
+            columns[linear.key] = packed.in_features
         for name, found in experts.items():
             owner, _, key = name.rpartition(".")
             module = model.get_submodule(owner)
@@ -274,6 +281,7 @@ class ARBHfQuantizer(HfQuantizer):
             layer.set_empty(key, **description)
             model.set_submodule(owner, layer)
             self.records[name] = Record(config.method, experts=found.matrix.experts)
+        check_indices(checkpoint_files, columns)
         self._keep_what_is_not_binarized()
 
     def _check_selected(self, name: str, module: nn.Module) -> None:

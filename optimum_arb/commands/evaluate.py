@@ -81,4 +81,4 @@ def describe_calibration(calibration: dict | None) -> str:
     """One line about the calibration that a configuration records."""
     if not calibration:
         return "nothing (data-free)"
-    return ", ".join(f"{name} {value}" for name, value in calibration.items())
+    return ", ".join(f"{name} {value}" for name, value in calibration.items() if value != [])

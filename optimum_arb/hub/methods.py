@@ -107,5 +107,5 @@ def _describe(path: Path, tags: Any) -> None:
     try:
         if not write_card(path, tags=tags):
             logger.info("%s was not written by optimum_arb, or was changed: it stays.", path / CARD)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         logger.warning("The model is saved in %s, but its card could not be written: %s", path, error)
