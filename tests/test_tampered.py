@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import outputs, save_tiny, tokens
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM, LlamaModel
 
 from optimum_arb import ARBConfig
 from optimum_arb.inspection import inspect_model
@@ -163,6 +163,19 @@ def test_a_dropped_permutation_is_told_by_the_configuration(packed):
 def test_float_tensors(packed, tensor, shown):
     change_tensors(packed, {"model.norm.weight": tensor})
     refusal(packed, rf"The tensor 'model\.norm\.weight' is {shown} in the checkpoint, but")
+
+
+def test_a_head_of_another_size_may_be_asked_for(tmp_path):
+    source = save_tiny(tmp_path / "float", "RobertaForSequenceClassification")
+    config = ARBConfig(dataset=None, block_size=64)
+    model = AutoModelForSequenceClassification.from_pretrained(source, quantization_config=config)
+    model.save_pretrained(tmp_path / "packed")
+    load = AutoModelForSequenceClassification.from_pretrained
+    assert load(tmp_path / "packed", num_labels=7, ignore_mismatched_sizes=True).classifier.out_proj.out_features == 7
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(tmp_path / "packed", num_labels=7)
+    with pytest.raises(ValueError, match=r"'classifier\.out_proj\.\w+' is F32"):
+        load(tmp_path / "packed", num_labels=5000, ignore_mismatched_sizes=True)
 
 
 # Sizes that were never meant to be allocated

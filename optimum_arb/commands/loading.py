@@ -59,8 +59,9 @@ def load_processor(name: str) -> PreTrainedTokenizerBase | ProcessorMixin:
         ImportError: a package that the processor needs is not installed.
     """
     check_model(name)
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     for file in ("processor_config.json", "preprocessor_config.json"):
-        if cached_file(name, file, _raise_exceptions_for_missing_entries=False) is not None:
+        if cached_file(name, file, **quietly) is not None:
             return AutoProcessor.from_pretrained(name)
     return AutoTokenizer.from_pretrained(name)
 
