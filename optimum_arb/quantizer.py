@@ -270,7 +270,7 @@ class ARBHfQuantizer(HfQuantizer):
             packed.train(module.training)
             model.set_submodule(name, packed)
             self.records[name] = Record(config.method)
-            columns[linear.key] = packed.in_features
+            columns[f"{linear.key}.weight_salient_columns"] = packed.in_features
         for name, found in experts.items():
             owner, _, key = name.rpartition(".")
             module = model.get_submodule(owner)
@@ -281,6 +281,7 @@ class ARBHfQuantizer(HfQuantizer):
             layer.set_empty(key, **description)
             model.set_submodule(owner, layer)
             self.records[name] = Record(config.method, experts=found.matrix.experts)
+            columns |= dict.fromkeys(found.tensors.get("salient_columns", ()), found.matrix.in_features)
         check_indices(checkpoint_files, columns)
         self._keep_what_is_not_binarized()
 

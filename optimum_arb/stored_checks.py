@@ -112,8 +112,8 @@ def check_indices(files: Iterable[str], columns: Mapping[str, int]) -> None:
 
     Args:
         files: the safetensors files of a checkpoint.
-        columns: name of a packed linear there -> its in_features. Of what is not in it, salient columns have no upper
-            bound here.
+        columns: name of a tensor of salient columns -> columns of its weight. Those of modules that are not loaded
+            have no upper bound.
 
     Raises:
         ValueError: an index out of range, twice, or out of order.
@@ -126,7 +126,7 @@ def check_indices(files: Iterable[str], columns: Mapping[str, int]) -> None:
                     continue
                 index = file.get_tensor(key).astype(np.int64)
                 index = index.reshape(-1, index.shape[-1] if index.ndim else 1)
-                count = columns.get(match[1].removesuffix(".weight"))
+                count = columns.get(key)
                 if match[2] == "permutation":
                     right = bool((np.sort(index) == np.arange(index.shape[-1])).all())
                     meaning = f"no order of the {index.shape[-1]} columns"

@@ -10,6 +10,7 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_experts import save_moe
 from tiny_models import outputs, save_tiny, tokens
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM, LlamaModel
 
@@ -275,3 +276,38 @@ def test_saved_models_say_what_reads_them(saved):
     recorded = json.loads((saved / "config.json").read_text())["quantization_config"]
     assert recorded["requires"] == f"optimum-arb>={FIRST_READERS[recorded['format_version']]}"
     assert max(FIRST_READERS) == FORMAT_VERSION
+
+
+# Experts
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experts")
+    save_moe(folder / "float", "MixtralForCausalLM")
+    config = ARBConfig(dataset=tokens(), num_samples=4, block_size=64)
+    AutoModelForCausalLM.from_pretrained(folder / "float", quantization_config=config).save_pretrained(
+        folder / "packed"
+    )
+    return folder / "packed"
+
+
+def test_tensors_of_experts(experts, tmp_path):
+    tensors = load_file(experts / "model.safetensors")
+    key = next(key for key in tensors if ".experts.1." in key and key.endswith("weight_permutation"))
+    for number, (name, tensor, message) in enumerate(
+        [
+            (key, tensors[key].clamp(max=5), f"'{key}' is no order of the "),
+            (key.replace("experts.1.", "experts.77."), tensors[key], "experts"),
+            (key.replace("_permutation", "_zero_point"), tensors[key], "does not have"),
+        ]
+    ):
+        path = shutil.copytree(experts, tmp_path / str(number))
+        change_tensors(path, {name: tensor.contiguous()})
+        with pytest.raises(ValueError, match=message):
+            AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_the_card_counts_experts(experts):
+    bits = inspect_model(experts)
+    assert f"{bits.bits_per_weight:.4f}, over {bits.weights:,} binarized weights" in (experts / "README.md").read_text()

@@ -14,8 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..commands.printing import size
 from ..config import ARBConfig
+from ..expert_keys import split_companion
 from ..inspection import stored_tensors, tensor_bytes
-from ..stored import packed_linears
 from .base_model import CARD_KEYS, card_facts
 
 NAME = "README.md"
@@ -63,7 +63,8 @@ def model_card(
     if base.get("name"):
         base = {**card_facts(base["name"], base.get("revision"), online, token), **base}
     tensors, file_bytes = stored_tensors(directory)
-    packed = sum(tensor_bytes(t) for linear in packed_linears(tensors) for t in linear.tensors.values())
+    companions = {key for key in tensors if split_companion(key)[1] != "weight"}
+    packed = sum(tensor_bytes(t) for key, t in tensors.items() if key in companions or t.dtype == "U8")
     total = sum(tensor_bytes(tensor) for tensor in tensors.values())
     name = name or directory.resolve().name
     classes = model_config.get("architectures") or ["AutoModel"]
