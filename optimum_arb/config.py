@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from .custom_data import CalibrationTexts, CalibrationTokens
 from .layout import GROUP_BITMAPS, MAX_PLANES, Layout, bitmap_layout, planes_layout
 from .packing import FORMAT_VERSION, check_block_size
 from .patterns import check_pattern, matches
+from .version import FIRST_READERS, __version__
 
 METHODS = ("rtn", "billm", "arb", "arb-x", "arb-rc", "arb-hrc")
 BITMAP_METHODS = ("billm", "arb", "arb-x", "arb-rc")
@@ -35,7 +37,7 @@ OVERRIDABLE = (
     "act_order",
 )
 # What a run records in the configuration of the model that it made.
-RECORDED = ("optimum_arb_version", "bits_per_weight", "calibration")
+RECORDED = ("optimum_arb_version", "bits_per_weight", "calibration", "base_model", "perplexity")
 # Keys that transformers adds to a quantization config on its own.
 _TRANSFORMERS_KEYS = ("quant_method", "modules_in_block_to_quantize", "_load_in_4bit", "_load_in_8bit")
 
@@ -81,10 +83,14 @@ class ARBConfig(QuantizationConfigMixin):
             fast, no memory saved). "auto:batch-invariant" computes every row of an input the same way whatever the
             number of rows (GPU only; slower for few rows).
         max_memory: as in `from_pretrained`, for placing a model that was calibrated on load.
+        base_model: the name on the Hub of the model that is binarized, for the model card, where it is loaded from a
+            directory; otherwise it is known.
 
-    A saved configuration also carries what the run recorded: `format_version`, `optimum_arb_version`,
-    `bits_per_weight` (all stored bits of the binarized weights, see `optimum_arb.packing.bits_per_weight`) and
-    `calibration` (what the model was calibrated on).
+    A saved configuration also carries what the run recorded: `format_version`, `requires` (what to install to read
+    that format), `optimum_arb_version`, `bits_per_weight` (all stored bits of the binarized weights, see
+    `optimum_arb.packing.bits_per_weight`), `calibration` (what the model was calibrated on), `base_model` (its name,
+    revision and licence, as far as they are known) and `perplexity` (once it was measured and recorded, with the text
+    and the windows).
 
     Raises:
         ValueError, TypeError: an unknown key, or a value that the method does not take; the message says which.
@@ -116,14 +122,12 @@ class ARBConfig(QuantizationConfigMixin):
         optimum_arb_version: str | None = None,
         bits_per_weight: float | None = None,
         calibration: dict[str, Any] | None = None,
+        base_model: str | dict[str, Any] | None = None,
+        perplexity: dict[str, Any] | None = None,
+        requires: str | None = None,
         **kwargs: Any,
     ):
-        if format_version > FORMAT_VERSION:  # before anything that a newer version may have added
-            raise ValueError(
-                f"This model has format version {format_version} (written by optimum_arb "
-                f"{optimum_arb_version or 'unknown'}); the installed optimum_arb reads up to {FORMAT_VERSION}. "
-                "Upgrade it: pip install -U optimum-arb"
-            )
+        _check_format(format_version, requires, optimum_arb_version)  # before what a newer version may have added
         unknown = sorted(set(kwargs) - set(_TRANSFORMERS_KEYS))
         if unknown:
             known = sorted(set(ARBConfig.__init__.__code__.co_varnames[1:]) - {"kwargs", "unknown", "known"})
@@ -163,6 +167,8 @@ class ARBConfig(QuantizationConfigMixin):
         self.optimum_arb_version = optimum_arb_version
         self.bits_per_weight = bits_per_weight
         self.calibration = calibration
+        self.base_model = {"name": base_model} if isinstance(base_model, str) else base_model
+        self.perplexity = perplexity
         self.post_init()
 
     @classmethod
@@ -212,8 +218,13 @@ class ARBConfig(QuantizationConfigMixin):
                 )
         if self.planes > 1 and self.method != "arb-hrc":
             raise ValueError(f"planes={self.planes} needs method='arb-hrc': {self.method!r} has a fixed form.")
+        for name in ("overrides", "calibration", "base_model", "perplexity"):
+            if not isinstance(getattr(self, name), (dict, type(None))):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be a dictionary.")
         for pattern, choices in self.overrides.items():
             check_pattern(pattern)
+            if not isinstance(choices, dict):
+                raise TypeError(f"overrides[{pattern!r}]={choices!r} must be a dictionary of choices.")
             unknown = sorted(set(choices) - set(OVERRIDABLE) - {"skip"})
             if unknown:
                 raise ValueError(
@@ -267,6 +278,11 @@ class ARBConfig(QuantizationConfigMixin):
         if self.dataset is None:
             return False
         return self.method == "arb-hrc" if self.act_order is None else self.act_order
+
+    @property
+    def requirement(self) -> str:
+        """What to install to read a model of this configuration's format."""
+        return f"optimum-arb>={FIRST_READERS[self.format_version]}"
 
     @property
     def layout(self) -> Layout:
@@ -331,7 +347,29 @@ class ARBConfig(QuantizationConfigMixin):
             result["dataset"] = "custom"
         if result.get("overrides") == {}:
             del result["overrides"]
+        result["requires"] = self.requirement
         return result
+
+
+def _check_format(version: Any, requires: Any, written_by: Any) -> None:
+    """Whether this package reads a format.
+
+    Raises:
+        ValueError: it does not; the message says which version does, as far as the model says so in a form that can be
+            trusted in a command.
+    """
+    if version in FIRST_READERS and not isinstance(version, bool):
+        return
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(f"format_version={version!r} in the quantization_config is no format of optimum_arb's.")
+    needed = requires if re.fullmatch(r"optimum-arb>=[0-9][0-9A-Za-z.]*", str(requires)) else None
+    if needed is None and re.fullmatch(r"[0-9][0-9A-Za-z.]*", str(written_by)):
+        needed = f"optimum-arb>={written_by}"
+    raise ValueError(
+        f"This model has format version {version} (written by optimum_arb {written_by or 'unknown'}); the installed "
+        f"optimum_arb {__version__} reads up to {FORMAT_VERSION}. Upgrade it: pip install -U "
+        + (f'"{needed}"' if needed else "optimum-arb")
+    )
 
 
 def _one_of(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -106,7 +106,7 @@ def inspect_model(name: str | Path) -> Inspection:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "arb":
         raise ValueError(f"{name} is not binarized: its config.json has no quantization_config of method 'arb'.")
     config = ARBConfig.from_dict(quantization)
-    tensors, file_bytes = _headers(name)
+    tensors, file_bytes = stored_tensors(name)
     model = _skeleton(model_config)
     selection = select_modules(model, config, strict=False)
     names = KeyMap(model)
@@ -149,14 +149,17 @@ def tensor_bytes(tensor: StoredTensor) -> int:
     return math.prod(tensor.shape) * (int(bits.group()) if bits else 8) // 8
 
 
-def _headers(name: str | Path) -> tuple[dict[str, StoredTensor], int]:
+def stored_tensors(name: str | Path) -> tuple[dict[str, StoredTensor], int]:
     """The tensors of all safetensors files of a model, and the bytes of the files."""
     if not Path(name).is_dir():
         return _headers_of_hub(str(name))
     index = Path(name) / "model.safetensors.index.json"
     files = [Path(name) / "model.safetensors"]
     if index.is_file():
-        entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        try:
+            entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{index} is no index of safetensors files. Save or download the model again.") from None
         files = [Path(name) / file for file in sorted(set(entries))]
     for file in files:
         if not file.is_file():

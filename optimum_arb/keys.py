@@ -49,6 +49,10 @@ class KeyMap:
         """The tensor that a key of the checkpoint becomes, with the prefix that the class which was saved had."""
         return rename_source_key(key, self._renamings, self._converters)[0]
 
+    def is_converted(self, key: str) -> bool:
+        """Whether transformers makes a tensor of other shape or values of what is stored."""
+        return rename_source_key(key, self._renamings, self._converters)[1] is not None
+
     def module(self, stem: str) -> str:
         """The model's name of the linear that the checkpoint calls `stem`."""
         return self.names(f"{stem}.weight")[0].removesuffix(".weight")

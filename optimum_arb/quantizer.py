@@ -24,6 +24,7 @@ from .config import ARBConfig
 from .conversion import Record, binarize_linear, empty_linear, float_linear
 from .expert_conversion import binarize_experts, packed_form
 from .expert_keys import conversions_for_loading, conversions_for_saving
+from .hub.base_model import base_model_facts
 from .keys import KeyMap
 from .modules import Selection, linear_shape, resolved_skips, select_modules
 from .nn import ARBExperts, ARBLinear, share_inputs
@@ -31,6 +32,7 @@ from .packing import packed_shapes
 from .placement import calibration_device, check_no_disk, place_model
 from .report import model_report
 from .stored import COMPANIONS, describe, packed_linears, read_headers
+from .stored_checks import check_indices, check_other_tensors, check_permuted
 from .stored_experts import describe_experts, packed_experts
 from .streaming import BinarizeOnLoad
 from .version import __version__
@@ -195,12 +197,17 @@ class ARBHfQuantizer(HfQuantizer):
             raise ValueError("Nothing was binarized: the checkpoint holds none of the weights that were selected.")
         config.bits_per_weight = model_report(model).bits_per_weight
         config.optimum_arb_version = __version__
+        source = model.config
+        config.base_model = base_model_facts(
+            source.name_or_path, getattr(source, "_commit_hash", None), config.base_model
+        )
         converted = {name: c for name, c in self.selection.convert.items() if name in self.records}
         done = Selection(converted, self.kept, self.selection.experts)
         config.modules_to_not_convert = resolved_skips(done) or None
         config.calibration = None
         if self._tokens is not None:
-            config.calibration = calibration_record(config, self._tokens)
+            unreached = sorted(name for name, record in self.records.items() if not record.tokens)
+            config.calibration = {**calibration_record(config, self._tokens), "unreached": unreached}
             config.dataset = config.calibration["dataset"]
 
     def _leave_out_new_modules(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
@@ -248,17 +255,22 @@ class ARBHfQuantizer(HfQuantizer):
         stored = {name: linear for name, linear in stored.items() if name not in experts}
         if not stored and not experts:
             raise ValueError("The quantization_config says that the model is binarized, but no tensor is packed.")
-        names.check_complete(headers, {*stored, *experts}, self.selection)
+        every = {*stored, *experts}
+        names.check_complete(headers, every, self.selection)
+        check_other_tensors(model, names, headers, every)
+        columns: dict[str, int] = {}
         for name, linear in stored.items():
             module = names.find(name)
             if module is None:
                 continue  # a part of the saved model that this class does not have
             self._check_selected(name, module)
             config = self.quantization_config.for_module(linear.key) or self.selection.convert[name]
+            check_permuted(linear, config, self.quantization_config.calibration)
             packed = empty_linear(module, **describe(linear, config, *linear_shape(module)))
             packed.train(module.training)
             model.set_submodule(name, packed)
             self.records[name] = Record(config.method)
+            columns[f"{linear.key}.weight_salient_columns"] = packed.in_features
         for name, found in experts.items():
             owner, _, key = name.rpartition(".")
             module = model.get_submodule(owner)
@@ -269,6 +281,8 @@ class ARBHfQuantizer(HfQuantizer):
             layer.set_empty(key, **description)
             model.set_submodule(owner, layer)
             self.records[name] = Record(config.method, experts=found.matrix.experts)
+            columns |= dict.fromkeys(found.tensors.get("salient_columns", ()), found.matrix.in_features)
+        check_indices(checkpoint_files, columns)
         self._keep_what_is_not_binarized()
 
     def _check_selected(self, name: str, module: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers.quantizers import auto
 
 from .config import ARBConfig
+from .hub.methods import wrap_methods
 from .quantizer import ARBHfQuantizer
 
 
@@ -18,3 +19,4 @@ def register() -> None:
     if ARBConfig not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
         types: tuple[type, ...] = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, ARBConfig)
         setattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", types)  # noqa: B010 (its declared type has a fixed length)
+    wrap_methods()

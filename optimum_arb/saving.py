@@ -10,6 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .hub.card import NAME as CARD
+from .hub.card import is_users_own, write_card
+from .hub.upload import push_directory
+
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf")
 
 
@@ -50,19 +54,32 @@ def check_output_directory(path: str | os.PathLike, overwrite: bool = False) -> 
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: Any, path: str | os.PathLike, overwrite: bool = False, **kwargs: Any
+    model: PreTrainedModel,
+    tokenizer: Any,
+    path: str | os.PathLike,
+    overwrite: bool = False,
+    *,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    **kwargs: Any,
 ) -> Path:
     """Saves a model and its tokenizer: everything is written beside the directory first and moved there at the end.
 
     Args:
         model: the model.
         tokenizer: its tokenizer or processor, or None.
-        path: the directory. Files in it that are no part of a model stay.
+        path: the directory. Files in it that are no part of a model stay, and so does a README.md that this package did
+            not write.
         overwrite: whether a model that is there may be replaced.
+        push_to_hub: the name of a model on the Hub, to which all that was saved is uploaded then, in one commit.
+        private, revision, token: of the upload, see `optimum_arb.hub.push_directory`.
         kwargs: go to `save_pretrained` (`max_shard_size`, ...).
 
     Raises:
-        OSError: as `check_output_directory`, and what writing raises; what was in the directory is then untouched.
+        OSError: as `check_output_directory`, and what writing raises; what was in the directory is then untouched. Or
+            as `push_directory`, of the upload: the model is saved then.
     """
     path = check_output_directory(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,15 +88,25 @@ def save_model(
         model.save_pretrained(temporary, **kwargs)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        if (temporary / CARD).exists():
+            write_card(temporary, name=path.absolute().name, tags=getattr(model, "model_tags", None) or ())
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)  # mkdtemp's own are for this user alone
+        saved = [file.relative_to(temporary).as_posix() for file in temporary.rglob("*") if file.is_file()]
         if not path.exists() or not any(path.iterdir()):
             os.replace(temporary, path)
         else:
             _replace_files(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    if push_to_hub is not None:
+        try:
+            push_directory(path, push_to_hub, files=saved, private=private, revision=revision, token=token)
+        except OSError as error:
+            raise type(error)(
+                f"{error} The model is saved in {path}; to try again: optimum-arb push {path} {push_to_hub}"
+            ) from error
     return path
 
 
@@ -95,6 +122,8 @@ def _replace_files(source: Path, target: Path) -> None:
         if stale.name not in {f.name for f in new}:
             stale.unlink()
     for file in new:
+        if file.name == CARD and is_users_own(target / CARD):
+            continue
         if file.is_dir() and (target / file.name).is_dir():
             shutil.rmtree(target / file.name)
         os.replace(file, target / file.name)

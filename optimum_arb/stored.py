@@ -13,6 +13,8 @@ from .layout import Layout
 from .packing import TENSOR_NAMES, packed_shapes
 
 COMPANIONS = tuple(f"weight_{name}" for name in TENSOR_NAMES[1:])
+# As on the Hub. The header of 100,000 tensors has about 15 MB.
+MAX_HEADER = 25_000_000
 _SCALE_DTYPES = {"F16": torch.float16, "F32": torch.float32}
 _INDEX_DTYPES = {"I16": torch.int16, "I32": torch.int32}
 
@@ -40,13 +42,16 @@ def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint.
 
     Raises:
-        ValueError: a file that is not safetensors, or is damaged or cut short.
+        ValueError: a file that is not safetensors, or is damaged or cut short; a tensor that is in two files.
     """
     headers: dict[str, StoredTensor] = {}
     for path in files:
+        _check_header_length(path)
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (it is no dict)
+                    if key in headers:
+                        raise ValueError(f"The tensor {key!r} is in {path} and in another file of the checkpoint too.")
                     part = file.get_slice(key)
                     headers[key] = StoredTensor(tuple(part.get_shape()), part.get_dtype())
         except SafetensorError as error:
@@ -54,6 +59,17 @@ def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:
                 f"{path} is no intact safetensors file: {error}. Save or download the model again."
             ) from None
     return headers
+
+
+def _check_header_length(path: str) -> None:
+    """Raises ValueError where the header of a file is longer than it may be, before it is read."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER:
+        raise ValueError(
+            f"{path} is no intact safetensors file: its header would have {length:,} bytes, of which the Hub allows "
+            f"{MAX_HEADER:,}. Save or download the model again."
+        )
 
 
 def packed_linears(headers: Mapping[str, StoredTensor]) -> list[StoredLinear]:
@@ -85,7 +101,8 @@ def describe(linear: StoredLinear, config: ARBConfig, out_features: int, in_feat
     """
     layout: Layout = config.layout
     tensors = linear.tensors
-    salient = tensors["salient_columns"].shape[-1] if "salient_columns" in tensors else 0
+    columns = tensors["salient_columns"].shape if "salient_columns" in tensors else ()
+    salient = min(columns[-1], in_features) if columns else 0
     permuted = "permutation" in tensors
     shapes = packed_shapes(layout, out_features, in_features, config.block_size, permuted, salient)
     for name, shape in shapes.items():

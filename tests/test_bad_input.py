@@ -164,7 +164,7 @@ def test_newer_format(packed, more):
         LlamaForCausalLM.from_pretrained(packed)
 
 
-@pytest.mark.parametrize("name", ["weight", "weight_row_scale", "weight_col_scale"])
+@pytest.mark.parametrize("name", ["weight", "weight_row_scale", "weight_col_scale", "weight_permutation"])
 def test_missing_tensor_of_a_packed_module(packed, name):
     change_tensors(packed, lambda tensors: tensors.pop(f"{LINEAR}.{name}"))
     with pytest.raises(ValueError, match=rf"{LINEAR}: the tensor '{LINEAR}\.{name}' is missing"):

@@ -80,7 +80,11 @@ def test_wheel_holds_data_and_the_command_of_optimum(tmp_path):
         "optimum_arb/data/wikitext-2/wiki.test.tokens.txt",
         "optimum_arb/data/wikitext-2/wiki.valid.tokens.txt",
         "optimum/commands/register/register_arb.py",
+        "optimum_arb_autoload.py",
     } <= names
+    (points,) = [name for name in names if name.endswith("/entry_points.txt")]
+    declared = zipfile.ZipFile(wheel).read(points).decode()
+    assert "[torch.backends]\noptimum_arb = optimum_arb_autoload:activate" in declared
     # optimum's own namespaces must stay namespaces, and tests are no part of the package
     assert not {"optimum/__init__.py", "optimum/commands/__init__.py", "optimum/commands/register/__init__.py"} & names
     assert not any(name.startswith("tests") for name in names)

@@ -31,7 +31,7 @@ def test_overwriting_replaces_the_model_and_keeps_other_files(model, tmp_path):
     (tmp_path / "model" / "notes.md").write_text("mine")
     save_model(model, None, tmp_path / "model", overwrite=True)
     names = {file.name for file in (tmp_path / "model").iterdir()}
-    assert names == {"config.json", "generation_config.json", "model.safetensors", "notes.md"}
+    assert names == {"README.md", "config.json", "generation_config.json", "model.safetensors", "notes.md"}
     assert (tmp_path / "model" / "notes.md").read_text() == "mine"
     again = LlamaForCausalLM.from_pretrained(tmp_path / "model")
     assert torch.equal(outputs(again, tokens(1, 8)), outputs(model, tokens(1, 8)))

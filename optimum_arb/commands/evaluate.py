@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from .printing import fields, size
@@ -28,12 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", metavar="NAME", help="how a binarized model computes (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's own, default), float32, bfloat16, ...")
     parser.add_argument("--device-map", default="cpu", metavar="MAP", help="cpu (default), cuda, auto, ...")
+    parser.add_argument(
+        "--record", action="store_true", help="write the result into MODEL, a binarized one's directory, and its card"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     from ..evaluate.perplexity import model_positions, perplexity, read_text
-    from .loading import load_model, load_tokenizer
+    from ..hub import record_perplexity
+    from .loading import load_model, load_tokenizer, quantization_method
 
+    if args.record and (not Path(args.model).is_dir() or quantization_method(args.model) != "arb"):
+        raise ValueError(f"--record needs the directory of a binarized model, and {args.model} is none.")
     read_text(args.text)  # a missing text is told before the model is loaded
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, dtype=args.dtype, device_map=args.device_map, backend=args.backend)
@@ -46,6 +53,8 @@ def run(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         progress=not args.json,
     )
+    if args.record:
+        record_perplexity(args.model, result)
     config: Any = getattr(model.config, "quantization_config", None)
     bits = getattr(config, "bits_per_weight", None)
     parameters = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
@@ -72,4 +81,4 @@ def describe_calibration(calibration: dict | None) -> str:
     """One line about the calibration that a configuration records."""
     if not calibration:
         return "nothing (data-free)"
-    return ", ".join(f"{name} {value}" for name, value in calibration.items())
+    return ", ".join(f"{name} {value}" for name, value in calibration.items() if value != [])

@@ -6,7 +6,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.utils import cached_file
 
 
 def check_model(name: str) -> None:
@@ -39,6 +48,21 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         FileNotFoundError: see `check_model`.
     """
     check_model(name)
+    return AutoTokenizer.from_pretrained(name)
+
+
+def load_processor(name: str) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """What a model reads its inputs with: the processor of a model of several modalities, otherwise the tokenizer.
+
+    Raises:
+        FileNotFoundError: see `check_model`.
+        ImportError: a package that the processor needs is not installed.
+    """
+    check_model(name)
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        if cached_file(name, file, **quietly) is not None:
+            return AutoProcessor.from_pretrained(name)
     return AutoTokenizer.from_pretrained(name)
 
 

@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import evaluate, inspect, quantize, tune
+from . import evaluate, inspect, push, quantize, tune
 
-COMMANDS = (quantize, evaluate, inspect, tune)
+COMMANDS = (quantize, evaluate, inspect, push, tune)
 # What bad input and a failing environment raise. Anything else is a defect of ours, which deserves its traceback.
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 

@@ -34,6 +34,7 @@ CONFIG_OPTIONS = (
     "seed",
     "damp_percent",
     "modules_to_not_convert",
+    "base_model",
 )
 
 
@@ -84,37 +85,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     other.add_argument("--device-map", default="cpu", metavar="MAP", help="cpu (default), cuda, auto, ...")
     other.add_argument("--max-shard-size", metavar="SIZE", help="size of a safetensors file, e.g. 2GB")
     other.add_argument("--overwrite", action="store_true", help="replace a model that lies in OUT")
+    hub = parser.add_argument_group("upload")
+    hub.add_argument(
+        "--push-to-hub", metavar="REPO", help="upload what is in OUT to this model on the Hub, e.g. me/model"
+    )
+    hub.add_argument("--private", action="store_true", help="make it a private one, if it is new")
+    hub.add_argument("--revision", metavar="BRANCH", help="the branch to upload to (default: main)")
+    hub.add_argument(
+        "--base-model", metavar="NAME", help="for the model card: MODEL's name on the Hub, where MODEL is a directory"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM
 
+    from ..hub import check_access
     from ..report import model_report
     from ..saving import check_output_directory, save_model
-    from .loading import check_model, load_tokenizer, quantization_method
+    from .loading import check_model, load_processor, quantization_method
 
     check_output_directory(args.out, overwrite=args.overwrite)
     config = build_config(args)
     check_model(args.model)
+    if args.push_to_hub:
+        check_access(args.push_to_hub)
+    elif args.private or args.revision:
+        raise ValueError(f"--{'private' if args.private else 'revision'} does nothing without --push-to-hub.")
     method = quantization_method(args.model)
     if method is not None:
         raise ValueError(
             f"{args.model} is already {'binarized' if method == 'arb' else f'quantized with {method}'}: "
             "start from the float model."
         )
-    tokenizer = load_tokenizer(args.model)
+    processor = load_processor(args.model)
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(
         args.model, quantization_config=config, dtype=args.dtype, device_map=args.device_map
     )
     seconds = time.perf_counter() - start
     options = {"max_shard_size": args.max_shard_size} if args.max_shard_size else {}
-    save_model(model, tokenizer, args.out, overwrite=args.overwrite, **options)
+    save_model(
+        model,
+        processor,
+        args.out,
+        overwrite=args.overwrite,
+        push_to_hub=args.push_to_hub,
+        private=args.private or None,
+        revision=args.revision,
+        **options,
+    )
     report = model_report(model)
     if args.json:
         result = {
             "model": args.model,
             "out": args.out,
+            "pushed_to": args.push_to_hub,
             "seconds": seconds,
             "config": model.config.quantization_config.to_dict(),
             **report.to_dict(),
@@ -122,6 +147,8 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(result))
     else:
         print(describe(args.model, args.out, report, seconds))
+        if args.push_to_hub:
+            print(f"uploaded to {args.push_to_hub}")
 
 
 def build_config(args: argparse.Namespace) -> Any:

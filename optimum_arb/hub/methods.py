@@ -1,0 +1,111 @@
+"""`save_pretrained` and `push_to_hub` of binarized models.
+
+transformers' own write a card without content, into a saved directory over the user's; leave old shards on the Hub
+behind, which would be loaded in place of new weights; and know no revision in `save_pretrained`. They are methods of
+`PreTrainedModel`, which asks its quantizer nothing about them. So both are wrapped, for binarized models alone: not on
+each model, whose own bound methods would keep it from being freed as soon as it is not used any more.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .card import NAME as CARD
+from .card import write_card
+from .upload import push_directory
+
+logger = logging.getLogger(__name__)
+
+_PUSH_OPTIONS = ("private", "token", "revision", "create_pr", "commit_message", "commit_description")
+
+
+def wrap_methods() -> None:
+    """Wraps both methods of `PreTrainedModel`; does nothing the second time."""
+    for wrap in (_wrap_save_pretrained, _wrap_push_to_hub):
+        name = wrap.__name__.removeprefix("_wrap_")
+        original = getattr(PreTrainedModel, name)
+        if not hasattr(original, "_optimum_arb"):
+            wrapper = wrap(original)
+            setattr(wrapper, "_optimum_arb", True)  # noqa: B010 (not a declared attribute)
+            setattr(PreTrainedModel, name, wrapper)
+
+
+def _is_binarized(model: PreTrainedModel) -> bool:
+    """Whether a model is saved packed. One with adapters saves these alone."""
+    config: Any = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    return getattr(config, "quant_method", None) == "arb" and not getattr(model, "_hf_peft_config_loaded", False)
+
+
+def _wrap_save_pretrained(original: Any) -> Any:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if not _is_binarized(self):
+            return original(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        path = Path(bound.arguments["save_directory"])
+        push = bound.arguments.get("push_to_hub", False)
+        more = bound.arguments.get("kwargs", {})
+        main = bound.arguments.get("is_main_process", True)
+        options: dict[str, Any] = {}
+        if push:
+            bound.arguments["push_to_hub"] = False
+            options = {key: more.pop(key) for key in _PUSH_OPTIONS if key in more}
+            options["token"] = bound.arguments.get("token")
+            repo_id = more.pop("repo_id", path.name)
+        before = _stamps(path)
+        result = original(*bound.args, **bound.kwargs)
+        if not main or not path.is_dir():
+            return result
+        _describe(path, self.model_tags or ())
+        if push:
+            new = {name for name, stamp in _stamps(path).items() if before.get(name) != stamp} | {CARD}
+            push_directory(path, repo_id, files=new, tags=self.model_tags or (), **options)
+        return result
+
+    return save_pretrained
+
+
+def _wrap_push_to_hub(original: Any) -> Any:
+    @functools.wraps(original)
+    def push_to_hub(self: PreTrainedModel, repo_id: str, *args: Any, tags: Any = None, **kwargs: Any) -> Any:
+        if not _is_binarized(self):
+            return original(self, repo_id, *args, **({} if tags is None else {"tags": tags}), **kwargs)
+        if args:
+            raise TypeError("push_to_hub of a binarized model takes all but the name as keywords.")
+        options = {key: kwargs.pop(key) for key in _PUSH_OPTIONS if key in kwargs}
+        every = [*(self.model_tags or ()), *([tags] if isinstance(tags, str) else tags or ())]
+        with tempfile.TemporaryDirectory() as folder:
+            directory = Path(folder) / repo_id.rpartition("/")[2]
+            self.save_pretrained(directory, **kwargs)
+            return push_directory(directory, repo_id, tags=every, **options)
+
+    return push_to_hub
+
+
+def _stamps(path: Path) -> dict[str, tuple[int, int]]:
+    """Every file of a directory, with what changes when it is written anew."""
+    if not path.is_dir():
+        return {}
+    found = ((entry.name, entry.stat()) for entry in os.scandir(path) if entry.is_file())
+    return {name: (stat.st_mtime_ns, stat.st_ino) for name, stat in found}
+
+
+def _describe(path: Path, tags: Any) -> None:
+    """Writes the card of a model that is already saved, which must not fail with it."""
+    if not any(path.glob("*.safetensors")):
+        return
+    try:
+        if not write_card(path, tags=tags):
+            logger.info("%s was not written by optimum_arb, or was changed: it stays.", path / CARD)
+    except Exception as error:
+        logger.warning("The model is saved in %s, but its card could not be written: %s", path, error)
