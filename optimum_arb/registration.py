@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers.quantizers import auto
 
 from .config import ARBConfig
+from .integrations.import_hook import after_import
 from .quantizer import ARBHfQuantizer
 
 
@@ -18,3 +19,11 @@ def register() -> None:
     if ARBConfig not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
         types: tuple[type, ...] = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, ARBConfig)
         setattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", types)  # noqa: B010 (its declared type has a fixed length)
+    # a submodule that PEFT always imports: many only ask whether there is a `peft`
+    after_import("peft.tuners.lora.model", _register_with_peft)
+
+
+def _register_with_peft() -> None:
+    from .integrations import peft_lora
+
+    peft_lora.register()

@@ -175,6 +175,17 @@ def test_gradient_reaches_input_and_bias_alone(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_output_can_be_written_in_place(backend):
+    """As PEFT does where a batch mixes several adapters."""
+    module = layer(backend=backend)
+    x = torch.randn(2, 3, 300, requires_grad=True)
+    output = module(x)
+    output[[0]] += 1
+    output.sum().backward()
+    assert relative_error(x.grad, module.dequantize().sum(0).expand(2, 3, 300)) < 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["planes-1-col", "groups-all-salient-mean"])
 def test_compiles_as_one_graph(name, backend):
     torch.compiler.reset()
