@@ -42,12 +42,14 @@ def test_half_precision_model(dtype, tolerance, backend):
     module = layer("groups-all-salient-col", backend=backend)
     x = torch.randn(3, 300).to(dtype)
     expected = dense(module, x)
-    bits = module.weight.clone()
+    packed = {name: tensor.clone() for name, tensor in module.packed().items()}
     module.to(dtype)
     assert module.weight.dtype == torch.uint8
     assert module.weight_salient_columns.dtype == torch.int16
-    assert torch.equal(module.weight, bits)
-    assert module.weight_row_scale.dtype == module.bias.dtype == dtype
+    for name, tensor in module.packed().items():  # scales too: they would lose digits
+        assert tensor.dtype == packed[name].dtype
+        assert torch.equal(tensor, packed[name])
+    assert module.bias.dtype == dtype
     result = module(x)
     assert result.dtype == dtype
     assert relative_error(result, expected) < tolerance
