@@ -268,9 +268,16 @@ def test_adapters_that_multiply_the_weight_are_not_merged_either(llama):
     config = peft.IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"])
     model = peft.get_peft_model(load(llama), config)
     before = packed_tensors(model)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "ia3_" in name:
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    expected = outputs(model, IDS)
+    assert not torch.equal(expected, outputs(load(llama), IDS))
     with pytest.raises(ValueError, match="merge_dequantized"):
         model.merge_and_unload()
     assert all(torch.equal(before[name], tensor) for name, tensor in packed_tensors(model).items())
+    torch.testing.assert_close(outputs(merge_dequantized(model), IDS), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("order", ["peft first", "optimum_arb first"])
