@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .custom_data import CalibrationTexts, CalibrationTokens
+from .custom_data import CalibrationInputs, CalibrationTexts, CalibrationTokens
 from .layout import GROUP_BITMAPS, MAX_PLANES, Layout, bitmap_layout, planes_layout
 from .packing import FORMAT_VERSION, check_block_size
 from .patterns import check_pattern, matches
@@ -63,8 +63,10 @@ class ARBConfig(QuantizationConfigMixin):
         split_metric: what the search for salient columns and groups looks at: "weight" (the error of the weights) or
             "score" (as published: the error of the Hessian scores).
         dataset: calibration text: "wikitext-2" (bundled: the validation split), the path of a text file, a list of
-            strings, a tensor of token ids int64 `[num_samples, sequence_length]`, a name that `optimum.gptq.data`
-            knows ("c4", ...), or None for none: then each weight is binarized by itself while the checkpoint loads.
+            strings, a tensor of token ids int64 `[num_samples, sequence_length]`, a list of inputs of the model's
+            `forward` as a processor returns them (for models of images or sound; each is a batch), a name that
+            `optimum.gptq.data` knows ("c4", ...), or None for none: then each weight is binarized by itself while the
+            checkpoint loads.
         num_samples: calibration sequences.
         sequence_length: tokens of a calibration sequence (at most what the model takes).
         batch_size: sequences of a calibration batch; None lets the sequence length choose.
@@ -76,6 +78,8 @@ class ARBConfig(QuantizationConfigMixin):
         modules_to_not_convert: modules that stay in float besides those that transformers keeps (the output embedding
             and tied weights): suffixes of module names at a dot, or patterns that begin with "re:" and match the
             whole name. A pattern that matches nothing is an error.
+        other_modalities: whether the vision and audio towers of a model that also has a language model are binarized
+            too. They stay in float by default: text does not calibrate them; give inputs of the model as `dataset`.
         overrides: pattern -> choices for the modules that it matches, such as `{"down_proj": {"planes": 2}}` or
             `{"re:.*layers\\.0\\..*": {"skip": True}}`. Later entries win.
         backend: what runs the packed layers: "auto", "triton" (the GPU kernels), "cpu" (the packed bits, natively where
@@ -107,7 +111,13 @@ class ARBConfig(QuantizationConfigMixin):
         refinement_sweeps: int | None = None,
         compensation: str = "exact",
         split_metric: str = "weight",
-        dataset: str | os.PathLike[str] | Sequence[str] | torch.Tensor | CalibrationTokens | None = "wikitext-2",
+        dataset: str
+        | os.PathLike[str]
+        | Sequence[str]
+        | Sequence[Mapping[str, Any]]
+        | torch.Tensor
+        | CalibrationTokens
+        | None = "wikitext-2",
         num_samples: int = 128,
         sequence_length: int = 2048,
         batch_size: int | None = None,
@@ -115,6 +125,7 @@ class ARBConfig(QuantizationConfigMixin):
         damp_percent: float | None = None,
         act_order: bool | None = None,
         modules_to_not_convert: list[str] | None = None,
+        other_modalities: bool = False,
         overrides: dict[str, dict[str, Any]] | None = None,
         backend: str = "auto",
         max_memory: dict | None = None,
@@ -146,9 +157,10 @@ class ARBConfig(QuantizationConfigMixin):
         self.split_metric = split_metric
         if isinstance(dataset, os.PathLike):
             dataset = os.fspath(dataset)
-        self.dataset: str | CalibrationTexts | CalibrationTokens | None
-        if isinstance(dataset, Sequence) and not isinstance(dataset, (str, CalibrationTexts)):
-            self.dataset = CalibrationTexts(dataset)
+        self.dataset: str | CalibrationTexts | CalibrationTokens | CalibrationInputs | None
+        if isinstance(dataset, Sequence) and not isinstance(dataset, (str, CalibrationTexts, CalibrationInputs)):
+            of_inputs = bool(dataset) and isinstance(dataset[0], Mapping)
+            self.dataset = CalibrationInputs(dataset) if of_inputs else CalibrationTexts(dataset)  # type: ignore[arg-type]
         elif isinstance(dataset, torch.Tensor):
             self.dataset = CalibrationTokens(dataset)
         else:
@@ -160,6 +172,7 @@ class ARBConfig(QuantizationConfigMixin):
         self.damp_percent = damp_percent
         self.act_order = act_order
         self.modules_to_not_convert = modules_to_not_convert
+        self.other_modalities = other_modalities
         self.overrides = overrides or {}
         self.backend = backend
         self.max_memory = max_memory
@@ -193,10 +206,14 @@ class ARBConfig(QuantizationConfigMixin):
         damping = self.resolved_damp_percent
         if not isinstance(damping, (int, float)) or not 0 <= damping < 10:
             raise ValueError(f"damp_percent={self.damp_percent!r} must be a number from 0 to 10; 0.01 is usual.")
-        if self.dataset is not None and not isinstance(self.dataset, (str, CalibrationTexts, CalibrationTokens)):
+        given = (str, CalibrationTexts, CalibrationTokens, CalibrationInputs)
+        if self.dataset is not None and not isinstance(self.dataset, given):
             raise TypeError(
-                f"dataset={self.dataset!r} must be a name, a path, a list of strings, a tensor of token ids, or None."
+                f"dataset={self.dataset!r} must be a name, a path, a list of strings or of model inputs, a tensor of "
+                "token ids, or None."
             )
+        if not isinstance(self.other_modalities, bool):
+            raise TypeError(f"other_modalities={self.other_modalities!r} must be True or False.")
         if isinstance(self.modules_to_not_convert, str):
             raise TypeError(f"modules_to_not_convert={self.modules_to_not_convert!r} must be a list of patterns.")
         if self.method not in BITMAP_METHODS:
@@ -343,7 +360,7 @@ class ARBConfig(QuantizationConfigMixin):
         result = {key: copy.deepcopy(value) for key, value in self.__dict__.items() if value is not None}
         if "dataset" not in result:
             result["dataset"] = None
-        elif isinstance(result["dataset"], (CalibrationTexts, CalibrationTokens)):
+        elif isinstance(result["dataset"], (CalibrationTexts, CalibrationTokens, CalibrationInputs)):
             result["dataset"] = "custom"
         if result.get("overrides") == {}:
             del result["overrides"]

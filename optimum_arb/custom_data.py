@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -62,3 +63,52 @@ class CalibrationTokens:
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+
+
+class CalibrationInputs(Sequence[dict[str, Any]]):
+    """The user's own calibration inputs, each a batch as the model's `forward` takes it (what a processor returns):
+    for models that run on images or sound. Copying a configuration does not copy them.
+
+    Raises:
+        TypeError: an input that is no mapping.
+        ValueError: an input without a tensor.
+    """
+
+    def __init__(self, inputs: Sequence[Mapping[str, Any]]):
+        self._inputs: list[dict[str, Any]] = []
+        for index, one in enumerate(inputs):
+            if not isinstance(one, Mapping):
+                raise TypeError(
+                    f"dataset[{index}] is a {type(one).__name__}: a list of model inputs holds mappings, such as "
+                    "{'input_features': tensor, 'decoder_input_ids': tensor}."
+                )
+            batch = {key: v.detach().cpu() if isinstance(v, torch.Tensor) else v for key, v in one.items()}
+            if not any(isinstance(value, torch.Tensor) for value in batch.values()):
+                raise ValueError(f"dataset[{index}] holds no tensor. Ask the processor for return_tensors='pt'.")
+            self._inputs.append(batch)
+
+    def __getitem__(self, index):
+        return self._inputs[index]
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} model inputs, sha256 {self.fingerprint()[:12]}>"
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for batch in self._inputs:
+            for key in sorted(batch):
+                digest.update(key.encode() + b"\0")
+                value = batch[key]
+                if isinstance(value, torch.Tensor):
+                    digest.update(str((value.dtype, tuple(value.shape))).encode())
+                    value = value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                else:
+                    value = repr(value).encode()
+                digest.update(value)
+        return digest.hexdigest()

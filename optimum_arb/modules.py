@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -93,7 +94,8 @@ def select_modules(model: PreTrainedModel, config: ARBConfig, strict: bool = Tru
         selection.experts |= {f"{name}.{key}": matrix for key, matrix in expert_matrices(module).items()}
     if strict:
         _check_patterns(config, [*linears, *experts, *selection.experts])
-    structural = _structural_reasons(model, linears) | _structural_reasons_of_experts(model, selection.experts)
+    structural = _structural_reasons(model, linears, config.other_modalities)
+    structural |= _structural_reasons_of_experts(model, selection.experts, config.other_modalities)
     for name, module in model.named_modules():
         if name in linears:
             choices = config.for_module(name)
@@ -169,7 +171,9 @@ def _user_reason(config: ARBConfig, choices: ARBConfig | None, *names: str) -> s
     return None if choices is not None else "overrides: skip"
 
 
-def _structural_reasons(model: PreTrainedModel, linears: dict[str, nn.Module]) -> dict[str, str]:
+def _structural_reasons(
+    model: PreTrainedModel, linears: dict[str, nn.Module], other_modalities: bool
+) -> dict[str, str]:
     """Why a linear stays in float whatever the user chose; the first reason found counts."""
     output = model.get_output_embeddings()
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -193,18 +197,22 @@ def _structural_reasons(model: PreTrainedModel, linears: dict[str, nn.Module]) -
             reasons[name] = "task head"
         elif any(part in ROUTER_NAMES for part in name.split(".")) or "Router" in owner.__name__:
             reasons[name] = "router of experts"
-        elif composite and _OTHER_MODALITY.search(name):
-            reasons[name] = "vision or audio tower"
+        elif composite and not other_modalities and _OTHER_MODALITY.search(name):
+            reasons[name] = "vision or audio tower (other_modalities=True binarizes it)"
         elif any(pattern.search(name) for pattern in float32):
             reasons[name] = "kept in float32 by transformers"
         elif reads_weight(owner, last) and not _bloom_without_slices(model):
             reasons[name] = f"{owner.__name__} reads its weight directly"
+        elif reader := _distant_reader(model, name):
+            reasons[name] = f"{reader} reads its weight directly"
         elif f"{name}.weight" in merged:
             reasons[name] = "its weight is stored in pieces"
     return reasons
 
 
-def _structural_reasons_of_experts(model: PreTrainedModel, experts: dict[str, ExpertMatrix]) -> dict[str, str]:
+def _structural_reasons_of_experts(
+    model: PreTrainedModel, experts: dict[str, ExpertMatrix], other_modalities: bool
+) -> dict[str, str]:
     """The same of the matrices of experts."""
     if not experts:
         return {}
@@ -217,8 +225,8 @@ def _structural_reasons_of_experts(model: PreTrainedModel, experts: dict[str, Ex
     for name in experts:
         if any(pattern.search(name) for pattern in float32):
             reasons[name] = "kept in float32 by transformers"
-        elif composite and _OTHER_MODALITY.search(name):
-            reasons[name] = "vision or audio tower"
+        elif composite and not other_modalities and _OTHER_MODALITY.search(name):
+            reasons[name] = "vision or audio tower (other_modalities=True binarizes it)"
     return reasons
 
 
@@ -261,6 +269,37 @@ def reads_weight(parent: type, child: str) -> bool:
         if re.search(rf"\bself\.{re.escape(child)}\.weight\b", source):
             return True
     return False
+
+
+def _distant_reader(model: PreTrainedModel, name: str) -> str | None:
+    """The class further up whose code reads the weight of a linear through its parent, or None: for instance
+    `self.blocks[0].mlp.fc2.weight.dtype`, which would be that of packed bits."""
+    parts = name.split(".")
+    for end in range(len(parts) - 2, -1, -1):
+        owner: type = type(model.get_submodule(".".join(parts[:end])))
+        if (parts[-2], parts[-1]) in _distant_reads(owner):
+            return owner.__name__
+    return None
+
+
+@cache
+def _distant_reads(owner: type) -> frozenset[tuple[str, str]]:
+    """(parent, child) of every `<something>.parent.child.weight` in the code of a module class. Initialization does not
+    count: transformers leaves packed layers alone there."""
+    found: set[tuple[str, str]] = set()
+    for cls in owner.__mro__:
+        if cls in (nn.Module, PreTrainedModel):
+            break
+        for key, member in vars(cls).items():
+            if key == "_init_weights":
+                continue
+            code: Any = member.fget if isinstance(member, property) else member
+            try:
+                source = inspect.getsource(code)
+            except (OSError, TypeError):  # no function
+                continue
+            found.update(re.findall(r"[\w\])]\.(\w+)\.(\w+)\.weight\b", source))
+    return frozenset(found)
 
 
 def _summary(keep: dict[str, str]) -> str:

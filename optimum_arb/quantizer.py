@@ -22,6 +22,7 @@ from .calibration.data import calibration_record
 from .calibration.experts import RoutedInputs
 from .config import ARBConfig
 from .conversion import Record, binarize_linear, empty_linear, float_linear
+from .custom_data import CalibrationInputs
 from .expert_conversion import binarize_experts, packed_form
 from .expert_keys import conversions_for_loading, conversions_for_saving
 from .hub.base_model import base_model_facts
@@ -65,7 +66,7 @@ class ARBHfQuantizer(HfQuantizer):
         self.kept: dict[str, str] = {}
         self.failure: Exception | None = None
         self._device_map: Any = None
-        self._tokens: torch.Tensor | None = None
+        self._tokens: torch.Tensor | CalibrationInputs | None = None
         requested = self.quantization_config.__dict__.pop("requested", None)
         if self.pre_quantized and requested is not None:
             self._refuse_second_quantization(requested)

@@ -89,6 +89,13 @@ class ModelReport:
                 if starved
                 else f"{len(experts)} of the modules are matrices of {counts} experts each."
             )
+        # experts have said above what they lacked
+        unseen = [module.name for module in self.modules if module.output_error is None and module.experts is None]
+        if unseen and self.mean_output_error is not None:
+            lines.append(
+                f"Without calibration ({len(unseen)}): {', '.join(unseen[:3])}{', ...' * (len(unseen) > 3)}: no "
+                "calibration input reached them."
+            )
         for reason, count in Counter(self.kept.values()).items():
             names = [name for name, why in self.kept.items() if why == reason]
             shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..config import ARBConfig
-from ..custom_data import CalibrationTexts, CalibrationTokens
+from ..custom_data import CalibrationInputs, CalibrationTexts, CalibrationTokens
 
 logger = logging.getLogger(__name__)
 
@@ -128,16 +128,21 @@ def _download(name: str, tokenizer: Any, samples: int, length: int, seed: int) -
     return torch.cat([torch.as_tensor(example["input_ids"]).view(1, -1) for example in examples]).to(torch.int64)
 
 
-def token_batches(tokens: torch.Tensor, batch_size: int | None = None) -> list[torch.Tensor]:
-    """Cuts `[samples, length]` into batches; without a size, of about 8192 tokens each."""
+def token_batches(tokens: torch.Tensor | CalibrationInputs, batch_size: int | None = None) -> list[Any]:
+    """Cuts `[samples, length]` into batches; without a size, of about 8192 tokens each. Inputs of the model are batches
+    already."""
+    if isinstance(tokens, CalibrationInputs):
+        return list(tokens)
     if batch_size is None:
         batch_size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
     return list(tokens.split(batch_size))
 
 
-def calibration_record(config: ARBConfig, tokens: torch.Tensor) -> dict[str, Any]:
+def calibration_record(config: ARBConfig, tokens: torch.Tensor | CalibrationInputs) -> dict[str, Any]:
     """What a saved configuration says of its calibration: the set's name (of a file without its directory), its size
-    and the SHA-256 of its tokens."""
+    and the SHA-256 of its tokens or other inputs."""
+    if isinstance(tokens, CalibrationInputs):
+        return {"dataset": "custom", "samples": len(tokens), "fingerprint": tokens.fingerprint()}
     return {
         "dataset": Path(config.dataset).name if isinstance(config.dataset, str) else "custom",
         "samples": tokens.shape[0],

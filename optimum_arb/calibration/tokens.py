@@ -10,28 +10,39 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..config import ARBConfig
-from ..custom_data import CalibrationTokens
+from ..custom_data import CalibrationInputs, CalibrationTokens
 from .data import DOWNLOADED, calibration_tokens, load_texts
 
 
-def model_tokens(model: PreTrainedModel, config: ARBConfig, checkpoint_files: list[str] | None = None) -> torch.Tensor:
-    """The calibration sequences for a model, int64 `[samples, length]`.
+def model_tokens(
+    model: PreTrainedModel, config: ARBConfig, checkpoint_files: list[str] | None = None, tokenizer: Any = None
+) -> torch.Tensor | CalibrationInputs:
+    """The calibration sequences for a model, int64 `[samples, length]`, or the inputs that the user gave.
 
     Args:
         model: the model; its weights are not looked at.
         config: as for `calibration_tokens`.
         checkpoint_files: where the model comes from, in whose directory a tokenizer is looked for.
+        tokenizer: the model's; None looks for it.
 
     Raises:
-        ValueError: as `calibration_tokens`; no tokenizer lies with the model; token ids that it does not have.
+        ValueError: as `calibration_tokens`; no tokenizer lies with the model; token ids that it does not have; a model
+            that does not run on token ids.
     """
     dataset = config.dataset
+    if isinstance(dataset, CalibrationInputs):
+        return CalibrationInputs(dataset[: config.num_samples])
+    if model.main_input_name != "input_ids":
+        raise ValueError(
+            f"{type(model).__name__} runs on {model.main_input_name!r}, not on text. Give a list of its inputs, as its "
+            f"processor makes them, as dataset ([{{{model.main_input_name!r}: tensor, ...}}, ...]), or dataset=None to "
+            "binarize without calibration."
+        )
     max_length = _longest_sequence(model)
-    tokenizer = None
     if not isinstance(dataset, CalibrationTokens) and dataset is not None:
         if not isinstance(dataset, str) or dataset not in DOWNLOADED:
             load_texts(dataset)  # an unknown or empty set is the first error, not a missing tokenizer
-        tokenizer = find_tokenizer(model, checkpoint_files)
+        tokenizer = find_tokenizer(model, checkpoint_files) if tokenizer is None else tokenizer
         longest = getattr(tokenizer, "model_max_length", None)
         max_length = min((length for length in (max_length, longest) if length), default=None)
     tokens = calibration_tokens(config, tokenizer, max_length)

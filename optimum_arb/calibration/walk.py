@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,7 +85,7 @@ class CalibrationWalk:
         model: the float model, on the CPU, in evaluation mode.
         targets: names of the linears, and of the modules of experts, to binarize.
         binarize: makes the binarized module of a linear.
-        batches: token ids int64 `[B, L]`.
+        batches: token ids int64 `[B, L]`, or other inputs of the model's `forward` by their names.
         device: where a layer runs and is binarized; its weights go there and come back.
         binarize_experts: makes the binarized module of experts; needed where there are any.
     """
@@ -95,7 +95,7 @@ class CalibrationWalk:
         model: PreTrainedModel,
         targets: list[str],
         binarize: Binarize,
-        batches: list[torch.Tensor],
+        batches: Sequence[torch.Tensor | Mapping[str, Any]],
         device: torch.device | str = "cpu",
         binarize_experts: BinarizeExperts | None = None,
     ):
@@ -155,12 +155,16 @@ class CalibrationWalk:
         wanted = {"use_cache": False, "logits_to_keep": 1}
         return {key: value for key, value in wanted.items() if key in parameters}
 
-    def _run_model(self, tokens: torch.Tensor) -> None:
+    def _run_model(self, batch: torch.Tensor | Mapping[str, Any]) -> None:
         kwargs = dict(self._model_kwargs)
-        if getattr(self.model.config, "is_encoder_decoder", False):
-            kwargs["decoder_input_ids"] = tokens
+        if not isinstance(batch, torch.Tensor):
+            kwargs.update(batch)
+        else:
+            kwargs["input_ids"] = batch
+            if getattr(self.model.config, "is_encoder_decoder", False):
+                kwargs["decoder_input_ids"] = batch
         with suppress(_Stop):
-            self.model(input_ids=tokens, **kwargs)
+            self.model(**kwargs)
 
     def _probe(self, groups: list[_Layers]) -> None:
         """One short run that shows how the layers are called; sorts the groups by the order in which they run."""
@@ -175,8 +179,16 @@ class CalibrationWalk:
                     order.append(index)
 
                 handles.append(layer.register_forward_hook(look, with_kwargs=True))
+        batch = self.batches[0]
         try:
-            self._run_model(self.batches[0][:1, :8])
+            self._run_model(batch[:1, :8] if isinstance(batch, torch.Tensor) else batch)
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            given = "token ids alone" if isinstance(batch, torch.Tensor) else ", ".join(map(repr, batch))
+            raise ValueError(
+                f"{type(self.model).__name__} does not run on {given} ({type(error).__name__}: {error}). Give a list "
+                "of its inputs, as its processor makes them, as dataset, or dataset=None to binarize without "
+                "calibration."
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()

@@ -217,8 +217,16 @@ class ARBLinear(nn.Linear):
             shared.forget()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ARBLinear:
+        """Moves everything; `.to(dtype)` and its kin cast the bias alone, as loading in another dtype does: the scales
+        would lose digits, and the files have them in float16 or float32."""
         self._drop_dequantized()
-        return super()._apply(fn, recurse)
+        packed = {id(tensor) for name, tensor in self._parameters.items() if name != "bias"}
+
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if id(tensor) in packed and result.dtype != tensor.dtype else result
+
+        return super()._apply(apply, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._drop_dequantized()

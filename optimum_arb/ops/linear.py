@@ -104,7 +104,9 @@ def _linear(
         salient_col_scale,
     )
     packed.check()
-    return compute(x, packed, bias, backend)
+    # `.data`: backends reshape their result at the end, and autograd lets nobody write in place into a view that an
+    # operator returned (PEFT adds its adapters so where a batch mixes several)
+    return compute(x, packed, bias, backend).data
 
 
 @torch.library.register_fake("optimum_arb::linear")

@@ -42,12 +42,14 @@ def test_half_precision_model(dtype, tolerance, backend):
     module = layer("groups-all-salient-col", backend=backend)
     x = torch.randn(3, 300).to(dtype)
     expected = dense(module, x)
-    bits = module.weight.clone()
+    packed = {name: tensor.clone() for name, tensor in module.packed().items()}
     module.to(dtype)
     assert module.weight.dtype == torch.uint8
     assert module.weight_salient_columns.dtype == torch.int16
-    assert torch.equal(module.weight, bits)
-    assert module.weight_row_scale.dtype == module.bias.dtype == dtype
+    for name, tensor in module.packed().items():  # scales too: they would lose digits
+        assert tensor.dtype == packed[name].dtype
+        assert torch.equal(tensor, packed[name])
+    assert module.bias.dtype == dtype
     result = module(x)
     assert result.dtype == dtype
     assert relative_error(result, expected) < tolerance
@@ -172,6 +174,17 @@ def test_gradient_reaches_input_and_bias_alone(backend):
     assert relative_error(x.grad, upstream @ module.dequantize()) < 2e-6
     assert relative_error(module.bias.grad, upstream.sum(0)) < 2e-6
     assert all(p.grad is None for name, p in module.named_parameters() if name != "bias")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_output_can_be_written_in_place(backend):
+    """As PEFT does where a batch mixes several adapters."""
+    module = layer(backend=backend)
+    x = torch.randn(2, 3, 300, requires_grad=True)
+    output = module(x)
+    output[[0]] += 1
+    output.sum().backward()
+    assert relative_error(x.grad, module.dequantize().sum(0).expand(2, 3, 300)) < 2e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,59 @@
+"""The tests that meet transformers, under every minor version that the package allows.
+
+    pip install nox && nox                          # 5.16 to 5.23, each in an environment of its own
+    nox -s "transformers(5.16.1)" -- -k peft       # one version; arguments go to pytest
+    nox --no-venv -s installed                      # the same tests with what is installed
+
+Each environment is pinned by constraints.txt but for transformers and what an old version wants older too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+# the newest patch of each minor version; the first and the last are the ends of the range in pyproject.toml
+VERSIONS = ("5.16.1", "5.17.0", "5.18.0", "5.19.0", "5.20.2", "5.21.1", "5.22.2", "5.23.0")
+# 5.16 and 5.17 want huggingface_hub 1.x, which wants httpx where 2.x has httpx2
+OLDER_HUB = ("5.16.1", "5.17.0")
+LOOSE = ("transformers", "huggingface_hub")
+TESTS = (
+    "tests/test_quantizer.py",
+    "tests/test_transformers_suite.py",
+    "tests/test_modules.py",
+    "tests/test_bad_input.py",
+    "tests/models",
+    "tests/calibration",
+    "tests/integrations",
+    "tests/commands",
+)
+
+nox.options.sessions = ["transformers"]
+
+
+@nox.session(python="3.11")
+@nox.parametrize("version", VERSIONS, ids=VERSIONS)
+def transformers(session: nox.Session, version: str) -> None:
+    """Installs this package with one version of transformers, and runs the tests that meet it."""
+    pins = [
+        line
+        for line in Path("constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#") and line.split("==")[0] not in LOOSE
+    ]
+    constraints = Path(session.create_tmp()) / "constraints.txt"
+    constraints.write_text("\n".join([*pins, ""]))
+    hub = ["huggingface_hub<2"] if version in OLDER_HUB else []
+    session.install("-c", str(constraints), "-e", ".[test]", f"transformers=={version}", *hub, "peft")
+    _run(session)
+
+
+@nox.session(python=False)
+def installed(session: nox.Session) -> None:
+    """The same tests with what is installed."""
+    _run(session)
+
+
+def _run(session: nox.Session) -> None:
+    session.run("python", "-c", "import transformers; print('transformers', transformers.__version__)")
+    session.run("python", "-m", "pytest", "-q", *TESTS, *session.posargs)
