@@ -1,0 +1,1 @@
+"""Other libraries that run binarized models. Each is imported only where it is used."""
