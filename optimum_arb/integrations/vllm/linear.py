@@ -24,6 +24,7 @@ from torch import nn
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
+    LinearBase,
     LinearMethodBase,
     RowParallelLinear,
     register_weight_loader_v2_supported_method,
@@ -88,7 +89,7 @@ class ARBLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: LinearBase,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -108,17 +109,17 @@ class ARBLinearMethod(LinearMethodBase):
             param.weight_loader = partial(loading.take, name)  # type: ignore[attr-defined]
             layer.register_parameter(_key(name), param)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Replaces the parameters by this rank's parts.
 
         Raises:
             ValueError: a tensor is missing, or does not fit the layer or the configuration.
         """
-        loading: _Loading = layer.arb_loading  # type: ignore[assignment]
+        loading: _Loading = layer.arb_loading
         device = layer.weight.device
         for name in TENSOR_NAMES:
             delattr(layer, _key(name))
-        placed: list[tuple[int, nn.Module]] = []
+        placed: list[tuple[int, nn.Linear]] = []
         layer.arb_gathered = None
         for shard, tensors in loading.parts.items():
             part, start = self._part(layer, loading, shard, tensors)
@@ -128,7 +129,7 @@ class ARBLinearMethod(LinearMethodBase):
         layer.arb_parts = nn.ModuleList(part for _, part in placed)
         del layer.arb_loading
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`[..., inputs of this rank]` to `[..., outputs of this rank]`, of x's dtype."""
         if layer.arb_gathered is not None:
             x = tensor_model_parallel_all_gather(x)
@@ -139,8 +140,8 @@ class ARBLinearMethod(LinearMethodBase):
         return out if bias is None else out + bias
 
     def _part(
-        self, layer: nn.Module, loading: _Loading, shard: Hashable, tensors: dict[str, torch.Tensor]
-    ) -> tuple[nn.Module, int]:
+        self, layer: LinearBase, loading: _Loading, shard: Hashable, tensors: dict[str, torch.Tensor]
+    ) -> tuple[nn.Linear, int]:
         """One part of the layer as this rank keeps it, without bias, and its first output."""
         name, config = self._identify(shard)
         weight = tensors.get("weight")
@@ -173,13 +174,13 @@ class ARBLinearMethod(LinearMethodBase):
 
     def _float_part(
         self,
-        layer: nn.Module,
+        layer: LinearBase,
         loading: _Loading,
         shard: Hashable,
         name: str,
         config: ARBConfig | None,
         tensors: dict[str, torch.Tensor],
-    ) -> tuple[nn.Module, int]:
+    ) -> tuple[nn.Linear, int]:
         """A part that stayed in float beside others that are packed (q, k and v with only v kept, say)."""
         weight = tensors["weight"]
         if config is not None or not weight.is_floating_point() or len(tensors) > 1:
@@ -207,7 +208,7 @@ class ARBLinearMethod(LinearMethodBase):
         )
 
     def _rows(
-        self, layer: nn.Module, loading: _Loading, shard: Hashable, name: str, rows: int
+        self, layer: LinearBase, loading: _Loading, shard: Hashable, name: str, rows: int
     ) -> tuple[torch.Tensor, int]:
         """The rows of a stored part of `rows` rows that this rank keeps (int64), and where their outputs begin.
 
@@ -240,24 +241,24 @@ class ARBLinearMethod(LinearMethodBase):
             )
         return picked, start
 
-    def _share_of_outputs(self, layer: nn.Module, loading: _Loading) -> torch.Tensor:
+    def _share_of_outputs(self, layer: LinearBase, loading: _Loading) -> torch.Tensor:
         """The outputs that this rank computes where the input is gathered; sets the zeros around them."""
         total, ranks, rank = loading.out_features, layer.tp_size, layer.tp_rank
         start, stop = total * rank // ranks, total * (rank + 1) // ranks
         layer.arb_gathered = (start, total - stop)
         return torch.arange(start, stop, device="cpu")
 
-    def _check_cover(self, loading: _Loading, placed: list[tuple[int, nn.Module]], gathered: bool) -> None:
+    def _check_cover(self, loading: _Loading, placed: list[tuple[int, nn.Linear]], gathered: bool) -> None:
         """Whether the parts are all there: each begins where the one before ends, and all outputs are computed."""
         end = 0
         for start, part in placed:
             if start != end:
                 break
-            end += part.out_features  # type: ignore[operator]
+            end += part.out_features
         if end != loading.out_features and not gathered:
             names = ", ".join(name for name, _ in self.parts)
             raise ValueError(
-                f"{self.prefix}: the checkpoint holds only {sum(p.out_features for _, p in placed)} "  # type: ignore[misc]
+                f"{self.prefix}: the checkpoint holds only {sum(p.out_features for _, p in placed)} "
                 f"of the {loading.out_features} outputs of {names}. Save or download the model again."
             )
 
