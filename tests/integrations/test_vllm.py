@@ -144,8 +144,8 @@ def test_equal_to_transformers(name, models, served):
 
 
 def test_swapped_scales_are_seen(served):
-    """The comparison above is sensitive to two scales of one of 14 layers."""
-    assert difference(served["swapped"], served["variety"]) > 1e-2
+    """The comparison above is sensitive to two row scales of one of 14 layers: over 10 times its bound."""
+    assert difference(served["swapped"], served["variety"]) > 1e-3
 
 
 def test_two_ranks_equal_one(models, served, tmp_path):

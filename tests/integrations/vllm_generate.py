@@ -2,7 +2,7 @@
 
 JOB.json holds {"models": [directory, ...], "prompts": [[token id, ...], ...]} and the choices of `DEFAULTS`. For each
 model one JSON line follows in JOB.json.out: "tokens" (new tokens of every prompt), "prompt_logprobs" (log probability
-of every prompt token but the first), "seconds" (of the generation), or "error".
+of every prompt token but the first), "seconds" and "cpu_seconds" (of this process) that the generation took, or "error".
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def generate(model: str, job: dict[str, Any]) -> dict[str, Any]:
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     if job["timed"]:
         llm.generate(prompts, sampling, use_tqdm=False)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     return {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "prompt_logprobs": [
@@ -67,6 +67,7 @@ def generate(model: str, job: dict[str, Any]) -> dict[str, Any]:
             if output.prompt_logprobs is not None
         ],
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
     }
 
 
