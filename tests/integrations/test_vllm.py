@@ -6,8 +6,11 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, tiny_tokenizer, tokens
 from transformers import AutoModelForCausalLM
+from vllm_generate import ALWAYS
 
 from optimum_arb import ARBConfig, save_model
 from optimum_arb.integrations.vllm.slicing import column_obstacle
@@ -178,6 +182,64 @@ def test_compiled(models, tmp_path):
     expected = reference(models["variety"])
     assert difference(result, expected) < 1e-4
     assert result["tokens"] == expected["tokens"]
+
+
+def test_lora(models, tmp_path):
+    """An adapter on packed layers is the same as its product added to the dequantized weights."""
+    plain = AutoModelForCausalLM.from_pretrained(models["variety"], dtype=torch.float32).dequantize()
+    targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    generator = torch.Generator().manual_seed(0)
+    adapter = {}
+    for name, module in plain.named_modules():
+        if name.rpartition(".")[2] in targets:
+            a = torch.randn(8, module.in_features, generator=generator) / 16
+            b = torch.randn(module.out_features, 8, generator=generator) / 4
+            adapter[f"base_model.model.{name}.lora_A.weight"] = a
+            adapter[f"base_model.model.{name}.lora_B.weight"] = b
+            module.weight.data += 2 * b @ a
+    plain.save_pretrained(tmp_path / "merged")
+    (tmp_path / "adapter").mkdir()
+    save_file(adapter, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": targets}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    (result,) = run(tmp_path, [models["variety"]], lora=str(tmp_path / "adapter"))
+    expected = reference(tmp_path / "merged")
+    assert difference(result, expected) < 1e-4
+    assert result["tokens"] == expected["tokens"]
+
+
+def test_server(models, served, tmp_path):
+    """`vllm serve` answers a request for a completion over HTTP."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [Path(sys.executable).with_name("vllm"), "serve", models["variety"], "--served-model-name", "tiny"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "64"]
+    environment = {**os.environ, **ALWAYS, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    request = {"model": "tiny", "prompt": PROMPTS[0], "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen(
+            [*command, "--enforce-eager"], env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path
+        )
+    try:
+        for _ in range(300):
+            assert server.poll() is None, (tmp_path / "log").read_text()[-4000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(1)
+        post = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions",
+            json.dumps(request).encode(),
+            {"Content-Type": "application/json"},
+        )
+        answer = json.load(urllib.request.urlopen(post, timeout=120))
+    finally:
+        server.terminate()
+        server.wait(60)
+    expected = tiny_tokenizer().decode(served["variety"]["tokens"][0], skip_special_tokens=True)
+    assert answer["choices"][0]["text"].split() == expected.split()
 
 
 def test_half_precision(models, served, tmp_path):

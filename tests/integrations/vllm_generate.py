@@ -2,7 +2,7 @@
 
 JOB.json holds {"models": [directory, ...], "prompts": [[token id, ...], ...]} and the choices of `DEFAULTS`. For each
 model one JSON line follows in JOB.json.out: "tokens" (new tokens of every prompt), "prompt_logprobs" (log probability
-of every prompt token but the first), "seconds" and "cpu_seconds" (of this process) that the generation took, or "error".
+of every prompt token but the first), "seconds" and "cpu_seconds" (of this process) of the generation, or "error".
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "tensor_parallel": 1,
     "max_model_len": 64,
     "compile": False,
+    "lora": None,  # the directory of an adapter
     "timed": False,  # generate twice, without log probabilities, and take the time of the second
 }
 ALWAYS = {
@@ -34,6 +35,7 @@ ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND
 
 def generate(model: str, job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     llm = LLM(
         model,
@@ -44,6 +46,7 @@ def generate(model: str, job: dict[str, Any]) -> dict[str, Any]:
         enforce_eager=not job["compile"],
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
+        enable_lora=job["lora"] is not None,
         disable_log_stats=True,
     )
     sampling = SamplingParams(
@@ -53,11 +56,12 @@ def generate(model: str, job: dict[str, Any]) -> dict[str, Any]:
         detokenize=False,
         prompt_logprobs=None if job["timed"] else 1,
     )
+    adapter = LoRARequest("adapter", 1, job["lora"]) if job["lora"] else None
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     if job["timed"]:
-        llm.generate(prompts, sampling, use_tqdm=False)
+        llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
     start, cpu_start = time.perf_counter(), time.process_time()
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     return {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],

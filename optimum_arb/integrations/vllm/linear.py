@@ -127,6 +127,7 @@ class ARBLinearMethod(LinearMethodBase):
         placed.sort(key=lambda item: item[0])
         self._check_cover(loading, placed, gathered=layer.arb_gathered is not None)
         layer.arb_parts = nn.ModuleList(part for _, part in placed)
+        layer.weight = layer.arb_parts[0].weight  # vLLM's LoRA layers ask it for the device
         del layer.arb_loading
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
