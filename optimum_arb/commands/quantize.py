@@ -33,8 +33,15 @@ CONFIG_OPTIONS = (
     "batch_size",
     "seed",
     "damp_percent",
+    "act_order",
+    "col_scale",
     "modules_to_not_convert",
 )
+
+EXAMPLES = """\
+  %(prog)s HuggingFaceTB/SmolLM2-135M-Instruct smollm2-arb --planes 2
+  %(prog)s my-model my-model-arb --override down_proj=planes:3 --dataset my-texts.txt
+  %(prog)s my-model for-llama-cpp --no-col-scale --no-act-order"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +68,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--split-metric", metavar="KIND", help="weight (default) or score (as published)")
     method.add_argument(
         "--damp-percent", type=float, metavar="X", help="damping of the calibration matrix: 0.02 for arb-hrc, else 0.01"
+    )
+    method.add_argument(
+        "--act-order",
+        action=argparse.BooleanOptionalAction,
+        help="binarize columns in the order of their activations (default: arb-hrc with calibration)",
+    )
+    method.add_argument(
+        "--col-scale",
+        action=argparse.BooleanOptionalAction,
+        help="column scales of arb-hrc (default: yes); without them and without the order, a model of one plane is "
+        "exported to GGUF without loss",
     )
     method.add_argument(
         "--modules-to-not-convert", nargs="+", metavar="PATTERN", help="linears to keep in float: suffixes, or re:..."
