@@ -8,7 +8,6 @@ from typing import Any
 
 from .printing import fields, size
 
-
 EXAMPLES = """\
   %(prog)s smollm2-arb
   %(prog)s smollm2-arb --text my-held-out-text.txt --context-length 1024 --max-windows 10 --json"""
