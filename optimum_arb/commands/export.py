@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--embedding-type",
         default="auto",
         metavar="TYPE",
-        help="of the embedding and the output layer: auto (the narrowest of F16, BF16, F32 that is exact; default), "
-        "F32, F16, BF16 or Q8_0",
+        help="of the embedding and the output layer: auto (the narrowest of Q8_0, F16, BF16, F32 that is exact; "
+        "default), F32, F16, BF16 or Q8_0",
     )
     parser.add_argument(
         "--float-type",

@@ -33,7 +33,7 @@ class Encoded:
 
 
 def encode_float(tensor: torch.Tensor, kind: str = "auto") -> Encoded:
-    """A float tensor, in the type asked for, or in the narrowest of F16, BF16 and F32 that is exact.
+    """A float tensor, in the type asked for, or in the narrowest of Q8_0, F16, BF16 and F32 that is exact.
 
     Args:
         tensor: `[..., K]`, any float dtype.
@@ -41,8 +41,13 @@ def encode_float(tensor: torch.Tensor, kind: str = "auto") -> Encoded:
     """
     values = tensor.detach().to("cpu", torch.float32).contiguous()
     if kind == "auto":
-        exact = [name for name, dtype in _HALVES.items() if torch.equal(values.to(dtype).float(), values)]
-        kind = exact[0] if exact else "F32"
+        for name in ("Q8_0", "F16", "BF16"):
+            # a few rows tell most types apart; embeddings are large
+            if values.dim() != 2 or encode_float(values[:16], name).difference == 0:
+                encoded = encode_float(values, name)
+                if encoded.difference == 0:
+                    return encoded
+        kind = "F32"
     if kind == "Q8_0" and values.shape[-1] % 32:
         kind = "F16"
     if kind == "F32":
@@ -56,9 +61,6 @@ def encode_float(tensor: torch.Tensor, kind: str = "auto") -> Encoded:
     blocks = quantize(values.numpy(), GGMLQuantizationType[kind])
     stored = torch.from_numpy(np.ascontiguousarray(dequantize(blocks, GGMLQuantizationType[kind])))
     return Encoded(kind, blocks, relative_difference(values, stored))
-
-
-_HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def encode_binarized(weight: BinarizedWeight, float_type: str = "auto") -> Encoded:

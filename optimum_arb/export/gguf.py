@@ -114,8 +114,8 @@ def export_gguf(
         tokenizer: its fast tokenizer, or None for a file that takes token ids alone.
         path: the file.
         name: the model's name in the file; None takes the one in its configuration.
-        embedding_type: the type of the embedding and of the output layer: "auto" (the narrowest of F16, BF16 and F32
-            that is exact), "F32", "F16", "BF16" or "Q8_0".
+        embedding_type: the type of the embedding and of the output layer: "auto" (the narrowest of Q8_0, F16, BF16
+            and F32 that is exact), "F32", "F16", "BF16" or "Q8_0".
         float_type: the same for other linears in float; "F32" also for binarized ones that no narrower type holds.
         pre_tokenizer: llama.cpp's name of the tokenizer's rule for words, where it is not in the table of `word_rule`.
         allow_lossy: write a file whose values differ from the model's, and report by how much.

@@ -115,6 +115,15 @@ def test_bfloat16_embeddings_stay_bfloat16_where_float16_loses(llama, tmp_path):
     assert report.exact
 
 
+def test_embeddings_that_q8_0_holds_take_no_more(llama, tmp_path):
+    model = copy.deepcopy(llama)
+    stored = gguf.quants.quantize(model.lm_head.weight.detach().numpy(), gguf.GGMLQuantizationType.Q8_0)
+    model.lm_head.weight.data = torch.from_numpy(gguf.quants.dequantize(stored, gguf.GGMLQuantizationType.Q8_0))
+    report = export_gguf(model, None, tmp_path / "m.gguf")
+    assert {t.name: t.kind for t in report.tensors}["output.weight"] == "Q8_0"
+    assert report.exact
+
+
 def test_tied_embeddings_are_written_once(tokenizer, tmp_path):
     directory = save_model(tmp_path / "float", tie_word_embeddings=True, num_hidden_layers=1)
     report = export_gguf(binarize(directory), tokenizer, tmp_path / "m.gguf")
