@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import compare, completion, evaluate, export, inspect, quantize, tune
+from . import compare, completion, estimate, evaluate, export, inspect, quantize, tune
 
-COMMANDS = (quantize, evaluate, inspect, compare, export, tune, completion)
+COMMANDS = (quantize, evaluate, inspect, compare, estimate, export, tune, completion)
 EXIT_CODES = """\
 exit codes:
   0    done

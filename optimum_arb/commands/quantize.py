@@ -47,6 +47,16 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="directory or Hub name of the model to binarize")
     parser.add_argument("out", metavar="OUT", help="directory to save it in")
+    add_method_arguments(parser)
+    other = parser.add_argument_group("loading and saving")
+    other.add_argument("--dtype", default="auto", help="auto (the checkpoint's own, default), float32, bfloat16, ...")
+    other.add_argument("--device-map", default="cpu", metavar="MAP", help="cpu (default), cuda, auto, ...")
+    other.add_argument("--max-shard-size", metavar="SIZE", help="size of a safetensors file, e.g. 2GB")
+    other.add_argument("--overwrite", action="store_true", help="replace a model that lies in OUT")
+
+
+def add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of which `build_config` makes an `ARBConfig`."""
     method = parser.add_argument_group("method")
     method.add_argument("--method", help="arb-hrc (default), arb-rc, arb-x, arb, billm or rtn")
     method.add_argument("--planes", type=int, metavar="N", help="sign planes of arb-hrc: 1 (default), 2 or 3")
@@ -97,11 +107,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calibration.add_argument("--batch-size", type=int, metavar="N", help="sequences of a batch")
     calibration.add_argument("--seed", type=int, metavar="N", help="seed where samples are drawn (default: 0)")
     calibration.add_argument("--no-calibration", action="store_true", help="binarize from the weights alone")
-    other = parser.add_argument_group("loading and saving")
-    other.add_argument("--dtype", default="auto", help="auto (the checkpoint's own, default), float32, bfloat16, ...")
-    other.add_argument("--device-map", default="cpu", metavar="MAP", help="cpu (default), cuda, auto, ...")
-    other.add_argument("--max-shard-size", metavar="SIZE", help="size of a safetensors file, e.g. 2GB")
-    other.add_argument("--overwrite", action="store_true", help="replace a model that lies in OUT")
 
 
 def run(args: argparse.Namespace) -> None:
