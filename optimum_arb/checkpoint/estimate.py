@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..calibration.data import TOKENS_PER_BATCH
 from ..config import ARBConfig
 from ..inspection import skeleton
-from ..modules import linear_shape, select_modules
+from ..modules import Selection, linear_shape, select_modules
 from ..packing import block_count, packed_shapes
 from .probe import Probe, probe
 
@@ -77,12 +77,31 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Shape:
-    """A linear that will be binarized."""
+    """A linear that will be binarized, or one part of the matrix of each expert of a layer.
+
+    Attributes:
+        name: of the module, or of the experts' parameter.
+        rows, columns: out_features and in_features of one.
+        config: its choices.
+        copies: how many there are: 1, or experts times parts.
+        experts: whether they are experts.
+    """
 
     name: str
     rows: int
     columns: int
     config: ARBConfig
+    copies: int = 1
+    experts: bool = False
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.columns * self.copies
+
+    @property
+    def parameter(self) -> str:
+        """The name of the float tensor."""
+        return self.name if self.experts else f"{self.name}.weight"
 
     def stored(self, salient_per_block: int) -> dict[str, tuple[int, int]]:
         config = self.config
@@ -97,9 +116,8 @@ class _Shape:
         )
 
     def bytes(self, salient_per_block: int) -> int:
-        return sum(
-            _nbytes(name, shape, self.columns) for name, shape in self.stored(salient_per_block).items()
-        )  # fmt: skip
+        stored = self.stored(salient_per_block)
+        return self.copies * sum(_nbytes(name, shape, self.columns) for name, shape in stored.items())
 
 
 def _nbytes(name: str, shape: tuple[int, int], columns: int) -> int:
@@ -130,10 +148,8 @@ def estimate(
     model = skeleton(model_config)
     float_dtype = _dtype(dtype, model_config)
     selection = select_modules(model, config)
-    linears = [
-        _Shape(key, *linear_shape(model.get_submodule(key)), choices) for key, choices in selection.convert.items()
-    ]
-    weights = sum(linear.rows * linear.columns for linear in linears)
+    linears = [_shape(model, selection, key, choices) for key, choices in selection.convert.items()]
+    weights = sum(linear.weights for linear in linears)
     packed = sum(linear.bytes(SEARCHED_SALIENT) for linear in linears)
     searched = any(linear.config.resolved_salient_columns == "search" for linear in linears)
     bounds = [8 * sum(linear.bytes(count) for linear in linears) / weights for count in SALIENT_RANGE]
@@ -148,7 +164,7 @@ def estimate(
     ram, gpu = _memory(model, linears, weights, packed, float_bytes, float_dtype, tokens, device)
     measured = None
     if budget is not None:
-        shapes = [(linear.rows, linear.columns, linear.config) for linear in linears]
+        shapes = [(one.rows, one.columns, one.config, one.copies) for one in linears]
         measured = probe(model_config, [linear.name for linear in linears], shapes, tokens, device, budget)
         assumptions += measured.assumptions
     if tokens[0]:
@@ -173,6 +189,13 @@ def estimate(
     )
 
 
+def _shape(model: PreTrainedModel, selection: Selection, name: str, config: ARBConfig) -> _Shape:
+    matrix = selection.experts.get(name)
+    if matrix is None:
+        return _Shape(name, *linear_shape(model.get_submodule(name)), config)
+    return _Shape(name, matrix.part_features, matrix.in_features, config, matrix.experts * matrix.parts, True)
+
+
 def _dtype(name: str, model_config: Any) -> torch.dtype:
     if name == "auto":
         found = getattr(model_config, "dtype", None) or torch.float32
@@ -187,7 +210,7 @@ def _dtype(name: str, model_config: Any) -> torch.dtype:
 
 def _float_tensors(model: PreTrainedModel, linears: list[_Shape]) -> dict[str, tuple[int, ...]]:
     """The tensors of the file that are not packed, tied ones once."""
-    packed = {f"{linear.name}.weight" for linear in linears}
+    packed = {linear.parameter for linear in linears}
     persistent = set(model.state_dict(keep_vars=True))
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
@@ -209,9 +232,9 @@ def _header_bytes(linears: list[_Shape], remaining: dict[str, tuple[int, ...]], 
         add(name, {4: "F32", 2: "F16"}.get(dtype.itemsize, "F64"), shape, math.prod(shape) * dtype.itemsize)
     for linear in linears:
         for key, shape in linear.stored(SEARCHED_SALIENT).items():
-            name = f"{linear.name}.weight" + ("" if key == "weight" else f"_{key}")
+            name = linear.parameter + ("" if key == "weight" else f"_{key}")
             kind = "U8" if key.endswith("weight") else "F16"
-            add(name, kind, shape, _nbytes(key, shape, linear.columns))
+            add(name, kind, shape, _nbytes(key, shape, linear.columns) * linear.copies)
     return 8 + math.ceil(len(json.dumps(header, separators=(",", ":"))) / 8) * 8
 
 

@@ -46,7 +46,8 @@ class Probe:
     assumptions: list[str] = field(default_factory=list)
 
 
-Shapes = list[tuple[int, int, ARBConfig]]
+# rows, columns, configuration, and how many there are of each linear
+Shapes = list[tuple[int, int, ARBConfig, int]]
 
 
 def probe(
@@ -57,7 +58,7 @@ def probe(
     Args:
         model_config: of the model.
         names: of the linears.
-        shapes: their rows, columns and configurations.
+        shapes: their rows, columns and configurations, and of experts, how many there are.
         tokens: calibration sequences and their length; (0, 0) without calibration.
         device: "cpu" or "cuda".
         budget: seconds; no new measurement that would exceed it is begun.
@@ -90,10 +91,10 @@ def _fit_seconds(shapes: Shapes, calibrated: bool, device: str, budget: float, a
     """The fits of all linears: for each width and configuration, `seconds = fixed + slope * rows`, measured."""
     groups: dict[tuple[int, str], list[int]] = {}
     configs: dict[str, ARBConfig] = {}
-    for rows, columns, config in shapes:
+    for rows, columns, config, copies in shapes:
         key = json.dumps(config.choices(), sort_keys=True, default=str)
         configs[key] = config
-        groups.setdefault((columns, key), []).append(rows)
+        groups.setdefault((columns, key), []).extend([rows] * copies)
     _fit(64, 128, configs[next(iter(configs))], calibrated, device)  # the first call is slower
     total = 0.0
     left = len(groups)
@@ -173,6 +174,8 @@ def _forward_seconds(
         return None
     known = dict(zip(names, shapes, strict=True))
     linears = {name: module for name, module in model.named_modules() if name in known}
+    if any(copies > 1 for *_, copies in shapes):
+        assumptions.append("experts run the calibration as fast as in float, and their statistics cost nothing")
     if not linears:
         assumptions.append("no time: the first layer of the model has no linear that is binarized")
         return None
@@ -204,7 +207,7 @@ def _forward_seconds(
     samples = max(1, min(batch, tokens[0], int(64 * scale / size)))
     dense = run(samples, size, True) / (samples * size)
     for name in list(linears):
-        rows, columns, config = known[name]
+        rows, columns, config, _ = known[name]
         model.set_submodule(name, _random_packed(rows, columns, config, device))
     packed = run(samples, size, False) / (samples * size)
     if size < length:

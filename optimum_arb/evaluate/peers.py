@@ -35,7 +35,10 @@ def quantize_hqq(model: PreTrainedModel, bits: int) -> dict[str, Any]:
         from hqq.core.quantize import Quantizer
     except ImportError as error:
         raise ImportError(f"The peer hqq needs the package of that name ({error}): pip install hqq") from None
-    names = list(select_modules(model, ARBConfig(dataset=None)).convert)
+    selection = select_modules(model, ARBConfig(dataset=None))
+    if any(name in selection.experts for name in selection.convert):
+        raise ValueError("The peer hqq rounds linears alone, and this model has experts in tensors of their own.")
+    names = list(selection.convert)
     stored = weights = 0
     for name in names:
         module = model.get_submodule(name)
