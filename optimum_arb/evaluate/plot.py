@@ -32,6 +32,7 @@ def plot_comparison(rows: dict[str, dict[str, Any]], out: str | os.PathLike[str]
         raise ImportError("The plot needs matplotlib: pip install 'optimum-arb[plot]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     points = {
         name: (row["bits_per_weight"], row["perplexity"]["perplexity"])
@@ -40,9 +41,15 @@ def plot_comparison(rows: dict[str, dict[str, Any]], out: str | os.PathLike[str]
     }
     figure, axes = pyplot.subplots(figsize=(7.0, 4.5), layout="constrained")
     try:
+        every = [bits for bits, _ in points.values()]
+        middle = (min(every) + max(every)) / 2 if every else 0.0
         for name, (bits, value) in points.items():
             axes.scatter([bits], [value], color="tab:orange" if name.startswith("hqq") else "tab:blue", zorder=3)
-            axes.annotate(name, (bits, value), xytext=(5, 4), textcoords="offset points", fontsize=8)
+            left = bits > middle  # so that no label leaves the picture
+            axes.annotate(
+                name, (bits, value), xytext=(-5 if left else 5, 4), textcoords="offset points", fontsize=8,
+                ha="right" if left else "left",
+            )  # fmt: skip
         full = rows["full"]["perplexity"]["perplexity"]
         axes.axhline(full, color="0.4", linestyle="--", linewidth=1)
         axes.annotate(
@@ -50,6 +57,10 @@ def plot_comparison(rows: dict[str, dict[str, Any]], out: str | os.PathLike[str]
             textcoords="offset points", ha="right", fontsize=8, color="0.3",
         )  # fmt: skip
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        low, high = (bound([full, *(value for _, value in points.values())]) for bound in (min, max))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.12, y=0.12)
         axes.set_xlabel("true bits per weight (every stored bit of the quantized linears)")
         axes.set_ylabel("perplexity (logarithmic)")
