@@ -281,7 +281,8 @@ def _memory(
     statistics = max(per_layer.values())
     widest = max(linear.rows for linear in linears)
     batch = min(tokens[0] * tokens[1], max(TOKENS_PER_BATCH, tokens[1]))
-    activations = 3 * batch * widest * dtype.itemsize
+    # a gated MLP holds gate, its activation, up and their product; beside them the residual and its like
+    activations = 4 * batch * (widest + text.hidden_size) * dtype.itemsize
     worst = statistics + max(workspace, activations)
     if device == "cpu":
         return base + dense + hidden + worst, None
