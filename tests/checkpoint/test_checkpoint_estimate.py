@@ -10,6 +10,7 @@ from optimum_arb import ARBConfig
 from optimum_arb.checkpoint.estimate import estimate
 from optimum_arb.checkpoint.probe import probe
 from optimum_arb.nn import ARBLinear
+from optimum_arb.report import model_report
 
 TOKENS = torch.randint(5, 96, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -99,3 +100,14 @@ def test_bad_input(tmp_path):
     model.save_pretrained(tmp_path / "packed")
     with pytest.raises(ValueError, match="is already quantized"):
         estimate(str(tmp_path / "packed"), ARBConfig(), budget=None)
+
+
+def test_experts_count_as_often_as_there_are(tmp_path):
+    save_tiny(tmp_path / "float", "MixtralForCausalLM")
+    config = ARBConfig(dataset=None)
+    expected = estimate(str(tmp_path / "float"), config, budget=0.5)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    report = model_report(model)
+    assert (expected.modules, expected.packed_bytes) == (len(report.modules), report.packed_bytes)
+    assert expected.bits_per_weight == pytest.approx(report.bits_per_weight)
+    assert expected.seconds > 0
