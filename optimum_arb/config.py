@@ -35,6 +35,7 @@ OVERRIDABLE = (
     "split_metric",
     "damp_percent",
     "act_order",
+    "col_scale",
 )
 # What a run records in the configuration of the model that it made.
 RECORDED = ("optimum_arb_version", "bits_per_weight", "calibration", "base_model", "perplexity")
@@ -75,6 +76,8 @@ class ARBConfig(QuantizationConfigMixin):
             choice: 0.02 for "arb-hrc", the published 0.01 for the others.
         act_order: whether columns are binarized in order of falling activation energy; None is the method's own
             choice (True for "arb-hrc").
+        col_scale: of "arb-hrc": whether the planes have column scales; None is True. Without, and without `act_order`,
+            one plane is exactly what llama.cpp's type Q1_0 stores (see `for_gguf`).
         modules_to_not_convert: modules that stay in float besides those that transformers keeps (the output embedding
             and tied weights): suffixes of module names at a dot, or patterns that begin with "re:" and match the
             whole name. A pattern that matches nothing is an error.
@@ -124,6 +127,7 @@ class ARBConfig(QuantizationConfigMixin):
         seed: int = 0,
         damp_percent: float | None = None,
         act_order: bool | None = None,
+        col_scale: bool | None = None,
         modules_to_not_convert: list[str] | None = None,
         other_modalities: bool = False,
         overrides: dict[str, dict[str, Any]] | None = None,
@@ -171,6 +175,7 @@ class ARBConfig(QuantizationConfigMixin):
         self.seed = seed
         self.damp_percent = damp_percent
         self.act_order = act_order
+        self.col_scale = col_scale
         self.modules_to_not_convert = modules_to_not_convert
         self.other_modalities = other_modalities
         self.overrides = overrides or {}
@@ -188,6 +193,18 @@ class ARBConfig(QuantizationConfigMixin):
     def as_published(cls, method: str, **kwargs: Any) -> ARBConfig:
         """A method of the literature exactly as its authors released it: diagonal compensation, splits by score."""
         return cls(method=method, **{"compensation": "diagonal", "split_metric": "score", **kwargs})
+
+    @classmethod
+    def for_gguf(cls, **kwargs: Any) -> ARBConfig:
+        """One plane without column scales and without column order: what `export.gguf` writes without loss.
+
+        Blocks of 128 columns, as in llama.cpp's type Q1_0. The scales and signs are still fitted under the calibration
+        matrix, errors compensated.
+
+        Raises:
+            ValueError, TypeError: as the class; a choice that Q1_0 cannot hold is not refused here, but by the export.
+        """
+        return cls(**{"planes": 1, "block_size": 128, "col_scale": False, "act_order": False, **kwargs})
 
     def post_init(self) -> None:
         _one_of("method", self.method, METHODS)
@@ -232,6 +249,13 @@ class ARBConfig(QuantizationConfigMixin):
             if self.method != "arb-hrc":
                 raise ValueError(
                     f"refinement_sweeps={self.refinement_sweeps} needs method='arb-hrc': {self.method!r} has none."
+                )
+        if self.col_scale is not None:
+            if not isinstance(self.col_scale, bool):
+                raise TypeError(f"col_scale={self.col_scale!r} must be True, False or None.")
+            if self.method != "arb-hrc":
+                raise ValueError(
+                    f"col_scale={self.col_scale} needs method='arb-hrc': {self.method!r} has a fixed form."
                 )
         if self.planes > 1 and self.method != "arb-hrc":
             raise ValueError(f"planes={self.planes} needs method='arb-hrc': {self.method!r} has a fixed form.")
@@ -302,12 +326,17 @@ class ARBConfig(QuantizationConfigMixin):
         return f"optimum-arb>={FIRST_READERS[self.format_version]}"
 
     @property
+    def resolved_col_scale(self) -> bool:
+        """Whether the planes of arb-hrc have column scales."""
+        return True if self.col_scale is None else self.col_scale
+
+    @property
     def layout(self) -> Layout:
         """The layout of the weights that these choices make."""
         if self.method == "rtn":
             return planes_layout(1)
         if self.method == "arb-hrc":
-            return planes_layout(self.planes, col_scale=True)
+            return planes_layout(self.planes, col_scale=self.resolved_col_scale)
         return bitmap_layout(
             self.resolved_group_bitmap, self.resolved_salient_columns != 0, col_scale=self.method == "arb-rc"
         )
@@ -331,6 +360,8 @@ class ARBConfig(QuantizationConfigMixin):
             config.salient_columns = choices.get("salient_columns")
         if "method" in choices and choices["method"] != "arb-hrc" and "refinement_sweeps" not in choices:
             config.refinement_sweeps = None
+        if "method" in choices and choices["method"] != "arb-hrc" and "col_scale" not in choices:
+            config.col_scale = None
         if "method" in choices and choices["method"] != "arb-hrc" and "planes" not in choices:
             config.planes = 1
         if choices:

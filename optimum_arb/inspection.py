@@ -107,7 +107,7 @@ def inspect_model(name: str | Path) -> Inspection:
         raise ValueError(f"{name} is not binarized: its config.json has no quantization_config of method 'arb'.")
     config = ARBConfig.from_dict(quantization)
     tensors, file_bytes = stored_tensors(name)
-    model = _skeleton(model_config)
+    model = skeleton(model_config)
     selection = select_modules(model, config, strict=False)
     names = KeyMap(model)
     experts = packed_experts(tensors, names, selection.experts)
@@ -178,7 +178,7 @@ def _headers_of_hub(name: str) -> tuple[dict[str, StoredTensor], int]:
     return tensors, size
 
 
-def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The float model without its weights, for the names and shapes of its modules."""
     architecture = config.architectures[0] if config.architectures else ""
     model_class = getattr(transformers, architecture, None)

@@ -14,6 +14,7 @@ from optimum_arb import ARBConfig
         ARBConfig(method="arb-rc", group_bitmap="non-salient", salient_columns=5, block_size=-1, act_order=True),
         ARBConfig.as_published("billm"),
         ARBConfig(dataset=None, overrides={"down_proj": {"planes": 3}, "re:.*q_proj": {"skip": True}}),
+        ARBConfig.for_gguf(),
     ],
 )
 def test_json_round_trip(config):
@@ -40,6 +41,17 @@ def test_defaults_of_the_methods():
     assert published.resolved_group_bitmap == "all"
     assert ARBConfig(method="billm").resolved_group_bitmap == "non-salient"
     assert ARBConfig(dataset=None).resolved_act_order is False
+
+
+def test_the_preset_for_gguf_has_nothing_but_signs_and_row_scales():
+    config = ARBConfig.for_gguf(num_samples=4)
+    assert (config.layout.name, config.block_size, config.resolved_act_order) == ("planes-1", 128, False)
+    assert config.num_samples == 4
+    assert config.for_module("q_proj").layout.name == "planes-1"
+    assert ARBConfig(overrides={"q_proj": {"col_scale": False}}).for_module("q_proj").layout.name == "planes-1"
+    assert ARBConfig.for_gguf(overrides={"q_proj": {"method": "rtn"}}).for_module("q_proj").col_scale is None
+    with pytest.raises(TypeError, match="col_scale=1"):
+        ARBConfig(col_scale=1)
 
 
 def test_overrides_by_suffix_and_pattern():
@@ -75,6 +87,7 @@ def test_override_to_another_method_drops_what_that_method_lacks():
         ({"refinement_sweeps": 2, "method": "arb"}, "refinement_sweeps=2 needs method='arb-hrc'"),
         ({"refinement_sweeps": -1}, "refinement_sweeps=-1"),
         ({"damp_percent": -0.5}, "damp_percent=-0.5"),
+        ({"col_scale": False, "method": "rtn"}, "col_scale=False needs method='arb-hrc'"),
         ({"planes": 2, "method": "rtn"}, "planes=2 needs method='arb-hrc'"),
         ({"group_bitmap": "all"}, "group_bitmap='all' does nothing with method='arb-hrc'"),
         ({"salient_columns": 128, "method": "billm"}, "salient_columns=128"),

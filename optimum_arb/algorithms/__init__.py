@@ -98,11 +98,12 @@ def _binarize_planes(target: torch.Tensor, hessian: PreparedHessian, config: ARB
     width = _width(config, target)
 
     def fit_block(block: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, PlanesFit]:
-        fit = fit_planes(block, hessian.factor[start:stop, start:stop], config.planes, config.resolved_num_iterations)
+        factor = hessian.factor[start:stop, start:stop]
+        fit = fit_planes(block, factor, config.planes, config.resolved_num_iterations, config.resolved_col_scale)
         return fit.reconstruction(), fit
 
     fits = binarize_blocks(target.clone(), hessian, width, config.compensation, fit_block)
-    refine_blocks(target, hessian, width, fits, config.resolved_refinement_sweeps)
+    refine_blocks(target, hessian, width, fits, config.resolved_refinement_sweeps, config.resolved_col_scale)
     return assemble_planes(fits, config.layout, config.block_size)
 
 

@@ -40,7 +40,9 @@ class PlanesFit:
         return torch.einsum("pnk,pn,pk->nk", self.signs, self.row, self.col)
 
 
-def fit_planes(weight: torch.Tensor, factor: torch.Tensor, planes: int, rounds: int) -> PlanesFit:
+def fit_planes(
+    weight: torch.Tensor, factor: torch.Tensor, planes: int, rounds: int, col_scale: bool = True
+) -> PlanesFit:
     """Alternates row scales, column scales and signs; ends with scales rounded to float16.
 
     The start is greedy, and with several planes its signs are then chosen anew in order. One plane keeps the greedy
@@ -53,34 +55,41 @@ def fit_planes(weight: torch.Tensor, factor: torch.Tensor, planes: int, rounds: 
         planes: P.
         rounds: rounds of rows, columns, signs. Held-out output error at two planes, mean of 8 matrices of
             SmolLM2-135M: .0432 after 1 round in order and 1 of descent, .0426 after 2 of descent, .0426 after 3.
+        col_scale: whether there are column scales; without, they are 1 and stay so.
     """
     metric = factor @ factor.T
-    fit = greedy_start(weight, planes)
+    fit = greedy_start(weight, planes, col_scale)
     if planes > 1:
-        update_rows(weight, metric, fit)
-        update_columns(weight, metric, fit)
+        update_scales(weight, metric, fit, col_scale)
         signs_in_order(weight, factor, fit)
     for _ in range(rounds):
-        update_rows(weight, metric, fit)
-        update_columns(weight, metric, fit)
+        update_scales(weight, metric, fit, col_scale)
         update_signs(weight, metric, fit)
-    finish_scales(weight, metric, fit)
+    finish_scales(weight, metric, fit, col_scale)
     return fit
 
 
-def finish_scales(weight: torch.Tensor, metric: torch.Tensor, fit: PlanesFit) -> None:
-    """The last scales, as they are stored, in float16, in place."""
+def update_scales(weight: torch.Tensor, metric: torch.Tensor, fit: PlanesFit, col_scale: bool = True) -> None:
+    """Row scales, then column scales where there are any, in place."""
     update_rows(weight, metric, fit)
-    update_columns(weight, metric, fit)
+    if col_scale:
+        update_columns(weight, metric, fit)
+
+
+def finish_scales(weight: torch.Tensor, metric: torch.Tensor, fit: PlanesFit, col_scale: bool = True) -> None:
+    """The last scales, as they are stored, in float16, in place."""
+    update_scales(weight, metric, fit, col_scale)
     normalize(fit)
     # the rounding of the columns is made up for by the rows, and that of the rows by the columns that follow
-    fit.col = fit.col.half().float()
-    update_rows(weight, metric, fit)
+    if col_scale:
+        fit.col = fit.col.half().float()
+        update_rows(weight, metric, fit)
     fit.row = fit.row.half().float()
 
 
-def greedy_start(weight: torch.Tensor, planes: int) -> PlanesFit:
-    """Plane by plane, the signs of the residual with rank-one scales of its size (three rounds of ARB-RC's updates)."""
+def greedy_start(weight: torch.Tensor, planes: int, col_scale: bool = True) -> PlanesFit:
+    """Plane by plane, the signs of the residual with rank-one scales of its size (three rounds of ARB-RC's updates);
+    without column scales, with the mean size of each row."""
     residual = weight
     signs, rows, cols = [], [], []
     for _ in range(planes):
@@ -88,6 +97,8 @@ def greedy_start(weight: torch.Tensor, planes: int) -> PlanesFit:
         col = torch.ones_like(size[0])
         for _ in range(3):
             row = _divide(size @ col, col.square().sum())
+            if not col_scale:
+                break
             col = _divide(row @ size, row.square().sum())
         bits = torch.where(residual >= 0, 1.0, -1.0)
         residual = residual - bits * row[:, None] * col

@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 
 from .hessian import PreparedHessian
-from .planes import PlanesFit, finish_scales, update_columns, update_rows, update_signs
+from .planes import PlanesFit, finish_scales, update_scales, update_signs
 
 
 def refine_blocks(
-    weight: torch.Tensor, hessian: PreparedHessian, block_size: int, fits: list[PlanesFit], sweeps: int
+    weight: torch.Tensor,
+    hessian: PreparedHessian,
+    block_size: int,
+    fits: list[PlanesFit],
+    sweeps: int,
+    col_scale: bool = True,
 ) -> None:
     """Fits each block again, the others fixed, in place; the objective `tr(E H E^T)` never rises.
 
@@ -26,6 +31,7 @@ def refine_blocks(
         block_size: columns of a block.
         fits: the fits of the blocks.
         sweeps: passes over all blocks.
+        col_scale: whether the fits have column scales.
     """
     columns = weight.shape[1]
     full = hessian.factor @ hessian.factor.T
@@ -39,10 +45,9 @@ def refine_blocks(
             pull = torch.linalg.solve(metric.double(), (error @ full[:, here]).double(), left=False).float()
             target = before.reconstruction() + pull
             after = PlanesFit(before.signs.clone(), before.row.clone(), before.col.clone())
-            update_rows(target, metric, after)
-            update_columns(target, metric, after)
+            update_scales(target, metric, after, col_scale)
             update_signs(target, metric, after)
-            finish_scales(target, metric, after)
+            finish_scales(target, metric, after, col_scale)
             if _objective(target, metric, after) < _objective(target, metric, before):
                 fits[index] = after
                 error[:, here] += before.reconstruction() - after.reconstruction()

@@ -9,6 +9,10 @@ from typing import Any
 
 from .printing import fields, size
 
+EXAMPLES = """\
+  %(prog)s smollm2-arb
+  %(prog)s smollm2-arb --text my-held-out-text.txt --context-length 1024 --max-windows 10 --json"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="directory or Hub name of a causal language model")
@@ -26,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-windows", type=int, metavar="N", help="measure only the first N windows")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows of a forward pass (default: 1)")
+    parser.add_argument(
+        "--max-perplexity", type=float, metavar="X", help="exit with 1 where the perplexity is above this"
+    )
     parser.add_argument("--backend", metavar="NAME", help="how a binarized model computes (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's own, default), float32, bfloat16, ...")
     parser.add_argument("--device-map", default="cpu", metavar="MAP", help="cpu (default), cuda, auto, ...")
@@ -34,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     from ..evaluate.perplexity import model_positions, perplexity, read_text
     from ..hub import record_perplexity
     from .loading import load_model, load_tokenizer, quantization_method
@@ -58,9 +65,10 @@ def run(args: argparse.Namespace) -> None:
     config: Any = getattr(model.config, "quantization_config", None)
     bits = getattr(config, "bits_per_weight", None)
     parameters = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    failed = args.max_perplexity is not None and not result.perplexity <= args.max_perplexity
     if args.json:
         print(json.dumps({"model": args.model, "bits_per_weight": bits, "bytes": parameters, **result.to_dict()}))
-        return
+        return int(failed)
     pairs = [
         ("model", args.model),
         ("perplexity", f"{result.perplexity:,.2f}"),
@@ -74,7 +82,10 @@ def run(args: argparse.Namespace) -> None:
         calibration = getattr(config, "calibration", None)
         pairs.insert(1, ("binarized", f"{config.method}, {bits:.4f} true bits per weight"))
         pairs.insert(2, ("calibrated on", describe_calibration(calibration)))
+    if args.max_perplexity is not None:
+        pairs.append(("check", f"{'above' if failed else 'at most'} {args.max_perplexity:,.2f}"))
     print(fields(pairs))
+    return int(failed)
 
 
 def describe_calibration(calibration: dict | None) -> str:

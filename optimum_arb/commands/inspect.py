@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from ..inspection import Inspection, StoredModule
 
 
+EXAMPLES = """\
+  %(prog)s smollm2-arb
+  %(prog)s smollm2-arb --modules"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="directory or Hub name of a binarized model")
     parser.add_argument("--modules", action="store_true", help="one line for each module instead of each kind")

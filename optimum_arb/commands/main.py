@@ -6,23 +6,38 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import evaluate, inspect, push, quantize, tune
+from . import compare, completion, estimate, evaluate, export, inspect, push, quantize, tune
 
-COMMANDS = (quantize, evaluate, inspect, push, tune)
+COMMANDS = (quantize, evaluate, inspect, compare, estimate, export, push, tune, completion)
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    done, and a check that was asked for failed (a bound on the perplexity, a limit of memory, a row of a table)
+  2    bad usage or input, or an environment that fails: one line on stderr says what
+  130  interrupted"""
 # What bad input and a failing environment raise. Anything else is a defect of ours, which deserves its traceback.
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 
 def build_parser(prog: str = "optimum-arb") -> argparse.ArgumentParser:
-    """The parser of all commands; the chosen command's `run(args) -> None` is in `args.run`."""
+    """The parser of all commands; the chosen command's `run(args) -> int | None`, its exit code, is in `args.run`."""
     parser = argparse.ArgumentParser(
-        prog=prog, description="Binarize language models to about one bit a weight, and measure them."
+        prog=prog,
+        description="Binarize language models to about one bit a weight, and measure them.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         name = command.__name__.rpartition(".")[2]
         summary = (command.__doc__ or "").splitlines()[0]
-        subparser = commands.add_parser(name, help=summary, description=summary)
+        subparser = commands.add_parser(
+            name,
+            help=summary,
+            description=(command.__doc__ or "").strip(),
+            epilog=f"examples:\n{command.EXAMPLES}\n\n{EXIT_CODES}".replace("%", "%%").replace("%%(prog)s", "%(prog)s"),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.add_arguments(subparser)
         subparser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
         subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -34,12 +49,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "optimum-arb") -> int:
     """Runs a command.
 
     Returns:
-        The exit code: 0, or 2 after bad input, which is told in one line on stderr. Bad usage exits with 2 as well,
-        through argparse; an interruption with 130.
+        The exit code, see `EXIT_CODES`. Bad usage exits with 2 through argparse.
     """
     args = build_parser(prog).parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except KeyboardInterrupt:
         if args.debug:
             raise
@@ -51,4 +65,3 @@ def main(argv: Sequence[str] | None = None, prog: str = "optimum-arb") -> int:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"{prog}: error: {message}", file=sys.stderr)
         return 2
-    return 0

@@ -33,14 +33,40 @@ CONFIG_OPTIONS = (
     "batch_size",
     "seed",
     "damp_percent",
+    "act_order",
+    "col_scale",
     "modules_to_not_convert",
     "base_model",
 )
+
+EXAMPLES = """\
+  %(prog)s HuggingFaceTB/SmolLM2-135M-Instruct smollm2-arb --planes 2
+  %(prog)s my-model my-model-arb --override down_proj=planes:3 --dataset my-texts.txt
+  %(prog)s my-model for-llama-cpp --no-col-scale --no-act-order"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="directory or Hub name of the model to binarize")
     parser.add_argument("out", metavar="OUT", help="directory to save it in")
+    add_method_arguments(parser)
+    other = parser.add_argument_group("loading and saving")
+    other.add_argument("--dtype", default="auto", help="auto (the checkpoint's own, default), float32, bfloat16, ...")
+    other.add_argument("--device-map", default="cpu", metavar="MAP", help="cpu (default), cuda, auto, ...")
+    other.add_argument("--max-shard-size", metavar="SIZE", help="size of a safetensors file, e.g. 2GB")
+    other.add_argument("--overwrite", action="store_true", help="replace a model that lies in OUT")
+    hub = parser.add_argument_group("upload")
+    hub.add_argument(
+        "--push-to-hub", metavar="REPO", help="upload what is in OUT to this model on the Hub, e.g. me/model"
+    )
+    hub.add_argument("--private", action="store_true", help="make it a private one, if it is new")
+    hub.add_argument("--revision", metavar="BRANCH", help="the branch to upload to (default: main)")
+    hub.add_argument(
+        "--base-model", metavar="NAME", help="for the model card: MODEL's name on the Hub, where MODEL is a directory"
+    )
+
+
+def add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of which `build_config` makes an `ARBConfig`."""
     method = parser.add_argument_group("method")
     method.add_argument("--method", help="arb-hrc (default), arb-rc, arb-x, arb, billm or rtn")
     method.add_argument("--planes", type=int, metavar="N", help="sign planes of arb-hrc: 1 (default), 2 or 3")
@@ -64,6 +90,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--damp-percent", type=float, metavar="X", help="damping of the calibration matrix: 0.02 for arb-hrc, else 0.01"
     )
     method.add_argument(
+        "--act-order",
+        action=argparse.BooleanOptionalAction,
+        help="binarize columns in the order of their activations (default: arb-hrc with calibration)",
+    )
+    method.add_argument(
+        "--col-scale",
+        action=argparse.BooleanOptionalAction,
+        help="column scales of arb-hrc (default: yes); without them and without the order, a model of one plane is "
+        "exported to GGUF without loss",
+    )
+    method.add_argument(
         "--modules-to-not-convert", nargs="+", metavar="PATTERN", help="linears to keep in float: suffixes, or re:..."
     )
     method.add_argument(
@@ -80,20 +117,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calibration.add_argument("--batch-size", type=int, metavar="N", help="sequences of a batch")
     calibration.add_argument("--seed", type=int, metavar="N", help="seed where samples are drawn (default: 0)")
     calibration.add_argument("--no-calibration", action="store_true", help="binarize from the weights alone")
-    other = parser.add_argument_group("loading and saving")
-    other.add_argument("--dtype", default="auto", help="auto (the checkpoint's own, default), float32, bfloat16, ...")
-    other.add_argument("--device-map", default="cpu", metavar="MAP", help="cpu (default), cuda, auto, ...")
-    other.add_argument("--max-shard-size", metavar="SIZE", help="size of a safetensors file, e.g. 2GB")
-    other.add_argument("--overwrite", action="store_true", help="replace a model that lies in OUT")
-    hub = parser.add_argument_group("upload")
-    hub.add_argument(
-        "--push-to-hub", metavar="REPO", help="upload what is in OUT to this model on the Hub, e.g. me/model"
-    )
-    hub.add_argument("--private", action="store_true", help="make it a private one, if it is new")
-    hub.add_argument("--revision", metavar="BRANCH", help="the branch to upload to (default: main)")
-    hub.add_argument(
-        "--base-model", metavar="NAME", help="for the model card: MODEL's name on the Hub, where MODEL is a directory"
-    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -159,7 +182,9 @@ def build_config(args: argparse.Namespace) -> Any:
     """
     from ..config import ARBConfig
 
-    choices = {name: getattr(args, name) for name in CONFIG_OPTIONS if getattr(args, name) is not None}
+    # `estimate` has no options of the model card
+    choices = {name: getattr(args, name, None) for name in CONFIG_OPTIONS}
+    choices = {name: choice for name, choice in choices.items() if choice is not None}
     if args.no_calibration:
         given = [name for name in ("dataset", "num_samples", "sequence_length", "seed") if name in choices]
         if given:

@@ -7,15 +7,12 @@ import json
 import os
 import time
 
-EPILOG = """examples:
-  optimum-arb tune ./llama-2-7b-arb             the shapes of a binarized model
-  optimum-arb tune --shapes 4096x4096,11008x4096 --planes 1,2
-"""
+EXAMPLES = """\
+  %(prog)s llama-2-7b-arb                              the shapes of a binarized model
+  %(prog)s --shapes 4096x4096,11008x4096 --planes 1,2"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", nargs="?", help="a binarized model: a directory or a name on the Hub")
     parser.add_argument("--shapes", help="OUTxIN,... instead of a model's")
     parser.add_argument("--planes", default="1,2", help="sign planes that go with --shapes (1,2)")

@@ -35,6 +35,36 @@ def test_no_update_raises_the_objective(block, planes):
 
 
 @pytest.mark.parametrize("planes", [1, 2])
+def test_no_update_without_column_scales_raises_the_objective(block, planes):
+    weight, metric = block
+    fit = P.greedy_start(weight, planes, col_scale=False)
+    last = start = objective(weight, metric, fit)
+    for _ in range(4):
+        for update in (lambda *a: P.update_scales(*a, col_scale=False), P.update_signs):
+            update(weight, metric, fit)
+            now = objective(weight, metric, fit)
+            assert now <= last * (1 + 1e-5)
+            last = now
+    assert last < 0.8 * start
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_without_column_scales_they_stay_one_and_rows_are_least_squares(block, factor, planes):
+    weight, metric = block
+    fit = P.fit_planes(weight, factor, planes, 2, col_scale=False)
+    assert torch.equal(fit.col, torch.ones_like(fit.col))
+    assert torch.equal(fit.row, fit.row.half().float())
+    row = fit.row.double().requires_grad_()
+    error = weight.double() - torch.einsum("pnk,pn->nk", fit.signs.double(), row)
+    lost = (error @ metric.double() * error).sum()
+    (gradient,) = torch.autograd.grad(lost, row)
+    # the rows were rounded to float16 after the fit: relative 2^-11
+    assert gradient.abs().max() * fit.row.abs().max() < 4e-3 * lost
+    with_columns = P.fit_planes(weight, factor, planes, 2)
+    assert objective(weight, metric, with_columns) < objective(weight, metric, fit)
+
+
+@pytest.mark.parametrize("planes", [1, 2])
 def test_column_update_is_a_stationary_point(block, planes):
     weight, metric = block
     fit = P.greedy_start(weight, planes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from optimum_arb.commands.main import main
 from optimum_arb.evaluate import perplexity
 
 
@@ -48,3 +49,10 @@ def test_bad_input(fail, float_model, text, tmp_path):
     text.write_text("the lobster")
     assert "fewer than one window" in fail("evaluate", float_model, "--text", text)
     assert "There is no model directory" in fail("evaluate", tmp_path / "missing")
+
+
+def test_a_bound_on_the_perplexity_decides_the_exit_code(call, float_model, text, capsys):
+    options = ["evaluate", str(float_model), "--text", str(text), "--max-windows", "2"]
+    assert "at most 1,000,000.00" in call(*options, "--max-perplexity", "1e6")
+    assert main([*options, "--max-perplexity", "1"]) == 1
+    assert "above 1.00" in capsys.readouterr().out

@@ -44,12 +44,20 @@ def test_a_defect_keeps_its_traceback(monkeypatch, float_model):
         entry.main(["inspect", str(float_model)])
 
 
-@pytest.mark.parametrize("command", ["quantize", "evaluate", "inspect"])
+@pytest.mark.parametrize("command", [module.__name__.rpartition(".")[2] for module in entry.COMMANDS])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         entry.main([command, "--help"])
     assert stop.value.code == 0
-    assert "--json" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "--json" in text
+    assert "\nexamples:\n  optimum-arb " + command in text
+    assert "exit codes:" in text
+
+
+def test_a_command_may_fail_a_check(monkeypatch, float_model):
+    monkeypatch.setattr("optimum_arb.commands.inspect.run", lambda args: 1)
+    assert entry.main(["inspect", str(float_model)]) == 1
 
 
 def test_optimum_cli(float_model):

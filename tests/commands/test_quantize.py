@@ -85,9 +85,11 @@ def test_every_option_reaches_the_configuration():
     config = build_config(parse(*options, "--modules-to-not-convert", "q_proj", "re:.*k_proj"))
     assert {name: getattr(config, name) for name in given} == given
     assert config.modules_to_not_convert == ["q_proj", "re:.*k_proj"]
-    others = {"planes", "refinement_sweeps", "modules_to_not_convert", "base_model"}
-    assert set(given) | others == set(CONFIG_OPTIONS)
     assert build_config(parse("--base-model", "me/base")).base_model == {"name": "me/base"}
+    config = build_config(parse("--no-col-scale", "--no-act-order"))
+    assert (config.col_scale, config.act_order) == (False, False)
+    others = {"planes", "refinement_sweeps", "modules_to_not_convert", "base_model", "col_scale", "act_order"}
+    assert set(given) | others == set(CONFIG_OPTIONS)
     assert build_config(parse("--planes", "3")).planes == 3
     assert build_config(parse("--refinement-sweeps", "2")).refinement_sweeps == 2
     assert build_config(parse("--method", "arb", "--salient-columns", "search")).salient_columns == "search"

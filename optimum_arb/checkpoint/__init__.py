@@ -1,0 +1,1 @@
+"""Models as files: what binarizing one will cost, before anything runs."""

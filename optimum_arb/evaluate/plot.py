@@ -1,0 +1,74 @@
+"""Perplexity against true bits, as a picture."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+FORMATS = ("png", "svg")
+
+
+def plot_comparison(rows: dict[str, dict[str, Any]], out: str | os.PathLike[str], title: str) -> list[Path]:
+    """Draws the rows of `compare` into `compare.png` and `compare.svg`.
+
+    Every point is labelled with its name; full precision is a line, since its bits are far to the right.
+
+    Args:
+        rows: name -> row.
+        out: the directory.
+        title: above the picture.
+
+    Returns:
+        The files.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("The plot needs matplotlib: pip install 'optimum-arb[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    points = {
+        name: (row["bits_per_weight"], row["perplexity"]["perplexity"])
+        for name, row in rows.items()
+        if "error" not in row and name != "full" and math.isfinite(row["perplexity"]["perplexity"])
+    }
+    figure, axes = pyplot.subplots(figsize=(7.0, 4.5), layout="constrained")
+    try:
+        every = [bits for bits, _ in points.values()]
+        middle = (min(every) + max(every)) / 2 if every else 0.0
+        for name, (bits, value) in points.items():
+            axes.scatter([bits], [value], color="tab:orange" if name.startswith("hqq") else "tab:blue", zorder=3)
+            left = bits > middle  # so that no label leaves the picture
+            axes.annotate(
+                name, (bits, value), xytext=(-5 if left else 5, 4), textcoords="offset points", fontsize=8,
+                ha="right" if left else "left",
+            )  # fmt: skip
+        full = rows["full"]["perplexity"]["perplexity"]
+        axes.axhline(full, color="0.4", linestyle="--", linewidth=1)
+        axes.annotate(
+            f"full precision: {full:.2f}", (1.0, full), xycoords=("axes fraction", "data"), xytext=(-4, 4),
+            textcoords="offset points", ha="right", fontsize=8, color="0.3",
+        )  # fmt: skip
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        low, high = (bound([full, *(value for _, value in points.values())]) for bound in (min, max))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.margins(x=0.12, y=0.12)
+        axes.set_xlabel("true bits per weight (every stored bit of the quantized linears)")
+        axes.set_ylabel("perplexity (logarithmic)")
+        axes.set_title(title, fontsize=10)
+        axes.grid(True, which="major", color="0.9")
+        paths = [Path(out) / f"compare.{kind}" for kind in FORMATS]
+        for path in paths:
+            figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+    finally:
+        pyplot.close(figure)
+    return paths

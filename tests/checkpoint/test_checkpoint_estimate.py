@@ -1,0 +1,113 @@
+import os
+
+import pytest
+import torch
+from gguf_models import save_model
+from tiny_models import save_tiny
+from transformers import AutoModelForCausalLM
+
+from optimum_arb import ARBConfig
+from optimum_arb.checkpoint.estimate import estimate
+from optimum_arb.checkpoint.probe import probe
+from optimum_arb.nn import ARBLinear
+from optimum_arb.report import model_report
+
+TOKENS = torch.randint(5, 96, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("family", "choices"),
+    [
+        ("LlamaForCausalLM", {}),
+        ("LlamaForCausalLM", {"planes": 2, "block_size": 64, "modules_to_not_convert": ["up_proj"]}),
+        ("Qwen2ForCausalLM", {"method": "rtn", "dataset": None, "block_size": -1}),
+        ("OPTForCausalLM", {"method": "arb-rc", "salient_columns": 5, "dataset": None}),
+        ("GPT2LMHeadModel", {"method": "billm", "salient_columns": 3, "dataset": None}),
+        ("LlamaForCausalLM", {"col_scale": False, "overrides": {"down_proj": {"planes": 3}}}),
+    ],
+)
+def test_bits_and_bytes_are_those_of_the_saved_model(tmp_path, family, choices):
+    save_tiny(tmp_path / "float", family)
+    config = ARBConfig(**{"dataset": TOKENS, **choices})
+    expected = estimate(str(tmp_path / "float"), config, budget=None)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    model.save_pretrained(tmp_path / "packed")
+    packed = [tensor for m in model.modules() if isinstance(m, ARBLinear) for tensor in m.packed().values()]
+    # scales too small for float16 are stored as float32, which only the weights themselves tell
+    wide = sum(2 * tensor.numel() for tensor in packed if tensor.dtype == torch.float32)
+    assert expected.packed_bytes == sum(tensor.numel() * tensor.element_size() for tensor in packed) - wide
+    assert expected.bits_per_weight == pytest.approx(8 * expected.packed_bytes / expected.weights)
+    assert expected.bits_range is None
+    size = os.path.getsize(tmp_path / "packed" / "model.safetensors")
+    assert abs(expected.file_bytes + wide - size) <= 64  # of the header: the offsets have more or fewer digits
+    assert expected.seconds is None
+    assert expected.probe is None
+    assert expected.packed_bytes + expected.float_bytes < expected.file_bytes
+
+
+def test_searched_salient_columns_are_a_range(tmp_path):
+    save_tiny(tmp_path / "float", "LlamaForCausalLM")
+    config = ARBConfig(method="arb-rc", dataset=TOKENS)
+    expected = estimate(str(tmp_path / "float"), config, budget=None)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    low, high = expected.bits_range
+    assert low <= model.config.quantization_config.bits_per_weight <= high
+    assert low < expected.bits_per_weight < high
+    assert any("searched salient columns" in text for text in expected.assumptions)
+
+
+def test_memory_grows_with_what_is_held(tmp_path):
+    save_tiny(tmp_path / "float", "LlamaForCausalLM")
+    small, large = (
+        estimate(str(tmp_path / "float"), ARBConfig(num_samples=count, sequence_length=64), budget=None)
+        for count in (1, 10**6)
+    )
+    assert large.peak_ram_bytes - small.peak_ram_bytes > (10**6 - 1) * 64 * 96 * 4 * 0.99
+    assert small.calibration_tokens == 64
+    assert small.peak_gpu_bytes is None
+    gpu = estimate(str(tmp_path / "float"), ARBConfig(num_samples=1), device="cuda", budget=None)
+    assert 0 < gpu.peak_gpu_bytes < gpu.peak_ram_bytes
+
+
+def test_the_time_is_the_sum_of_what_was_measured(tmp_path):
+    save_model(tmp_path / "float")
+    result = estimate(str(tmp_path / "float"), ARBConfig(num_samples=4, sequence_length=64), budget=2.0)
+    assert result.probe is not None
+    assert result.seconds == pytest.approx(result.probe.fit_seconds + result.probe.forward_seconds)
+    assert result.probe.fit_seconds > 0
+    assert result.probe.forward_seconds > 0
+    assert result.probe.probe_seconds < 30
+    more = estimate(str(tmp_path / "float"), ARBConfig(num_samples=400, sequence_length=64), budget=2.0)
+    assert more.probe.forward_seconds > 10 * result.probe.forward_seconds
+    without = estimate(str(tmp_path / "float"), ARBConfig(dataset=None), budget=1.0)
+    assert without.probe.forward_seconds == 0
+
+
+def test_a_small_budget_extrapolates_and_says_so():
+    config = ARBConfig(method="rtn", dataset=None)
+    result = probe(None, [], [(4096, 4096, config, 1)] * 2, (0, 0), "cpu", 0.02)
+    assert any("4096 columns is extrapolated" in text for text in result.assumptions)
+    assert result.seconds > 0
+
+
+def test_bad_input(tmp_path):
+    save_tiny(tmp_path / "float", "LlamaForCausalLM")
+    with pytest.raises(ValueError, match="dtype='float9' is unknown"):
+        estimate(str(tmp_path / "float"), ARBConfig(), dtype="float9", budget=None)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "float", quantization_config=ARBConfig(method="rtn", dataset=None)
+    )
+    model.save_pretrained(tmp_path / "packed")
+    with pytest.raises(ValueError, match="is already quantized"):
+        estimate(str(tmp_path / "packed"), ARBConfig(), budget=None)
+
+
+def test_experts_count_as_often_as_there_are(tmp_path):
+    save_tiny(tmp_path / "float", "MixtralForCausalLM")
+    config = ARBConfig(dataset=None)
+    expected = estimate(str(tmp_path / "float"), config, budget=0.5)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    report = model_report(model)
+    assert (expected.modules, expected.packed_bytes) == (len(report.modules), report.packed_bytes)
+    assert expected.bits_per_weight == pytest.approx(report.bits_per_weight)
+    assert expected.seconds > 0
