@@ -183,7 +183,7 @@ def build_config(args: argparse.Namespace) -> Any:
     from ..config import ARBConfig
 
     # `estimate` has no options of the model card
-    choices = {name: getattr(args, name, None) for name in CONFIG_OPTIONS}
+    choices: dict[str, Any] = {name: getattr(args, name, None) for name in CONFIG_OPTIONS}
     choices = {name: choice for name, choice in choices.items() if choice is not None}
     if args.no_calibration:
         given = [name for name in ("dataset", "num_samples", "sequence_length", "seed") if name in choices]

@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import packing
 from ..layout import Layout
-from ..ops import linear
+from ..ops.linear import linear_without_grad
 from ..packing import BinarizedWeight
 from .shared_input import MAX_TOKENS, SharedInput, prepare_layer, run_prepared_layer
 
@@ -163,14 +163,17 @@ class ARBLinear(nn.Linear):
                     return out
             if self._prepared is not None and not torch.compiler.is_compiling():
                 return run_prepared_layer(x, self._prepared, bias)
-        tensors: dict[str, Any] = {name: self._parameters.get(key) for name, key in _PARAMETERS.items()}
-        return linear(
-            x,
-            **tensors,
-            bias=bias,
-            layout=self.layout.name,
-            block_size=self.block_size,
-            backend=self.backend,
+        tensors = [self._parameters.get(key) for key in _PARAMETERS.values()]
+        if x.is_cuda and not torch.compiler.is_compiling() and self._without_grad(x):
+            return linear_without_grad(x, tensors, bias, self.layout, self.block_size, self.backend)
+        return torch.ops.optimum_arb.linear(x, *tensors, bias, self.layout.name, self.block_size, self.backend)
+
+    def _without_grad(self, x: torch.Tensor) -> bool:
+        """Whether this is a plain product without a gradient, for which the host need not ask the dispatcher."""
+        if type(x) is not torch.Tensor:  # a subclass may do otherwise with the operator
+            return False
+        return not torch.is_grad_enabled() or not (
+            x.requires_grad or (self.bias is not None and self.bias.requires_grad)
         )
 
     def _few_tokens(self, x: torch.Tensor) -> bool:

@@ -6,12 +6,14 @@ tensors have none), and looks at no tensor's values.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from ..layout import layout_from_name
+from ..layout import Layout, layout_from_name
 from .backends import cpu, reference
 from .backends.packed import PackedWeight
 from .backends.triton.available import has_kernels
@@ -33,6 +35,7 @@ torch.library.define(
 )
 
 
+@cache
 def _backend(name: str, device: torch.device) -> ModuleType:
     """The backend of this name; "auto" is the fastest that this device has."""
     kind = name.removesuffix(BATCH_INVARIANT)
@@ -72,6 +75,33 @@ def compute(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, ba
     return chosen.linear(x, packed, bias, batch_invariant=True)
 
 
+def linear_without_grad(
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor | None],
+    bias: torch.Tensor | None,
+    layout: Layout,
+    block_size: int,
+    backend: str,
+) -> torch.Tensor:
+    """What the operator computes, without its detour through the dispatcher, which takes as long as three launches.
+
+    Args:
+        x: as in `linear`, and so the others.
+        tensors: those of `optimum_arb.packing.TENSOR_NAMES`, in this order.
+        bias: `[N]`, or None.
+        layout: the weight's.
+        block_size: as it was packed.
+        backend: a name.
+    """
+    if not x.is_floating_point() or not x.dim():
+        raise ValueError(
+            f"The input of a packed linear layer is {x.dtype} {list(x.shape)}: it must be floating [..., K]."
+        )
+    packed = PackedWeight(layout, block_size, x.shape[-1], *tensors)  # type: ignore[arg-type]
+    packed.check()
+    return compute(x, packed, bias, backend)
+
+
 @torch.library.impl("optimum_arb::linear", "CompositeExplicitAutograd")
 def _linear(
     x: torch.Tensor,
@@ -87,26 +117,10 @@ def _linear(
     block_size: int,
     backend: str,
 ) -> torch.Tensor:
-    if not x.is_floating_point() or not x.dim():
-        raise ValueError(
-            f"The input of a packed linear layer is {x.dtype} {list(x.shape)}: it must be floating [..., K]."
-        )
-    packed = PackedWeight(
-        layout_from_name(layout),
-        block_size,
-        x.shape[-1],
-        weight,
-        row_scale,
-        col_scale,
-        permutation,
-        salient_columns,
-        salient_weight,
-        salient_col_scale,
-    )
-    packed.check()
+    tensors = (weight, row_scale, col_scale, permutation, salient_columns, salient_weight, salient_col_scale)
     # `.data`: backends reshape their result at the end, and autograd lets nobody write in place into a view that an
     # operator returned (PEFT adds its adapters so where a batch mixes several)
-    return compute(x, packed, bias, backend).data
+    return linear_without_grad(x, tensors, bias, layout_from_name(layout), block_size, backend).data
 
 
 @torch.library.register_fake("optimum_arb::linear")

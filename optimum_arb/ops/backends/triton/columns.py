@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..packed import PackedWeight
+from .launch import Launcher, cdiv, overlaps, power_of_2, size_class, tensor_class
 
 ROWS, COLUMNS = 8, 512
 # From this many tokens on whole rows are permuted in shared memory: single elements gathered from memory move 0.6 TB/s
@@ -16,12 +19,7 @@ ROW_TOKENS = 64
 MAX_ROW = 2**15  # columns of a row: 64 KiB of shared memory
 
 
-def overlaps(device: torch.device) -> bool:
-    """Whether a launch may begin while the one before it ends: from sm_90 on."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _gather_kernel(
     out, x, permutation, scale, M, K, x_stride, out_stride,
     PERMUTED: tl.constexpr, SCALED: tl.constexpr, OVERLAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -44,7 +42,7 @@ def _gather_kernel(
     tl.store(at, values.to(out.dtype.element_ty), mask=(m < M)[:, None] & (k < out_stride)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _gather_rows_kernel(
     out, x, permutation, scale, M, K, x_stride, out_stride,
     SCALED: tl.constexpr, OVERLAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -67,6 +65,10 @@ def _gather_rows_kernel(
         tl.store(out + m * out_stride + k, values.to(out.dtype.element_ty), mask=(k < out_stride) & (m < M))
 
 
+_gather = Launcher(_gather_kernel)
+_gather_rows = Launcher(_gather_rows_kernel)
+
+
 def gather_columns(x: torch.Tensor, packed: PackedWeight, *, scaled: bool = False, multiple: int = 1) -> torch.Tensor:
     """`x[:, permutation]`, or x's copy without a permutation.
 
@@ -82,45 +84,77 @@ def gather_columns(x: torch.Tensor, packed: PackedWeight, *, scaled: bool = Fals
     if x.stride(1) != 1:
         x = x.contiguous()
     tokens, columns = x.shape
-    width = triton.cdiv(columns, multiple) * multiple
+    permutation, stride = packed.permutation, x.stride(0)
+    scale = packed.col_scale if scaled else None
+    width = cdiv(columns, multiple) * multiple
     out = x.new_empty(tokens, width)
     overlap = overlaps(x.device)
-    if tokens >= ROW_TOKENS and packed.permutation is not None and width <= MAX_ROW:
-        rows = min(8, triton.cdiv(tokens, 256))
-        size = triton.next_power_of_2(width)
-        _gather_rows_kernel[(triton.cdiv(tokens, rows),)](
-            out,
-            x,
-            packed.permutation,
-            packed.col_scale if scaled else x,
-            tokens,
-            columns,
-            x.stride(0),
-            width,
-            SCALED=scaled,
-            OVERLAP=overlap,
-            ROWS=rows,
-            COLUMNS=size,
-            num_warps=min(max(size // 512, 1), 32),
-            **({"launch_pdl": True} if overlap else {}),
-        )
-        return out
-    rows = ROWS if tokens > ROWS else triton.next_power_of_2(tokens)
-    _gather_kernel[(triton.cdiv(width, COLUMNS), triton.cdiv(tokens, rows))](
+    options = {"launch_pdl": True} if overlap else {}
+    args = (
         out,
         x,
-        x if packed.permutation is None else packed.permutation,
-        packed.col_scale if scaled else x,
+        x if permutation is None else permutation,
+        x if scale is None else scale,
         tokens,
         columns,
-        x.stride(0),
+        stride,
         width,
-        PERMUTED=packed.permutation is not None,
-        SCALED=scaled,
-        OVERLAP=overlap,
-        ROWS=rows,
-        COLUMNS=COLUMNS,
+    )
+    key = (
+        tensor_class(x),
+        None if permutation is None else tensor_class(permutation),
+        None if scale is None else tensor_class(scale),
+        columns,
+        size_class(stride),
+        width,
+    )
+    if tokens >= ROW_TOKENS and permutation is not None and width <= MAX_ROW:
+        # a power of two: every number of rows is compiled anew
+        rows = min(8, power_of_2(cdiv(tokens, 256)))
+        size = power_of_2(width)
+        _gather_rows(
+            (key, rows),
+            (cdiv(tokens, rows), 1, 1),
+            (*args, scale is not None, overlap, rows, size),
+            x.device,
+            num_warps=min(max(size // 512, 1), 32),
+            **options,
+        )
+        return out
+    rows = min(ROWS, power_of_2(tokens))
+    _gather(
+        (key, rows),
+        (cdiv(width, COLUMNS), cdiv(tokens, rows), 1),
+        (*args, permutation is not None, scale is not None, overlap, rows, COLUMNS),
+        x.device,
         num_warps=4,
-        **({"launch_pdl": True} if overlap else {}),
+        **options,
     )
     return out
+
+
+# Column scales in another dtype by the identity of the tensor that they were made of, whose end is theirs.
+_converted: dict[int, tuple[weakref.ref[torch.Tensor], int, int, torch.Tensor]] = {}
+
+
+def column_scales(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The column scales `[col_scales, K]` as a vector of this dtype, 16-byte aligned; converted once a tensor.
+
+    Args:
+        scale: floating, on a CUDA device.
+        dtype: float16 or bfloat16.
+    """
+    address, version = scale.data_ptr(), 0 if scale.is_inference() else scale._version
+    if scale.dtype == dtype and address % 16 == 0 and scale.is_contiguous():
+        return scale.view(-1)
+    found = _converted.get(id(scale))
+    if found is not None:
+        reference, of_version, of_address, made = found
+        if reference() is scale and (of_version, of_address, made.dtype) == (version, address, dtype):
+            return made
+    made = scale.detach().to(dtype, copy=True, memory_format=torch.contiguous_format).view(-1)
+    # the memory of a CUDA graph is not for what stays
+    if scale.is_cuda and not torch.cuda.is_current_stream_capturing():
+        key = id(scale)
+        _converted[key] = (weakref.ref(scale, lambda _: _converted.pop(key, None)), version, address, made)
+    return made

@@ -10,29 +10,31 @@ the product of several planes is the exclusive-or of their bits, so a term costs
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ....layout import Layout
+from ....layout import Layout, layout_from_name
 from ....packing import TILE, packed_bytes, tile_width
 from ..packed import PackedWeight
+from .launch import tensor_class
 
 ZONES = {"all": 0, "rest": 1, "salient": 2}
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """What a kernel is launched with to read a weight: `tensors` and `sizes` in the order of its parameters, and
-    `constants`, its compile-time ones."""
+class Arguments(NamedTuple):
+    """What a kernel is launched with to read a weight: `tensors` and `sizes` in the order of its parameters,
+    `constants`, its compile-time ones, in theirs too, and `key`, which tells weights apart that it is compiled for
+    (see `Launcher`)."""
 
     tensors: tuple[torch.Tensor, ...]
     sizes: tuple[int, ...]
     constants: dict[str, Any]
+    key: Hashable
 
 
 @cache
@@ -57,18 +59,41 @@ def _terms(layout: Layout) -> tuple[tuple[int, int, int, int, float], ...]:
 def arguments(packed: PackedWeight) -> Arguments:
     """The parameters of `decode_tile`; tensors that the layout lacks are stood in for by the weight."""
     absent = packed.weight
-    layout, tile = packed.layout, tile_width(packed.block_size)
-    columns = packed.in_features
-    salient = 0 if packed.salient_columns is None else packed.salient_columns.shape[1]
-    names = ("weight", "row_scale", "col_scale", "salient_columns", "salient_weight", "salient_col_scale")
-    values = [getattr(packed, name) for name in names]
+    salient = packed.salient_columns
+    values = (
+        absent,
+        packed.row_scale,
+        packed.col_scale,
+        salient,
+        packed.salient_weight,
+        packed.salient_col_scale,
+    )
     tensors = tuple(absent if value is None else value.contiguous() for value in values)
-    sizes = (
+    form = (
+        packed.layout.name,
+        packed.block_size,
         packed.out_features,
-        columns,
-        packed.weight.shape[1],
+        packed.in_features,
+        absent.shape[1],
         packed.row_scale.shape[1],
-        max(columns // tile, 1) if packed.block_size == -1 else packed.block_size // tile,
+        0 if salient is None else salient.shape[1],
+        absent.shape[1] % 4 == 0 and absent.data_ptr() % 4 == 0,
+    )
+    sizes, constants = _sizes_and_constants(*form)
+    return Arguments(tensors, sizes, constants, (form, *map(tensor_class, tensors)))
+
+
+@cache
+def _sizes_and_constants(
+    name: str, block_size: int, rows: int, columns: int, weight_stride: int, row_stride: int, salient: int, words: bool
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    layout, tile = layout_from_name(name), tile_width(block_size)
+    sizes = (
+        rows,
+        columns,
+        weight_stride,
+        row_stride,
+        max(columns // tile, 1) if block_size == -1 else block_size // tile,
         salient,
         layout.salient_planes * packed_bytes(salient, tile),
     )
@@ -79,11 +104,11 @@ def arguments(packed: PackedWeight) -> Arguments:
         "ROW_SCALES": layout.row_scales,
         "COL_SCALES": layout.col_scales,
         "SALIENT": layout.salient,
-        "ONE_BLOCK": packed.block_size == -1,
+        "ONE_BLOCK": block_size == -1,
         "TILE": tile,
-        "WORDS": packed.weight.shape[1] % 4 == 0 and packed.weight.data_ptr() % 4 == 0,
+        "WORDS": words,
     }
-    return Arguments(tensors, sizes, constants)
+    return sizes, constants
 
 
 assert TILE == 128  # `decode_tile` is written for tiles of 128 and 64 columns

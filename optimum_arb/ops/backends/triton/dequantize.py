@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ..packed import PackedWeight
 from .decode import arguments, decode_tile
+from .launch import Launcher, cdiv, tensor_class
 
 # Rows of a program and its warps. [K, N] takes more rows: they are the contiguous direction of its stores.
 # With fewer warps the compiler gives a thread many columns, whose scales it then loads one by one.
@@ -119,6 +120,9 @@ def _dequantize_kernel(
         tl.store(out + n[:, None] * K + column[None, :], w, mask=(n < N)[:, None] & inside[None, :])
 
 
+_dequantize = Launcher(_dequantize_kernel)
+
+
 def dequantize(
     packed: PackedWeight, dtype: torch.dtype, *, transposed: bool = False, stored_order: bool = False
 ) -> torch.Tensor:
@@ -141,17 +145,22 @@ def dequantize(
     args = arguments(packed)
     per_program = TRANSPOSED_ROWS if transposed else ROWS
     permutation = None if stored_order else packed.permutation
-    grid = (triton.cdiv(columns, args.constants["TILE"]), triton.cdiv(rows, per_program))
-    _dequantize_kernel[grid](
-        out,
-        packed.weight if permutation is None else permutation,
-        *args.tensors,
-        *args.sizes,
-        **args.constants,
-        PERMUTED=permutation is not None,
-        TRANSPOSED=transposed,
-        EVEN=columns % args.constants["TILE"] == 0,
-        ROWS=per_program,
+    even = columns % args.constants["TILE"] == 0
+    _dequantize(
+        (dtype, transposed, None if permutation is None else tensor_class(permutation), args.key),
+        (cdiv(columns, args.constants["TILE"]), cdiv(rows, per_program), 1),
+        (
+            out,
+            packed.weight if permutation is None else permutation,
+            *args.tensors,
+            *args.sizes,
+            *args.constants.values(),
+            permutation is not None,
+            transposed,
+            even,
+            per_program,
+        ),
+        out.device,
         num_warps=TRANSPOSED_WARPS if transposed else WARPS,
     )
     return out

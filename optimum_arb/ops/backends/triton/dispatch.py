@@ -161,12 +161,15 @@ def _decode_config(
 def many_tokens(rows: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """`[M, N]` by the kernels that read the stored order."""
     tokens = rows.shape[0]
-    entry = lookup(rows.device, packed.out_features, packed.in_features, packed.layout.planes, bucket(max(tokens, 8)))
-    if entry is None or entry.kernel == "one_bit":
-        config = default_config(packed, tokens, rows.dtype)
-    else:
-        config = GemmConfig(**entry.config)
-    return gemm(rows, packed, bias, config=config)
+    planes = packed.layout.planes
+    config = _tuned(rows.device, packed.out_features, packed.in_features, planes, bucket(max(tokens, 8)))
+    return gemm(rows, packed, bias, config=config or default_config(packed, tokens, rows.dtype))
+
+
+@cache
+def _tuned(device: torch.device, out_features: int, in_features: int, planes: int, tokens: int) -> GemmConfig | None:
+    entry = lookup(device, out_features, in_features, planes, tokens)
+    return None if entry is None or entry.kernel == "one_bit" else GemmConfig(**entry.config)
 
 
 def prepare(weights: list[PackedWeight]) -> prepack.Prepacked | None:

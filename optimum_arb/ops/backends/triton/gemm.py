@@ -21,9 +21,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ....packing import tile_width
 from ..packed import PackedWeight
-from .columns import gather_columns, overlaps
+from .columns import gather_columns
 from .decode import arguments, decode_tile
 from .dequantize import dequantize
+from .launch import Launcher, capability, cdiv, overlaps, power_of_2, size_class, tensor_class
 
 try:
     from . import hopper
@@ -184,12 +185,12 @@ def _gemm_kernel(
     tl.store(at, sums.to(out.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _sum_kernel(
     out,
     parts,
     bias,
-    size,
+    M,
     N,
     SPLIT_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -200,6 +201,8 @@ def _sum_kernel(
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
+    # the compiler knows what N is divisible by, and so the size
+    size = M.to(tl.int64) * N
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     total = tl.load(parts + i, mask=inside, other=0)
@@ -210,20 +213,20 @@ def _sum_kernel(
     tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
 
 
+_gemm = Launcher(_gemm_kernel)
+_sum = Launcher(_sum_kernel)
+
+
 def sum_parts(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     """Adds `parts` float32 `[split_k, M, N]` and the bias into `out` `[M, N]`, always in the same order."""
     overlap = overlaps(out.device)
-    block = 1024 if out.numel() >= 2**18 else 256
-    _sum_kernel[(triton.cdiv(out.numel(), block),)](
-        out,
-        parts,
-        parts if bias is None else bias,
-        out.numel(),
-        out.shape[1],
-        SPLIT_K=parts.shape[0],
-        HAS_BIAS=bias is not None,
-        OVERLAP=overlap,
-        BLOCK=block,
+    split_k, tokens, rows = parts.shape
+    block = 1024 if tokens * rows >= 2**18 else 256
+    _sum(
+        (out.dtype, None if bias is None else tensor_class(bias), rows, split_k, block),
+        (cdiv(tokens * rows, block), 1, 1),
+        (out, parts, parts if bias is None else bias, tokens, rows, split_k, bias is not None, overlap, block),
+        out.device,
         num_warps=block // 256,
         **({"launch_pdl": True} if overlap else {}),
     )
@@ -236,16 +239,15 @@ def is_fusable(packed: PackedWeight) -> bool:
 
 def fits_hopper(packed: PackedWeight, dtype: torch.dtype) -> bool:
     """Whether "hopper" computes this weight for inputs of this dtype on the weight's device."""
-    device = packed.weight.device
     return (
         hopper is not None
-        and device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device)[0] == 9
+        and capability(packed.weight.device)[0] == 9
         and dtype in (torch.float16, torch.bfloat16)
         and packed.layout.name.startswith("planes-")
         and packed.block_size != 64
         and packed.in_features % 128 == 0
+        and packed.weight.data_ptr() % 16 == 0  # the copy engine wants that
+        and packed.weight.stride(1) == 1
     )
 
 
@@ -260,7 +262,7 @@ def candidates(n: int, k: int, m: int) -> list[GemmConfig]:
     found = [GemmConfig("dequantize")] if m >= 128 else []
     # tokens, rows, warps, stages, tiles of a program
     if m <= 64:
-        block_m = max(8, triton.next_power_of_2(m))
+        block_m = max(8, power_of_2(m))
         programs = [(block_m, 64, 4, 2 if block_m == 64 else 3, 2), (block_m, 64, 4, 4, 1)]
         programs.append((block_m, 128, 4, 4, 1) if m <= 32 else (block_m, 128, 8, 3, 2))
         if m <= 32:
@@ -270,7 +272,7 @@ def candidates(n: int, k: int, m: int) -> list[GemmConfig]:
     else:
         programs = [(128, 128, 8, 4, 1), (128, 256, 8, 4, 1), (256, 128, 8, 3, 1)]
     for block_m, block_n, warps, stages, tiles in programs:
-        count = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
+        count = cdiv(m, block_m) * cdiv(n, block_n)
         # two large programs have no room on one multiprocessor, about four small ones do
         most = 270 if warps == 8 else 800
         for split_k in (1, 2, 4, 8, 16):
@@ -290,17 +292,17 @@ def default_config(packed: PackedWeight, m: int, dtype: torch.dtype) -> GemmConf
     if not fits_hopper(packed, dtype):
         if m > 128:
             return GemmConfig("dequantize")
-        block_m = max(16, triton.next_power_of_2(m))
-        programs = triton.cdiv(n, 128)
+        block_m = max(16, power_of_2(m))
+        programs = cdiv(n, 128)
         split_k = 1
         while programs * split_k < 100 and split_k < 8 and tiles >= 8 * split_k:
             split_k *= 2
         return GemmConfig("portable", block_m, 128, 8, 2, split_k)
     if m > 256:
-        large = triton.cdiv(m, 128) * triton.cdiv(n, 256) >= 120
+        large = cdiv(m, 128) * cdiv(n, 256) >= 120
         return GemmConfig("hopper", 128, 256 if large else 128, 8, 4)
-    block_m = min(max(8, triton.next_power_of_2(m)), 128)
-    programs = triton.cdiv(m, block_m) * triton.cdiv(n, 64)
+    block_m = min(max(8, power_of_2(m)), 128)
+    programs = cdiv(m, block_m) * cdiv(n, 64)
     split_k = 1
     while programs * split_k < 200 and split_k < 8 and tiles >= 8 * split_k:
         split_k *= 2
@@ -327,6 +329,9 @@ def gemm(
     Returns:
         `[M, N]`, accumulated in float32.
     """
+    if x.is_cuda and torch.cuda.current_device() != x.device.index:
+        with torch.cuda.device(x.device):
+            return gemm(x, packed, bias, out_dtype, config=config)
     out_dtype = out_dtype or x.dtype
     config = config or default_config(packed, x.shape[0], x.dtype)
     fused = x.dtype in (torch.float16, torch.bfloat16) and x.numel() > 0
@@ -351,6 +356,9 @@ def gemm_input_grad(grad: torch.Tensor, packed: PackedWeight, *, config: GemmCon
     Returns:
         `[M, K]` of grad's dtype.
     """
+    if grad.is_cuda and torch.cuda.current_device() != grad.device.index:
+        with torch.cuda.device(grad.device):
+            return gemm_input_grad(grad, packed, config=config)
     return torch.mm(grad, _dense(packed, grad.dtype))
 
 
@@ -378,9 +386,9 @@ def _finish(filled: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dt
 
 def _split(config: GemmConfig, packed: PackedWeight) -> int:
     """No more programs along K than there are whole steps of `config.tiles` tiles, each with at least one."""
-    steps = max(triton.cdiv(packed.in_features // tile_width(packed.block_size), config.tiles), 1)
-    share = triton.cdiv(steps, min(config.split_k, steps))
-    return triton.cdiv(steps, share)
+    steps = max(cdiv(packed.in_features // tile_width(packed.block_size), config.tiles), 1)
+    share = cdiv(steps, min(config.split_k, steps))
+    return cdiv(steps, share)
 
 
 def _hopper(
@@ -421,22 +429,32 @@ def _portable(
     split_k = _split(config, packed)
     filled = _output(x.shape[0], packed.out_features, split_k, out_dtype, x.device)
     args = arguments(packed)
-    programs = triton.cdiv(x.shape[0], config.block_m) * triton.cdiv(packed.out_features, config.block_n)
-    _gemm_kernel[(programs, split_k)](
-        filled,
-        x,
-        filled if bias is None else bias,
-        x.shape[0],
-        x.stride(0),
-        *args.tensors,
-        *args.sizes,
-        **args.constants,
-        HAS_BIAS=bias is not None and split_k == 1,
-        SPLIT_K=split_k,
-        GROUP=8,
-        UPCAST=not x.is_cuda,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
+    has_bias = bias is not None and split_k == 1
+    constants = (has_bias, split_k, 8, not x.is_cuda, config.block_m, config.block_n)
+    _gemm(
+        (
+            tensor_class(x),
+            size_class(x.stride(0)),
+            filled.dtype,
+            None if bias is None else tensor_class(bias),
+            constants,
+            config.warps,
+            config.stages,
+            args.key,
+        ),
+        (cdiv(x.shape[0], config.block_m) * cdiv(packed.out_features, config.block_n), split_k, 1),
+        (
+            filled,
+            x,
+            filled if bias is None else bias,
+            x.shape[0],
+            x.stride(0),
+            *args.tensors,
+            *args.sizes,
+            *args.constants.values(),
+            *constants,
+        ),
+        x.device,
         num_warps=config.warps,
         num_stages=config.stages,
     )

@@ -16,8 +16,9 @@ another warpgroup's product: several small programs on a multiprocessor (`_share
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -30,7 +31,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..packed import PackedWeight
+from .columns import column_scales
+from .launch import Launcher, cdiv, tensor_class
 
+GROUP = 8  # tiles of rows whose programs run side by side, see `_place`
 TILE = gl.constexpr(128)
 BYTES = gl.constexpr(16)
 
@@ -471,7 +475,7 @@ def launch(
 
     Args:
         x: float16 or bfloat16 `[M, K]` in the weight's stored column order, contiguous, 16-byte aligned.
-        packed: a weight of `planes-*` layout in tiles of 128 columns, all whole.
+        packed: a weight of `planes-*` layout in tiles of 128 columns, all whole; 16-byte aligned.
         bias: `[N]`, only where split_k is 1.
         out: the result.
         block_m: tokens of a program, at most 256.
@@ -485,45 +489,85 @@ def launch(
     """
     layout = packed.layout
     rows, columns = packed.out_features, packed.in_features
-    tokens = x.shape[0]
-    kind = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
-    width = 128 * tiles
-    x_layout = gl.NVMMASharedLayout.get_default_for([block_m, width], kind)
-    w_layout = gl.NVMMASharedLayout(0, 8)
-    x_desc = TensorDescriptor.from_tensor(x, [block_m, width], x_layout)
-    # a box is a power of two: three planes come one by one
-    w_width = 16 if layout.planes == 3 else 16 * layout.planes * tiles
-    w_desc = TensorDescriptor.from_tensor(packed.weight, [block_n, w_width], w_layout)
     with_columns = bool(layout.col_scales) and not scaled
+    x_box, w_box, c_box = _boxes(x.dtype, layout.planes, block_m, block_n, tiles)
+    w_desc = _descriptor(packed.weight, *w_box)
     c_desc = w_desc
     if packed.col_scale is not None and with_columns:
-        scales = packed.col_scale.to(x.dtype).view(-1)
-        c_desc = TensorDescriptor.from_tensor(scales, [128], gl.NVMMASharedLayout(0, 16, rank=1))
-    share = triton.cdiv(triton.cdiv(columns // 128, tiles), split_k) * tiles
-    kernel = _split_kernel if warps == 8 else _shared_kernel
-    kernel[(triton.cdiv(tokens, block_m) * triton.cdiv(rows, block_n), split_k)](
-        x_desc,
-        w_desc,
-        c_desc,
-        out,
-        out if bias is None else bias,
-        packed.row_scale,
-        tokens,
-        rows,
-        columns,
-        packed.row_scale.shape[1],
-        columns // 128 if packed.block_size == -1 else packed.block_size // 128,
-        share,
-        PLANES=layout.planes,
-        COLUMNS=with_columns,
-        SCALES=layout.row_scales,
-        HAS_BIAS=bias is not None,
-        PDL=overlapped,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        STAGES=stages,
-        TILES=tiles,
-        GROUP=8,
+        c_desc = _descriptor(column_scales(packed.col_scale, x.dtype), *c_box)
+    row_scale, row_stride = packed.row_scale, packed.row_scale.shape[1]
+    tiles_per_block = columns // 128 if packed.block_size == -1 else packed.block_size // 128
+    constants = (
+        layout.planes,
+        with_columns,
+        layout.row_scales,
+        bias is not None,
+        overlapped,
+        block_m,
+        block_n,
+        stages,
+        tiles,
+        GROUP,
+    )
+    kernel = _split if warps == 8 else _shared
+    kernel(
+        (
+            x.dtype,
+            out.dtype,
+            None if bias is None else tensor_class(bias),
+            tensor_class(row_scale),
+            rows,
+            columns,
+            tiles_per_block,
+            constants,
+        ),
+        (cdiv(x.shape[0], block_m) * cdiv(rows, block_n), split_k, 1),
+        (
+            _descriptor(x, *x_box),
+            w_desc,
+            c_desc,
+            out,
+            out if bias is None else bias,
+            row_scale,
+            x.shape[0],
+            rows,
+            columns,
+            row_stride,
+            tiles_per_block,
+            cdiv(cdiv(columns // 128, tiles), split_k) * tiles,
+            *constants,
+        ),
+        x.device,
         num_warps=4,
         launch_pdl=overlapped,
     )
+
+
+_shared, _split = Launcher(_shared_kernel), Launcher(_split_kernel)
+_Box = tuple[list[int], gl.NVMMASharedLayout]
+
+
+@cache
+def _boxes(dtype: torch.dtype, planes: int, block_m: int, block_n: int, tiles: int) -> tuple[_Box, _Box, _Box]:
+    """What the copy engine brings at a time of x, the weight and the column scales, and how it lies there."""
+    kind = gl.float16 if dtype == torch.float16 else gl.bfloat16
+    x_box = [block_m, 128 * tiles]
+    # a box is a power of two: three planes come one by one
+    w_box = [block_n, 16 if planes == 3 else 16 * planes * tiles]
+    return (
+        (x_box, gl.NVMMASharedLayout.get_default_for(x_box, kind)),
+        (w_box, gl.NVMMASharedLayout(0, 8)),
+        ([128], gl.NVMMASharedLayout(0, 16, rank=1)),
+    )
+
+
+def _descriptor(tensor: torch.Tensor, box: list[int], layout: gl.NVMMASharedLayout) -> TensorDescriptor:
+    """`TensorDescriptor.from_tensor` without its checks, which take longer than a launch: `gemm` has made them."""
+    made = object.__new__(TensorDescriptor)
+    made.base = tensor
+    made.shape = tensor.shape
+    made.strides = tensor.stride()
+    made.block_shape = box
+    made.layout = layout
+    made.padding = "zero"
+    return made

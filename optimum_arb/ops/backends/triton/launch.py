@@ -1,0 +1,83 @@
+"""Launches of Triton kernels that skip what Triton does anew at each of its own.
+
+Triton's launch classifies every argument, compile-time ones too, to find the program that it compiled for them: 25 us a
+kernel in Python on a fast host, 65 on a slow one, and a layer needs three. Here the caller says in a short key what
+decides, and the compiled program is called directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+
+
+class Launcher:
+    """A kernel with the programs that were compiled from it.
+
+    Args:
+        kernel: what `triton.jit` or `gluon.jit` made of a function, compile-time parameters last.
+    """
+
+    def __init__(self, kernel: Any):
+        self.kernel = kernel
+        self._programs: dict[Hashable, Any] = {}
+
+    def __call__(
+        self, key: Hashable, grid: tuple[int, int, int], args: tuple[Any, ...], device: torch.device, **options: Any
+    ) -> None:
+        """Launches on the current stream of `device`, which must be the current device.
+
+        Args:
+            key: equal for two calls only where Triton would launch one and the same program for both: all compile-time
+                arguments, `tensor_class` of the tensors, the integers that are specialized (or their `size_class`) and
+                the options have to be told from it.
+            grid: programs.
+            args: all arguments, compile-time ones too, by position.
+            device: of the tensors.
+            **options: Triton's, such as num_warps.
+        """
+        program = self._programs.get((device.index, key))
+        if program is not None:
+            program[grid](*args, stream=triton.runtime.driver.active.get_current_stream(device.index))
+            return
+        program = self.kernel[grid](*args, **options)
+        # on the CPU there is Triton's interpreter, or a compiler without a GPU
+        if program is not None and device.type == "cuda":
+            self._programs[(device.index, key)] = program
+
+
+def tensor_class(tensor: torch.Tensor) -> tuple[torch.dtype, bool]:
+    """What Triton compiles for in a tensor. One that torch has just allocated is aligned."""
+    return tensor.dtype, tensor.data_ptr() % 16 == 0
+
+
+def size_class(size: int) -> tuple[bool, bool, bool]:
+    """What Triton compiles for in an integer of 1 or more."""
+    return size == 1, size % 16 == 0, size >= 2**31
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; Triton's own takes ten times as long outside of a kernel."""
+    return -(-a // b)
+
+
+def power_of_2(number: int) -> int:
+    """The smallest power of two that is not smaller."""
+    return 1 << (number - 1).bit_length()
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of an NVIDIA GPU, (0, 0) of anything else."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a launch may begin while the one before it ends: from sm_90 on."""
+    return capability(device)[0] >= 9
