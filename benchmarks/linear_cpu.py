@@ -1,9 +1,10 @@
-"""One packed linear against dense float32 `F.linear` on the CPU, side by side in one run, as in docs/benchmarks.md.
+"""Packed linears against dense ones of the same dtype on the CPU, side by side in one run, as in docs/benchmarks.md.
 
     python benchmarks/linear_cpu.py
 
-The two are timed in turn, so that a change of the machine's speed meets both; medians, and the median of the ratios of
-neighbouring runs, are printed. Memory is the bytes of the tensors that each keeps.
+The dense layer and those of one, two, ... planes are timed in turn, so that a change of the machine's speed meets all;
+medians, and the medians of the ratios of neighbouring runs, are printed. With --clock cpu and one thread the time is the
+processor's, which other programs on the machine lengthen less. Memory is the bytes of the tensors that each keeps.
 """
 
 from __future__ import annotations
@@ -12,62 +13,77 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from optimum_arb.algorithms import binarize
-from optimum_arb.config import ARBConfig
+from optimum_arb.layout import planes_layout
 from optimum_arb.nn import ARBLinear
-from optimum_arb.packing import stored_bytes
+from optimum_arb.ops.backends.cpu import native
+from optimum_arb.packing import BinarizedWeight, block_count, stored_bytes
 
 
 def packed_linear(rows: int, columns: int, planes: int) -> ARBLinear:
-    """A random weight binarized plane after plane, with the permutation that a calibrated one has."""
+    """Random signs and scales in the layout of arb-hrc, with the permutation that a calibrated weight has."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(rows, columns, generator=generator)
-    config = ARBConfig(planes=planes, dataset=None, num_iterations=1, refinement_sweeps=0)
-    binarized = binarize(weight, None, config)
-    binarized.permutation = torch.randperm(columns, generator=generator)
-    return ARBLinear.from_binarized(binarized, None)
+    layout = planes_layout(planes, col_scale=True)
+    weight = BinarizedWeight(
+        layout,
+        128,
+        torch.rand(planes, rows, columns, generator=generator) < 0.5,
+        torch.rand(rows, block_count(columns, 128), planes, generator=generator),
+        torch.rand(planes, columns, generator=generator),
+        torch.randperm(columns, generator=generator),
+    )
+    return ARBLinear.from_binarized(weight, None)
 
 
-def interleaved(first: Callable, second: Callable, repeats: int) -> tuple[float, float, float]:
-    """Median milliseconds of both, and the median of second over first."""
-    times: tuple[list[float], list[float]] = ([], [])
+def interleaved(functions: list[Callable], repeats: int, clock: Callable[[], float]) -> tuple[list[float], list[float]]:
+    """Median milliseconds of each, and for each the median of the first's time over its own."""
+    times: list[list[float]] = [[] for _ in functions]
     for run in range(repeats + 3):
-        for function, found in zip((first, second), times, strict=True):
-            start = time.perf_counter()
+        for function, found in zip(functions, times, strict=True):
+            start = clock()
             function()
             if run >= 3:  # the first calls plan, load and page in
-                found.append(1000 * (time.perf_counter() - start))
-    ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
-    return statistics.median(times[0]), statistics.median(times[1]), ratio
+                found.append(1000 * (clock() - start))
+    ratios = [statistics.median(a / b for a, b in zip(times[0], found, strict=True)) for found in times]
+    return [statistics.median(found) for found in times], ratios
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Packed linear against dense float32 on the CPU.")
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--columns", type=int, default=4096)
+    parser = argparse.ArgumentParser(description="Packed linears against dense ones on the CPU.")
+    parser.add_argument("--shapes", default="4096x4096,11008x4096", help="rows x columns, ...")
     parser.add_argument("--planes", default="1,2")
-    parser.add_argument("--tokens", default="1,4,16,64,256")
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--tokens", default="1,4,16,64,256,512")
+    parser.add_argument("--dtypes", default="bfloat16,float32,float16")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     args = parser.parse_args()
-    dense = torch.randn(args.rows, args.columns, generator=torch.Generator().manual_seed(1))
-    print(f"{args.rows} x {args.columns}, float32, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("| planes | tokens | dense ms | packed ms | packed / dense | memory, packed / dense |")
-    print("|---|---|---|---|---|---|")
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
+    planes = [int(count) for count in args.planes.split(",")]
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, kernel {native.best_kernel()}")
+    heads = [f"{count} plane{'s' * (count > 1)}: ms | times dense | memory" for count in planes]
+    print(f"| rows x columns | dtype | tokens | dense ms | {' | '.join(heads)} |")
+    print("|" + "---|" * (4 + 3 * len(planes)))
     with torch.no_grad():
-        for planes in map(int, args.planes.split(",")):
-            layer = packed_linear(args.rows, args.columns, planes)
-            memory = stored_bytes(layer.packed()) / (dense.numel() * dense.element_size())
-            for tokens in map(int, args.tokens.split(",")):
-                x = torch.randn(tokens, args.columns, generator=torch.Generator().manual_seed(2))
-                times = interleaved(lambda x=x: F.linear(x, dense), lambda x=x, layer=layer: layer(x), args.repeats)
-                print(
-                    f"| {planes} | {tokens} | {times[0]:.2f} | {times[1]:.2f} | {times[2]:.2f} | {memory:.3f} |",
-                    flush=True,
-                )
+        for shape in args.shapes.split(","):
+            rows, columns = (int(size) for size in shape.split("x"))
+            layers = [packed_linear(rows, columns, count) for count in planes]
+            for dtype in (getattr(torch, name) for name in args.dtypes.split(",")):
+                dense = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+                size = dense.numel() * dense.element_size()
+                for tokens in map(int, args.tokens.split(",")):
+                    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(2)).to(dtype)
+                    functions = [partial(F.linear, x, dense), *(partial(layer, x) for layer in layers)]
+                    times, ratios = interleaved(functions, args.repeats, clock)
+                    cells = [
+                        f"{time:.2f} | {ratio:.2f} | {stored_bytes(layer.packed()) / size:.3f}"
+                        for time, ratio, layer in zip(times[1:], ratios[1:], layers, strict=True)
+                    ]
+                    start = f"{rows} x {columns} | {str(dtype).split('.')[-1]} | {tokens} | {times[0]:.2f}"
+                    print(f"| {start} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

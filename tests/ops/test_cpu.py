@@ -12,7 +12,7 @@ from packed_weights import random_packed, relative_error
 from optimum_arb.layout import all_layouts, bitmap_layout, planes_layout
 from optimum_arb.ops.backends import cpu, reference
 from optimum_arb.ops.backends.cpu import lookup, native
-from optimum_arb.ops.backends.cpu.plan import Tiles, plan_for, prepare_columns, tiles_for
+from optimum_arb.ops.backends.cpu.plan import Tiles, choose_kernel, plan_for, prepare_columns, tiles_for
 from optimum_arb.packing import pack_bits
 
 # out_features, in_features, block_size, permuted
@@ -29,6 +29,7 @@ SHAPES = [
     (3, 3, 128, False),
 ]
 LAYOUTS = {layout.name: layout for layout in all_layouts()}
+ALL_KERNELS = ["portable", "avx2", "avx-vnni", "avx512-vnni", "amx", "neon", "dotprod"]
 needs_native = pytest.mark.skipif(native.load() is None, reason="the native extension was not built")
 
 
@@ -50,15 +51,18 @@ def kernels(request, monkeypatch):
     return request.param
 
 
-def check(packed, m: int, dtype: torch.dtype = torch.float32) -> None:
-    """Within the rounding of float32 sums of these many terms, and of the result to `dtype`."""
+def check(packed, m: int, dtype: torch.dtype = torch.float32, kernel: str | None = None) -> None:
+    """Within the rounding of float32 sums of these many terms, or of two digits of x, and of the result to `dtype`."""
     x = torch.randn(m, packed.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
     bias = torch.randn(packed.out_features, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = reference.linear(x.double(), packed, bias.double())
     size = x.double().abs() @ packed.unpack().dequantize(torch.float64).abs().T + bias.double().abs()
-    result = cpu.linear(x, packed, bias)
+    result = cpu.linear(x, packed, bias) if kernel is None else native.linear(x, packed, bias, kernel)
     assert result.dtype == dtype
-    allowed = 1e-6 * size + (0 if dtype == torch.float32 else torch.finfo(dtype).eps) * expected.abs()
+    if dtype == torch.float32:
+        allowed = 1.5e-6 * size
+    else:
+        allowed = 5e-5 * size + torch.finfo(dtype).eps * expected.abs()
     assert ((result.double() - expected).abs() <= allowed).all()
 
 
@@ -95,10 +99,19 @@ def test_chunks_of_rows(name, kernels, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("m", [1, 20])
 def test_half_precision_input_is_rounded_once_at_the_end(m, dtype, kernels):
-    packed = random_packed(planes_layout(1, col_scale=True), 64, 576)
-    check(packed, m, dtype)
-    x = torch.randn(m, 576).to(dtype)
-    assert torch.equal(cpu.linear(x, packed, None), cpu.linear(x.float(), packed, None).to(dtype))
+    check(random_packed(planes_layout(1, col_scale=True), 64, 576), m, dtype)
+
+
+@pytest.mark.parametrize("name", ["planes-2-col", "groups-all-salient-col", "groups-non-salient-salient-mean"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_long_half_precision_input(dtype, name, kernels):
+    """Weights are rounded to x's dtype too: the error of a dense layer in that dtype."""
+    packed = random_packed(LAYOUTS[name], 70, 576, permuted=True)
+    x, bias = torch.randn(600, 576).to(dtype), torch.randn(70).to(dtype)
+    result = cpu.linear(x, packed, bias)
+    assert result.dtype == dtype
+    expected = reference.linear(x.double(), packed, bias.double())
+    assert (result.double() - expected).norm() < (4e-3 if dtype == torch.bfloat16 else 5e-4) * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -137,28 +150,74 @@ def test_half_scales_are_read_exactly():
     packed = type(packed)(**{**vars(packed), "row_scale": values, "weight": torch.ones_like(packed.weight)})
     plan, tiles = plan_for(layout.name), tiles_for(1, 128, native.LANES)
     columns = prepare_columns(torch.ones(1, 1), packed, plan, tiles)
-    weight = native.dequantize(columns, packed, plan, tiles, torch.empty(len(values), 128))
+    weight = native.dequantize(columns, packed, tiles, torch.empty(len(values), 128))
     assert torch.equal(weight[:, :1], values.float())
 
 
 @needs_native
-@pytest.mark.parametrize("instruction_set", [0, 1, 2])
-@pytest.mark.parametrize(("columns", "block_size"), [(100, 128), (192, 64), (1096, 256), (430, -1)])
+@pytest.mark.parametrize("kernel", ALL_KERNELS)
+@pytest.mark.parametrize(("columns", "block_size"), [(100, 128), (192, 64), (1096, 256), (430, -1), (200, 64)])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_instruction_set(name, columns, block_size, instruction_set, poisoned):
-    if instruction_set > native.best_instruction_set():
+def test_every_kernel(name, columns, block_size, kernel, poisoned):
+    if kernel not in native.kernels():
         pytest.skip("this machine does not have it")
-    packed = random_packed(LAYOUTS[name], 21, columns, block_size)
+    packed = random_packed(LAYOUTS[name], 41, columns, block_size, permuted=True)
+    for m in (1, 7, 37):
+        check(packed, m, kernel=kernel)
+    check(packed, 5, torch.bfloat16, kernel)
+    check(packed, 5, torch.float16, kernel)
     plan, tiles = plan_for(name), tiles_for(columns, block_size, native.LANES)
-    x = torch.randn(7, columns, generator=torch.Generator().manual_seed(3))
-    prepared = prepare_columns(x, packed, plan, tiles)
     ones = prepare_columns(torch.ones(1, columns), packed, plan, tiles)
     fallback = tiles_for(columns, block_size, tiles.width // 8)
-    expected = lookup.linear(prepare_columns(x, packed, plan, fallback), packed, plan, fallback)
-    assert relative_error(native.linear(prepared, packed, plan, tiles, instruction_set), expected) < 2e-6
-    out = torch.empty(21, tiles.count, 8, native.LANES)
-    weight = tiles.join(native.dequantize(ones, packed, plan, tiles, out, instruction_set))
-    assert relative_error(x @ weight.T, expected) < 2e-6
+    expected = lookup.dequantize(prepare_columns(torch.ones(1, columns), packed, plan, fallback), packed, plan, fallback)
+    expected = fallback.join(expected.view(41, tiles.count, -1, 8).transpose(-1, -2))
+    for dtype, error in ((torch.float32, 1e-6), (torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)):
+        out = torch.empty(41, tiles.count, 8, native.LANES, dtype=dtype)
+        weight = tiles.join(native.dequantize(ones, packed, tiles, out, kernel))
+        assert relative_error(weight, expected) <= error
+
+
+@needs_native
+@pytest.mark.parametrize("kernel", ALL_KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_the_others(kernel, dtype):
+    if kernel not in native.kernels():
+        pytest.skip("this machine does not have it")
+    packed = random_packed(bitmap_layout("all", True, True), 70, 600)
+    x = torch.randn(150, 600).to(dtype)
+    together = native.linear(x, packed, None, kernel)
+    for m in (0, 1, 77, 149):
+        assert torch.equal(native.linear(x[m : m + 1], packed, None, kernel)[0], together[m])
+
+
+@needs_native
+@pytest.mark.parametrize("kernel", ALL_KERNELS)
+def test_columns_that_are_not_finite_or_tiny(kernel):
+    """NaN in that row of the result alone; float32's smallest numbers count as zero beside others."""
+    if kernel not in native.kernels():
+        pytest.skip("this machine does not have it")
+    packed = random_packed(planes_layout(2, col_scale=True), 9, 300)
+    x = torch.randn(4, 300)
+    expected = native.linear(x, packed, None, kernel)
+    x[1, 200], x[2, 7] = float("inf"), float("nan")
+    result = native.linear(x, packed, None, kernel)
+    assert result[1:3].isnan().all()
+    assert torch.equal(result[[0, 3]], expected[[0, 3]])
+    assert not native.linear(torch.zeros(2, 300), packed, None, kernel).any()
+    for scale in (1e-25, 1e25):
+        check_scaled = native.linear(x[:1] * scale, packed, None, kernel) / scale
+        assert relative_error(check_scaled, expected[:1]) < 1e-6
+
+
+def test_choice_of_kernels():
+    every = ["portable", "avx2", "avx-vnni", "avx512-vnni", "amx"]
+    assert choose_kernel(every, "planes-1-col", 1, torch.bfloat16) == "avx512-vnni"
+    assert choose_kernel(every, "planes-1-col", 2, torch.bfloat16) == "amx"
+    assert choose_kernel(every, "planes-2-col", 512, torch.bfloat16) is None
+    assert choose_kernel(every, "planes-1-col", 512, torch.float32) == "amx"
+    assert choose_kernel(every[:2], "planes-1-col", 12, torch.float32) == "avx2"
+    assert choose_kernel(every[:2], "planes-2-col", 12, torch.float32) is None
+    assert choose_kernel(["portable"], "groups-all-salient-col", 1, torch.float16) == "portable"
 
 
 @needs_native
@@ -166,14 +225,15 @@ def test_threads_do_not_change_the_result():
     packed = random_packed(planes_layout(2, col_scale=True), 600, 2000)
     before = torch.get_num_threads()
     try:
-        for m in (1, 6):
-            x = torch.randn(m, 2000)
-            results = []
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                results.append(cpu.linear(x, packed, None))
-            assert torch.equal(results[0], results[1])
-            assert torch.equal(results[0], results[2])
+        for kernel in native.kernels():
+            for m in (1, 6):
+                x = torch.randn(m, 2000)
+                results = []
+                for threads in (1, 2, 3):
+                    torch.set_num_threads(threads)
+                    results.append(native.linear(x, packed, None, kernel))
+                assert torch.equal(results[0], results[1])
+                assert torch.equal(results[0], results[2])
     finally:
         torch.set_num_threads(before)
 
