@@ -406,10 +406,10 @@ def _check_format(version: Any, requires: Any, written_by: Any) -> None:
         ValueError: it does not; the message says which version does, as far as the model says so in a form that can be
             trusted in a command.
     """
-    if version in FIRST_READERS and not isinstance(version, bool):
-        return
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError(f"format_version={version!r} in the quantization_config is no format of optimum_arb's.")
+    if version in FIRST_READERS:
+        return
     needed = requires if re.fullmatch(r"optimum-arb>=[0-9][0-9A-Za-z.]*", str(requires)) else None
     if needed is None and re.fullmatch(r"[0-9][0-9A-Za-z.]*", str(written_by)):
         needed = f"optimum-arb>={written_by}"

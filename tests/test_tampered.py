@@ -211,6 +211,8 @@ def test_absurd_sizes_in_the_configuration(packed, changes, tensor, model_class)
         ({"method": "rtn"}, "which the layout planes-1 of method='rtn' does not have"),
         ({"modules_to_not_convert": ["re:("]}, "is no regular expression"),
         ({"format_version": "1"}, "format_version='1' .* is no format"),
+        ({"format_version": [1]}, r"format_version=\[1\] .* is no format"),
+        ({"format_version": 1.0}, "format_version=1.0 .* is no format"),
         ({"format_version": None}, "format_version=None .* is no format"),
         ({"format_version": 0}, "format_version=0 .* is no format"),
     ],

@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 _WEIGHTS = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)|(model\.safetensors|pytorch_model\.bin)\.index\.json"
 )
-_UNREAD = (".git", ".cache")
 
 
 def push_directory(
@@ -46,7 +45,7 @@ def push_directory(
     Args:
         directory: where the model lies.
         repo_id: the model's name on the Hub; the repository is made if there is none.
-        files: what to upload, relative to the directory; None is everything in it but hidden folders.
+        files: what to upload, relative to the directory; None is everything in it that is not hidden.
         private: whether a new repository is private; None is the account's default.
         token: None is the one that `hf auth login` stored, or that of the environment.
         revision: the branch, which is made from the main one if there is none; None is the main one.
@@ -66,7 +65,8 @@ def push_directory(
     directory = Path(directory)
     names = sorted(files) if files is not None else _files(directory)
     api = HfApi(library_name="optimum_arb", library_version=__version__, token=token)
-    with hub_errors(f"Could not upload {directory.name} to {repo_id}", "The model there is as it was."):
+    broken = "What is there is whole: as it was, or, if the connection broke after the last byte, as uploaded."
+    with hub_errors(f"Could not upload {directory.name} to {repo_id}", "The model there is as it was.", broken):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.model_info(repo_id).private:
             raise ValueError(
@@ -78,7 +78,7 @@ def push_directory(
         additions = [CommitOperationAdd(name, directory / name) for name in names if name != CARD]
         card = _card(directory, repo_id, tags, token, revision, CARD in present)
         if card is not None:
-            additions.append(CommitOperationAdd(CARD, card.encode()))
+            additions.append(CommitOperationAdd(CARD, card))
         stale = sorted(name for name in present - set(names) if _WEIGHTS.fullmatch(name))
         return api.create_commit(
             repo_id,
@@ -108,12 +108,13 @@ def check_access(repo_id: str, token: str | bool | None = None) -> None:
 
 
 @contextmanager
-def hub_errors(what: str, kept: str) -> Iterator[None]:
+def hub_errors(what: str, kept: str, broken: str | None = None) -> Iterator[None]:
     """Turns the errors of the Hub's client into one sentence each.
 
     Args:
         what: what failed, the beginning of the sentence.
-        kept: what was not lost, its end.
+        kept: what was not lost, the sentence after it.
+        broken: the same where the connection broke; None is `kept`.
 
     Raises:
         PermissionError, ConnectionError, OSError: as `push_directory`.
@@ -139,7 +140,7 @@ def hub_errors(what: str, kept: str) -> Iterator[None]:
             raise OSError(f"{what}: the Hub answered {status} ({detail}). {kept}") from error
         if isinstance(cause, HTTPError):
             raise ConnectionError(
-                f"{what}: the Hub cannot be reached ({type(cause).__name__}: {cause}). {kept}"
+                f"{what}: the Hub cannot be reached ({type(cause).__name__}: {cause}). {broken or kept}"
             ) from error
         if type(cause).__name__ == "LocalTokenNotFoundError":
             raise PermissionError(f"{what}: no token was found. Log in with one: hf auth login. {kept}") from error
@@ -148,17 +149,17 @@ def hub_errors(what: str, kept: str) -> Iterator[None]:
 
 def _files(directory: Path) -> list[str]:
     found = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
-    return sorted(path.as_posix() for path in found if path.parts[0] not in _UNREAD)
+    return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
 
 
 def _card(
     directory: Path, repo_id: str, tags: Iterable[str], token: str | bool | None, revision: str | None, present: bool
-) -> str | None:
+) -> bytes | None:
     """The card to upload; None where the one on the Hub is to stay."""
     if present and is_users_own(Path(hf_hub_download(repo_id, CARD, revision=revision, token=token))):
         logger.warning("The model card of %s was not written by optimum_arb, or was changed: it stays.", repo_id)
         return None
     local = directory / CARD
     if is_users_own(local):
-        return local.read_text(encoding="utf-8")
-    return str(model_card(directory, repo_id, tags, online=True, token=token))
+        return local.read_bytes()
+    return str(model_card(directory, repo_id, tags, online=True, token=token)).encode()
