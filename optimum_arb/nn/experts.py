@@ -13,6 +13,7 @@ from ..expert_packing import PackedForm, expert_dequantized, expert_part
 from ..experts import expert_matrices, first_matrix
 from ..ops import grouped_linear
 from ..packing import BinarizedWeight
+from .casting import keep_dtype
 
 # What every module has of its own, and what others put on an instance: no part of the experts' description.
 _NOT_COPIED = {*nn.Module().__dict__, "forward", "_hf_hook", "_old_forward"}
@@ -230,8 +231,10 @@ class ARBExperts(nn.Module):
         self.__dict__["_dequantized"] = self.__dict__["_dequantized_from"] = None
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ARBExperts:
+        """Moves everything; `.to(dtype)` and its kin cast what is not packed."""
         self._drop_dequantized()
-        return super()._apply(fn, recurse)
+        packed = [self._parameters[name] for name in self.packed_names(*self.forms)]
+        return super()._apply(keep_dtype(fn, packed), recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._drop_dequantized()

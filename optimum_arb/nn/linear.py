@@ -12,6 +12,7 @@ from .. import packing
 from ..layout import Layout
 from ..ops.linear import linear_without_grad
 from ..packing import BinarizedWeight
+from .casting import keep_dtype
 from .shared_input import MAX_TOKENS, SharedInput, prepare_layer, run_prepared_layer
 
 if TYPE_CHECKING:
@@ -220,16 +221,10 @@ class ARBLinear(nn.Linear):
             shared.forget()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ARBLinear:
-        """Moves everything; `.to(dtype)` and its kin cast the bias alone, as loading in another dtype does: the scales
-        would lose digits, and the files have them in float16 or float32."""
+        """Moves everything; `.to(dtype)` and its kin cast the bias alone, as loading in another dtype does."""
         self._drop_dequantized()
-        packed = {id(tensor) for name, tensor in self._parameters.items() if name != "bias"}
-
-        def apply(tensor: torch.Tensor) -> torch.Tensor:
-            result = fn(tensor)
-            return tensor.to(result.device) if id(tensor) in packed and result.dtype != tensor.dtype else result
-
-        return super()._apply(apply, recurse)
+        packed = [tensor for name, tensor in self._parameters.items() if name != "bias"]
+        return super()._apply(keep_dtype(fn, packed), recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._drop_dequantized()
