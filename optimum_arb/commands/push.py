@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 
+EXAMPLES = """\
+  %(prog)s smollm2-arb me/smollm2-135m-arb --private
+  %(prog)s smollm2-arb me/smollm2-135m-arb --revision two-planes --message "Two planes" """
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="DIRECTORY", help="directory of a binarized model; all of it is uploaded")

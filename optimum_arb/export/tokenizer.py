@@ -165,9 +165,11 @@ def _write_special(writer: GGUFWriter, tokenizer: Any) -> None:
     # what the tokenizer does, which its configuration says in several ways
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
-    first, last = full[: len(full) - len(plain)], full[len(plain) :]
-    writer.add_add_bos_token(bool(first) and first[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(bool(last) and last[-1] == tokenizer.eos_token_id and full[-1] != plain[-1])
+    added = len(full) - len(plain)
+    start = next((at for at in range(added + 1) if full[at : at + len(plain)] == plain), 0)
+    before, after = full[:start], full[start + len(plain) :]
+    writer.add_add_bos_token(tokenizer.bos_token_id in before)
+    writer.add_add_eos_token(tokenizer.eos_token_id in after)
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         writer.add_chat_template([{"name": key, "template": value} for key, value in template.items()])

@@ -65,3 +65,22 @@ def test_scores_follow_the_order_of_the_merges(llama, sentence_tokenizer, tmp_pa
     assert (types["<unk>"], types["<s>"], types["<0x0A>"], types[first]) == (2, 3, 6, 1)
     assert fields["tokenizer.ggml.add_bos_token"].contents() is True
     assert fields["tokenizer.ggml.add_space_prefix"].contents() is True
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [("$A", (False, False)), ("<s> $A", (True, False)), ("$A </s>", (False, True)), ("<s> $A </s>", (True, True))],
+)
+def test_special_tokens_are_added_where_the_tokenizer_adds_them(llama, tokenizer, tmp_path, template, expected):
+    from copy import deepcopy
+
+    from tokenizers import processors
+
+    changed = deepcopy(tokenizer)
+    changed.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    export_gguf(llama, changed, tmp_path / "m.gguf")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    found = tuple(fields[f"tokenizer.ggml.add_{kind}_token"].contents() for kind in ("bos", "eos"))
+    assert found == expected
