@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,11 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver, jit
 
 from optimum_arb.layout import all_layouts, layout_from_name
+<<<<<<< HEAD
 from optimum_arb.ops.backends.triton import columns, gemm, one_bit
+=======
+from optimum_arb.ops.backends.triton import columns, gemm, launch
+>>>>>>> wip/gemm
 from optimum_arb.ops.backends.triton.dequantize import dequantize
 from optimum_arb.ops.backends.triton.prepack import join, prepack
 
@@ -90,6 +95,7 @@ def disassemble(kernel) -> str:
         return subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
 
 
+<<<<<<< HEAD
 def few_tokens(layout: str, tokens: int, permuted: bool, rows: tuple[int, ...], config: one_bit.DecodeConfig) -> None:
     """Asks for the one-bit kernels of a product, of weights joined where there are several."""
     x = torch.zeros(tokens, 320, dtype=torch.bfloat16)
@@ -99,6 +105,76 @@ def few_tokens(layout: str, tokens: int, permuted: bool, rows: tuple[int, ...], 
     assert weight is not None
     out = one_bit.decode(x, weight, bias, config, rows if len(rows) > 1 else None)
     assert out.shape == (tokens * sum(rows),)
+=======
+def misaligned(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The same, at an address that 16 bytes do not divide."""
+    if tensor is None:
+        return None
+    return torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].view(tensor.shape)
+
+
+def calls():
+    """Weights of many kinds, each with what is to be multiplied with it: configs, dtypes of x, biases."""
+    fused = [gemm.GemmConfig("hopper", 64, 64, 4, 2, split_k) for split_k in (1, 2)]
+    fused += [gemm.GemmConfig("hopper", 32, 128, 8, 3, 1, 2), gemm.GemmConfig("hopper", 64, 64, 4, 4, 1)]
+    portable = [gemm.GemmConfig("portable", 64, 64, 4, 2), gemm.GemmConfig("portable", 16, 128, 8, 2, 2)]
+    fields = ("row_scale", "col_scale", "permutation", "salient_columns", "salient_weight", "salient_col_scale")
+    for name in ("planes-1-col", "planes-2-col", "planes-3-mean", "groups-all-salient-col"):
+        for rows, width, block_size, permuted in ((48, 512, 128, True), (17, 512, -1, False), (48, 576, 64, True)):
+            packed = random_packed(layout_from_name(name), rows, width, block_size, permuted=permuted)
+            moved = {field: misaligned(getattr(packed, field)) for field in fields}
+            longer = {field: t if t is None or t.dtype != torch.float16 else t.float() for field, t in moved.items()}
+            weights = [packed, replace(packed, **moved), replace(packed, weight=misaligned(packed.weight))]
+            weights.append(replace(packed, **longer))
+            for weight in weights:
+                configs = [] if weight.layout.salient else [*portable]
+                if name.startswith("planes") and not width % 128 and not weight.weight.data_ptr() % 16:
+                    configs += fused
+                half, full = torch.zeros(rows, dtype=torch.float16), torch.zeros(rows)
+                biases = [(torch.bfloat16, None), (torch.bfloat16, full), (torch.float16, half)]
+                biases.append((torch.float16, misaligned(half)))
+                yield weight, [(config, dtype, bias) for config in configs for dtype, bias in biases]
+
+
+def check_keys() -> None:
+    """One key of a launch stands for one program, whatever differs, and more tokens are no reason for another."""
+    launch_once = launch.Launcher.__call__
+    programs: dict = {}
+    kept: set = set()
+
+    def record(self, key, grid, args, device, **options):
+        *_, binder = self.kernel.device_caches[0]
+        _, specialization, chosen = binder(*args, **options, debug=False, instrumentation_mode="")
+        program = f"{self.kernel.__name__} {specialization} {chosen}"
+        assert programs.setdefault((self, key), program) == program, f"{key}: {program}, {programs[self, key]}"
+        kept.add(program)
+
+    launch.Launcher.__call__ = record
+    for weight, products in calls():
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            for transposed in (False, True):
+                dequantize(weight, dtype, transposed=transposed)
+                dequantize(weight, dtype, transposed=transposed, stored_order=True)
+        width = weight.in_features
+        for config, dtype, bias in products:
+            wide = torch.zeros(600, 2 * width + 8, dtype=dtype)
+            views = (
+                wide[:, :width].contiguous(),
+                wide[:, :width],
+                wide[:, 1 : width + 1],
+                wide[:, : 2 * width : 2],
+            )
+            for x in views:
+                for tokens in (1, 5, 16, 129, 256, 600):
+                    gemm.gemm(x[:tokens], weight, bias, config=config)
+            known = len(kept)
+            for x in views:
+                gemm.gemm(x[:144], weight, bias, config=config)
+                gemm.gemm(x[:131], weight, bias, config=config)
+            assert len(kept) == known, f"{weight.layout.name} {config}: compiled anew for another number of tokens"
+    launch.Launcher.__call__ = launch_once
+    print(f"{len(programs)} keys, {len(kept)} programs")
+>>>>>>> wip/gemm
 
 
 def main() -> None:
@@ -114,11 +190,14 @@ def main() -> None:
     driver.set_active(NoDevice())
     gemm.fits_hopper = lambda packed, dtype: True
     gemm.overlaps = columns.overlaps = lambda device: True
+    if "keys" in sys.argv:
+        check_keys()
 
     x = torch.zeros(300, 2048, dtype=torch.bfloat16)
     for asked, configs in (("quick", QUICK), ("more", MORE)):
         for name, permuted, config in configs if asked in sys.argv else ():
-            gemm.gemm(x, random_packed(layout_from_name(name), 272, 2048, permuted=permuted), config=config)
+            tokens = x[: 4 * config.block_m]
+            gemm.gemm(tokens, random_packed(layout_from_name(name), 272, 2048, permuted=permuted), config=config)
             overwritten = operands_overwritten(disassemble(compiled[-1 - (config.split_k > 1)][1]))
             assert not overwritten, f"{name} {config}: {overwritten[:4]}"
     # no GPU to launch on, or to ask

@@ -29,7 +29,15 @@ def compile_for_gpu(*what: str, cache: Path) -> str:
 def test_fused(tmp_path):
     """No product loses its operand's registers while it runs."""
     out = compile_for_gpu("quick", cache=tmp_path)
-    assert all(name in out for name in ("_shared_kernel", "_split_kernel", "_gather_kernel", "_sum_kernel"))
+    assert all(
+        name in out
+        for name in ("_shared_kernel", "_split_kernel", "_gather_kernel", "_gather_rows_kernel", "_sum_kernel")
+    )
+
+
+def test_keys(tmp_path):
+    """Calls that share a key of `Launcher` share what Triton compiles, and no number of tokens has its own."""
+    assert "keys" in compile_for_gpu("keys", cache=tmp_path)
 
 
 def test_one_bit(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -49,7 +50,7 @@ class Entry:
 
 def bucket(tokens: int) -> int:
     """The tuned number of tokens that stands for this one."""
-    return next((size for size in TOKENS if size >= tokens), TOKENS[-1])
+    return TOKENS[min(bisect_left(TOKENS, tokens), len(TOKENS) - 1)]
 
 
 def device_file(device: torch.device | str) -> str:
