@@ -20,11 +20,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver, jit
 
 from optimum_arb.layout import all_layouts, layout_from_name
-<<<<<<< HEAD
-from optimum_arb.ops.backends.triton import columns, gemm, one_bit
-=======
-from optimum_arb.ops.backends.triton import columns, gemm, launch
->>>>>>> wip/gemm
+from optimum_arb.ops.backends.triton import columns, gemm, launch, one_bit
 from optimum_arb.ops.backends.triton.dequantize import dequantize
 from optimum_arb.ops.backends.triton.prepack import join, prepack
 
@@ -95,7 +91,6 @@ def disassemble(kernel) -> str:
         return subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
 
 
-<<<<<<< HEAD
 def few_tokens(layout: str, tokens: int, permuted: bool, rows: tuple[int, ...], config: one_bit.DecodeConfig) -> None:
     """Asks for the one-bit kernels of a product, of weights joined where there are several."""
     x = torch.zeros(tokens, 320, dtype=torch.bfloat16)
@@ -105,7 +100,8 @@ def few_tokens(layout: str, tokens: int, permuted: bool, rows: tuple[int, ...], 
     assert weight is not None
     out = one_bit.decode(x, weight, bias, config, rows if len(rows) > 1 else None)
     assert out.shape == (tokens * sum(rows),)
-=======
+
+
 def misaligned(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The same, at an address that 16 bytes do not divide."""
     if tensor is None:
@@ -174,7 +170,6 @@ def check_keys() -> None:
             assert len(kept) == known, f"{weight.layout.name} {config}: compiled anew for another number of tokens"
     launch.Launcher.__call__ = launch_once
     print(f"{len(programs)} keys, {len(kept)} programs")
->>>>>>> wip/gemm
 
 
 def main() -> None:
