@@ -43,9 +43,7 @@ class _Linear(ctypes.Structure):
             "x weight row_scale col_scale permutation salient_columns salient_weight salient_col_scale bias out "
             "variants terms",
         ),
-        *_fields(
-            ctypes.c_int64, "m rows columns salient row_bytes salient_bytes tiles tiles_per_block blocks"
-        ),
+        *_fields(ctypes.c_int64, "m rows columns salient row_bytes salient_bytes tiles tiles_per_block blocks"),
         *_fields(
             ctypes.c_int32,
             "x_type row_scale_type col_scale_type salient_col_scale_type bias_type permutation_bytes "
@@ -198,9 +196,7 @@ def _ready(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor.float() if tensor.is_floating_point() and tensor.dtype not in _TYPES else tensor
 
 
-def linear(
-    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, kernel: str | None = None
-) -> torch.Tensor:
+def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, kernel: str | None = None) -> torch.Tensor:
     """`x W^T + bias` straight from the packed bits.
 
     Args:
