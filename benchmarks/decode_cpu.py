@@ -3,8 +3,8 @@
     python benchmarks/decode_cpu.py MODEL
 
 The linears of the decoder layers get random signs and scales, whose values do not matter to speed; the output layer
-stays dense. All generate in turn, so that a change of the machine's speed meets all. The time of the prompt is left out:
-a run of one new token is subtracted.
+stays dense. All generate in turn, so that a change of the machine's speed meets all. The time of the prompt is left
+out: a run of one new token is subtracted.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/linear_cpu.py
 
 The dense layer and those of one, two, ... planes are timed in turn, so that a change of the machine's speed meets all;
-medians, and the medians of the ratios of neighbouring runs, are printed. With --clock cpu and one thread the time is the
-processor's, which other programs on the machine lengthen less. Memory is the bytes of the tensors that each keeps.
+medians, and the medians of the ratios of neighbouring runs, are printed. With --clock cpu and one thread the time is
+the processor's, which other programs on the machine lengthen less. Memory is the bytes of the tensors that each keeps.
 """
 
 from __future__ import annotations

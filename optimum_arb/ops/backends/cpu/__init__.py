@@ -36,7 +36,7 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> 
     """`x W^T + bias`, accumulated in float32 and rounded to x's dtype once; float64 x takes the reference backend.
 
     The columns of x enter the native kernels as block fixed point of 24 bits (float32) or 16 (half precision); the
-    dequantized weight of long half-precision inputs is rounded to their dtype where the processor multiplies that faster.
+    dequantized weight of long bfloat16 inputs is rounded to bfloat16 where the processor multiplies that faster.
 
     Args:
         x: `[..., K]`, floating, on the CPU.

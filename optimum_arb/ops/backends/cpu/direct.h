@@ -71,16 +71,18 @@ ALWAYS_INLINE TARGET void NAME(direct_row)(const work_t *w, int64_t row, int64_t
     for (int m = 0; m < count; m++) {
         float total = 0;
         const float *line = w->lines + (first + m) * p->blocks * p->row_scales;
-        for (int lane = 0; lane < LANES; lane++) total += sum[m][lane] * weights[lane];
-        NAME(floats) dots = {0};
+        NAME(floats) all;
+        memcpy(&all, weights, sizeof all);
+        all *= sum[m];
         int64_t i = 0;
         for (; i + LANES <= p->blocks * p->row_scales; i += LANES) {
             NAME(floats) a, b;
             memcpy(&a, line + i, sizeof a);
             memcpy(&b, row_scales + i, sizeof b);
-            dots += a * b;
+            all += a * b;
         }
-        for (int lane = 0; lane < LANES; lane++) total += dots[lane];
+        for (int lane = 0; lane < LANES / 4; lane++) /* four chains of additions, not one */
+            total += (all[4 * lane] + all[4 * lane + 1]) + (all[4 * lane + 2] + all[4 * lane + 3]);
         for (; i < p->blocks * p->row_scales; i++) total += line[i] * row_scales[i];
         if (p->bias) {
             float bias;
