@@ -23,6 +23,7 @@ TESTS = (
     "tests/test_transformers_suite.py",
     "tests/test_modules.py",
     "tests/test_bad_input.py",
+    "tests/test_quantizer_experts.py",
     "tests/models",
     "tests/calibration",
     "tests/integrations",
