@@ -71,7 +71,7 @@ def load() -> ctypes.CDLL | None:
         if path.exists():
             try:
                 return _open(path)
-            except OSError as error:
+            except (OSError, AttributeError) as error:  # no library, or one of another version of this package
                 reason = f"it cannot be loaded ({error})"
     warnings.warn(
         f"The native extension of optimum_arb is missing: {reason}. Packed layers run on the CPU in plain torch, "
