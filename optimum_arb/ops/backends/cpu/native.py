@@ -247,7 +247,7 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, ker
     return out
 
 
-_POINTERS = tuple(name for name, kind in _Linear._fields_ if kind is ctypes.c_void_p)[:10]
+_POINTERS = tuple(field[0] for field in _Linear._fields_ if field[1] is ctypes.c_void_p)[:10]
 
 
 def dequantize(
