@@ -180,9 +180,16 @@ def merge_rebinarized(
     share_inputs(merged)
     stored = quantizer.quantization_config
     stored.bits_per_weight = model_report(merged).bits_per_weight
+    unreached = (stored.calibration or {}).get("unreached")
     if tokens is not None:
         stored.calibration = calibration_record(config, tokens)
         stored.dataset = stored.calibration["dataset"]
+    if stored.calibration is not None and (tokens is not None or unreached is not None):
+        # linears without the order of columns that calibration gives: loading would take it for lost
+        linears = {name: m for name, m in merged.named_modules() if isinstance(m, ARBLinear)}
+        plain = {name for name, module in linears.items() if module.packed_parameter("permutation") is None}
+        others = {name for name in unreached or () if name not in linears}
+        stored.calibration = {**stored.calibration, "unreached": sorted(plain | others)}
     order = {name: index for index, name in enumerate(layers)}
     results.sort(key=lambda result: order[result.name])
     return merged, MergeReport(tuple(results), calibrated=dataset is not None)
