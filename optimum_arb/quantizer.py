@@ -266,7 +266,7 @@ class ARBHfQuantizer(HfQuantizer):
                 continue  # a part of the saved model that this class does not have
             self._check_selected(name, module)
             config = self.quantization_config.for_module(linear.key) or self.selection.convert[name]
-            check_permuted(linear, config, self.quantization_config.calibration)
+            check_permuted(linear, name, config, self.quantization_config.calibration)
             packed = empty_linear(module, **describe(linear, config, *linear_shape(module)))
             packed.train(module.training)
             model.set_submodule(name, packed)

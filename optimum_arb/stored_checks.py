@@ -83,7 +83,7 @@ def _check_float(
         )
 
 
-def check_permuted(linear: StoredLinear, config: ARBConfig, calibration: Mapping | None) -> None:
+def check_permuted(linear: StoredLinear, name: str, config: ARBConfig, calibration: Mapping | None) -> None:
     """Whether a linear whose columns were ordered by activation has its permutation.
 
     Without one its columns would be taken for those of the weight. Older checkpoints do not say which linears were
@@ -91,6 +91,8 @@ def check_permuted(linear: StoredLinear, config: ARBConfig, calibration: Mapping
 
     Args:
         linear: the stored tensors.
+        name: the module's in the model that is loaded. The class that was calibrated may have had more or less in front
+            of it, and the files may have another.
         config: the configuration of this module.
         calibration: what the checkpoint records of its calibration.
 
@@ -100,11 +102,17 @@ def check_permuted(linear: StoredLinear, config: ARBConfig, calibration: Mapping
     unreached = (calibration or {}).get("unreached")
     if not config.resolved_act_order or not isinstance(unreached, list):
         return
-    if "permutation" not in linear.tensors and linear.key not in unreached:
+    if "permutation" in linear.tensors:
+        return
+    if not any(_same_module(known, other) for known in unreached for other in (linear.key, name)):
         raise ValueError(
             f"{linear.key}: the tensor '{linear.key}.weight_permutation' is missing in the checkpoint, though its "
             "columns were ordered by activation. Save or download the model again."
         )
+
+
+def _same_module(name: str, other: str) -> bool:
+    return name == other or name.endswith(f".{other}") or other.endswith(f".{name}")
 
 
 def check_indices(files: Iterable[str], columns: Mapping[str, int]) -> None:

@@ -30,7 +30,7 @@ def test_readme_has_one_command_for_the_demo_and_one_for_the_tests():
         for script in re.findall(r"\S+\.(?:py|txt)\b", command):
             assert (ROOT / script).is_file(), script
     assert "examples/quickstart.py" in demo
-    assert tests.rstrip().endswith("&& pytest")
+    assert tests.rstrip().endswith("&& pytest -n 2")
 
 
 def test_ci_runs_the_test_command_of_the_readme():

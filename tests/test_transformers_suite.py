@@ -60,6 +60,7 @@ def packed_layers(model) -> dict[str, ARBLinear]:
 def test_config_to_dict():
     config = ARBConfig(planes=2, overrides={"down_proj": {"planes": 3}}, modules_to_not_convert=["q_proj"])
     written = config.to_dict()
+    assert written.pop("requires") == config.requirement
     for key, value in written.items():
         assert getattr(config, key) == value
     assert written["quant_method"] == "arb"

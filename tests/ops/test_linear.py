@@ -147,10 +147,12 @@ def test_device_decides_the_backend_of_auto(monkeypatch):
     assert run(x.to("meta"), meta).shape == (2, 5)
     from optimum_arb.ops.linear import _backend
 
-    monkeypatch.setitem(_backend.__globals__, "has_kernels", lambda device: False)
+    monkeypatch.setitem(_backend.__wrapped__.__globals__, "has_kernels", lambda device: False)
+    _backend.cache_clear()
     assert _backend("auto", torch.device("cuda")) is reference
     with pytest.raises(ValueError, match=r"backend='cpu' was given a tensor on cuda:0: use backend='auto'"):
         _backend("cpu", torch.device("cuda:0"))
+    _backend.cache_clear()
 
 
 def test_bad_arguments():

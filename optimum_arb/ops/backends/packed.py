@@ -10,7 +10,7 @@ from ...layout import Layout
 from ...packing import BinarizedWeight, packed_bytes, tile_width, unpack
 
 
-@dataclass(eq=False, slots=True)  # frozen takes three times as long to make, at every call of a layer
+@dataclass  # frozen takes three times as long to make, at every call of a layer
 class PackedWeight:
     """A weight `[N, K]` in its packed form: the tensors of `optimum_arb.packing.pack` and what they mean.
 

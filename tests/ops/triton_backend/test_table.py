@@ -121,7 +121,8 @@ def test_nearest_shape():
     assert lookup(DEVICE, 3000, 600, 1, 1) == wide
     assert lookup(DEVICE, 28672, 8192, 1, 1) == large
     assert lookup(DEVICE, 1, 1, 1, 1) == small
-    assert lookup(DEVICE, 576, 576, 1, 2) is None  # no entry for so many tokens
+    assert lookup(DEVICE, 576, 576, 1, 2) == small  # the nearest number of tokens of the same kernel
+    assert lookup(DEVICE, 576, 576, 1, 8) is None  # another kernel's, of which there is no entry
 
 
 def test_planes_before_shape():
