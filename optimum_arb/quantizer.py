@@ -27,6 +27,7 @@ from .expert_conversion import binarize_experts, packed_form
 from .expert_keys import conversions_for_loading, conversions_for_saving
 from .hub.base_model import base_model_facts
 from .keys import KeyMap
+from .load_dtypes import cast_loaded, expected_dtypes
 from .modules import Selection, linear_shape, resolved_skips, select_modules
 from .nn import ARBExperts, ARBLinear, share_inputs
 from .packing import packed_shapes
@@ -66,6 +67,7 @@ class ARBHfQuantizer(HfQuantizer):
         self.kept: dict[str, str] = {}
         self.failure: Exception | None = None
         self._device_map: Any = None
+        self._dtypes: dict[str, torch.dtype] = {}
         self._tokens: torch.Tensor | CalibrationInputs | None = None
         requested = self.quantization_config.__dict__.pop("requested", None)
         if self.pre_quantized and requested is not None:
@@ -100,6 +102,7 @@ class ARBHfQuantizer(HfQuantizer):
         self.kept = dict(self.selection.keep)
         if self.pre_quantized:
             self._expect_stored_modules(model, checkpoint_files)
+            self._dtypes = expected_dtypes(model)
             return
         self._leave_out_new_modules(model, checkpoint_files)
         if self.calibrates:
@@ -141,6 +144,7 @@ class ARBHfQuantizer(HfQuantizer):
         if self.failure is not None:
             raise self.failure
         if self.pre_quantized:
+            cast_loaded(model, self._dtypes)
             self._prepare_saving(model)
             for module in model.modules():
                 if isinstance(module, (ARBLinear, ARBExperts)):

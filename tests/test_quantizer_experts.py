@@ -269,6 +269,10 @@ def test_devices_and_offloading(packed, tmp_path):
     assert torch.equal(outputs(model, ids), expected)
     with pytest.raises(ValueError, match="is offloaded"):
         model.dequantize()
+    low = {"dtype": torch.bfloat16, "offload_folder": tmp_path / "offload16"}
+    model = AutoModelForCausalLM.from_pretrained(packed, device_map=device_map, **low)
+    expected = outputs(AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16), ids)
+    assert torch.equal(outputs(model, ids), expected)
 
 
 def test_dtype_and_backend(packed):
@@ -278,6 +282,11 @@ def test_dtype_and_backend(packed):
     assert low.get_parameter(f"{LAYER.format(0)}.down_proj").dtype == torch.uint8
     assert low.get_parameter(f"{LAYER.format(0)}.down_proj_row_scale").dtype == torch.float16
     torch.testing.assert_close(outputs(low, ids).float(), expected, rtol=0.1, atol=0.2)
+    # the checkpoint has other names for the router, and for all of it where a class has no head
+    assert low.get_parameter("model.layers.0.mlp.gate.weight").dtype == torch.bfloat16
+    headless = AutoModel.from_pretrained(packed, dtype=torch.bfloat16)
+    assert headless.get_parameter("embed_tokens.weight").dtype == torch.bfloat16
+    assert torch.equal(outputs(headless, ids), outputs(low.model, ids))
     dense = AutoModelForCausalLM.from_pretrained(packed, quantization_config=ARBConfig(backend="dequantize"))
     assert dense.get_submodule(LAYER.format(0)).backend == "dequantize"
     torch.testing.assert_close(outputs(dense, ids), expected, rtol=1e-4, atol=1e-4)

@@ -119,6 +119,9 @@ def other_experts(name: str) -> nn.Module:
     elif name == "transposed":
         from transformers.models.aria.modeling_aria import AriaExperts as Experts
 
+        if not hasattr(Experts, "_apply_gate"):  # 5.16: two grouped matrix multiplications, no matrices of its own
+            raise ImportError("AriaExperts of this version of transformers is of another form")
+
         config = transformers.AriaTextConfig(hidden_size=hidden, intermediate_size=inner, moe_num_experts=experts)
     else:
         from transformers.models.muse_spark.configuration_muse_spark import MuseSparkTextConfig

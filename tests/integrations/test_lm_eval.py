@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import python
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from optimum_arb import ARBConfig
@@ -95,13 +92,15 @@ def test_command_line(packed, tmp_path):
         "--device=cpu",
         f"--output_path={tmp_path}",
     ]
-    # Where the hook that loads this package with transformers is not installed, the command imports the package itself.
-    loads_itself = any(entry.name.startswith("optimum_arb") for entry in entry_points(group="torch.backends"))
-    script = "" if loads_itself else "import optimum_arb; "
-    script += "import sys; from lm_eval.__main__ import cli_evaluate; sys.argv[0] = 'lm_eval'; cli_evaluate()"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    command = [sys.executable, "-c", script, "run", *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, cwd=tmp_path)
+    # nothing here imports this package: its entry point in torch does, once the model asks for it
+    script = """
+import sys
+from lm_eval.__main__ import cli_evaluate
+assert "optimum_arb" not in sys.modules
+sys.argv[0] = "lm_eval"
+cli_evaluate()
+"""
+    run = python(script, "run", *arguments, HF_DATASETS_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
     assert run.returncode == 0, run.stderr[-3000:]
     (file,) = tmp_path.rglob("results_*.json")
     results = json.loads(file.read_text())["results"]["arb_everyday"]
