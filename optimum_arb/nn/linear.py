@@ -165,7 +165,7 @@ class ARBLinear(nn.Linear):
             if self._prepared is not None and not torch.compiler.is_compiling():
                 return run_prepared_layer(x, self._prepared, bias)
         tensors = [self._parameters.get(key) for key in _PARAMETERS.values()]
-        if x.is_cuda and not torch.compiler.is_compiling() and self._without_grad(x):
+        if not x.is_meta and not torch.compiler.is_compiling() and self._without_grad(x):
             return linear_without_grad(x, tensors, bias, self.layout, self.block_size, self.backend)
         return torch.ops.optimum_arb.linear(x, *tensors, bias, self.layout.name, self.block_size, self.backend)
 
