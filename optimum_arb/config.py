@@ -181,7 +181,6 @@ class ARBConfig(QuantizationConfigMixin):
         self.overrides = overrides or {}
         self.backend = backend
         self.max_memory = max_memory
-        self.format_version = format_version
         self.optimum_arb_version = optimum_arb_version
         self.bits_per_weight = bits_per_weight
         self.calibration = calibration
@@ -321,6 +320,11 @@ class ARBConfig(QuantizationConfigMixin):
         return self.method == "arb-hrc" if self.act_order is None else self.act_order
 
     @property
+    def format_version(self) -> int:
+        """The format of the files that these choices make: the oldest that holds them."""
+        return 1
+
+    @property
     def requirement(self) -> str:
         """What to install to read a model of this configuration's format."""
         return f"optimum-arb>={FIRST_READERS[self.format_version]}"
@@ -383,7 +387,7 @@ class ARBConfig(QuantizationConfigMixin):
 
     def choices(self) -> dict[str, Any]:
         """The choices of how to binarize, but for those that a run resolves: the data and the modules left out."""
-        other = ("quant_method", "format_version", "backend", "max_memory", "dataset", "modules_to_not_convert")
+        other = ("quant_method", "backend", "max_memory", "dataset", "modules_to_not_convert")
         return {key: value for key, value in self.__dict__.items() if key not in (*other, *RECORDED)}
 
     def to_dict(self) -> dict[str, Any]:
@@ -395,6 +399,7 @@ class ARBConfig(QuantizationConfigMixin):
             result["dataset"] = "custom"
         if result.get("overrides") == {}:
             del result["overrides"]
+        result["format_version"] = self.format_version
         result["requires"] = self.requirement
         return result
 
