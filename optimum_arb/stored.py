@@ -134,10 +134,11 @@ def _check_tensors(linear: StoredLinear, config: ARBConfig, shapes: Mapping[str,
                 "download the model again."
             )
     for name, shape in shapes.items():
+        key = _tensor_key(linear.key, name)
         dtypes = _dtypes(name)
         if tensors[name].dtype not in dtypes or tensors[name].shape != shape:
             raise ValueError(
-                f"{linear.key}: the tensor {_tensor_key(linear.key, name)!r} is {tensors[name]} in the checkpoint, but {' or '.join(dtypes)} "
+                f"{linear.key}: the tensor {key!r} is {tensors[name]} in the checkpoint, but {' or '.join(dtypes)} "
                 f"{list(shape)} follows from the model's shapes and its quantization_config (method={config.method!r}, "
                 f"{form}). One of the two was changed."
             )
