@@ -12,12 +12,14 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .custom_data import CalibrationInputs, CalibrationTexts, CalibrationTokens
+from .factors import LAYOUT_NAME as FACTORS
+from .factors import factor_shapes, rank_for_bits
 from .layout import GROUP_BITMAPS, MAX_PLANES, Layout, bitmap_layout, planes_layout
-from .packing import FORMAT_VERSION, check_block_size
+from .packing import FORMAT_VERSION, check_block_size, packed_shapes
 from .patterns import check_pattern, matches
 from .version import FIRST_READERS, __version__
 
-METHODS = ("rtn", "billm", "arb", "arb-x", "arb-rc", "arb-hrc")
+METHODS = ("rtn", "billm", "arb", "arb-x", "arb-rc", "arb-hrc", "arb-dbf")
 BITMAP_METHODS = ("billm", "arb", "arb-x", "arb-rc")
 BACKENDS = ("auto", "triton", "cpu", "reference", "dequantize", "auto:batch-invariant", "triton:batch-invariant")
 COMPENSATIONS = ("exact", "diagonal")
@@ -36,6 +38,8 @@ OVERRIDABLE = (
     "damp_percent",
     "act_order",
     "col_scale",
+    "rank",
+    "factor_bits",
 )
 # What a run records in the configuration of the model that it made.
 RECORDED = ("optimum_arb_version", "bits_per_weight", "calibration", "base_model", "perplexity")
@@ -47,8 +51,9 @@ class ARBConfig(QuantizationConfigMixin):
     """How a model is binarized, and how a binarized model was.
 
     Args:
-        method: "arb-hrc" (sign planes with row and column scales fitted under the calibration matrix, the default), or
-            a method of the literature: "rtn" (round-to-nearest), "billm" (arXiv 2402.04291), "arb", "arb-x" and
+        method: "arb-hrc" (sign planes with row and column scales fitted under the calibration matrix, the default),
+            "arb-dbf" (a product of two sign matrices fitted under it: any number of bits from about 0.5 up), or a
+            method of the literature: "rtn" (round-to-nearest), "billm" (arXiv 2402.04291), "arb", "arb-x" and
             "arb-rc" (arXiv 2410.03129).
         planes: sign planes of "arb-hrc", 1 to 3: about one stored bit a weight each.
         block_size: columns that share a row scale: 64, a multiple of 128, or -1 for whole rows.
@@ -78,6 +83,9 @@ class ARBConfig(QuantizationConfigMixin):
             choice (True for "arb-hrc").
         col_scale: of "arb-hrc": whether the planes have column scales; None is True. Without, and without `act_order`,
             one plane is exactly what llama.cpp's type Q1_0 stores (see `for_gguf`).
+        rank: of "arb-dbf": columns of the first sign matrix and rows of the second, the same for every linear; None
+            goes by `factor_bits`.
+        factor_bits: of "arb-dbf": true bits a weight, scales included, of which each linear's rank follows; None is 1.
         modules_to_not_convert: modules that stay in float besides those that transformers keeps (the output embedding
             and tied weights): suffixes of module names at a dot, or patterns that begin with "re:" and match the
             whole name. A pattern that matches nothing is an error.
@@ -128,6 +136,8 @@ class ARBConfig(QuantizationConfigMixin):
         damp_percent: float | None = None,
         act_order: bool | None = None,
         col_scale: bool | None = None,
+        rank: int | None = None,
+        factor_bits: float | None = None,
         modules_to_not_convert: list[str] | None = None,
         other_modalities: bool = False,
         overrides: dict[str, dict[str, Any]] | None = None,
@@ -176,12 +186,13 @@ class ARBConfig(QuantizationConfigMixin):
         self.damp_percent = damp_percent
         self.act_order = act_order
         self.col_scale = col_scale
+        self.rank = rank
+        self.factor_bits = factor_bits
         self.modules_to_not_convert = modules_to_not_convert
         self.other_modalities = other_modalities
         self.overrides = overrides or {}
         self.backend = backend
         self.max_memory = max_memory
-        self.format_version = format_version
         self.optimum_arb_version = optimum_arb_version
         self.bits_per_weight = bits_per_weight
         self.calibration = calibration
@@ -257,6 +268,7 @@ class ARBConfig(QuantizationConfigMixin):
                 raise ValueError(
                     f"col_scale={self.col_scale} needs method='arb-hrc': {self.method!r} has a fixed form."
                 )
+        self._check_factors()
         if self.planes > 1 and self.method != "arb-hrc":
             raise ValueError(f"planes={self.planes} needs method='arb-hrc': {self.method!r} has a fixed form.")
         for name in ("overrides", "calibration", "base_model", "perplexity"):
@@ -277,6 +289,23 @@ class ARBConfig(QuantizationConfigMixin):
         for pattern in self.modules_to_not_convert or ():
             check_pattern(pattern)
 
+    def _check_factors(self) -> None:
+        """The choices of "arb-dbf"."""
+        for name in ("rank", "factor_bits"):
+            if getattr(self, name) is not None and not self.factorized:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} needs method='arb-dbf': {self.method!r} has no factors."
+                )
+        if self.rank is not None:
+            _integer("rank", self.rank, 1)
+        bits = self.factor_bits
+        if bits is not None and (not isinstance(bits, (int, float)) or isinstance(bits, bool) or not 0 < bits <= 16):
+            raise ValueError(f"factor_bits={bits!r} must be a number of bits a weight, above 0 and at most 16.")
+        if self.rank is not None and bits is not None:
+            raise ValueError(f"rank={self.rank} and factor_bits={bits} both decide the rank: give one of them.")
+        if self.factorized and self.act_order:
+            raise ValueError("act_order=True does nothing with method='arb-dbf', which orders no columns.")
+
     # What the method makes of the choices that were left open.
 
     @property
@@ -295,7 +324,7 @@ class ARBConfig(QuantizationConfigMixin):
     def resolved_num_iterations(self) -> int:
         if self.num_iterations is not None:
             return self.num_iterations
-        return 2 if self.method == "arb-hrc" else 15
+        return {"arb-hrc": 2, "arb-dbf": 40}.get(self.method, 15)
 
     @property
     def resolved_refinement_sweeps(self) -> int:
@@ -311,7 +340,7 @@ class ARBConfig(QuantizationConfigMixin):
             return self.damp_percent
         # on the second half of the WikiText-2 validation file SmolLM2-135M at one plane has a perplexity of 786 to
         # 879 at 0.02 (4 runs of slightly different damping), 957 and 1,039 at 0.01, 1,278 at 0.03
-        return 0.02 if self.method == "arb-hrc" else 0.01
+        return 0.02 if self.method in ("arb-hrc", "arb-dbf") else 0.01
 
     @property
     def resolved_act_order(self) -> bool:
@@ -319,6 +348,23 @@ class ARBConfig(QuantizationConfigMixin):
         if self.dataset is None:
             return False
         return self.method == "arb-hrc" if self.act_order is None else self.act_order
+
+    @property
+    def format_version(self) -> int:
+        """The format of the files that these choices make: the oldest that holds them."""
+        methods = [self.method, *(choices.get("method") for choices in self.overrides.values())]
+        return 2 if "arb-dbf" in methods else 1
+
+    @property
+    def factorized(self) -> bool:
+        """Whether weights become products of two sign matrices, which have a rank and no layout."""
+        return self.method == "arb-dbf"
+
+    def resolved_rank(self, out_features: int, in_features: int) -> int:
+        """The rank of the factors of a weight `[out_features, in_features]`."""
+        if self.rank is not None:
+            return self.rank
+        return rank_for_bits(out_features, in_features, 1.0 if self.factor_bits is None else self.factor_bits)
 
     @property
     def requirement(self) -> str:
@@ -332,7 +378,13 @@ class ARBConfig(QuantizationConfigMixin):
 
     @property
     def layout(self) -> Layout:
-        """The layout of the weights that these choices make."""
+        """The layout of the weights that these choices make.
+
+        Raises:
+            ValueError: they make products of two sign matrices.
+        """
+        if self.factorized:
+            raise ValueError(f"method={self.method!r} makes products of two sign matrices, which have no layout.")
         if self.method == "rtn":
             return planes_layout(1)
         if self.method == "arb-hrc":
@@ -340,6 +392,26 @@ class ARBConfig(QuantizationConfigMixin):
         return bitmap_layout(
             self.resolved_group_bitmap, self.resolved_salient_columns != 0, col_scale=self.method == "arb-rc"
         )
+
+    @property
+    def layout_name(self) -> str:
+        """The name of the form of the weights, as reports have it."""
+        return FACTORS if self.factorized else self.layout.name
+
+    def stored_shapes(
+        self, out_features: int, in_features: int, permuted: bool, salient: int = 0
+    ) -> dict[str, tuple[int, int]]:
+        """The shape of every tensor that a linear's weight is stored in, by `optimum_arb.packing.STORED_NAMES`.
+
+        Args:
+            out_features: N.
+            in_features: K.
+            permuted: whether its columns are permuted.
+            salient: the number of its salient columns.
+        """
+        if self.factorized:
+            return factor_shapes(out_features, in_features, self.resolved_rank(out_features, in_features))
+        return packed_shapes(self.layout, out_features, in_features, self.block_size, permuted, salient)
 
     def for_module(self, *names: str) -> ARBConfig | None:
         """The configuration of a module of one or several names, overrides applied; None where one skips it."""
@@ -364,6 +436,13 @@ class ARBConfig(QuantizationConfigMixin):
             config.col_scale = None
         if "method" in choices and choices["method"] != "arb-hrc" and "planes" not in choices:
             config.planes = 1
+        if "method" in choices and choices["method"] != "arb-dbf":
+            config.rank, config.factor_bits = choices.get("rank"), choices.get("factor_bits")
+        if choices.get("method") == "arb-dbf" and "act_order" not in choices:
+            config.act_order = None
+        for name, other in (("rank", "factor_bits"), ("factor_bits", "rank")):
+            if name in choices and other not in choices:
+                setattr(config, other, None)  # one decides, and the entry says which
         if choices:
             config.post_init()
         return config
@@ -383,7 +462,7 @@ class ARBConfig(QuantizationConfigMixin):
 
     def choices(self) -> dict[str, Any]:
         """The choices of how to binarize, but for those that a run resolves: the data and the modules left out."""
-        other = ("quant_method", "format_version", "backend", "max_memory", "dataset", "modules_to_not_convert")
+        other = ("quant_method", "backend", "max_memory", "dataset", "modules_to_not_convert")
         return {key: value for key, value in self.__dict__.items() if key not in (*other, *RECORDED)}
 
     def to_dict(self) -> dict[str, Any]:
@@ -395,6 +474,7 @@ class ARBConfig(QuantizationConfigMixin):
             result["dataset"] = "custom"
         if result.get("overrides") == {}:
             del result["overrides"]
+        result["format_version"] = self.format_version
         result["requires"] = self.requirement
         return result
 

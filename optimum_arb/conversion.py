@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from .algorithms import binarize, output_error
 from .config import ARBConfig
 from .modules import linear_shape
-from .nn import ARBLinear
+from .nn import ARBFactorizedLinear, ARBLinear, packed_linear
 
 # Where an `ARBLinear` remembers the class that it replaced, if that was not `nn.Linear`.
 _FLOAT_CLASS = "_arb_float_class"
@@ -66,7 +66,7 @@ def binarize_linear(
         )
     absent = bias is not None and bias.is_meta
     try:
-        packed = ARBLinear.from_binarized(binarize(weight, hessian, config), None if absent else bias, config.backend)
+        packed = packed_linear(binarize(weight, hessian, config), None if absent else bias, config.backend)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     if absent:  # not loaded yet, or not in the checkpoint: then transformers initializes it, if it may
@@ -86,11 +86,13 @@ def empty_linear(module: nn.Module, **description) -> ARBLinear:
 
     Args:
         module: the float module.
-        description: layout, block_size, permuted, salient, scale_dtypes and backend, as `ARBLinear` takes them.
+        description: layout, block_size, permuted, salient, scale_dtypes and backend, as `ARBLinear` takes them, or
+            rank, scale_dtypes and backend, as `ARBFactorizedLinear` does.
     """
     weight, bias = _tensors(module)
     rows, columns = linear_shape(module)
-    packed = ARBLinear(columns, rows, bias=bias is not None, dtype=weight.dtype, device="meta", **description)
+    kind: type[ARBLinear] = ARBFactorizedLinear if "rank" in description else ARBLinear
+    packed = kind(columns, rows, bias=bias is not None, dtype=weight.dtype, device="meta", **description)
     if type(module) is Conv1D:
         packed.__dict__[_FLOAT_CLASS] = Conv1D
     return packed

@@ -16,7 +16,7 @@ from .conversion import Record
 from .expert_packing import PackedForm, stack_experts
 from .experts import ExpertMatrix, expert_matrices, expert_weight
 from .nn import ARBExperts
-from .packing import block_count, pack, unpack
+from .packing import BinarizedWeight, block_count, pack, unpack
 
 # Experts to which fewer calibration tokens were routed are binarized from their weights alone. In all of 8
 # measurements (docs/experts.md) 8 tokens are better than none: output errors of .382 to .334, .363 to .206, ...
@@ -83,9 +83,11 @@ class _Fit:
         parts = []
         for part in weight.float().split(self.matrix.part_features):
             try:
-                tensors = pack(binarize(part, None if starved else hessian, self.config))
+                found = binarize(part, None if starved else hessian, self.config)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
+            assert isinstance(found, BinarizedWeight)  # `select_modules` refuses factors of experts
+            tensors = pack(found)
             stored = unpack(tensors, self.config.layout, part.shape[1], self.config.block_size)
             self.errors.add(part, stored.dequantize(), hessian)
             parts.append(tensors)
@@ -235,8 +237,9 @@ def fixed_salient(config: ARBConfig, matrix: ExpertMatrix, samples: Iterator) ->
     for weight, hessian in samples:
         for part in weight.float().split(matrix.part_features):
             if torch.isfinite(part).all():
-                found = binarize(part, hessian, quick).salient_columns
-                counts.append(0 if found is None else len(found))
+                found = binarize(part, hessian, quick)
+                assert isinstance(found, BinarizedWeight)  # a method that searches for salient columns
+                counts.append(0 if found.salient_columns is None else len(found.salient_columns))
     blocks = block_count(matrix.in_features, config.block_size)
     fixed = copy.copy(config)
     fixed.salient_columns = max(1, round(sum(counts) / max(1, len(counts)) / blocks))

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from .config import ARBConfig
 from .keys import KeyMap
 from .modules import linear_shape, select_modules
-from .packing import TENSOR_NAMES
+from .packing import STORED_NAMES
 from .stored import StoredTensor, describe, packed_linears, read_headers
 from .stored_experts import describe_experts, packed_experts
 
@@ -133,10 +133,10 @@ def inspect_model(name: str | Path) -> Inspection:
             parts = list(linears[key].tensors.values())
         count = sum(tensor_bytes(tensor) for tensor in parts)
         bits = 8 * count / math.prod(shape)
-        result.modules.append(StoredModule(key, choices.method, choices.layout.name, shape, count, bits))
+        result.modules.append(StoredModule(key, choices.method, choices.layout_name, shape, count, bits))
     order = {key: index for index, key in enumerate(selection.convert)}
     result.modules.sort(key=lambda module: order[module.name])
-    packed = {f"{key}.weight" + ("" if part == "weight" else f"_{part}") for key in linears for part in TENSOR_NAMES}
+    packed = {f"{key}.weight" + ("" if part == "weight" else f"_{part}") for key in linears for part in STORED_NAMES}
     packed |= {key for stored in experts.values() for key in stored.keys()}  # noqa: SIM118
     result.float_tensors = {key: tensor_bytes(tensor) for key, tensor in tensors.items() if key not in packed}
     result.stored_bytes = sum(tensor_bytes(tensor) for tensor in tensors.values())

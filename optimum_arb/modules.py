@@ -85,7 +85,7 @@ def select_modules(model: PreTrainedModel, config: ARBConfig, strict: bool = Tru
         strict: raise where a pattern of the configuration matches no linear of the model.
 
     Raises:
-        ValueError: such a pattern, or no linear is left to binarize.
+        ValueError: such a pattern, or no linear is left to binarize, or experts whose method cannot binarize them.
     """
     selection = Selection()
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
@@ -109,6 +109,12 @@ def select_modules(model: PreTrainedModel, config: ARBConfig, strict: bool = Tru
                 matrix = f"{name}.{key}"
                 choices = config.for_module(matrix, name)
                 reason = structural.get(matrix) or _user_reason(config, choices, matrix, name)
+                if reason is None and choices is not None and choices.factorized:
+                    raise ValueError(
+                        f"{matrix}: method={choices.method!r} does not binarize experts yet. Give them another method, "
+                        "say overrides={'experts': {'method': 'arb-hrc'}}, or keep them in float with "
+                        "modules_to_not_convert=['experts']."
+                    )
                 if reason is None and choices is not None:
                     selection.convert[matrix] = choices
                 elif reason is not None:

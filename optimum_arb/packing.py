@@ -21,8 +21,8 @@ import torch
 from .layout import Layout
 
 TILE = 128
-FORMAT_VERSION = 1
-# The tensors of a packed weight, in the order in which they are listed and stored.
+FORMAT_VERSION = 2
+# The tensors of a packed weight of sign planes, in the order in which they are listed and the operator takes them.
 TENSOR_NAMES = (
     "weight",
     "row_scale",
@@ -32,6 +32,8 @@ TENSOR_NAMES = (
     "salient_weight",
     "salient_col_scale",
 )
+# Every tensor that a packed module may store: those, and the inner factor's of `optimum_arb.factors`.
+STORED_NAMES = (*TENSOR_NAMES, "inner", "inner_row_scale", "inner_col_scale")
 
 
 @dataclass
@@ -174,7 +176,7 @@ def unpack_bits(packed: torch.Tensor, planes: int, columns: int, tile: int = TIL
     return torch.cat(pieces, 2) if pieces else packed.new_zeros(planes, rows, 0, dtype=torch.bool)
 
 
-def _store_scale(scale: torch.Tensor) -> torch.Tensor:
+def store_scale(scale: torch.Tensor) -> torch.Tensor:
     """float16, or float32 where a value would overflow or lose its precision as a subnormal (below 6.1e-5).
 
     Values below 2^-11 of the largest do not count: their rounding vanishes beside the others'.
@@ -209,10 +211,10 @@ def pack(weight: BinarizedWeight) -> dict[str, torch.Tensor]:
     tile = tile_width(weight.block_size)
     tensors: dict[str, torch.Tensor] = {
         "weight": pack_bits(weight.signs, tile),
-        "row_scale": _store_scale(weight.row_scale.flatten(1)),
+        "row_scale": store_scale(weight.row_scale.flatten(1)),
     }
     if weight.col_scale is not None:
-        tensors["col_scale"] = _store_scale(weight.col_scale)
+        tensors["col_scale"] = store_scale(weight.col_scale)
     if weight.permutation is not None:
         tensors["permutation"] = _store_index(weight.permutation, columns)
     if weight.salient_columns is not None:
@@ -220,7 +222,7 @@ def pack(weight: BinarizedWeight) -> dict[str, torch.Tensor]:
     if weight.salient_signs is not None:
         tensors["salient_weight"] = pack_bits(weight.salient_signs, tile)
     if weight.salient_col_scale is not None:
-        tensors["salient_col_scale"] = _store_scale(weight.salient_col_scale)
+        tensors["salient_col_scale"] = store_scale(weight.salient_col_scale)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 

@@ -30,7 +30,6 @@ from .keys import KeyMap
 from .load_dtypes import cast_loaded, expected_dtypes
 from .modules import Selection, linear_shape, resolved_skips, select_modules
 from .nn import ARBExperts, ARBLinear, share_inputs
-from .packing import packed_shapes
 from .placement import calibration_device, check_no_disk, place_model
 from .report import model_report
 from .stored import COMPANIONS, describe, packed_linears, read_headers
@@ -133,8 +132,8 @@ class ARBHfQuantizer(HfQuantizer):
             shapes3 = packed_form(matrix, config).shapes(permuted=False)
             return sum(math.prod(s) * (1 if n.endswith("weight") else 2) for n, s in shapes3.items()) / matrix.weights
         rows, columns = linear_shape(model.get_submodule(name))
-        shapes = packed_shapes(config.layout, rows, columns, config.block_size, permuted=False)
-        stored = sum(r * c * (1 if n.endswith("weight") else 2) for n, (r, c) in shapes.items())
+        shapes = config.stored_shapes(rows, columns, permuted=False)
+        stored = sum(r * c * (2 if n.endswith("scale") else 1) for n, (r, c) in shapes.items())
         return stored / (rows * columns)
 
     # After the weights have loaded

@@ -121,7 +121,7 @@ def model_report(model: nn.Module) -> ModelReport:
                 ModuleReport(
                     name=name,
                     method=record.method,
-                    layout=module.layout.name,
+                    layout=module.layout_name,
                     weights=module.in_features * module.out_features,
                     bits_per_weight=module.bits_per_weight(),
                     stored_bytes=stored_bytes(module.packed()),

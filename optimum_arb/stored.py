@@ -9,10 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .config import ARBConfig
-from .layout import Layout
-from .packing import TENSOR_NAMES, packed_shapes
+from .factors import factor_shapes
+from .packing import STORED_NAMES, packed_shapes
 
-COMPANIONS = tuple(f"weight_{name}" for name in TENSOR_NAMES[1:])
+COMPANIONS = tuple(f"weight_{name}" for name in STORED_NAMES[1:])
 # As on the Hub. The header of 100,000 tensors has about 15 MB.
 MAX_HEADER = 25_000_000
 _SCALE_DTYPES = {"F16": torch.float16, "F32": torch.float32}
@@ -32,7 +32,7 @@ class StoredTensor:
 
 @dataclass
 class StoredLinear:
-    """A packed linear as the files hold it: its name there and its tensors by `packing.TENSOR_NAMES`."""
+    """A packed linear as the files hold it: its name there and its tensors by `packing.STORED_NAMES`."""
 
     key: str
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
@@ -88,7 +88,8 @@ def packed_linears(headers: Mapping[str, StoredTensor]) -> list[StoredLinear]:
 
 
 def describe(linear: StoredLinear, config: ARBConfig, out_features: int, in_features: int) -> dict:
-    """How an `ARBLinear` for a stored linear is built: layout, block_size, permuted, salient, scale_dtypes, backend.
+    """How an `ARBLinear` for a stored linear is built: layout, block_size, permuted, salient, scale_dtypes, backend; an
+    `ARBFactorizedLinear`: rank, scale_dtypes, backend.
 
     Args:
         linear: the stored tensors.
@@ -99,38 +100,56 @@ def describe(linear: StoredLinear, config: ARBConfig, out_features: int, in_feat
     Raises:
         ValueError: a tensor is missing, unknown to the layout, or of the wrong shape or dtype.
     """
-    layout: Layout = config.layout
     tensors = linear.tensors
+    if config.factorized:
+        # the tensors say which rank the budget of bits was resolved to
+        stored = tensors["inner"].shape if "inner" in tensors else ()
+        rank = config.rank or (stored[0] if len(stored) == 2 and stored[0] else 1)
+        form = f"layout {config.layout_name}, rank={rank}"
+        _check_tensors(linear, config, factor_shapes(out_features, in_features, rank), form)
+        return {"rank": rank, "scale_dtypes": _scale_dtypes(linear), "backend": config.backend}
+    layout = config.layout
     columns = tensors["salient_columns"].shape if "salient_columns" in tensors else ()
     salient = min(columns[-1], in_features) if columns else 0
     permuted = "permutation" in tensors
     shapes = packed_shapes(layout, out_features, in_features, config.block_size, permuted, salient)
-    for name, shape in shapes.items():
-        key = _tensor_key(linear.key, name)
-        if name not in tensors:
-            raise ValueError(
-                f"{linear.key}: the tensor {key!r} is missing in the checkpoint. Save or download the model again."
-            )
-        dtypes = _dtypes(name)
-        if tensors[name].dtype not in dtypes or tensors[name].shape != shape:
-            raise ValueError(
-                f"{linear.key}: the tensor {key!r} is {tensors[name]} in the checkpoint, but {' or '.join(dtypes)} "
-                f"{list(shape)} follows from the model's shapes and its quantization_config (method={config.method!r}, "
-                f"layout {layout.name}, block_size={config.block_size}). One of the two was changed."
-            )
-    for name in sorted(set(tensors) - set(shapes)):
-        raise ValueError(
-            f"{linear.key}: the checkpoint holds {_tensor_key(linear.key, name)!r}, which the layout {layout.name} of "
-            f"method={config.method!r} does not have. The quantization_config was changed."
-        )
+    _check_tensors(linear, config, shapes, f"layout {layout.name}, block_size={config.block_size}")
     return {
         "layout": layout,
         "block_size": config.block_size,
         "permuted": permuted,
         "salient": salient,
-        "scale_dtypes": {n: _SCALE_DTYPES[tensors[n].dtype] for n in tensors if n.endswith("scale")},
+        "scale_dtypes": _scale_dtypes(linear),
         "backend": config.backend,
     }
+
+
+def _check_tensors(linear: StoredLinear, config: ARBConfig, shapes: Mapping[str, tuple[int, int]], form: str) -> None:
+    """Whether the tensors are those of a form, with its shapes and dtypes. Raises ValueError where they are not."""
+    tensors = linear.tensors
+    for name in shapes:
+        if name not in tensors:
+            raise ValueError(
+                f"{linear.key}: the tensor {_tensor_key(linear.key, name)!r} is missing in the checkpoint. Save or "
+                "download the model again."
+            )
+    for name, shape in shapes.items():
+        dtypes = _dtypes(name)
+        if tensors[name].dtype not in dtypes or tensors[name].shape != shape:
+            raise ValueError(
+                f"{linear.key}: the tensor {_tensor_key(linear.key, name)!r} is {tensors[name]} in the checkpoint, but {' or '.join(dtypes)} "
+                f"{list(shape)} follows from the model's shapes and its quantization_config (method={config.method!r}, "
+                f"{form}). One of the two was changed."
+            )
+    for name in sorted(set(tensors) - set(shapes)):
+        raise ValueError(
+            f"{linear.key}: the checkpoint holds {_tensor_key(linear.key, name)!r}, which the layout "
+            f"{config.layout_name} of method={config.method!r} does not have. The quantization_config was changed."
+        )
+
+
+def _scale_dtypes(linear: StoredLinear) -> dict[str, torch.dtype]:
+    return {name: _SCALE_DTYPES[found.dtype] for name, found in linear.tensors.items() if name.endswith("scale")}
 
 
 def _tensor_key(module: str, name: str) -> str:
@@ -140,4 +159,4 @@ def _tensor_key(module: str, name: str) -> str:
 def _dtypes(name: str) -> tuple[str, ...]:
     if name.endswith("scale"):
         return tuple(_SCALE_DTYPES)
-    return ("U8",) if name in ("weight", "salient_weight") else tuple(_INDEX_DTYPES)
+    return ("U8",) if name in ("weight", "salient_weight", "inner") else tuple(_INDEX_DTYPES)

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from .config import ARBConfig
 from .inspection import tensor_bytes
 from .keys import KeyMap
-from .packing import TENSOR_NAMES
+from .packing import STORED_NAMES
 from .stored import StoredLinear, StoredTensor
 
-_COMPANION = re.compile(rf"(.+?)_({'|'.join(TENSOR_NAMES[1:])})")
+_COMPANION = re.compile(rf"(.+?)_({'|'.join(STORED_NAMES[1:])})")
 _NO_FLOATS = re.compile(r"[IU]\d+|BOOL")
 
 

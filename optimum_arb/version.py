@@ -3,4 +3,4 @@
 __version__ = "0.1.0"
 
 # Version of the file format -> the first version of this package that reads it.
-FIRST_READERS = {1: "0.1.0"}
+FIRST_READERS = {1: "0.1.0", 2: "0.1.0"}

@@ -2,6 +2,7 @@
 
 import torch
 
+from optimum_arb.factors import FactorizedWeight
 from optimum_arb.layout import Layout
 from optimum_arb.ops.backends.packed import PackedWeight
 from optimum_arb.packing import BinarizedWeight, block_count, pack
@@ -50,3 +51,20 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference over the largest expected value; NaN where there is one."""
     value, expected = value.detach().double(), expected.detach().double()
     return float((value - expected).abs().max() / expected.abs().max())
+
+
+def random_factorized(rows: int, columns: int, rank: int, seed: int = 0, size: float = 0.05) -> FactorizedWeight:
+    """A factorized weight with entries of about `size`; every scale has some negative values."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def scale(count: int) -> torch.Tensor:
+        sign = torch.where(torch.rand(count, generator=generator) < 0.2, -1.0, 1.0)
+        return sign * (torch.rand(count, generator=generator) + 0.5)
+
+    return FactorizedWeight(
+        torch.rand(rows, rank, generator=generator) < 0.5,
+        torch.rand(rank, columns, generator=generator) < 0.5,
+        scale(rows),
+        scale(rank) * size / rank**0.5,
+        scale(columns),
+    )

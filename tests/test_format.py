@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from packed_weights import random_factorized
 
+from optimum_arb.factors import pack_factors, unpack_factors
 from optimum_arb.layout import bitmap_layout, planes_layout
 from optimum_arb.packing import BinarizedWeight, block_count, pack, unpack
 
@@ -138,3 +140,16 @@ def test_bitmaps(bitmap, salient, means, columns, block_size):
         return rest
 
     check(bitmap_layout(bitmap, salient > 0, not means), columns, block_size, weight_of, salient)
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(5, 300, 77), (9, 64, 128), (3, 129, 260), (4, 7, 1)])
+def test_products_of_two_sign_matrices(rows, columns, rank):
+    packed = pack_factors(random_factorized(rows, columns, rank))
+    expected = unpack_factors(packed, columns).dequantize(torch.float64).numpy()
+    tensors = {name: tensor.numpy() for name, tensor in packed.items()}
+    assert len(tensors["inner"]) == rank
+    outer = read_signs(tensors["weight"], 1, rank, 128)[0]
+    inner = read_signs(tensors["inner"], 1, columns, 128)[0]
+    a, m, b = (tensors[name].astype(float).ravel() for name in ("row_scale", "inner_row_scale", "inner_col_scale"))
+    assert all((scale >= 0).all() for scale in (a, m, b))
+    np.testing.assert_allclose(a[:, None] * (outer * m) @ inner * b, expected, rtol=1e-9, atol=1e-12)

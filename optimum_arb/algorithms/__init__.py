@@ -1,4 +1,4 @@
-"""From a weight and its calibration matrix to a `BinarizedWeight`: pure functions of tensors."""
+"""From a weight and its calibration matrix to a `BinarizedWeight` or `FactorizedWeight`: pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import torch
 
 from ..config import BITMAP_METHODS, ARBConfig
+from ..factors import FactorizedWeight
 from ..packing import BinarizedWeight
 from .assembly import assemble_bitmap, assemble_planes
 from .bitmap import BitmapFit, fit_bitmap_block
@@ -18,7 +19,9 @@ from .refinement import refine_blocks
 __all__ = ["binarize", "output_error", "squared_errors"]
 
 
-def binarize(weight: torch.Tensor, hessian: torch.Tensor | None, config: ARBConfig) -> BinarizedWeight:
+def binarize(
+    weight: torch.Tensor, hessian: torch.Tensor | None, config: ARBConfig
+) -> BinarizedWeight | FactorizedWeight:
     """Binarizes one weight.
 
     Args:
@@ -28,7 +31,7 @@ def binarize(weight: torch.Tensor, hessian: torch.Tensor | None, config: ARBConf
         config: the choices, overrides applied (`ARBConfig.for_module`).
 
     Returns:
-        The binarized weight, scales in float32.
+        The binarized weight, scales in float32: a `FactorizedWeight` of "arb-dbf", else a `BinarizedWeight`.
 
     Raises:
         ValueError: NaN or Inf in the weight or the calibration matrix, or shapes that do not fit.
@@ -46,6 +49,10 @@ def binarize(weight: torch.Tensor, hessian: torch.Tensor | None, config: ARBConf
     largest = float(target.abs().max()) if target.numel() else 0.0
     unit = 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
     target = target / unit
+    if config.factorized:
+        factors = _factorize(target, hessian, config)
+        factors.row_scale = factors.row_scale * unit
+        return factors
     if hessian is None:
         prepared = identity_hessian(columns, weight.device)
     else:
@@ -105,6 +112,20 @@ def _binarize_planes(target: torch.Tensor, hessian: PreparedHessian, config: ARB
     fits = binarize_blocks(target.clone(), hessian, width, config.compensation, fit_block)
     refine_blocks(target, hessian, width, fits, config.resolved_refinement_sweeps, config.resolved_col_scale)
     return assemble_planes(fits, config.layout, config.block_size)
+
+
+def _factorize(target: torch.Tensor, hessian: torch.Tensor | None, config: ARBConfig) -> FactorizedWeight:
+    """arb-dbf: a product of two sign matrices."""
+    from .dbf import binarize_factors
+
+    return binarize_factors(
+        target,
+        hessian,
+        config.resolved_rank(*target.shape),
+        config.resolved_damp_percent,
+        config.resolved_num_iterations,
+        config.seed,
+    )
 
 
 def _round_to_nearest(target: torch.Tensor, hessian: PreparedHessian, config: ARBConfig) -> BinarizedWeight:

@@ -20,7 +20,7 @@ from ..calibration.data import TOKENS_PER_BATCH
 from ..config import ARBConfig
 from ..inspection import skeleton
 from ..modules import Selection, linear_shape, select_modules
-from ..packing import block_count, packed_shapes
+from ..packing import block_count
 from .probe import Probe, probe
 
 # Salient columns of a block where they are searched (1 to 49): SmolLM2-135M has 2.93 bits with ARB-RC as published,
@@ -111,9 +111,7 @@ class _Shape:
         count = salient_per_block if chosen == "search" else int(chosen)
         widths = [min(width, self.columns - index * width) for index in range(blocks)]
         salient = sum(min(count, size - 1) for size in widths)
-        return packed_shapes(
-            config.layout, self.rows, self.columns, config.block_size, config.resolved_act_order, salient
-        )
+        return config.stored_shapes(self.rows, self.columns, config.resolved_act_order, salient)
 
     def bytes(self, salient_per_block: int) -> int:
         stored = self.stored(salient_per_block)
@@ -122,7 +120,7 @@ class _Shape:
 
 def _nbytes(name: str, shape: tuple[int, int], columns: int) -> int:
     """Bytes of a packed tensor: signs are bytes, scales float16, indices int16 up to 32768 columns, else int32."""
-    if name.endswith("weight"):
+    if name.endswith("weight") or name == "inner":
         return math.prod(shape)
     return math.prod(shape) * (4 if columns > 2**15 and not name.endswith("scale") else 2)
 

@@ -19,7 +19,7 @@ from ..calibration.data import TOKENS_PER_BATCH
 from ..calibration.statistics import InputStatistics
 from ..config import ARBConfig
 from ..conversion import binarize_linear
-from ..nn import ARBLinear
+from ..nn import ARBFactorizedLinear, ARBLinear
 
 FORWARD_SHARE = 0.4  # of the probe's time, where there is calibration
 VOCABULARY = 256
@@ -233,17 +233,26 @@ def _one_layer(model_config: Any, device: str) -> tuple[nn.Module, int]:
 
 def _random_packed(rows: int, columns: int, config: ARBConfig, device: str) -> ARBLinear:
     """A binarized linear of random bits."""
+    if config.factorized:
+        rank = config.resolved_rank(rows, columns)
+        return _random_values(ARBFactorizedLinear(columns, rows, rank, bias=False)).to(device)
     layout = config.layout
     salient = math.ceil(columns / 16) if layout.salient else 0
     permuted = config.resolved_act_order
     layer = ARBLinear(columns, rows, layout, config.block_size, bias=False, permuted=permuted, salient=salient)
+    return _random_values(layer).to(device)
+
+
+def _random_values(layer: ARBLinear) -> ARBLinear:
+    """Fills the packed tensors with random bits."""
     for name, tensor in layer.packed().items():
         if name == "permutation":
-            tensor.copy_(torch.randperm(columns)[None])
+            tensor.copy_(torch.randperm(layer.in_features)[None])
         elif name == "salient_columns":
-            tensor.copy_(torch.arange(salient)[None] * (columns // max(salient, 1)))
+            count = tensor.shape[1]
+            tensor.copy_(torch.arange(count)[None] * (layer.in_features // max(count, 1)))
         elif tensor.dtype == torch.uint8:
             tensor.copy_(torch.randint(256, tensor.shape))
         else:
             tensor.fill_(0.02)
-    return layer.to(device)
+    return layer

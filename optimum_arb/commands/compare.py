@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_METHODS,
         metavar="LIST",
         help="of rtn, billm, arb, arb-x, arb-rc (each of the last four with :published for the method as its authors "
-        f"released it), arb-hrc:1 to :3, gguf, hqq:2; full precision is always there (default: {DEFAULT_METHODS})",
+        "released it), arb-hrc:1 to :3, arb-dbf:BITS, gguf, hqq:2; full precision is always there "
+        f"(default: {DEFAULT_METHODS})",
     )
     parser.add_argument("--out", default="comparison", metavar="DIR", help="of the results (default: comparison)")
     parser.add_argument(

@@ -35,6 +35,8 @@ CONFIG_OPTIONS = (
     "damp_percent",
     "act_order",
     "col_scale",
+    "rank",
+    "factor_bits",
     "modules_to_not_convert",
     "base_model",
 )
@@ -68,8 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of which `build_config` makes an `ARBConfig`."""
     method = parser.add_argument_group("method")
-    method.add_argument("--method", help="arb-hrc (default), arb-rc, arb-x, arb, billm or rtn")
+    method.add_argument("--method", help="arb-hrc (default), arb-dbf, arb-rc, arb-x, arb, billm or rtn")
     method.add_argument("--planes", type=int, metavar="N", help="sign planes of arb-hrc: 1 (default), 2 or 3")
+    method.add_argument(
+        "--factor-bits",
+        type=float,
+        metavar="X",
+        help="true bits a weight of arb-dbf, which decide its ranks (default: 1)",
+    )
+    method.add_argument("--rank", type=int, metavar="N", help="rank of arb-dbf, the same for every linear")
     method.add_argument(
         "--block-size", type=int, metavar="N", help="columns that share a row scale: 128 (default), 64, -1 = whole row"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -76,6 +77,7 @@ def parse_row(name: str, settings: Settings) -> Row:
     | `rtn`, `billm`, `arb`, `arb-x`, `arb-rc` | `ARBConfig(method=...)` |
     | `arb-rc:published` (of `billm`, `arb`, `arb-x`, `arb-rc`) | `ARBConfig.as_published(...)` |
     | `arb-hrc:2` | that many planes; `arb-hrc` is one |
+    | `arb-dbf:1.2` | `ARBConfig(method="arb-dbf", factor_bits=1.2)`; `arb-dbf` is one bit |
     | `gguf` | `ARBConfig.for_gguf()` |
     | `hqq:2` | HQQ at that many bits, where the package is installed |
 
@@ -92,6 +94,8 @@ def parse_row(name: str, settings: Settings) -> Row:
         return Row(name, ARBConfig.for_gguf(**calibration))
     if method == "arb-hrc" and choice in ("", "1", "2", "3"):
         return Row(name, ARBConfig(planes=int(choice or 1), **calibration))
+    if method == "arb-dbf" and re.fullmatch(r"[0-9]*\.?[0-9]+", choice):
+        return Row(name, ARBConfig(method=method, factor_bits=float(choice), **calibration))
     if method == "rtn" and not choice:
         return Row(name, ARBConfig(method="rtn", dataset=None))
     if method in PUBLISHED and choice == "published":
@@ -100,7 +104,7 @@ def parse_row(name: str, settings: Settings) -> Row:
         return Row(name, ARBConfig(method=method, **calibration))
     raise ValueError(
         f"{name!r} is no row of the comparison: use full, rtn, billm, arb, arb-x, arb-rc (with :published as their "
-        "authors released them), arb-hrc:1 to arb-hrc:3, gguf, or hqq:1, 2, 3, 4 or 8."
+        "authors released them), arb-hrc:1 to arb-hrc:3, arb-dbf:BITS, gguf, or hqq:1, 2, 3, 4 or 8."
     )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..nn import ARBLinear
+from ..nn import ARBFactorizedLinear, ARBLinear
 from ..packing import unpack
 from ..version import __version__
 from .architecture import (
@@ -226,6 +226,12 @@ def _linears(model: PreTrainedModel) -> tuple[dict[str, Linear], dict[str, float
         if isinstance(module, ARBLinear):
             if any(parameter.is_meta for parameter in module.parameters()):
                 raise ValueError(f"{name} is offloaded: load the model without offloading to export it.")
+            if isinstance(module, ARBFactorizedLinear):
+                raise ValueError(
+                    f"{name}: its weight is a product of two sign matrices (method='arb-dbf'), which no type of "
+                    "llama.cpp holds. Binarize the model with ARBConfig.for_gguf(), or call model.dequantize(), save "
+                    "it and use llama.cpp's own converter."
+                )
             packed = {key: tensor.cpu() for key, tensor in module.packed().items()}
             weight = unpack(packed, module.layout, module.in_features, module.block_size)
             linears[name] = Linear(weight, None if module.bias is None else module.bias.detach().cpu())

@@ -171,7 +171,11 @@ def _method(config: ARBConfig) -> str:
     parts = [f"`{config.method}`"]
     if config.method == "arb-hrc":
         parts.append(f"{config.planes} sign plane{'s' if config.planes > 1 else ''}")
-    parts.append("one block a row" if config.block_size == -1 else f"blocks of {config.block_size} columns")
+    if config.factorized:
+        rank = f"rank {config.rank}" if config.rank else f"{config.factor_bits or 1:g} bits a weight"
+        parts.append(f"products of two sign matrices, {rank}")
+    else:
+        parts.append("one block a row" if config.block_size == -1 else f"blocks of {config.block_size} columns")
     if config.overrides:
         parts.append(f"other choices for `{'`, `'.join(config.overrides)}`")
     return ", ".join(parts)

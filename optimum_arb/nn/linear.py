@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from .. import packing
 from ..layout import Layout
-from ..ops.linear import linear_without_grad
 from ..packing import BinarizedWeight
 from .casting import keep_dtype
-from .shared_input import MAX_TOKENS, SharedInput, prepare_layer, run_prepared_layer
-
-if TYPE_CHECKING:
-    from ..ops.backends.triton.prepack import Prepacked
+from .product import PackedProduct
+from .shared_input import is_offloaded
 
 # Parameters by the names of their packed tensors.
-_PARAMETERS = {name: name if name == "weight" else f"weight_{name}" for name in packing.TENSOR_NAMES}
+PARAMETERS = {name: name if name == "weight" else f"weight_{name}" for name in packing.STORED_NAMES}
+_OPERANDS = tuple(PARAMETERS[name] for name in packing.TENSOR_NAMES)
+_BYTES = ("weight", "salient_weight", "inner")
+_INDICES = ("permutation", "salient_columns")
 
 
-class ARBLinear(nn.Linear):
+class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is declared in both
     """`y = x W^T + bias` with a binarized weight.
 
     The packed tensors are parameters without gradients, all of two dimensions: `weight` (uint8) and, where the layout
@@ -63,30 +63,45 @@ class ARBLinear(nn.Linear):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
-        nn.Module.__init__(self)  # not nn.Linear's, which makes a float weight
         packing.check_block_size(block_size)
+        self._begin(in_features, out_features, layout, block_size, backend)
+        shapes = packing.packed_shapes(layout, out_features, in_features, block_size, permuted, salient)
+        self._set_empty(shapes, scale_dtypes or {}, bias, dtype, device)
+
+    def _begin(self, in_features: int, out_features: int, layout: Layout, block_size: int, backend: str) -> None:
+        """All but the parameters."""
+        nn.Module.__init__(self)  # not nn.Linear's, which makes a float weight
         self.in_features = in_features
         self.out_features = out_features
         self.layout = layout
         self.block_size = block_size
         self.backend = backend
-        self.shared_input: SharedInput | None = None  # set by `share_inputs`, as is the place in it
+        self.shared_input = None
         self.shared_index = 0
-        self._prepared: Prepacked | None = None  # the weight as the GPU kernel for few tokens reads it
-        self._looked = False  # for it
+        self._prepared = None
+        self._looked = False
         self._dequantized: torch.Tensor | None = None
         self._dequantized_from: tuple[Any, ...] | None = None
         # transformers leaves alone what has this mark when it initializes the weights of a model's linears
         self._is_hf_initialized = True
-        index = torch.int16 if in_features <= 2**15 else torch.int32
-        dtypes = {"weight": torch.uint8, "salient_weight": torch.uint8, "permutation": index, "salient_columns": index}
-        dtypes.update(scale_dtypes or {})
-        shapes = packing.packed_shapes(layout, out_features, in_features, block_size, permuted, salient)
-        for name in packing.TENSOR_NAMES:
+
+    def _set_empty(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        scale_dtypes: Mapping[str, torch.dtype],
+        bias: bool,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> None:
+        """Registers empty parameters of these shapes and, if asked, a bias of `dtype`."""
+        index = torch.int16 if self.in_features <= 2**15 else torch.int32
+        for name in packing.STORED_NAMES:
             if name in shapes:
-                self._set_packed(name, torch.empty(shapes[name], dtype=dtypes.get(name, torch.float16), device=device))
+                kind = index if name in _INDICES else scale_dtypes.get(name, torch.float16)
+                kind = torch.uint8 if name in _BYTES else kind
+                self._set_packed(name, torch.empty(shapes[name], dtype=kind, device=device))
         self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+            "bias", nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device)) if bias else None
         )
 
     @classmethod
@@ -114,28 +129,55 @@ class ARBLinear(nn.Linear):
             dtype=None if bias is None else bias.dtype,
             device="meta",
         )
-        for name, tensor in tensors.items():
-            layer._set_packed(name, tensor)
-            # for models whose `_init_weights` fills the weights of children; not on empty tensors, which would hide
-            # from transformers that a checkpoint lacks them
-            setattr(getattr(layer, _PARAMETERS[name]), "_is_hf_initialized", True)  # noqa: B010 (not a declared attribute)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().to(weight.signs.device, copy=True), bias.requires_grad)
+        layer._fill(tensors, bias, weight.signs.device)
         return layer
 
+    def _fill(self, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None, device: torch.device) -> None:
+        """Puts packed tensors, and a copy of the bias on their device, in the place of empty ones."""
+        for name, tensor in tensors.items():
+            self._set_packed(name, tensor)
+            # for models whose `_init_weights` fills the weights of children; not on empty tensors, which would hide
+            # from transformers that a checkpoint lacks them
+            setattr(getattr(self, PARAMETERS[name]), "_is_hf_initialized", True)  # noqa: B010 (not a declared attribute)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().to(device, copy=True), bias.requires_grad)
+
     def _set_packed(self, name: str, tensor: torch.Tensor) -> None:
-        self.register_parameter(_PARAMETERS[name], nn.Parameter(tensor, requires_grad=False))
+        self.register_parameter(PARAMETERS[name], nn.Parameter(tensor, requires_grad=False))
 
     def reset_parameters(self) -> None:
         """Does nothing: a binarized weight has no random initialization."""
 
+    @property
+    def layout_name(self) -> str:
+        """The name of the form of the weight, as reports have it."""
+        return self.layout.name
+
+    @property
+    def columns(self) -> int:
+        """Columns of the matrix `weight`."""
+        return self.in_features
+
+    @property
+    def first_product(self) -> PackedProduct:
+        """The product that the layer's input enters: this, where the weight is one matrix."""
+        return self
+
     def packed_parameter(self, name: str) -> torch.Tensor | None:
         """The parameter of the packed tensor of this name of `optimum_arb.packing.pack`, None where there is none."""
-        return self._parameters.get(_PARAMETERS[name])
+        return self._parameters.get(PARAMETERS[name])
+
+    def _operands(self) -> list[torch.Tensor | None]:
+        get = self._parameters.get
+        return [get(key) for key in _OPERANDS]
+
+    @property
+    def is_offloaded(self) -> bool:
+        return is_offloaded(self)
 
     def packed(self) -> dict[str, torch.Tensor]:
         """The packed tensors by the names of `optimum_arb.packing.pack`."""
-        found = {name: self._parameters.get(key) for name, key in _PARAMETERS.items()}
+        found = {name: self._parameters.get(key) for name, key in PARAMETERS.items()}
         return {name: parameter.data for name, parameter in found.items() if parameter is not None}
 
     def binarized(self) -> BinarizedWeight:
@@ -152,43 +194,10 @@ class ARBLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]`, of any floating dtype, to `[..., out_features]` of that dtype."""
-        bias = self.bias
         if self.backend == "dequantize":
             weight = self._cached_weight(x.dtype)
-            return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        if x.is_cuda and self._few_tokens(x):
-            shared = self.shared_input
-            if shared is not None and shared.enabled:
-                out = shared.output(self, x)
-                if out is not None:
-                    return out
-            if self._prepared is not None and not torch.compiler.is_compiling():
-                return run_prepared_layer(x, self._prepared, bias)
-        tensors = [self._parameters.get(key) for key in _PARAMETERS.values()]
-        if not x.is_meta and not torch.compiler.is_compiling() and self._without_grad(x):
-            return linear_without_grad(x, tensors, bias, self.layout, self.block_size, self.backend)
-        return torch.ops.optimum_arb.linear(x, *tensors, bias, self.layout.name, self.block_size, self.backend)
-
-    def _without_grad(self, x: torch.Tensor) -> bool:
-        """Whether this is a plain product without a gradient, for which the host need not ask the dispatcher."""
-        if type(x) is not torch.Tensor:  # a subclass may do otherwise with the operator
-            return False
-        return not torch.is_grad_enabled() or not (
-            x.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        )
-
-    def _few_tokens(self, x: torch.Tensor) -> bool:
-        """Whether the kernels for few tokens may compute this. Prepares them, unless the call is being compiled."""
-        if self.backend not in ("auto", "triton") or x.shape[-1] != self.in_features:
-            return False
-        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
-            return False  # what follows has no gradient
-        if not torch.compiler.is_compiling() and not self._looked:
-            if torch.cuda.is_current_stream_capturing():
-                return False
-            self._prepared = prepare_layer(self)
-            self._looked = True
-        return 0 < x.numel() <= MAX_TOKENS * x.shape[-1] and x.dtype in (torch.float16, torch.bfloat16)
+            return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        return self._product(x)
 
     # The dequantized copy of backend="dequantize". It is no parameter and no buffer: state dicts do not have it.
 
@@ -214,11 +223,8 @@ class ARBLinear(nn.Linear):
 
     def _drop_dequantized(self) -> None:
         self.__dict__["_dequantized"] = self.__dict__["_dequantized_from"] = None
-        self.__dict__["_prepared"] = None
-        self.__dict__["_looked"] = False
-        shared = self.__dict__.get("shared_input")
-        if shared is not None:
-            shared.forget()
+        if "_looked" in self.__dict__:
+            self.forget()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ARBLinear:
         """Moves everything; `.to(dtype)` and its kin cast the bias alone, as loading in another dtype does."""
@@ -247,6 +253,6 @@ class ARBLinear(nn.Linear):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"layout={self.layout.name}, block_size={self.block_size}, bits_per_weight={self.bits_per_weight():.3f}, "
+            f"layout={self.layout_name}, block_size={self.block_size}, bits_per_weight={self.bits_per_weight():.3f}, "
             f"backend={self.backend}"
         )

@@ -18,7 +18,7 @@ from ..ops.shared_input import split_results
 
 if TYPE_CHECKING:
     from ..ops.backends.triton.prepack import Prepacked
-    from .linear import ARBLinear
+    from .product import PackedProduct
 
 # Children of one module that its forward calls with one and the same tensor, in the order in which they are computed.
 SHARED_INPUTS = (
@@ -37,7 +37,7 @@ class SharedInput:
         enabled: False once one of them was called with another input than the first.
     """
 
-    def __init__(self, layers: list[ARBLinear]):
+    def __init__(self, layers: list[PackedProduct]):
         self.layers = layers
         self.enabled = True
         self._rows = [layer.out_features for layer in layers]
@@ -45,7 +45,7 @@ class SharedInput:
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor | None] = []
 
-    def output(self, layer: ARBLinear, x: torch.Tensor) -> torch.Tensor | None:
+    def output(self, layer: PackedProduct, x: torch.Tensor) -> torch.Tensor | None:
         """The layer's result for x `[..., K]`; None where the layer has to compute it itself."""
         if self._input is not None and self._input is not x:
             self.enabled = False  # cross-attention: key and value have an input of their own
@@ -87,7 +87,7 @@ class SharedInput:
         weights = [packed_weight(layer) for layer in self.layers]
         if not self.enabled:
             prepack.drop(weights)
-        elif any(is_offloaded(layer) for layer in self.layers) or len({w.weight.device for w in weights}) > 1:
+        elif any(layer.is_offloaded for layer in self.layers) or len({w.weight.device for w in weights}) > 1:
             self.enabled = False
         else:
             self._prepared = prepare(weights)
@@ -100,10 +100,10 @@ class SharedInput:
         self._outputs = []
 
 
-def packed_weight(layer: ARBLinear) -> PackedWeight:
+def packed_weight(layer: PackedProduct) -> PackedWeight:
     """The layer's tensors as a backend takes them."""
     tensors = {name: layer.packed_parameter(name) for name in packing.TENSOR_NAMES}
-    return PackedWeight(layer.layout, layer.block_size, layer.in_features, **tensors)  # type: ignore[arg-type]
+    return PackedWeight(layer.layout, layer.block_size, layer.columns, **tensors)  # type: ignore[arg-type]
 
 
 def is_offloaded(layer: nn.Module) -> bool:
@@ -129,12 +129,12 @@ def share_inputs(model: nn.Module) -> int:
             layers = [parent._modules.get(name) for name in names]
             if not all(isinstance(layer, ARBLinear) for layer in layers):
                 continue
-            found: list[ARBLinear] = layers  # type: ignore[assignment]
+            found: list[PackedProduct] = [layer.first_product for layer in layers]  # type: ignore[union-attr, misc]
             kinds = {
                 (
                     layer.layout.name,
                     layer.block_size,
-                    layer.in_features,
+                    layer.columns,
                     layer.backend,
                     layer.bias is None,
                     layer.packed_parameter("permutation") is None,
@@ -149,20 +149,21 @@ def share_inputs(model: nn.Module) -> int:
     return groups
 
 
-def prepare_layer(layer: ARBLinear) -> Prepacked | None:
+def prepare_layer(layer: PackedProduct) -> Prepacked | None:
     """Makes what the kernel for few tokens needs, once the layer's tensors are on a GPU that has it.
 
     Returns:
         The layer's own copy of its weight; None where it shares one with others or has none.
     """
-    if is_offloaded(layer) or not has_one_bit_kernel(layer.weight.device):
+    weight = packed_weight(layer)
+    if layer.is_offloaded or not has_one_bit_kernel(weight.weight.device):
         return None
     from ..ops.backends.triton.dispatch import prepare
 
     shared = layer.shared_input
     if shared is not None and shared.prepare():
         return None
-    return prepare([packed_weight(layer)])
+    return prepare([weight])
 
 
 def run_prepared_layer(x: torch.Tensor, prepared: Prepacked, bias: torch.Tensor | None) -> torch.Tensor:

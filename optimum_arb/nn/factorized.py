@@ -1,0 +1,174 @@
+"""`ARBFactorizedLinear`: a linear layer whose weight is a chain of two sign matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .. import factors, packing
+from ..factors import INNER, INNER_LAYOUT, OUTER, OUTER_LAYOUT, FactorizedWeight
+from ..packing import BinarizedWeight
+from .linear import PARAMETERS, ARBLinear
+from .product import PackedProduct
+from .shared_input import is_offloaded
+
+_OUTER = {name: PARAMETERS[own] for name, own in OUTER.items()}
+_INNER = {name: PARAMETERS[own] for name, own in INNER.items()}
+
+
+class InnerProduct(PackedProduct):
+    """The first of the two products of a layer: `diag(rank_scale) B diag(col_scale) x`, without a bias.
+
+    No module: its tensors are parameters of the layer.
+    """
+
+    layout = INNER_LAYOUT
+    block_size = -1
+    bias = None
+
+    def __init__(self, layer: ARBFactorizedLinear):
+        self.layer = layer
+        self.out_features = layer.rank
+        self.shared_input = None
+        self.shared_index = 0
+        self._prepared = None
+        self._looked = False
+
+    @property
+    def backend(self) -> str:  # type: ignore[override]
+        return self.layer.backend
+
+    @property
+    def columns(self) -> int:
+        return self.layer.in_features
+
+    @property
+    def is_offloaded(self) -> bool:
+        return is_offloaded(self.layer)
+
+    def packed_parameter(self, name: str) -> torch.Tensor | None:
+        return self.layer._parameters.get(_INNER.get(name, ""))
+
+    def _operands(self) -> list[torch.Tensor | None]:
+        return [self.packed_parameter(name) for name in packing.TENSOR_NAMES]
+
+
+class ARBFactorizedLinear(ARBLinear):
+    """`y = x W^T + bias` with `W = diag(a) A diag(m) B diag(b)`, A and B of signs: two products of packed matrices.
+
+    What lies between them has the dtype of x. The packed tensors are parameters without gradients: `weight` (A) and
+    `weight_row_scale` (a), `weight_inner` (B), `weight_inner_row_scale` (m) and `weight_inner_col_scale` (b), those of
+    `optimum_arb.factors.pack_factors`.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        rank: r, the rows of B and the columns of A.
+        bias: whether there is one.
+        scale_dtypes: dtypes of "row_scale", "inner_row_scale" and "inner_col_scale" where they are not float16.
+        backend: as for `ARBLinear`.
+        dtype: of the bias; None is torch's default.
+        device: of all tensors.
+
+    Raises:
+        ValueError: a rank below 1.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool,
+        scale_dtypes: Mapping[str, torch.dtype] | None = None,
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        if rank < 1:
+            raise ValueError(f"rank={rank} is no rank of a product of two matrices: it must be at least 1.")
+        self._begin(in_features, out_features, OUTER_LAYOUT, -1, backend)
+        self.rank = rank
+        self._inner = InnerProduct(self)
+        shapes = factors.factor_shapes(out_features, in_features, rank)
+        self._set_empty(shapes, scale_dtypes or {}, bias, dtype, device)
+
+    @classmethod
+    def from_factorized(
+        cls, weight: FactorizedWeight, bias: torch.Tensor | None = None, backend: str = "auto"
+    ) -> ARBFactorizedLinear:
+        """The layer of a factorized weight, on the device of its signs.
+
+        Args:
+            weight: what an algorithm returned.
+            bias: `[N]`, or None; kept in its dtype, on the weight's device.
+            backend: as for `ARBLinear`.
+        """
+        rows, columns = weight.shape
+        dtype = None if bias is None else bias.dtype
+        layer = cls(columns, rows, weight.rank, bias=bias is not None, backend=backend, dtype=dtype, device="meta")
+        layer._fill(factors.pack_factors(weight), bias, weight.device)
+        return layer
+
+    @property
+    def layout_name(self) -> str:
+        return factors.LAYOUT_NAME
+
+    @property
+    def columns(self) -> int:
+        return self.rank
+
+    @property
+    def first_product(self) -> PackedProduct:
+        return self._inner
+
+    def packed_parameter(self, name: str) -> torch.Tensor | None:
+        return self._parameters.get(_OUTER.get(name, ""))
+
+    def factorized(self) -> FactorizedWeight:
+        """The weight unpacked."""
+        return factors.unpack_factors(self.packed(), self.in_features)
+
+    def binarized(self) -> BinarizedWeight:
+        """
+        Raises:
+            TypeError: a product of two sign matrices is no sum of sign planes; `factorized` unpacks it.
+        """
+        raise TypeError("This weight is a product of two sign matrices: unpack it with factorized() or dequantize().")
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.factorized().dequantize(dtype)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        return super()._product(self._inner._product(x))
+
+    def forget(self) -> None:
+        super().forget()
+        if "_inner" in self.__dict__:
+            self._inner.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in super().__getstate__().items() if key != "_inner"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._inner = InnerProduct(self)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}, layout={self.layout_name}, bits_per_weight={self.bits_per_weight():.3f}, "
+            f"backend={self.backend}"
+        )
+
+
+def packed_linear(
+    weight: BinarizedWeight | FactorizedWeight, bias: torch.Tensor | None = None, backend: str = "auto"
+) -> ARBLinear:
+    """The layer of what an algorithm returned, see `ARBLinear.from_binarized` and `ARBFactorizedLinear`."""
+    if isinstance(weight, FactorizedWeight):
+        return ARBFactorizedLinear.from_factorized(weight, bias, backend)
+    return ARBLinear.from_binarized(weight, bias, backend)

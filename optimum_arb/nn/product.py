@@ -1,0 +1,99 @@
+"""`PackedProduct`: x times one packed matrix by the operator, and what a GPU keeps beside the matrix for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..layout import Layout
+from ..ops.linear import linear_without_grad
+from .shared_input import MAX_TOKENS, SharedInput, prepare_layer, run_prepared_layer
+
+if TYPE_CHECKING:
+    from ..ops.backends.triton.prepack import Prepacked
+
+
+class PackedProduct:
+    """What an `ARBLinear` does with its matrix, and each of the two matrices of an `ARBFactorizedLinear`.
+
+    Attributes:
+        layout: of the matrix.
+        block_size: columns that share a row scale.
+        out_features: rows of the matrix.
+        backend: a name of the operator's backends.
+        bias: `[rows]`, or None.
+        shared_input: the group that computes this product with others of the same input; set by `share_inputs`.
+        shared_index: the place in it.
+    """
+
+    layout: Layout
+    block_size: int
+    out_features: int
+    backend: str
+    bias: torch.Tensor | None
+    shared_input: SharedInput | None
+    shared_index: int
+    _prepared: Prepacked | None  # the matrix as the GPU kernel for few tokens reads it
+    _looked: bool  # for it
+
+    @property
+    def columns(self) -> int:
+        """Columns of the matrix."""
+        raise NotImplementedError
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether a hook brings the matrix to the GPU for the time of a call: no copy of it is to stay there."""
+        raise NotImplementedError
+
+    def packed_parameter(self, name: str) -> torch.Tensor | None:
+        """The tensor of this name of `optimum_arb.packing.TENSOR_NAMES`, None where there is none."""
+        raise NotImplementedError
+
+    def _operands(self) -> list[torch.Tensor | None]:
+        """The tensors of `optimum_arb.packing.TENSOR_NAMES`, in this order, as the operator takes them."""
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """Drops what was prepared and, of a group, computed: the matrix has changed."""
+        self._prepared, self._looked = None, False
+        if self.shared_input is not None:
+            self.shared_input.forget()
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., columns]` to `[..., rows]`, the bias added."""
+        bias = self.bias
+        if x.is_cuda and self._few_tokens(x):
+            shared = self.shared_input
+            if shared is not None and shared.enabled:
+                out = shared.output(self, x)
+                if out is not None:
+                    return out
+            if self._prepared is not None and not torch.compiler.is_compiling():
+                return run_prepared_layer(x, self._prepared, bias)
+        tensors = self._operands()
+        if not x.is_meta and not torch.compiler.is_compiling() and self._without_grad(x):
+            return linear_without_grad(x, tensors, bias, self.layout, self.block_size, self.backend)
+        return torch.ops.optimum_arb.linear(x, *tensors, bias, self.layout.name, self.block_size, self.backend)
+
+    def _without_grad(self, x: torch.Tensor) -> bool:
+        """Whether this is a plain product without a gradient, for which the host need not ask the dispatcher."""
+        if type(x) is not torch.Tensor:  # a subclass may do otherwise with the operator
+            return False
+        return not torch.is_grad_enabled() or not (
+            x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        )
+
+    def _few_tokens(self, x: torch.Tensor) -> bool:
+        """Whether the kernels for few tokens may compute this. Prepares them, unless the call is being compiled."""
+        if self.backend not in ("auto", "triton") or x.shape[-1] != self.columns:
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            return False  # what follows has no gradient
+        if not torch.compiler.is_compiling() and not self._looked:
+            if torch.cuda.is_current_stream_capturing():
+                return False
+            self._prepared = prepare_layer(self)
+            self._looked = True
+        return 0 < x.numel() <= MAX_TOKENS * x.shape[-1] and x.dtype in (torch.float16, torch.bfloat16)
