@@ -339,8 +339,8 @@ class ARBConfig(QuantizationConfigMixin):
         if self.damp_percent is not None:
             return self.damp_percent
         # on the second half of the WikiText-2 validation file SmolLM2-135M at one plane has a perplexity of 786 to
-        # 879 at 0.02 (4 runs of slightly different damping), 957 and 1,039 at 0.01, 1,278 at 0.03. Factors at 1.18 bits:
-        # held-out output error, mean of 14 matrices, .0837 at 0.02, .0829 at 0.05
+        # 879 at 0.02 (4 runs of slightly different damping), 957 and 1,039 at 0.01, 1,278 at 0.03. Factors at 1.18
+        # bits: held-out output error, mean of 14 matrices, .0837 at 0.02, .0829 at 0.05
         return {"arb-hrc": 0.02, "arb-dbf": 0.05}.get(self.method, 0.01)
 
     @property

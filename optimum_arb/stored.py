@@ -138,8 +138,8 @@ def _check_tensors(linear: StoredLinear, config: ARBConfig, shapes: Mapping[str,
         if tensors[name].dtype not in dtypes or tensors[name].shape != shape:
             raise ValueError(
                 f"{linear.key}: the tensor {_tensor_key(linear.key, name)!r} is {tensors[name]} in the checkpoint, but "
-                f"{' or '.join(dtypes)} {list(shape)} follows from the model's shapes and its quantization_config (method={config.method!r}, "
-                f"{form}). One of the two was changed."
+                f"{' or '.join(dtypes)} {list(shape)} follows from the model's shapes and its quantization_config "
+                f"(method={config.method!r}, {form}). One of the two was changed."
             )
     for name in sorted(set(tensors) - set(shapes)):
         raise ValueError(
