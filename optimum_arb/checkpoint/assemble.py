@@ -50,7 +50,7 @@ class _Shard:
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         self._file.seek(self._start + self.places[name])
-        self._file.write(memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy()))
+        self._file.write(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
     def close(self) -> None:
         self._file.close()
@@ -75,6 +75,8 @@ def assemble(
     """
     quantizer: Any = model.hf_quantizer
     metadata = {**quantizer.get_state_dict_and_metadata(model)[1], "format": "pt"}
+    with weights.outside():
+        pass  # what the checkpoint holds twice and alike is tied from here on
     empty = _as_saved(model, {name: tensor.to("meta") for name, tensor in model.state_dict().items()})
     split = split_torch_state_dict_into_shards(
         empty,

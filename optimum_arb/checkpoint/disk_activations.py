@@ -108,7 +108,7 @@ class DiskActivations(Activations):
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.flatten().view(torch.uint8).numpy())
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _read(file: IO[bytes], entry: dict[str, Any]) -> torch.Tensor:

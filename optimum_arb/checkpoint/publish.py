@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from ..hub.card import NAME as CARD
 from ..hub.card import is_users_own
 from ..saving import _model_files
 from .work import WorkDirectory, file_digest, synchronize
-
-
-def finished_before(output: Path) -> bool:
-    """Whether the model of an interrupted run is whole, and its files are on their way into `output`."""
-    from .quantize import work_directory
-
-    work = WorkDirectory(work_directory(output))
-    if not work.exists:
-        return False
-    work.read()
-    return work.published is not None
 
 
 def publish(work: WorkDirectory, staging: Path, output: Path) -> None:
@@ -43,10 +33,7 @@ def publish(work: WorkDirectory, staging: Path, output: Path) -> None:
         os.rename(staging, output)
         synchronize(output.parent)
         return
-    if not staging.is_dir():
-        _check(work, output)
-        return
-    waiting = {file.name for file in staging.iterdir()}
+    waiting = {file.name for file in staging.iterdir()} if staging.is_dir() else set()
     if "config.json" in waiting:
         (output / "config.json").unlink(missing_ok=True)
         synchronize(output)
@@ -58,8 +45,11 @@ def publish(work: WorkDirectory, staging: Path, output: Path) -> None:
             continue
         if name == "config.json":
             synchronize(output)
+        if (staging / name).is_dir() and (output / name).is_dir():
+            shutil.rmtree(output / name)
         os.replace(staging / name, output / name)
     synchronize(output)
+    _check(work, output)
 
 
 def _there(output: Path) -> bool:
@@ -71,6 +61,4 @@ def _check(work: WorkDirectory, output: Path) -> None:
     for name, digest in (work.published or {}).items():
         file = output / name
         if name != CARD and (not file.is_file() or file_digest(file) != digest):
-            raise ValueError(
-                f"{file} is not what the interrupted run wrote there. Delete {work.path} and begin anew."
-            )
+            raise ValueError(f"{file} is not what the interrupted run wrote there. Delete {work.path} and begin anew.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -24,15 +26,16 @@ from ..calibration.progress import Progress
 from ..config import ARBConfig
 from ..hub.card import NAME as CARD
 from ..hub.card import write_card
+from ..inspection import inspect_model
 from ..placement import calibration_device
 from ..quantizer import ARBHfQuantizer
-from ..report import ModelReport, model_report
+from ..report import ModelReport, ModuleReport, model_report
 from ..saving import check_output_directory, save_model
 from ..version import __version__
 from .assemble import assemble
 from .disk_activations import DiskActivations, remove_activations
 from .interrupt import interruptible
-from .publish import finished_before, publish
+from .publish import publish
 from .source import CheckpointSource, NotStreamable, skeleton_class
 from .streamed import StreamedWeights
 from .work import WorkDirectory, file_digest, synchronize
@@ -50,6 +53,7 @@ class QuantizedCheckpoint:
         config: what it was binarized with, as its config.json says it.
         seconds: what it took, without the part of an interrupted run.
         resumed_layers: layers that an interrupted run had finished.
+        files: what was written into the directory.
     """
 
     path: Path
@@ -57,6 +61,7 @@ class QuantizedCheckpoint:
     config: ARBConfig
     seconds: float
     resumed_layers: int
+    files: tuple[str, ...]
 
 
 def quantize_checkpoint(
@@ -109,16 +114,16 @@ def quantize_checkpoint(
     output = Path(output)
     name = os.fspath(model)
     config = ARBConfig() if config is None else config
-    if resume and (before := finished_before(output)):
-        overwrite = True  # what is in the way there is a part of this very run's result
-        logger.info("The model of the interrupted run was whole already; it is put in its place: %s.", before)
-    check_output_directory(output, overwrite)
     work = WorkDirectory(work_directory(output))
     if work.exists and not resume:
         raise FileExistsError(
             f"An interrupted run has left its finished layers in {work.path}. Go on with it by resume=True "
             "(--resume), or delete that directory to begin anew."
         )
+    staging = work.path / "model"
+    if resume and (done := _finished_before(work, staging, output, config)):
+        return done
+    check_output_directory(output, overwrite)
     work.lock()
     try:
         model_config = AutoConfig.from_pretrained(name)
@@ -132,20 +137,20 @@ def quantize_checkpoint(
             except NotStreamable as error:
                 logger.warning("%s cannot be read layer by layer: %s. It is binarized in memory.", name, error)
                 work.clear()
-                return _in_memory(model_class, name, output, config, dtype, overwrite, device, max_shard_size, processor)
+                return _in_memory(
+                    model_class, name, output, config, dtype, overwrite, device, max_shard_size, processor
+                )
             assert run.weights is not None
-            staging = work.path / "model"
-            if work.published is None:
-                _write_model(binarized, run.weights, staging, output, name, max_shard_size, processor)
-                work.publish({file.name: file_digest(file) for file in sorted(staging.iterdir()) if file.is_file()})
+            _write_model(binarized, run.weights, staging, output, name, max_shard_size, processor)
+            files = tuple(sorted(file.relative_to(staging).as_posix() for file in staging.rglob("*") if file.is_file()))
+            work.publish({file: file_digest(staging / file) for file in files})
             publish(work, staging, output)
             run.weights.close()
             run.remove_activations()
             work.clear()
         quantization: Any = binarized.config.quantization_config
-        return QuantizedCheckpoint(
-            output, model_report(binarized), quantization, time.perf_counter() - began, run.resumed
-        )
+        seconds = time.perf_counter() - began
+        return QuantizedCheckpoint(output, model_report(binarized), quantization, seconds, run.resumed, files)
     finally:
         work.unlock()
 
@@ -170,7 +175,7 @@ class _Run:
     ):
         self.work = work
         self.resume = resume
-        self.device = calibration_device(str(device) if str(device) == "auto" else {"": str(device)})
+        self.device = _device(device)
         self.progress = progress
         self.weights: StreamedWeights | None = None
         self.resumed = 0
@@ -261,6 +266,14 @@ class _Run:
         }
 
 
+def _device(device: str | torch.device) -> torch.device:
+    """The device of a name; "auto" and the other device maps of accelerate mean the accelerator, if there is one."""
+    name = str(device)
+    if name in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return calibration_device("auto")
+    return calibration_device({"": int(name) if name.isdigit() else name})
+
+
 def _json(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _json(entry) for key, entry in value.items()}
@@ -342,7 +355,51 @@ def _in_memory(
 ) -> QuantizedCheckpoint:
     began = time.perf_counter()
     model = model_class.from_pretrained(name, quantization_config=config, dtype=dtype, device_map=str(device))
-    options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     save_model(model, _processor(name) if processor is None else processor, output, overwrite, **options)
     quantization: Any = model.config.quantization_config
-    return QuantizedCheckpoint(output, model_report(model), quantization, time.perf_counter() - began, 0)
+    files = tuple(sorted(file.name for file in output.iterdir() if file.is_file()))
+    return QuantizedCheckpoint(output, model_report(model), quantization, time.perf_counter() - began, 0, files)
+
+
+def _finished_before(work: WorkDirectory, staging: Path, output: Path, config: ARBConfig) -> QuantizedCheckpoint | None:
+    """The model of a run that was interrupted when its model was whole, or that was not interrupted at all."""
+    if work.exists:
+        work.read()
+        if work.published is None:
+            return None
+        work.lock()
+        try:
+            before = ARBConfig.from_dict(_quantization(staging) or _quantization(output) or {})
+            if before.choices() != config.choices():
+                raise ValueError(
+                    f"The interrupted run in {work.path} finished a model with other choices than these. Delete that "
+                    "directory to begin anew."
+                )
+            publish(work, staging, output)
+            work.clear()
+        finally:
+            work.unlock()
+    stored = _quantization(output)
+    if stored is None or ARBConfig.from_dict(stored).choices() != config.choices():
+        return None
+    logger.warning("%s holds the finished model already: there is nothing to resume.", output)
+    found = inspect_model(output)
+    modules = tuple(
+        ModuleReport(m.name, m.method, m.layout, math.prod(m.shape), m.bits_per_weight, m.stored_bytes, None, None)
+        for m in found.modules
+    )
+    packed = sum(module.stored_bytes for module in modules)
+    report = ModelReport(modules, found.kept, found.bits_per_weight, packed, found.stored_bytes)
+    files = tuple(sorted(file.name for file in output.iterdir() if file.is_file()))
+    return QuantizedCheckpoint(output, report, found.config, 0.0, 0, files)
+
+
+def _quantization(directory: Path) -> dict[str, Any] | None:
+    """The quantization_config of a binarized model's directory, None where there is none."""
+    path = directory / "config.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return stored if isinstance(stored, dict) and stored.get("quant_method") == "arb" else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ class CheckpointSource:
             raise NotStreamable(f"the checkpoint lacks {absent[0]!r}, which transformers initializes at random")
         self._load({})  # leaves on the model which conversions the keys took, for saving
         self._begun = True
+        self._tie()
 
     def part_of(self, name: str) -> str:
         """The layer that a parameter or module belongs to, or `OUTSIDE`."""
@@ -121,7 +122,7 @@ class CheckpointSource:
             name, error = next(iter(info.conversion_errors.items()))
             raise ValueError(f"{name} could not be loaded: {error}")
         if part == OUTSIDE:
-            self.model.tie_weights(missing_keys=set(self.missing), recompute_mapping=False)
+            self._tie()
 
     def release(self, part: str) -> None:
         """Lets go of what was loaded of a part: its parameters are on the meta device again."""
@@ -150,17 +151,28 @@ class CheckpointSource:
                 digest.update(chunk)
         return digest.hexdigest()
 
+    def _tie(self) -> None:
+        self.model.tie_weights(missing_keys=set(self.missing), recompute_mapping=False)
+
     def _load(self, tensors: dict[str, Any]) -> Any:
         conversions = self.model.__dict__.get("_weight_conversions")
-        shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # a bar for every layer
-        try:
-            return convert_and_load_state_dict_in_model(self.model, tensors, self._load_config)[0]
-        finally:
-            if shown:
-                logging.enable_progress_bar()
-            if self._begun:  # and not those that the keys of one part took
-                self.model._weight_conversions = conversions
+        with _without_bar():  # of which there would be one for every layer
+            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, self._load_config)
+        if self._begun:  # and not those that the keys of one part took
+            self.model._weight_conversions = conversions  # type: ignore[assignment]
+        return info
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Without transformers' progress bars."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def tensor_places(files: Sequence[str]) -> dict[str, _Place]:
@@ -219,15 +231,21 @@ def skeleton_class(model_class: type[PreTrainedModel], loaded: Callable[[list[st
         loaded: is called in place of loading, with the files and what transformers would load them with.
     """
 
-    def nothing_loaded(model: PreTrainedModel, state_dict: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any):
+    def nothing_loaded(
+        model: PreTrainedModel, state_dict: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ):
         loaded([str(file) for file in files or ()], load_config)
-        return convert_and_load_state_dict_in_model(model, {}, load_config)
+        with _without_bar():
+            return convert_and_load_state_dict_in_model(model, {}, load_config)
 
     def nothing_to_finish(model: PreTrainedModel, load_config: Any, info: Any) -> Any:
         for tensor in model.state_dict(keep_vars=True).values():
             tensor._is_hf_initialized = True  # so that only the buffers which are in no checkpoint are computed
         model._move_missing_keys_from_meta_to_device(
-            set(), load_config.device_map, load_config.device_mesh, load_config.hf_quantizer
+            set(),  # type: ignore[arg-type]
+            load_config.device_map,
+            load_config.device_mesh,
+            load_config.hf_quantizer,
         )
         model._initialize_missing_keys(load_config.is_quantized)
         model.__class__ = model_class

@@ -196,7 +196,9 @@ class StreamedWeights(LayerWeights):
     def _binarized(self, part: str) -> list[str]:
         """The tensors of a part that its binarized modules hold in place of what the checkpoint has."""
         names: list[str] = []
-        for name in dict.fromkeys(n.rpartition(".")[0] if n in self.selection.experts else n for n in self._targets(part)):
+        for name in dict.fromkeys(
+            n.rpartition(".")[0] if n in self.selection.experts else n for n in self._targets(part)
+        ):
             module = self.model.get_submodule(name)
             if isinstance(module, ARBExperts):
                 names += [f"{name}.{key}" for key in module.packed_names()]
@@ -247,4 +249,3 @@ class StreamedWeights(LayerWeights):
                 if name not in binarized and not present.is_meta and torch.equal(present, kept):
                     continue
                 module.register_parameter(key, nn.Parameter(kept.clone(), requires_grad=present.requires_grad))
-

@@ -237,5 +237,3 @@ def synchronize(path: str | os.PathLike) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
