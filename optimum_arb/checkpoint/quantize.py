@@ -124,7 +124,6 @@ def quantize_checkpoint(
     if resume and (done := _finished_before(work, staging, output, config)):
         return done
     check_output_directory(output, overwrite)
-    work.lock()
     try:
         model_config = AutoConfig.from_pretrained(name)
         if getattr(model_config, "quantization_config", None) is not None:
@@ -152,6 +151,8 @@ def quantize_checkpoint(
         seconds = time.perf_counter() - began
         return QuantizedCheckpoint(output, model_report(binarized), quantization, seconds, run.resumed, files)
     finally:
+        if not work.pieces and work.locked:
+            work.clear()
         work.unlock()
 
 
@@ -203,6 +204,7 @@ class _Run:
         self.layers = [layer for group in find_layers(model, quantizer.selection.modules()) for layer in group.names]
         source = CheckpointSource(model, self._files, self._load_config, self.layers)
         identity = self._identity(model, quantizer, calibration)
+        self.work.lock()
         if self.resume and self.work.exists:
             self.work.resume(identity)
         else:

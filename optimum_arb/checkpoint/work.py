@@ -6,7 +6,6 @@ in the same way. So whatever the manifest names is whole, at whatever instant th
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from .source import read_range
 
 MANIFEST = "manifest.json"
+LOCK = "lock"
 VERSION = 1
 
 
@@ -53,6 +53,11 @@ class WorkDirectory:
         """Whether a run has left something here."""
         return (self.path / MANIFEST).is_file()
 
+    @property
+    def locked(self) -> bool:
+        """Whether this process is at work here."""
+        return self._lock is not None
+
     def lock(self) -> None:
         """Keeps other processes out until `unlock`, or the end of this one.
 
@@ -60,7 +65,7 @@ class WorkDirectory:
             RuntimeError: another process is at work here.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path.with_name(f"{self.path.name}.lock"))
+        lock = FileLock(self.path / LOCK)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -70,8 +75,6 @@ class WorkDirectory:
     def unlock(self) -> None:
         if self._lock is not None:
             self._lock.release()
-            with contextlib.suppress(OSError):
-                os.unlink(self._lock.lock_file)
             self._lock = None
 
     def begin(self, identity: Mapping[str, Any]) -> None:
@@ -80,8 +83,7 @@ class WorkDirectory:
         Args:
             identity: everything that the result depends on, as JSON.
         """
-        self.clear()
-        self.path.mkdir(parents=True)
+        self._empty()
         self.identity = json.loads(json.dumps(identity))
         self._write_manifest()
 
@@ -126,15 +128,19 @@ class WorkDirectory:
             raise ValueError(f"{path} was written by another version of optimum_arb. Delete {self.path}.")
 
     def clear(self) -> None:
-        """Removes the directory; the manifest last, so that what is left names nothing that is gone."""
+        """Removes the directory with all that is in it."""
+        self._empty()
+        if self.path.exists():
+            shutil.rmtree(self.path)
+
+    def _empty(self) -> None:
+        """Removes everything but the lock; the manifest last, so that what is left names nothing that is gone."""
         self.identity, self.pieces, self.sources = {}, {}, {}
         self.activations = self.published = None
-        if not self.path.exists():
-            return
-        for entry in self.path.iterdir():
-            if entry.name != MANIFEST:
+        found = list(self.path.iterdir()) if self.path.exists() else []
+        for entry in sorted(found, key=lambda entry: entry.name == MANIFEST):
+            if entry.name != LOCK:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        shutil.rmtree(self.path)
 
     def write_piece(
         self,
