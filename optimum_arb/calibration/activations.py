@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+# In place of a layer's name, for what enters the first one.
+INPUTS = ""
+
 
 class Activations:
     """The hidden states of all batches, on the CPU, in memory.
@@ -29,8 +32,8 @@ class Activations:
         else:
             self._batches[batch] = kept
 
-    def advance(self) -> None:
-        """What was put becomes what is read."""
+    def advance(self, layer: str) -> None:
+        """What was put becomes what is read: the outputs of this layer, or what enters the first one (`INPUTS`)."""
 
     def restore(self, layer: str) -> bool:
         """Whether the outputs of this layer, which an interrupted run computed, are at hand; they are current then."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -13,18 +13,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..experts import is_experts
 from ..nn import ARBExperts, ARBLinear
-from .activations import Activations
+from .activations import INPUTS, Activations
 from .calls import Call, Stop, hidden_states, replaced_forwards
 from .experts import LayerStatistics, RoutedInputs
 from .layers import Layers, find_layers
 from .progress import Progress
-from .weights import LayerWeights
+from .weights import OUTSIDE, LayerWeights
 
 # (name, float module, calibration matrix or None, tokens) -> the binarized module and its output error
 Binarize = Callable[[str, nn.Module, "torch.Tensor | None", int], "tuple[ARBLinear, float | None]"]
-# (name, float experts, their inputs) -> the binarized module and the output errors of its matrices
-BinarizeExperts = Callable[[str, nn.Module, RoutedInputs], "tuple[ARBExperts, list[float]]"]
+# (name, float experts, their inputs or None) -> the binarized module and the output errors of its matrices
+BinarizeExperts = Callable[[str, nn.Module, "RoutedInputs | None"], "tuple[ARBExperts, list[float]]"]
 
 
 @dataclass
@@ -69,7 +70,8 @@ class CalibrationWalk:
         model: the float model, on the CPU, in evaluation mode.
         targets: names of the linears, and of the modules of experts, to binarize.
         binarize: makes the binarized module of a linear.
-        batches: token ids int64 `[B, L]`, or other inputs of the model's `forward` by their names.
+        batches: token ids int64 `[B, L]`, or other inputs of the model's `forward` by their names; none to binarize
+            from the weights alone.
         device: where a layer runs and is binarized; its weights go there and come back.
         binarize_experts: makes the binarized module of experts; needed where there are any.
         weights: where the model's weights are; in memory unless given.
@@ -99,7 +101,7 @@ class CalibrationWalk:
         self.batches = batches
         self.device = torch.device(device)
         self.weights = weights or LayerWeights()
-        self.activations = activations or Activations()
+        self.activations = Activations() if activations is None else activations  # an empty one is false
         self.after_layer = after_layer
         self.progress = progress or Progress()
         self.errors: list[float] = []
@@ -117,20 +119,32 @@ class CalibrationWalk:
             groups = self._find_layers()
             inside = {name for group in groups for names in group.targets for name in names}
             outside = [name for name in self._targets if name not in inside]
-            if groups:
-                with self.weights.outside():
-                    self._probe(groups)
+            if groups and self.batches:
+                self._probe(groups)
             total = sum(len(group.modules) for group in groups) + bool(outside)
             with self.progress.running(total):
-                for group in groups:
-                    walk = self._walk_chain if group.is_chain() else self._walk_by_whole_runs
-                    for _ in walk(group):
-                        pass
-                if outside:
+                for index, group in enumerate(groups):
+                    if not self.batches:
+                        self._walk_without_inputs(group)
+                    elif group.is_chain():
+                        self._walk_chain(group, [name for other in groups[:index] for name in other.names])
+                    else:
+                        self._walk_by_whole_runs(group)
+                if outside and self.weights.is_finished(OUTSIDE):
+                    self.progress.already_done("outside the layers")
+                elif outside:
                     with self.progress.layer("outside the layers", outside):
-                        names = [name for group in groups for name in group.names]
-                        with self.weights.whole(names):
-                            self._binarize_all(outside, self._statistics_of_whole_runs(outside))
+                        self._outside(outside, [name for group in groups for name in group.names])
+
+    def _outside(self, targets: list[str], layers: list[str]) -> None:
+        if self.batches:
+            with self.weights.whole(layers):
+                self._binarize_all(targets, self._statistics_of_whole_runs(targets))
+                self.weights.finish(OUTSIDE)
+        else:
+            with self.weights.outside():
+                self._binarize_all(targets, None)
+                self.weights.finish(OUTSIDE)
 
     def _find_layers(self) -> list[Layers]:
         return find_layers(self.model, self._targets)
@@ -172,7 +186,7 @@ class CalibrationWalk:
         short = batch[:1, :8] if isinstance(batch, torch.Tensor) else batch
         try:
             if self.weights.resident:
-                self._run_model(short)
+                self._run_model(short)  # as it is, every layer of it
             else:
                 self._run_one_of_each_kind(groups, short)
         except (TypeError, ValueError, AttributeError, KeyError) as error:
@@ -185,6 +199,8 @@ class CalibrationWalk:
         finally:
             for handle in handles:
                 handle.remove()
+        if not all(group.is_chain() for group in groups):
+            self.weights.stay(f"the layers of {type(self.model).__name__} hand on more than their hidden states")
         last = len(order)
         rank = [order.index(index) if index in order else last for index in range(len(groups))]
         groups[:] = [groups[index] for index in sorted(range(len(groups)), key=rank.__getitem__)]
@@ -232,29 +248,28 @@ class CalibrationWalk:
         with replaced_forwards(group.modules, [recorder(index) for index in range(len(group.modules))]):
             for tokens in self.batches:
                 self._run_model(tokens)
-        first.advance()
+        first.advance(INPUTS)
         return first, calls
 
-    def _walk_chain(self, group: Layers) -> Iterator[None]:
-        with self.weights.outside():
+    def _walk_chain(self, group: Layers, before: list[str]) -> None:
+        """A chain of layers; the layers of the groups before it run in the model before they do."""
+        if all(self.weights.is_finished(name) for name in group.names):
+            for name in group.names:
+                self.progress.already_done(name)
+            return
+        with self.weights.whole(before):
             hidden, calls = self._record(group)
-        last = len(group.modules) - 1
         finished = [self.weights.is_finished(name) for name in group.names]
-        start = 0
-        for index in reversed(range(len(group.names))):
-            # what an interrupted run finished need not run again if its outputs were kept, or nothing follows
-            if all(finished[: index + 1]) and (index == last or hidden.restore(group.names[index])):
-                start = index + 1
-                break
+        done = next(index for index, found in enumerate(finished) if not found)
+        # what an interrupted run finished need not run again if its outputs were kept
+        start = done if done and hidden.restore(group.names[done - 1]) else 0
         for index, (name, names) in enumerate(zip(group.names, group.targets, strict=True)):
             if index < start:
                 self.progress.already_done(name)
-                yield
                 continue
             with self.progress.layer(name, [] if finished[index] else names):
                 self._turn(group, index, finished[index], hidden, calls[index])
             calls[index].clear()
-            yield
         hidden.clear()
 
     def _turn(self, group: Layers, index: int, finished: bool, hidden: Activations, calls: list[Call]) -> None:
@@ -281,7 +296,7 @@ class CalibrationWalk:
             if index + 1 < len(group.modules):
                 for batch, call in enumerate(calls):
                     hidden.put(batch, call.run(layer, hidden[batch].to(self.device), self.device))
-                hidden.advance()
+                hidden.advance(name)
         finally:
             layer.to("cpu")
         if finished:
@@ -289,12 +304,23 @@ class CalibrationWalk:
         else:
             self.weights.finish(name)
 
-    def _walk_by_whole_runs(self, group: Layers) -> Iterator[None]:
+    def _walk_without_inputs(self, group: Layers) -> None:
+        for name, layer, names in zip(group.names, group.modules, group.targets, strict=True):
+            if self.weights.is_finished(name):
+                self.progress.already_done(name)
+                continue
+            with self.progress.layer(name, names):
+                self.weights.load(name)
+                layer.to(self.device)
+                self._binarize_all(names, None)
+                layer.to("cpu")
+                self.weights.finish(name)
+
+    def _walk_by_whole_runs(self, group: Layers) -> None:
         for name, layer, names, seen in zip(group.names, group.modules, group.targets, group.seen, strict=True):
             with self.progress.layer(name, names):
                 if names:
                     self._binarize_all(names, self._statistics_of_whole_runs(names, layer if len(seen) == 1 else None))
-            yield
 
     def _statistics_of_whole_runs(self, names: list[str], last: nn.Module | None = None) -> LayerStatistics:
         """Statistics from runs of the whole model, each ended after the module `last` if there is one."""
@@ -313,20 +339,21 @@ class CalibrationWalk:
                 handle.remove()
         return statistics
 
-    def _binarize_all(self, names: list[str], statistics: LayerStatistics) -> None:
-        linears = statistics.linears
+    def _binarize_all(self, names: list[str], statistics: LayerStatistics | None) -> None:
         for name in names:
             start = time.perf_counter()
             module = self.model.get_submodule(name)
-            routed = statistics.experts.pop(name, None)
             packed: nn.Module
             errors: list[float]
-            if routed is None:
-                packed, error = self.binarize(name, module, linears.hessian(name), linears.tokens(name))
-                errors = [] if error is None else [error]
-            else:
+            if is_experts(module):
                 assert self.binarize_experts is not None
+                routed = None if statistics is None else statistics.experts.pop(name)
                 packed, errors = self.binarize_experts(name, module, routed)
+            else:
+                hessian = None if statistics is None else statistics.linears.hessian(name)
+                tokens = 0 if statistics is None else statistics.linears.tokens(name)
+                packed, error = self.binarize(name, module, hessian, tokens)
+                errors = [] if error is None else [error]
             self.errors += errors
             self.model.set_submodule(name, packed)
             self.progress.linear(name, time.perf_counter() - start, errors)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
+# Name of the part of a model that is in none of its layers.
+OUTSIDE = ""
+
 
 class LayerWeights:
     """The weights of a model in memory: there from the beginning to the end.
@@ -30,6 +33,9 @@ class LayerWeights:
     def is_finished(self, layer: str) -> bool:
         """Whether an interrupted run has finished the layer; `load` then loads it binarized."""
         return False
+
+    def stay(self, reason: str) -> None:
+        """The layers cannot be walked over one by one: all weights must be there from now on."""
 
     def outside(self) -> AbstractContextManager[None]:
         """For a run of the model up to its layers: the weights that are in no layer are there inside this context."""
