@@ -6,10 +6,10 @@
     Z = the nearest weight of that form to X + U
     U = U + X - Z
 
-(Boyd et al. 2011, section 9.1: the constraint set is not convex, so this is a search, not a descent, and what follows it
-is one.) It runs on columns scaled by `sqrt(H_jj)`, which the column scales take back, with rho rising from nearly 0: at
-first X sees the loss alone. Blocks are fitted all together and all planes too, where the block loop fits a block before
-it knows the next one.
+(Boyd et al. 2011, section 9.1: the constraint set is not convex, so this is a search, not a descent; what follows it is
+one.) It runs on columns scaled by `sqrt(H_jj)`, which the column scales take back, with rho rising from nearly 0: at
+first X sees the loss alone. All blocks and all planes are fitted together, where the block loop fits a block before it
+knows the next one.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ class Descent:
         of its 2^P levels, and the change is carried into (W - Q) M.
         """
         fit, metric = self.fit, self.metric
-        _, rows, columns = fit.signs.shape
+        columns = fit.signs.shape[2]
         levels = _Levels(fit)
         current = fit.reconstruction().T.contiguous()  # [k, N]: a column is contiguous
         # t - Q = gradient / M_jj, so that the loop below only adds
@@ -272,8 +272,8 @@ def signs_in_order(weight: torch.Tensor, factor: torch.Tensor, fit: PlanesFit) -
 
 
 def sign_patterns(planes: int, like: torch.Tensor) -> torch.Tensor:
-    """All patterns of P signs, pattern i the opposite of pattern `2^P - 1 - i`, in the dtype and on the device of `like`:
-    `[2^P, P]`."""
+    """All patterns of P signs, pattern i the opposite of pattern `2^P - 1 - i`: `[2^P, P]`, of the dtype and on the device
+    of `like`."""
     return torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * planes).view(-1, planes).to(like)
 
 
