@@ -272,8 +272,7 @@ def signs_in_order(weight: torch.Tensor, factor: torch.Tensor, fit: PlanesFit) -
 
 
 def sign_patterns(planes: int, like: torch.Tensor) -> torch.Tensor:
-    """All patterns of P signs, pattern i the opposite of pattern `2^P - 1 - i`: `[2^P, P]`, of the dtype and on the device
-    of `like`."""
+    """All patterns of P signs, pattern i the opposite of pattern `2^P - 1 - i`: `[2^P, P]`, in the dtype of `like`."""
     return torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * planes).view(-1, planes).to(like)
 
 
