@@ -38,8 +38,11 @@ class LayerTurn:
         targets: names in the model of what was binarized in it.
         device: where it runs.
         inputs: its hidden states in, batch by batch, on the CPU.
-        references: the hidden states that the float layer made of them, on the CPU.
+        references: hidden states out, on the CPU: what the float layer made of `inputs` or, where the walk follows the
+            float model, of the float model's hidden states.
         calls: its other arguments, batch by batch.
+        modules: name -> float module, of what was binarized.
+        statistics: their calibration matrices.
     """
 
     name: str
@@ -49,6 +52,8 @@ class LayerTurn:
     inputs: Activations
     references: list[torch.Tensor]
     calls: list[Call]
+    modules: dict[str, nn.Module]
+    statistics: LayerStatistics
 
     def run(self, batch: int) -> torch.Tensor:
         """The layer's output `[B, L, H]` for a batch as it is now, on `device`; with a gradient where that is on."""
@@ -78,6 +83,8 @@ class CalibrationWalk:
         activations: keeps the hidden states between two layers; in memory unless given.
         after_layer: is called with each layer of a chain once it is binarized, before its outputs are computed for the
             next. It costs the memory of the float layer's outputs. Gradients are off; it may turn them on.
+        follow_float: keep the hidden states of the float model beside those of the one that is binarized, at the cost
+            of another run of each layer; a model whose layers form no chain, or more than one, is refused.
         progress: is told of layers and linears; a bar or lines on stderr unless given.
     """
 
@@ -93,6 +100,7 @@ class CalibrationWalk:
         weights: LayerWeights | None = None,
         activations: Activations | None = None,
         after_layer: AfterLayer | None = None,
+        follow_float: bool = False,
         progress: Progress | None = None,
     ):
         self.model = model
@@ -103,6 +111,9 @@ class CalibrationWalk:
         self.weights = weights or LayerWeights()
         self.activations = Activations() if activations is None else activations  # an empty one is false
         self.after_layer = after_layer
+        self.follow_float = follow_float
+        # with `follow_float`, what comes out of the float model's last layer, batch by batch, once the walk is over
+        self.float_outputs: list[torch.Tensor] = []
         self.progress = progress or Progress()
         self.errors: list[float] = []
         self._targets = list(targets)
@@ -121,6 +132,8 @@ class CalibrationWalk:
             outside = [name for name in self._targets if name not in inside]
             if groups and self.batches:
                 self._probe(groups)
+            if self.follow_float:
+                self._check_one_chain(groups)
             total = sum(len(group.modules) for group in groups) + bool(outside)
             with self.progress.running(total):
                 for index, group in enumerate(groups):
@@ -148,6 +161,18 @@ class CalibrationWalk:
 
     def _find_layers(self) -> list[Layers]:
         return find_layers(self.model, self._targets)
+
+    def _check_one_chain(self, groups: list[Layers]) -> None:
+        lists = ", ".join(group.names[0].rpartition(".")[0] for group in groups) or "none"
+        if not self.batches:
+            reason = "there is no calibration"
+        elif len(groups) != 1:
+            reason = f"it needs one list of layers, and these hold linears to binarize: {lists}"
+        elif not groups[0].is_chain():
+            reason = f"the layers of {lists} hand on more than their hidden states, or do not run in order"
+        else:
+            return
+        raise ValueError(f"{type(self.model).__name__} cannot be refined by the outputs of its layers: {reason}.")
 
     def _call_kwargs(self) -> dict[str, Any]:
         """Keep no cache, and as few logits as the model can be asked for."""
@@ -234,7 +259,7 @@ class CalibrationWalk:
                 hidden = hidden_states(args, kwargs)
                 if index == 0:
                     assert hidden is not None  # `Layers.is_chain` has seen it
-                    first.put(len(calls[0]), hidden)
+                    self._put(first, len(calls[0]), hidden, hidden)
                 kept = (None, *args[1:]) if args else ()
                 rest = {k: v for k, v in kwargs.items() if args or k != "hidden_states"}
                 batch = len(calls[index])
@@ -263,6 +288,11 @@ class CalibrationWalk:
         done = next(index for index, found in enumerate(finished) if not found)
         # what an interrupted run finished need not run again if its outputs were kept
         start = done if done and hidden.restore(group.names[done - 1]) else 0
+        if done and not start and self.follow_float:
+            raise ValueError(
+                f"The float model's hidden states behind {group.names[done - 1]} are deleted or damaged: refinement "
+                "cannot go on from there. Delete the work directory of the interrupted run and begin anew."
+            )
         for index, (name, names) in enumerate(zip(group.names, group.targets, strict=True)):
             if index < start:
                 self.progress.already_done(name)
@@ -277,32 +307,49 @@ class CalibrationWalk:
         name, layer, names = group.names[index], group.modules[index], group.targets[index]
         self.weights.load(name)
         layer.to(self.device)
+        inputs = _EveryOther(hidden) if self.follow_float else hidden
         try:
+            references: list[torch.Tensor] = []
+            if self.follow_float:
+                for batch, call in enumerate(calls):
+                    references.append(call.run(layer, hidden[2 * batch].to(self.device), self.device).to("cpu"))
             if names and not finished:
-                references: list[torch.Tensor] = []
+                keep = self.after_layer is not None and not self.follow_float
                 modules = {target: self.model.get_submodule(target) for target in names}
                 with LayerStatistics(modules) as statistics:
                     for batch, call in enumerate(calls):
-                        output = call.run(layer, hidden[batch].to(self.device), self.device)
+                        output = call.run(layer, inputs[batch].to(self.device), self.device)
                         statistics.end_batch()
-                        if self.after_layer is not None:
+                        if keep:
                             references.append(output.to("cpu"))
                         del output
                 self._binarize_all(names, statistics)
-                del statistics, modules
                 if self.after_layer is not None:
-                    self.after_layer(LayerTurn(name, layer, names, self.device, hidden, references, calls))
-                del references
+                    self.after_layer(
+                        LayerTurn(name, layer, names, self.device, inputs, references, calls, modules, statistics)
+                    )
+                del statistics, modules
             if index + 1 < len(group.modules):
                 for batch, call in enumerate(calls):
-                    hidden.put(batch, call.run(layer, hidden[batch].to(self.device), self.device))
+                    output = call.run(layer, inputs[batch].to(self.device), self.device)
+                    self._put(hidden, batch, output, references[batch] if self.follow_float else output)
                 hidden.advance(name)
+            elif self.follow_float:
+                self.float_outputs = references
         finally:
             layer.to("cpu")
         if finished:
             self.weights.release(name)
         else:
             self.weights.finish(name)
+
+    def _put(self, kept: Activations, batch: int, hidden: torch.Tensor, of_float: torch.Tensor) -> None:
+        """Keeps the hidden states of a batch; where the float model is followed, behind those of the float model."""
+        if self.follow_float:
+            kept.put(2 * batch, of_float)
+            kept.put(2 * batch + 1, hidden)
+        else:
+            kept.put(batch, hidden)
 
     def _walk_without_inputs(self, group: Layers) -> None:
         for name, layer, names in zip(group.names, group.modules, group.targets, strict=True):
@@ -357,6 +404,20 @@ class CalibrationWalk:
             self.errors += errors
             self.model.set_submodule(name, packed)
             self.progress.linear(name, time.perf_counter() - start, errors)
+
+
+class _EveryOther(Activations):
+    """The hidden states of the model that is binarized, among those of the float model; only to be read."""
+
+    def __init__(self, both: Activations):
+        super().__init__()
+        self._both = both
+
+    def __len__(self) -> int:
+        return len(self._both) // 2
+
+    def __getitem__(self, batch: int) -> torch.Tensor:
+        return self._both[2 * batch + 1]
 
 
 def _like(output: Any, hidden: torch.Tensor | None) -> Any:
