@@ -3,6 +3,7 @@
 Importing this package registers `ARBConfig` and its quantizer with transformers.
 """
 
+from .checkpoint.quantize import QuantizedCheckpoint, quantize_checkpoint
 from .config import ARBConfig
 from .nn import ARBExperts, ARBLinear
 from .packing import BinarizedWeight
@@ -22,8 +23,10 @@ __all__ = [
     "BinarizedWeight",
     "ModelReport",
     "ModuleReport",
+    "QuantizedCheckpoint",
     "__version__",
     "check_output_directory",
     "model_report",
+    "quantize_checkpoint",
     "save_model",
 ]

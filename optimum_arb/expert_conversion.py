@@ -141,7 +141,7 @@ def binarize_matrix(
 
 @torch.no_grad()
 def binarize_experts(
-    name: str, module: nn.Module, routed: RoutedInputs, configs: Mapping[str, ARBConfig]
+    name: str, module: nn.Module, routed: RoutedInputs | None, configs: Mapping[str, ARBConfig]
 ) -> tuple[ARBExperts, dict[str, Record]]:
     """Binarizes the experts of a layer, each under the inputs that were routed to it, on the device of their weights.
 
@@ -151,7 +151,7 @@ def binarize_experts(
     Args:
         name: of the module.
         module: the float module; it is not changed.
-        routed: its inputs in calibration.
+        routed: its inputs in calibration; None to binarize all experts from their weights alone.
         configs: name of a matrix that is to be binarized -> the choices for it; the others stay in float.
 
     Returns:
@@ -162,6 +162,11 @@ def binarize_experts(
     """
     matrices = expert_matrices(module)
     packed = ARBExperts(module, next(iter(configs.values())).backend)
+    if routed is None:
+        return packed, {
+            key: binarize_matrix(f"{name}.{key}", matrices[key], _parameter(module, key), config, packed)
+            for key, config in configs.items()
+        }
     counts = routed.tokens()
     most = sorted(range(len(counts)), key=lambda expert: -counts[expert])[:SEARCHED_EXPERTS]
     fits = []

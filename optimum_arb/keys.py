@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, rename_source_key
 
 from .modules import Selection
 from .stored import COMPANIONS, StoredTensor
@@ -19,12 +19,13 @@ class KeyMap:
 
     Args:
         model: the model before its linears are replaced.
+        conversions: of its checkpoint, where they are at hand; they note which of them a key took.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, conversions: Sequence[WeightTransform] | None = None):
         self._model = model
         self._expected = model.state_dict()
-        conversions = get_model_conversion_mapping(model)
+        conversions = get_model_conversion_mapping(model) if conversions is None else conversions
         self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
         self._by_pattern = {p: c for c in self._converters for p in c.source_patterns}

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .hadamard import hadamard_transform
 from .layout import Layout
 from .scales import SCALE_BITS, decoded, scale_grids, store_coded, store_scale
 
@@ -54,6 +55,10 @@ class BinarizedWeight:
         salient_columns: int64 `[S]`, ascending, or None where the layout has no salient columns.
         salient_signs: bool `[salient_planes, N, S]`, or None.
         salient_col_scale: float `[salient_col_scales, S]`, or None.
+        hadamard: the block of a Hadamard transform (`optimum_arb.hadamard`) that the permuted inputs go through before
+            they meet the planes: `y = planes(Hadamard(sign * x[permutation]))`; 0 for none.
+        input_signs: the signs of that transform, bool `[K]`, True = +1, in the order of the permuted inputs; None
+            without one.
     """
 
     layout: Layout
@@ -65,6 +70,8 @@ class BinarizedWeight:
     salient_columns: torch.Tensor | None = None
     salient_signs: torch.Tensor | None = None
     salient_col_scale: torch.Tensor | None = None
+    hadamard: int = 0
+    input_signs: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -92,6 +99,9 @@ class BinarizedWeight:
             for plane in term.planes:
                 value = torch.where(self._sign(plane, at), value, -value)
             weight[:, at] += value
+        if self.hadamard:
+            assert self.input_signs is not None
+            weight = hadamard_transform(weight, self.hadamard) * torch.where(self.input_signs, 1.0, -1.0).to(weight)
         if self.permutation is not None:
             weight = torch.empty_like(weight).index_copy_(1, self.permutation, weight)
         return weight.to(dtype)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -43,6 +44,15 @@ logger = logging.getLogger(__name__)
 NOT_STORED = "not in the checkpoint"
 
 
+class Stream(Protocol):
+    """What binarizes a model from disk to disk (`optimum_arb.checkpoint`): where the walk finds and leaves weights."""
+
+    def opened(
+        self, model: PreTrainedModel, quantizer: ARBHfQuantizer, calibration: dict[str, Any] | None
+    ) -> AbstractContextManager[dict[str, Any]]:
+        """The walk's options `weights`, `activations`, `device` and `progress`, for as long as it runs."""
+
+
 class ARBHfQuantizer(HfQuantizer):
     """Loads, binarizes and saves models for transformers; users meet it through `from_pretrained` alone.
 
@@ -65,6 +75,8 @@ class ARBHfQuantizer(HfQuantizer):
         self.records: dict[str, Record] = {}
         self.kept: dict[str, str] = {}
         self.failure: Exception | None = None
+        # reads and writes the model layer by layer while it is binarized; then no weights are loaded before
+        self.stream: Stream | None = None
         self._device_map: Any = None
         self._dtypes: dict[str, torch.dtype] = {}
         self._tokens: torch.Tensor | CalibrationInputs | None = None
@@ -109,7 +121,7 @@ class ARBHfQuantizer(HfQuantizer):
                 self._tokens = model_tokens(model, config, checkpoint_files)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        if self.pre_quantized or self.calibrates:
+        if self.pre_quantized or self.calibrates or self.stream is not None:
             return False
         return self.selection.by_parameter(param_name) is not None
 
@@ -157,15 +169,16 @@ class ARBHfQuantizer(HfQuantizer):
                         parameter.requires_grad_(key == "bias" if packed is None else key not in packed)
             share_inputs(model)
             return model
-        if self.calibrates:
-            self._calibrate(model)
+        if self.calibrates or self.stream is not None:
+            self._walk(model)
         self._keep_what_is_not_binarized()
         self._prepare_saving(model)
         self._record_run(model)
-        if self._tokens is not None:
+        if self._tokens is not None and self.stream is None:
             place_model(model, self._device_map, self.quantization_config.max_memory)
-            self._tokens = None
-        share_inputs(model)
+        self._tokens = None
+        if self.stream is None:
+            share_inputs(model)
         report = model_report(model)
         logger.log(logging.WARNING if self._lost(report.kept) else logging.INFO, report.summary())
         return model
@@ -181,23 +194,29 @@ class ARBHfQuantizer(HfQuantizer):
             saving = conversions_for_saving(conversions, self._packed_experts)
             model._weight_conversions = saving  # type: ignore[assignment]
 
-    def _calibrate(self, model: PreTrainedModel) -> None:
-        assert self._tokens is not None
+    def _walk(self, model: PreTrainedModel) -> None:
+        """Binarizes the loaded model, or the one that `stream` loads, layer by layer."""
 
         def binarize(name: str, module: nn.Module, hessian: torch.Tensor | None, tokens: int):
             packed, record = binarize_linear(name, module, self.selection.convert[name], hessian, tokens)
             self.records[name] = record
             return packed, record.output_error
 
-        def binarize_layer(name: str, module: nn.Module, routed: RoutedInputs):
+        def binarize_layer(name: str, module: nn.Module, routed: RoutedInputs | None):
             packed, records = binarize_experts(name, module, routed, self.selection.of_experts(name))
             self.records |= {f"{name}.{key}": record for key, record in records.items()}
             return packed, [r.output_error for r in records.values() if r.output_error is not None]
 
-        batches = token_batches(self._tokens, self.quantization_config.batch_size)
+        batches = [] if self._tokens is None else token_batches(self._tokens, self.quantization_config.batch_size)
         device = calibration_device(self._device_map)
         model.eval()
-        CalibrationWalk(model, self.selection.modules(), binarize, batches, device, binarize_layer).run()
+        names = self.selection.modules()
+        if self.stream is None:
+            CalibrationWalk(model, names, binarize, batches, device, binarize_layer).run()
+        else:
+            record = None if self._tokens is None else calibration_record(self.quantization_config, self._tokens)
+            with self.stream.opened(model, self, record) as options:
+                CalibrationWalk(model, names, binarize, batches, binarize_experts=binarize_layer, **options).run()
 
     def _record_run(self, model: PreTrainedModel) -> None:
         config = self.quantization_config

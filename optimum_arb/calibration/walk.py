@@ -3,74 +3,64 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..experts import is_experts
 from ..nn import ARBExperts, ARBLinear
+from .activations import INPUTS, Activations
+from .calls import Call, Stop, hidden_states, replaced_forwards
 from .experts import LayerStatistics, RoutedInputs
+from .layers import Layers, find_layers
+from .progress import Progress
+from .weights import OUTSIDE, LayerWeights
 
 # (name, float module, calibration matrix or None, tokens) -> the binarized module and its output error
 Binarize = Callable[[str, nn.Module, "torch.Tensor | None", int], "tuple[ARBLinear, float | None]"]
-# (name, float experts, their inputs) -> the binarized module and the output errors of its matrices
-BinarizeExperts = Callable[[str, nn.Module, RoutedInputs], "tuple[ARBExperts, list[float]]"]
-
-
-class _Stop(Exception):
-    """Ends a run of the model where nothing that follows is needed."""
+# (name, float experts, their inputs or None) -> the binarized module and the output errors of its matrices
+BinarizeExperts = Callable[[str, nn.Module, "RoutedInputs | None"], "tuple[ARBExperts, list[float]]"]
 
 
 @dataclass
-class _Call:
-    """The arguments of one call of a layer, without the hidden states that the layers hand on."""
+class LayerTurn:
+    """A layer of a chain that was binarized and has not yet computed the inputs of the next.
 
-    args: tuple
-    kwargs: dict[str, Any]
+    Attributes:
+        name: of the layer.
+        layer: the layer with its binarized modules, on `device`; it may be changed.
+        targets: names in the model of what was binarized in it.
+        device: where it runs.
+        inputs: its hidden states in, batch by batch, on the CPU.
+        references: hidden states out, on the CPU: what the float layer made of `inputs` or, where the walk follows the
+            float model, of the float model's hidden states.
+        calls: its other arguments, batch by batch.
+        modules: name -> float module, of what was binarized.
+        statistics: their calibration matrices.
+    """
 
-    def run(self, layer: nn.Module, hidden: torch.Tensor, device: torch.device) -> torch.Tensor:
-        args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, (self.args, self.kwargs))
-        if args:
-            args = (hidden, *args[1:])
-        else:
-            kwargs = {**kwargs, "hidden_states": hidden}
-        output = layer(*args, **kwargs)
-        return output if isinstance(output, torch.Tensor) else output[0]
+    name: str
+    layer: nn.Module
+    targets: list[str]
+    device: torch.device
+    inputs: Activations
+    references: list[torch.Tensor]
+    calls: list[Call]
+    modules: dict[str, nn.Module]
+    statistics: LayerStatistics
+
+    def run(self, batch: int) -> torch.Tensor:
+        """The layer's output `[B, L, H]` for a batch as it is now, on `device`; with a gradient where that is on."""
+        return self.calls[batch].run(self.layer, self.inputs[batch].to(self.device), self.device)
 
 
-@dataclass
-class _Layers:
-    """A list of layers that run one after the other: one `ModuleList` of the model."""
-
-    names: list[str]
-    modules: list[nn.Module]
-    targets: list[list[str]]
-    # per layer, what a short run saw: (hidden states in, output)
-    seen: list[list[tuple[torch.Tensor | None, Any]]] = field(default_factory=list)
-
-    def is_chain(self) -> bool:
-        """Whether each layer runs once, in order, and hands nothing but its hidden states to the next."""
-        previous = None
-        for calls in self.seen:
-            if len(calls) != 1:
-                return False
-            hidden, output = calls[0]
-            if hidden is None or (previous is not None and hidden is not previous):
-                return False
-            if isinstance(output, (tuple, list)):
-                if not output or any(part is not None for part in output[1:]):
-                    return False
-                output = output[0]
-            if not isinstance(output, torch.Tensor) or output.shape != hidden.shape:
-                return False
-            previous = output
-        return True
+AfterLayer = Callable[[LayerTurn], None]
 
 
 class CalibrationWalk:
@@ -85,9 +75,17 @@ class CalibrationWalk:
         model: the float model, on the CPU, in evaluation mode.
         targets: names of the linears, and of the modules of experts, to binarize.
         binarize: makes the binarized module of a linear.
-        batches: token ids int64 `[B, L]`, or other inputs of the model's `forward` by their names.
+        batches: token ids int64 `[B, L]`, or other inputs of the model's `forward` by their names; none to binarize
+            from the weights alone.
         device: where a layer runs and is binarized; its weights go there and come back.
         binarize_experts: makes the binarized module of experts; needed where there are any.
+        weights: where the model's weights are; in memory unless given.
+        activations: keeps the hidden states between two layers; in memory unless given.
+        after_layer: is called with each layer of a chain once it is binarized, before its outputs are computed for the
+            next. It costs the memory of the float layer's outputs. Gradients are off; it may turn them on.
+        follow_float: keep the hidden states of the float model beside those of the one that is binarized, at the cost
+            of another run of each layer; a model whose layers form no chain, or more than one, is refused.
+        progress: is told of layers and linears; a bar or lines on stderr unless given.
     """
 
     def __init__(
@@ -98,12 +96,25 @@ class CalibrationWalk:
         batches: Sequence[torch.Tensor | Mapping[str, Any]],
         device: torch.device | str = "cpu",
         binarize_experts: BinarizeExperts | None = None,
+        *,
+        weights: LayerWeights | None = None,
+        activations: Activations | None = None,
+        after_layer: AfterLayer | None = None,
+        follow_float: bool = False,
+        progress: Progress | None = None,
     ):
         self.model = model
         self.binarize_experts = binarize_experts
         self.binarize = binarize
         self.batches = batches
         self.device = torch.device(device)
+        self.weights = weights or LayerWeights()
+        self.activations = Activations() if activations is None else activations  # an empty one is false
+        self.after_layer = after_layer
+        self.follow_float = follow_float
+        # with `follow_float`, what comes out of the float model's last layer, batch by batch, once the walk is over
+        self.float_outputs: list[torch.Tensor] = []
+        self.progress = progress or Progress()
         self.errors: list[float] = []
         self._targets = list(targets)
         self._model_kwargs = self._call_kwargs()
@@ -119,35 +130,49 @@ class CalibrationWalk:
             groups = self._find_layers()
             inside = {name for group in groups for names in group.targets for name in names}
             outside = [name for name in self._targets if name not in inside]
-            if groups:
+            if groups and self.batches:
                 self._probe(groups)
+            if self.follow_float:
+                self._check_one_chain(groups)
             total = sum(len(group.modules) for group in groups) + bool(outside)
-            with tqdm(total=total, desc="Binarizing", unit="layer") as progress:
-                for group in groups:
-                    walk = self._walk_chain if group.is_chain() else self._walk_by_whole_runs
-                    for _ in walk(group):
-                        self._advance(progress)
-                if outside:
-                    self._binarize_all(outside, self._statistics_of_whole_runs(outside))
-                    self._advance(progress)
+            with self.progress.running(total):
+                for index, group in enumerate(groups):
+                    if not self.batches:
+                        self._walk_without_inputs(group)
+                    elif group.is_chain():
+                        self._walk_chain(group, [name for other in groups[:index] for name in other.names])
+                    else:
+                        self._walk_by_whole_runs(group)
+                if outside and self.weights.is_finished(OUTSIDE):
+                    self.progress.already_done("outside the layers")
+                elif outside:
+                    with self.progress.layer("outside the layers", outside):
+                        self._outside(outside, [name for group in groups for name in group.names])
 
-    def _advance(self, progress: tqdm) -> None:
-        if self.errors:
-            progress.set_postfix({"output error": f"{sum(self.errors) / len(self.errors):.4f}"}, refresh=False)
-        progress.update()
+    def _outside(self, targets: list[str], layers: list[str]) -> None:
+        if self.batches:
+            with self.weights.whole(layers):
+                self._binarize_all(targets, self._statistics_of_whole_runs(targets))
+                self.weights.finish(OUTSIDE)
+        else:
+            with self.weights.outside():
+                self._binarize_all(targets, None)
+                self.weights.finish(OUTSIDE)
 
-    def _find_layers(self) -> list[_Layers]:
-        groups: list[_Layers] = []
-        found: list[str] = []
-        for name, module in self.model.named_modules():
-            if not isinstance(module, nn.ModuleList) or any(name.startswith(outer + ".") for outer in found):
-                continue
-            if any(target.startswith(name + ".") for target in self._targets):
-                found.append(name)
-                names = [f"{name}.{index}" for index in range(len(module))]
-                targets = [[t for t in self._targets if t.startswith(layer + ".")] for layer in names]
-                groups.append(_Layers(names, list(module), targets))
-        return groups
+    def _find_layers(self) -> list[Layers]:
+        return find_layers(self.model, self._targets)
+
+    def _check_one_chain(self, groups: list[Layers]) -> None:
+        lists = ", ".join(group.names[0].rpartition(".")[0] for group in groups) or "none"
+        if not self.batches:
+            reason = "there is no calibration"
+        elif len(groups) != 1:
+            reason = f"it needs one list of layers, and these hold linears to binarize: {lists}"
+        elif not groups[0].is_chain():
+            reason = f"the layers of {lists} hand on more than their hidden states, or do not run in order"
+        else:
+            return
+        raise ValueError(f"{type(self.model).__name__} cannot be refined by the outputs of its layers: {reason}.")
 
     def _call_kwargs(self) -> dict[str, Any]:
         """Keep no cache, and as few logits as the model can be asked for."""
@@ -163,11 +188,14 @@ class CalibrationWalk:
             kwargs["input_ids"] = batch
             if getattr(self.model.config, "is_encoder_decoder", False):
                 kwargs["decoder_input_ids"] = batch
-        with suppress(_Stop):
+        with suppress(Stop):
             self.model(**kwargs)
 
-    def _probe(self, groups: list[_Layers]) -> None:
-        """One short run that shows how the layers are called; sorts the groups by the order in which they run."""
+    def _probe(self, groups: list[Layers]) -> None:
+        """One short run that shows how the layers are called; sorts the groups by the order in which they run.
+
+        Where the weights are not in memory, the first layer of each kind runs, and those like it hand on their input.
+        """
         order: list[int] = []
         handles = []
         for index, group in enumerate(groups):
@@ -175,13 +203,17 @@ class CalibrationWalk:
             for layer, calls in zip(group.modules, group.seen, strict=True):
 
                 def look(module, args, kwargs, output, calls=calls, index=index):
-                    calls.append((_hidden_states(args, kwargs), output))
+                    calls.append((hidden_states(args, kwargs), output))
                     order.append(index)
 
                 handles.append(layer.register_forward_hook(look, with_kwargs=True))
         batch = self.batches[0]
+        short = batch[:1, :8] if isinstance(batch, torch.Tensor) else batch
         try:
-            self._run_model(batch[:1, :8] if isinstance(batch, torch.Tensor) else batch)
+            if self.weights.resident:
+                self._run_model(short)  # as it is, every layer of it
+            else:
+                self._run_one_of_each_kind(groups, short)
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             given = "token ids alone" if isinstance(batch, torch.Tensor) else ", ".join(map(repr, batch))
             raise ValueError(
@@ -192,73 +224,156 @@ class CalibrationWalk:
         finally:
             for handle in handles:
                 handle.remove()
+        if not all(group.is_chain() for group in groups):
+            self.weights.stay(f"the layers of {type(self.model).__name__} hand on more than their hidden states")
         last = len(order)
         rank = [order.index(index) if index in order else last for index in range(len(groups))]
         groups[:] = [groups[index] for index in sorted(range(len(groups)), key=rank.__getitem__)]
 
-    def _record(self, group: _Layers) -> tuple[list[torch.Tensor], list[list[_Call]]]:
+    def _run_one_of_each_kind(self, groups: list[Layers], batch: torch.Tensor | Mapping[str, Any]) -> None:
+        modules: list[nn.Module] = []
+        forwards: list[Callable] = []
+        first: list[str] = []
+        for group in groups:
+            kinds = group.kinds()
+            first += [group.names[index] for index in sorted(set(kinds))]
+            for index, kind in enumerate(kinds):
+                if kind != index:
+
+                    def hand_on(*args, seen=group.seen[kind], **kwargs):
+                        return _like(seen[0][1], hidden_states(args, kwargs)) if seen else None
+
+                    modules.append(group.modules[index])
+                    forwards.append(hand_on)
+        with replaced_forwards(modules, forwards), self.weights.whole(first):
+            self._run_model(batch)
+
+    def _record(self, group: Layers) -> tuple[Activations, list[list[Call]]]:
         """The hidden states that enter the first layer, and each layer's other arguments, batch by batch."""
-        first: list[torch.Tensor] = []
-        calls: list[list[_Call]] = [[] for _ in group.modules]
-        tuples = [isinstance(seen[0][1], (tuple, list)) for seen in group.seen]
-        lengths = [len(seen[0][1]) if is_tuple else 0 for seen, is_tuple in zip(group.seen, tuples, strict=True)]
+        first = self.activations
+        first.clear()
+        calls: list[list[Call]] = [[] for _ in group.modules]
 
         def recorder(index: int):
             def forward(*args, **kwargs):
-                hidden = _hidden_states(args, kwargs)
+                hidden = hidden_states(args, kwargs)
                 if index == 0:
-                    assert hidden is not None  # `_Layers.is_chain` has seen it
-                    first.append(hidden)
+                    assert hidden is not None  # `Layers.is_chain` has seen it
+                    self._put(first, len(calls[0]), hidden, hidden)
                 kept = (None, *args[1:]) if args else ()
                 rest = {k: v for k, v in kwargs.items() if args or k != "hidden_states"}
                 batch = len(calls[index])
-                calls[index].append(_shared(_Call(kept, rest), calls[index][0] if batch else None))
+                calls[index].append(Call(kept, rest).sharing(calls[index][0] if batch else None))
                 if index == len(group.modules) - 1:
-                    raise _Stop
-                if not tuples[index]:
-                    return hidden
-                return type(group.seen[index][0][1])((hidden, *[None] * (lengths[index] - 1)))
+                    raise Stop
+                return _like(group.seen[index][0][1], hidden)
 
             return forward
 
-        with _replaced_forwards(group.modules, [recorder(index) for index in range(len(group.modules))]):
+        with replaced_forwards(group.modules, [recorder(index) for index in range(len(group.modules))]):
             for tokens in self.batches:
                 self._run_model(tokens)
+        first.advance(INPUTS)
         return first, calls
 
-    def _walk_chain(self, group: _Layers) -> Iterator[None]:
-        hidden, calls = self._record(group)
-        for index, (layer, names) in enumerate(zip(group.modules, group.targets, strict=True)):
-            layer.to(self.device)
-            try:
-                if names:
-                    modules = {name: self.model.get_submodule(name) for name in names}
-                    with LayerStatistics(modules) as statistics:
-                        for batch, call in enumerate(calls[index]):
-                            call.run(layer, hidden[batch].to(self.device), self.device)
-                            statistics.end_batch()
-                    self._binarize_all(names, statistics)
-                    del statistics
-                if index + 1 < len(group.modules):
-                    for batch, call in enumerate(calls[index]):
-                        output = call.run(layer, hidden[batch].to(self.device), self.device)
-                        hidden[batch] = output.to(hidden[batch].device)
-            finally:
-                layer.to("cpu")
+    def _walk_chain(self, group: Layers, before: list[str]) -> None:
+        """A chain of layers; the layers of the groups before it run in the model before they do."""
+        if all(self.weights.is_finished(name) for name in group.names):
+            for name in group.names:
+                self.progress.already_done(name)
+            return
+        with self.weights.whole(before):
+            hidden, calls = self._record(group)
+        finished = [self.weights.is_finished(name) for name in group.names]
+        done = next(index for index, found in enumerate(finished) if not found)
+        # what an interrupted run finished need not run again if its outputs were kept
+        start = done if done and hidden.restore(group.names[done - 1]) else 0
+        if done and not start and self.follow_float:
+            raise ValueError(
+                f"The float model's hidden states behind {group.names[done - 1]} are deleted or damaged: refinement "
+                "cannot go on from there. Delete the work directory of the interrupted run and begin anew."
+            )
+        for index, (name, names) in enumerate(zip(group.names, group.targets, strict=True)):
+            if index < start:
+                self.progress.already_done(name)
+                continue
+            with self.progress.layer(name, [] if finished[index] else names):
+                self._turn(group, index, finished[index], hidden, calls[index])
             calls[index].clear()
-            yield
+        hidden.clear()
 
-    def _walk_by_whole_runs(self, group: _Layers) -> Iterator[None]:
-        for layer, names, seen in zip(group.modules, group.targets, group.seen, strict=True):
-            if names:
-                self._binarize_all(names, self._statistics_of_whole_runs(names, layer if len(seen) == 1 else None))
-            yield
+    def _turn(self, group: Layers, index: int, finished: bool, hidden: Activations, calls: list[Call]) -> None:
+        """One layer: its calibration matrices, its binarized form, its outputs."""
+        name, layer, names = group.names[index], group.modules[index], group.targets[index]
+        self.weights.load(name)
+        layer.to(self.device)
+        inputs = _EveryOther(hidden) if self.follow_float else hidden
+        try:
+            references: list[torch.Tensor] = []
+            if self.follow_float:
+                for batch, call in enumerate(calls):
+                    references.append(call.run(layer, hidden[2 * batch].to(self.device), self.device).to("cpu"))
+            if names and not finished:
+                keep = self.after_layer is not None and not self.follow_float
+                modules = {target: self.model.get_submodule(target) for target in names}
+                with LayerStatistics(modules) as statistics:
+                    for batch, call in enumerate(calls):
+                        output = call.run(layer, inputs[batch].to(self.device), self.device)
+                        statistics.end_batch()
+                        if keep:
+                            references.append(output.to("cpu"))
+                        del output
+                self._binarize_all(names, statistics)
+                if self.after_layer is not None:
+                    self.after_layer(
+                        LayerTurn(name, layer, names, self.device, inputs, references, calls, modules, statistics)
+                    )
+                del statistics, modules
+            if index + 1 < len(group.modules):
+                for batch, call in enumerate(calls):
+                    output = call.run(layer, inputs[batch].to(self.device), self.device)
+                    self._put(hidden, batch, output, references[batch] if self.follow_float else output)
+                hidden.advance(name)
+            elif self.follow_float:
+                self.float_outputs = references
+        finally:
+            layer.to("cpu")
+        if finished:
+            self.weights.release(name)
+        else:
+            self.weights.finish(name)
+
+    def _put(self, kept: Activations, batch: int, hidden: torch.Tensor, of_float: torch.Tensor) -> None:
+        """Keeps the hidden states of a batch; where the float model is followed, behind those of the float model."""
+        if self.follow_float:
+            kept.put(2 * batch, of_float)
+            kept.put(2 * batch + 1, hidden)
+        else:
+            kept.put(batch, hidden)
+
+    def _walk_without_inputs(self, group: Layers) -> None:
+        for name, layer, names in zip(group.names, group.modules, group.targets, strict=True):
+            if self.weights.is_finished(name):
+                self.progress.already_done(name)
+                continue
+            with self.progress.layer(name, names):
+                self.weights.load(name)
+                layer.to(self.device)
+                self._binarize_all(names, None)
+                layer.to("cpu")
+                self.weights.finish(name)
+
+    def _walk_by_whole_runs(self, group: Layers) -> None:
+        for name, layer, names, seen in zip(group.names, group.modules, group.targets, group.seen, strict=True):
+            with self.progress.layer(name, names):
+                if names:
+                    self._binarize_all(names, self._statistics_of_whole_runs(names, layer if len(seen) == 1 else None))
 
     def _statistics_of_whole_runs(self, names: list[str], last: nn.Module | None = None) -> LayerStatistics:
         """Statistics from runs of the whole model, each ended after the module `last` if there is one."""
 
         def stop(module, args, output):
-            raise _Stop
+            raise Stop
 
         handle = last.register_forward_hook(stop) if last is not None else None
         try:
@@ -271,53 +386,42 @@ class CalibrationWalk:
                 handle.remove()
         return statistics
 
-    def _binarize_all(self, names: list[str], statistics: LayerStatistics) -> None:
-        linears = statistics.linears
+    def _binarize_all(self, names: list[str], statistics: LayerStatistics | None) -> None:
         for name in names:
+            start = time.perf_counter()
             module = self.model.get_submodule(name)
-            routed = statistics.experts.pop(name, None)
             packed: nn.Module
-            if routed is None:
-                packed, error = self.binarize(name, module, linears.hessian(name), linears.tokens(name))
-                self.errors += [] if error is None else [error]
-            else:
+            errors: list[float]
+            if is_experts(module):
                 assert self.binarize_experts is not None
+                routed = None if statistics is None else statistics.experts.pop(name)
                 packed, errors = self.binarize_experts(name, module, routed)
-                self.errors += errors
-            self.model.set_submodule(name, packed)
-
-
-def _hidden_states(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    hidden = args[0] if args else kwargs.get("hidden_states")
-    return hidden if isinstance(hidden, torch.Tensor) else None
-
-
-def _shared(call: _Call, first: _Call | None) -> _Call:
-    """The call with its tensors replaced by those of the first batch where they are equal (masks, positions)."""
-    if first is None:
-        return call
-    known: list[torch.Tensor] = []
-    tree_map(lambda x: known.append(x) if isinstance(x, torch.Tensor) else None, (first.args, first.kwargs))
-
-    def replace(value):
-        if not isinstance(value, torch.Tensor):
-            return value
-        return next((k for k in known if k.shape == value.shape and k.dtype == value.dtype and k.equal(value)), value)
-
-    return _Call(*tree_map(replace, (call.args, call.kwargs)))
-
-
-@contextmanager
-def _replaced_forwards(modules: list[nn.Module], forwards: list[Callable]) -> Iterator[None]:
-    """Gives each module another `forward` for a while. The modules stay, and with them what the model reads of them."""
-    before = [module.__dict__.get("forward") for module in modules]
-    try:
-        for module, forward in zip(modules, forwards, strict=True):
-            module.__dict__["forward"] = forward
-        yield
-    finally:
-        for module, own in zip(modules, before, strict=True):
-            if own is None:
-                del module.__dict__["forward"]
             else:
-                module.__dict__["forward"] = own
+                hessian = None if statistics is None else statistics.linears.hessian(name)
+                tokens = 0 if statistics is None else statistics.linears.tokens(name)
+                packed, error = self.binarize(name, module, hessian, tokens)
+                errors = [] if error is None else [error]
+            self.errors += errors
+            self.model.set_submodule(name, packed)
+            self.progress.linear(name, time.perf_counter() - start, errors)
+
+
+class _EveryOther(Activations):
+    """The hidden states of the model that is binarized, among those of the float model; only to be read."""
+
+    def __init__(self, both: Activations):
+        super().__init__()
+        self._both = both
+
+    def __len__(self) -> int:
+        return len(self._both) // 2
+
+    def __getitem__(self, batch: int) -> torch.Tensor:
+        return self._both[2 * batch + 1]
+
+
+def _like(output: Any, hidden: torch.Tensor | None) -> Any:
+    """What a layer would return if it handed on its hidden states: of the form of an output."""
+    if isinstance(output, (tuple, list)):
+        return type(output)((hidden, *[None] * (len(output) - 1)))
+    return hidden

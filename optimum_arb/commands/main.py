@@ -14,7 +14,7 @@ exit codes:
   0    done
   1    done, and a check that was asked for failed (a bound on the perplexity, a limit of memory, a row of a table)
   2    bad usage or input, or an environment that fails: one line on stderr says what
-  130  interrupted"""
+  130  interrupted; what quantize has finished is kept, and it says how to go on"""
 # What bad input and a failing environment raise. Anything else is a defect of ours, which deserves its traceback.
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
@@ -54,10 +54,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "optimum-arb") -> int:
     args = build_parser(prog).parse_args(argv)
     try:
         return args.run(args) or 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if args.debug:
             raise
-        print(f"{prog}: interrupted", file=sys.stderr)
+        print(f"{prog}: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
     except EXPECTED_ERRORS as error:
         if args.debug:

@@ -1,13 +1,13 @@
-"""Binarize a model and save it packed, with its tokenizer.
+"""Binarize a model and save it packed, with its tokenizer, a decoder layer in memory at a time.
 
-Calibrates on a text unless --no-calibration is given. Options that are left out have the defaults of `ARBConfig`.
+Calibrates on a text unless --no-calibration is given. Options that are left out have the defaults of `ARBConfig`. A run
+that was interrupted or killed goes on with --resume behind the last layer that it finished.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,8 @@ CONFIG_OPTIONS = (
 EXAMPLES = """\
   %(prog)s HuggingFaceTB/SmolLM2-135M-Instruct smollm2-arb --planes 2
   %(prog)s my-model my-model-arb --override down_proj=planes:3 --dataset my-texts.txt
-  %(prog)s my-model for-llama-cpp --no-col-scale --no-act-order"""
+  %(prog)s my-model for-llama-cpp --no-col-scale --no-act-order
+  %(prog)s large-model large-model-arb --device-map cuda --activations-on-disk /scratch --resume"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,9 +55,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_method_arguments(parser)
     other = parser.add_argument_group("loading and saving")
     other.add_argument("--dtype", default="auto", help="auto (the checkpoint's own, default), float32, bfloat16, ...")
-    other.add_argument("--device-map", default="cpu", metavar="MAP", help="cpu (default), cuda, auto, ...")
+    other.add_argument(
+        "--device-map", default="cpu", metavar="MAP", help="where layers are binarized: cpu (default), cuda, auto"
+    )
     other.add_argument("--max-shard-size", metavar="SIZE", help="size of a safetensors file, e.g. 2GB")
     other.add_argument("--overwrite", action="store_true", help="replace a model that lies in OUT")
+    other.add_argument("--resume", action="store_true", help="go on with an interrupted run, if there is one")
+    other.add_argument(
+        "--activations-on-disk",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="DIR",
+        help="keep the calibration's hidden states in files (in DIR, on a fast disk) and not in memory",
+    )
     hub = parser.add_argument_group("upload")
     hub.add_argument(
         "--push-to-hub", metavar="REPO", help="upload what is in OUT to this model on the Hub, e.g. me/model"
@@ -131,14 +143,13 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from ..hub import check_access
-    from ..report import model_report
-    from ..saving import check_output_directory, save_model
+    from ..checkpoint.quantize import quantize_checkpoint
+    from ..hub import check_access, push_directory
+    from ..saving import check_output_directory
     from .loading import check_model, load_processor, quantization_method
 
-    check_output_directory(args.out, overwrite=args.overwrite)
+    if not args.resume:  # of a run that was interrupted at its very end, the model may be there already
+        check_output_directory(args.out, overwrite=args.overwrite)
     config = build_config(args)
     check_model(args.model)
     if args.push_to_hub:
@@ -151,31 +162,36 @@ def run(args: argparse.Namespace) -> None:
             f"{args.model} is already {'binarized' if method == 'arb' else f'quantized with {method}'}: "
             "start from the float model."
         )
-    processor = load_processor(args.model)
-    start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model, quantization_config=config, dtype=args.dtype, device_map=args.device_map
-    )
-    seconds = time.perf_counter() - start
-    options = {"max_shard_size": args.max_shard_size} if args.max_shard_size else {}
-    save_model(
-        model,
-        processor,
+    found = quantize_checkpoint(
+        args.model,
         args.out,
+        config,
+        resume=args.resume,
         overwrite=args.overwrite,
-        push_to_hub=args.push_to_hub,
-        private=args.private or None,
-        revision=args.revision,
-        **options,
+        device=args.device_map,
+        dtype=args.dtype,
+        activations_on_disk=args.activations_on_disk,
+        max_shard_size=args.max_shard_size,
+        processor=load_processor(args.model),
     )
-    report = model_report(model)
+    report, seconds = found.report, found.seconds
+    if args.push_to_hub:
+        options = {"private": args.private or None, "revision": args.revision}
+        try:
+            push_directory(found.path, args.push_to_hub, files=found.files, **options)
+        except OSError as error:
+            raise type(error)(
+                f"{error} The model is saved in {args.out}; to try again: optimum-arb push {args.out} "
+                f"{args.push_to_hub}"
+            ) from error
     if args.json:
         result = {
             "model": args.model,
             "out": args.out,
             "pushed_to": args.push_to_hub,
             "seconds": seconds,
-            "config": model.config.quantization_config.to_dict(),
+            "resumed_layers": found.resumed_layers,
+            "config": found.config.to_dict(),
             **report.to_dict(),
         }
         print(json.dumps(result))

@@ -9,7 +9,6 @@ from torch import nn
 
 from optimum_arb import ARBConfig, ARBLinear
 from optimum_arb.calibration import CalibrationWalk, token_batches
-from optimum_arb.calibration import walk as walk_module
 from optimum_arb.conversion import binarize_linear
 from optimum_arb.modules import is_linear, select_modules
 
@@ -192,11 +191,30 @@ def test_a_failure_leaves_no_hook_behind():
         assert not module._forward_pre_hooks
 
 
-def test_progress_shows_the_running_output_error(monkeypatch):
-    shown = []
-    monkeypatch.setattr(walk_module.tqdm, "set_postfix", lambda self, values, **kwargs: shown.append(dict(values)))
-    model = tiny_model("LlamaForCausalLM")
-    errors = iter(torch.linspace(0.1, 0.4, 14).tolist())
+def test_after_layer_sees_each_binarized_layer_before_its_outputs_are_computed():
+    """What it changes in a layer, the next layer's inputs show; the references are the float layer's outputs."""
+    turns = []
 
-    CalibrationWalk(model, targets(model), lambda n, m, h, c: (m, next(errors)), [tokens()]).run()
-    assert [float(values["output error"]) for values in shown] == pytest.approx([0.1692, 0.25], abs=1e-3)
+    def change(turn):
+        with torch.no_grad():
+            turns.append((turn.name, len(turn.inputs), len(turn.references), (turn.run(0) - turn.references[0]).norm()))
+            for name in turn.targets:
+                turn.layer.get_submodule(name.removeprefix(f"{turn.name}.")).weight.zero_()
+
+    model = tiny_model("LlamaForCausalLM")
+    seen = []
+
+    def binarize(name, module, hessian, count):
+        seen.append((name, hessian.clone()))
+        with torch.no_grad():
+            module.weight.mul_(0.5)
+        return module, None
+
+    batches = token_batches(tokens(5, 24), 2)
+    CalibrationWalk(model, targets(model), binarize, batches, after_layer=change).run()
+    assert [turn[:3] for turn in turns] == [("model.layers.0", 3, 3), ("model.layers.1", 3, 3)]
+    assert all(turn[3] > 0.1 for turn in turns)
+    # with its linears at zero, the first layer hands on the embeddings: the inputs of the second's query are those
+    embedded = model.model.layers[1].input_layernorm(model.model.embed_tokens(tokens(5, 24))).flatten(0, 1)
+    found = dict(seen)["model.layers.1.self_attn.q_proj"]
+    torch.testing.assert_close(found, (embedded.T @ embedded).detach(), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,147 @@
+"""What refinement by output gives on SmolLM2-135M-Instruct, layer by layer, and the perplexity after it.
+
+    python benchmarks/refine_smollm2.py MODEL --device cuda --planes 1 --steps 400 --out runs/refine
+
+MODEL is the directory of the float model. Calibration is the first 32 x 1024 tokens of WikiText-2's validation split;
+perplexity is that of the second half of the same file, in windows of 2048 tokens, so that settings can be chosen by it:
+the test split is not looked at. Every run prints, per layer, the held-out loss before and after and the seconds, and
+writes a JSON file with the settings and all figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_arb import ARBConfig
+from optimum_arb.calibration import CalibrationWalk, token_batches
+from optimum_arb.calibration.refine import OBJECTIVES, LayerRefiner, RefineSettings
+from optimum_arb.calibration.walk import LayerTurn
+from optimum_arb.conversion import binarize_linear, float_linear
+from optimum_arb.data import bundled_text
+from optimum_arb.evaluate import perplexity
+from optimum_arb.modules import select_modules
+from optimum_arb.nn import ARBLinear
+from optimum_arb.packing import stored_bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure refinement by output on SmolLM2-135M-Instruct.")
+    parser.add_argument("model", type=Path, help="directory of the float model")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="directory of the JSON files")
+    parser.add_argument("--name", default="run", help="name of the JSON file")
+    parser.add_argument("--layers", type=int, help="binarize and refine only the first so many decoder layers")
+    parser.add_argument("--method", default="arb-hrc")
+    parser.add_argument("--planes", type=int, default=1)
+    parser.add_argument("--config", type=json.loads, default={}, help="further choices of ARBConfig, as JSON")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=2, help="sequences of a step")
+    parser.add_argument("--steps", type=int, default=RefineSettings.steps, help="0: no refinement")
+    parser.add_argument("--lr", type=float, default=RefineSettings.learning_rate)
+    parser.add_argument("--sign-lr", type=float, default=RefineSettings.sign_learning_rate, help="0: signs stay")
+    parser.add_argument("--objective", default=RefineSettings.objective, choices=OBJECTIVES)
+    parser.add_argument("--patience", type=int, default=RefineSettings.patience)
+    parser.add_argument("--evaluations", type=int, default=RefineSettings.evaluations)
+    parser.add_argument("--held-out", type=float, default=RefineSettings.held_out)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--targets",
+        default="float",
+        choices=("float", "layer"),
+        help="outputs of the float model (default), or of the float layer on the binarized model's inputs",
+    )
+    parser.add_argument("--windows", type=int, help="windows of the perplexity (default: all of the second half)")
+    args = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    ids = torch.tensor(
+        tokenizer(bundled_text("wikitext-2"), add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64
+    )
+    half = len(ids) // 2
+    tokens = ids[: args.samples * args.length]
+    if len(tokens) > half:
+        parser.error("the calibration tokens reach into the second half of the text, on which perplexity is measured")
+    choices: dict[str, Any] = {"method": args.method, **args.config}
+    if args.method == "arb-hrc":
+        choices["planes"] = args.planes
+    config = ARBConfig(num_samples=args.samples, sequence_length=args.length, **choices)
+    settings = RefineSettings(
+        steps=args.steps,
+        learning_rate=args.lr,
+        sign_learning_rate=args.sign_lr,
+        evaluations=args.evaluations,
+        patience=args.patience,
+        held_out=args.held_out,
+        objective=args.objective,
+        seed=args.seed,
+    )
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    selection = select_modules(model, config)
+    targets = selection.modules()
+    if args.layers is not None:
+        targets = [name for name in targets if _layer(name) < args.layers]
+
+    def binarize(name: str, module: nn.Module, hessian: torch.Tensor | None, count: int):
+        packed, record = binarize_linear(name, module, selection.convert[name], hessian, count)
+        return packed, record.output_error
+
+    refiner = LayerRefiner(settings)
+
+    def after_layer(turn: LayerTurn) -> None:
+        if args.steps:
+            refiner(turn)
+            result = refiner.results[turn.name]
+            print(
+                f"{turn.name}: loss {result.before:.5f} -> {result.after:.5f} in {result.steps} steps, "
+                f"{result.flipped:.2%} of the signs turned, {result.seconds:.1f} s",
+                flush=True,
+            )
+
+    batches = token_batches(tokens.view(args.samples, args.length), args.batch_size)
+    start = time.perf_counter()
+    follow = args.targets == "float"
+    CalibrationWalk(model, targets, binarize, batches, args.device, after_layer=after_layer, follow_float=follow).run()
+    seconds = time.perf_counter() - start
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, ARBLinear)}
+    bits = sum(stored_bytes(module.packed()) * 8 for module in packed.values())
+    bits_per_weight = bits / sum(module.in_features * module.out_features for module in packed.values())
+    for name, module in packed.items():
+        model.set_submodule(name, float_linear(module, torch.float32))
+    model.to(args.device)
+    measured = perplexity(model, ids[half:], context_length=2048, max_windows=args.windows)
+    figures = {
+        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "settings": asdict(settings),
+        "layers": {name: result.to_dict() for name, result in refiner.results.items()},
+        "bits_per_weight": bits_per_weight,
+        "seconds": seconds,
+        "refinement_seconds": sum(result.seconds for result in refiner.results.values()),
+        "gpu_bytes": torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else None,
+        "perplexity": measured.to_dict(),
+    }
+    print(
+        f"{bits_per_weight:.3f} true bits, {seconds:.0f} s, of which refinement {figures['refinement_seconds']:.0f} s; "
+        f"perplexity {measured.perplexity:.2f} on {measured.windows} windows of the validation split's second half"
+    )
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f"{args.name}.json").write_text(json.dumps(figures, indent=1))
+
+
+def _layer(name: str) -> int:
+    return next(int(part) for part in name.split(".") if part.isdigit())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

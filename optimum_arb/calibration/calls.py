@@ -1,0 +1,71 @@
+"""What a layer is called with, kept so that it can be called again by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+
+class Stop(Exception):
+    """Ends a run of the model where nothing that follows is needed."""
+
+
+@dataclass
+class Call:
+    """The arguments of one call of a layer, without the hidden states that the layers hand on."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def run(self, layer: nn.Module, hidden: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The hidden states that the layer makes of `hidden`, on its device."""
+        args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, (self.args, self.kwargs))
+        if args:
+            args = (hidden, *args[1:])
+        else:
+            kwargs = {**kwargs, "hidden_states": hidden}
+        output = layer(*args, **kwargs)
+        return output if isinstance(output, torch.Tensor) else output[0]
+
+    def sharing(self, first: Call | None) -> Call:
+        """The call with its tensors replaced by those of another where they are equal (masks, positions)."""
+        if first is None:
+            return self
+        known: list[torch.Tensor] = []
+        tree_map(lambda x: known.append(x) if isinstance(x, torch.Tensor) else None, (first.args, first.kwargs))
+
+        def replace(value):
+            if not isinstance(value, torch.Tensor):
+                return value
+            same = (k for k in known if k.shape == value.shape and k.dtype == value.dtype and k.equal(value))
+            return next(same, value)
+
+        return Call(*tree_map(replace, (self.args, self.kwargs)))
+
+
+def hidden_states(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The hidden states among the arguments of a layer."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    return hidden if isinstance(hidden, torch.Tensor) else None
+
+
+@contextmanager
+def replaced_forwards(modules: list[nn.Module], forwards: list[Callable]) -> Iterator[None]:
+    """Gives each module another `forward` for a while. The modules stay, and with them what the model reads of them."""
+    before = [module.__dict__.get("forward") for module in modules]
+    try:
+        for module, forward in zip(modules, forwards, strict=True):
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            if own is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = own

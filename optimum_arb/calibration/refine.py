@@ -1,0 +1,355 @@
+"""Refinement by output: a binarized decoder layer is tuned until it puts out what the full-precision model does.
+
+Each linear was fitted to its own outputs. What the errors of a layer's linears do together, and what the layers before
+it have lost already, shows in the layer's output alone. There the layer's scales, means, norms, biases and signs are
+trained on the calibration tokens, by Adam: inputs are the hidden states of the binarized model, targets those of the
+full-precision one. No label is needed, and no memory but that of a layer and of both models' hidden states.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+from transformers.pytorch_utils import Conv1D
+
+from ..nn import ARBExperts, ARBLinear
+from .calls import Call
+from .trainable import Trainable, trainable
+from .walk import LayerTurn
+
+OBJECTIVES = ("token", "total")
+WARMUP = 10  # steps in which the learning rates rise: Adam's first steps know the gradient's size from one batch
+LEAST_SIZE = 1e-3  # of a tensor, for its learning rate: biases may begin at zero
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """How a layer is tuned.
+
+    Attributes:
+        steps: steps of Adam, one calibration batch each.
+        learning_rate: of scales, norms and biases, relative to the root mean square of each tensor; it rises for 10
+            steps and falls to zero as a cosine.
+        sign_learning_rate: the same of the latents of the signs, relative to the latent of a sign whose weight is
+            fitted exactly; 0 leaves the signs as they are.
+        evaluations: how often the held-out loss is looked at.
+        patience: evaluations without a new best after which a layer is left.
+        held_out: fraction of the calibration batches that are not trained on, at least one.
+        objective: "token" divides the squared error of each token by its target's square, "total" the whole by the
+            whole.
+        seed: of the order of the batches.
+    """
+
+    steps: int = 400
+    learning_rate: float = 0.005
+    sign_learning_rate: float = 0.02
+    evaluations: int = 10
+    patience: int = 3
+    held_out: float = 0.125
+    objective: str = "token"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What tuning did. Losses are those of the held-out batches: squared error over the squared target, or nats.
+
+    Attributes:
+        before: loss of what was binarized.
+        after: loss of what is stored now, scales rounded; never more than `before`.
+        steps: steps taken.
+        flipped: fraction of the signs that changed.
+        seconds: wall time.
+    """
+
+    before: float
+    after: float
+    steps: int
+    flipped: float
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+
+class LayerRefiner:
+    """Tunes each layer that a `CalibrationWalk` has binarized; give it to the walk as `after_layer`.
+
+    Args:
+        settings: how.
+
+    Attributes:
+        results: name of a layer -> what tuning did to it.
+    """
+
+    def __init__(self, settings: RefineSettings):
+        self.settings = settings
+        self.results: dict[str, Refinement] = {}
+
+    def __call__(self, turn: LayerTurn) -> None:
+        """Tunes the layer in place.
+
+        Raises:
+            ValueError: fewer than two calibration batches, or outputs that are not finite.
+        """
+        self.results[turn.name] = refine_layer(turn, self.settings)
+
+
+def refine_layer(turn: LayerTurn, settings: RefineSettings) -> Refinement:
+    """Tunes one layer in place, as `LayerRefiner` does."""
+    start = time.perf_counter()
+    train, held = split_batches(len(turn.inputs), settings.held_out)
+    size = mean_square(turn.references[batch] for batch in range(len(turn.references)))
+    layer, device = turn.layer, turn.device
+
+    def loss(batch: int) -> torch.Tensor:
+        output = in_float32(turn.calls[batch]).run(layer, turn.inputs[batch].to(device, torch.float32), device)
+        return output_loss(output, turn.references[batch].to(device), size, settings.objective)
+
+    with computing_in_float32(layer) as stored, swapped(layer, settings.sign_learning_rate > 0) as twins:
+        for name, twin in twins.items():
+            full = f"{turn.name}.{name}"
+            if twin.train_signs and full in turn.modules:
+                twin.set_confidence(float_weight(turn.modules[full]), turn.statistics.linears.hessian(full))
+        result = tune(layer, twins, loss, train, held, settings, turn.name, stored)
+    seconds = time.perf_counter() - start
+    return Refinement(result.before, result.after, result.steps, result.flipped, seconds)
+
+
+def tune(
+    module: nn.Module,
+    twins: dict[str, Trainable],
+    loss: Callable[[int], torch.Tensor],
+    train: Sequence[int],
+    held: Sequence[int],
+    settings: RefineSettings,
+    name: str,
+    stored: dict[int, torch.dtype],
+) -> Refinement:
+    """Trains the twins in a module and the module's norms and biases; what is best on the held-out batches stays.
+
+    Args:
+        module: its parameters of at most one dimension are trained, beside those of the twins.
+        twins: what stands in the module for its binarized linears.
+        loss: the loss of a calibration batch, with gradients.
+        train, held: numbers of the batches to train on and of those held out.
+        settings: how.
+        name: of the module, for errors.
+        stored: id of a parameter -> the dtype in which it will be stored.
+
+    Raises:
+        ValueError: the held-out loss is not finite to begin with.
+    """
+    start = time.perf_counter()
+    scales = [scale for twin in twins.values() for scale in twin.scales()]
+    small = [p for p in module.parameters() if p.ndim <= 1 and p.is_floating_point()]
+    latents = [latent for twin in twins.values() for latent in twin.latents]
+    continuous = list({id(p): p for p in (*scales, *small)}.values())
+    trained = [*continuous, *latents]
+
+    @torch.no_grad()
+    def held_out() -> float:
+        return float(sum(loss(batch).double() for batch in held)) / len(held)
+
+    before = best = held_out()
+    if not math.isfinite(before):
+        raise ValueError(
+            f"{name}: its outputs cannot be refined, the squared error is {before}. Load the model in another dtype "
+            "(float32 or bfloat16 instead of float16), or set refine=None."
+        )
+    first = [p.detach().clone() for p in small]
+    kept = [p.detach().clone() for p in trained]
+    signs = [plane for twin in twins.values() for plane in twin.current_signs()]
+    groups = [{"params": [p], "lr": settings.learning_rate * _size(p)} for p in continuous]
+    groups += [{"params": [p], "lr": settings.sign_learning_rate} for p in latents]
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
+    every = max(1, settings.steps // settings.evaluations)
+    order: list[int] = []
+    shuffle = random.Random(settings.seed)
+    waited = taken = 0
+    with only_these_require_grad(module, trained):
+        for taken in range(1, settings.steps + 1):
+            if not order:
+                order = list(train)
+                shuffle.shuffle(order)
+            with torch.enable_grad():
+                value = loss(order.pop())
+                # None for a parameter that no token of the batch reached
+                gradients = torch.autograd.grad(value, trained, allow_unused=True)
+            if not all(bool(torch.isfinite(g).all()) for g in gradients if g is not None):
+                break  # what was best so far stays
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            schedule.step()
+            if taken % every and taken != settings.steps:
+                continue
+            now = held_out()
+            if now < best:
+                best, waited = now, 0
+                for copy, parameter in zip(kept, trained, strict=True):
+                    copy.copy_(parameter.detach())
+            else:
+                waited += 1
+            if waited >= settings.patience:
+                break
+    with torch.no_grad():
+        for copy, parameter in zip(kept, trained, strict=True):
+            parameter.grad = None
+            parameter.copy_(copy)
+        for twin in twins.values():
+            twin.round_scales()
+        for parameter in small:
+            parameter.copy_(parameter.to(stored.get(id(parameter), parameter.dtype)))
+    after = held_out()
+    if not after < before:
+        with torch.no_grad():
+            for parameter, value in zip(small, first, strict=True):
+                parameter.copy_(value)
+        return Refinement(before, before, taken, 0.0, time.perf_counter() - start)
+    now_signs = [plane for twin in twins.values() for plane in twin.current_signs()]
+    changed = sum(int((old != new).sum()) for old, new in zip(signs, now_signs, strict=True))
+    for twin in twins.values():
+        twin.write_back()
+    total = sum(plane.numel() for plane in signs)
+    return Refinement(before, after, taken, changed / max(total, 1), time.perf_counter() - start)
+
+
+def split_batches(count: int, fraction: float) -> tuple[list[int], list[int]]:
+    """Numbers of the batches to train on and of those held out, which are spread evenly.
+
+    Raises:
+        ValueError: fewer than two batches.
+    """
+    if count < 2:
+        raise ValueError(
+            "refine needs at least two calibration batches, of which one is held out: set a smaller batch_size, or a "
+            "larger num_samples."
+        )
+    out = min(max(1, round(count * fraction)), count // 2)
+    held = sorted({int((i + 0.5) * count / out) for i in range(out)})
+    return [batch for batch in range(count) if batch not in held], held
+
+
+def mean_square(states: Iterable[torch.Tensor]) -> float:
+    """The squared norm of a token's hidden states, mean over all tokens of tensors `[..., H]`."""
+    total, tokens = 0.0, 0
+    for state in states:
+        total += float(state.double().square().sum())
+        tokens += state.numel() // state.shape[-1]
+    return total / max(tokens, 1)
+
+
+def output_loss(output: torch.Tensor, target: torch.Tensor, size: float, objective: str) -> torch.Tensor:
+    """The squared error of hidden states `[..., H]`, relative to the target's square, a float32 scalar.
+
+    Args:
+        output, target: hidden states.
+        size: `mean_square` of all targets.
+        objective: as `RefineSettings.objective`. What reads hidden states normalizes each token by its size, and a few
+            tokens have a thousand times the size of the others: "token" follows what is read.
+    """
+    target = target.float()
+    error = (output.float() - target).square().sum(-1)
+    floor = max(size, torch.finfo(torch.float32).tiny)
+    if objective == "total":
+        return error.mean() / floor
+    # a token whose target is all but zero would outweigh all others
+    return (error / target.square().sum(-1).clamp_min(1e-6 * floor)).mean()
+
+
+def float_weight(module: nn.Module) -> torch.Tensor:
+    """The weight `[N, K]` of a float linear."""
+    weight = module.get_parameter("weight").detach()
+    return weight.T if type(module) is Conv1D else weight
+
+
+def in_float32(call: Call) -> Call:
+    """The call with its floating tensors in float32."""
+
+    def cast(value: Any) -> Any:
+        return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return Call(*tree_map(cast, (call.args, call.kwargs)))
+
+
+@contextmanager
+def computing_in_float32(module: nn.Module) -> Iterator[dict[int, torch.dtype]]:
+    """Float parameters and buffers are float32 inside this context, but for packed ones, and as before behind it.
+
+    Yields:
+        id of a tensor that was cast -> its dtype.
+    """
+    packed: set[int] = set()
+    for part in module.modules():
+        if isinstance(part, ARBLinear):
+            packed |= {id(p) for key, p in part.named_parameters(recurse=False) if key != "bias"}
+        elif isinstance(part, ARBExperts):
+            packed |= {id(part.get_parameter(key)) for key in part.packed_names()}
+    tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    cast = {
+        key: t for key, t in tensors.items() if t.is_floating_point() and t.dtype != torch.float32 and key not in packed
+    }
+    dtypes = {key: t.dtype for key, t in cast.items()}
+    try:
+        for tensor in cast.values():
+            tensor.data = tensor.data.float()
+        yield dtypes
+    finally:
+        for key, tensor in cast.items():
+            tensor.data = tensor.data.to(dtypes[key])
+
+
+@contextmanager
+def swapped(module: nn.Module, train_signs: bool) -> Iterator[dict[str, Trainable]]:
+    """Binarized linears are replaced by their trainable twins inside this context.
+
+    Yields:
+        name in the module -> twin.
+    """
+    found = {name: part for name, part in module.named_modules() if isinstance(part, ARBLinear) and name}
+    twins = {name: trainable(part, train_signs) for name, part in found.items()}
+    try:
+        for name, twin in twins.items():
+            module.set_submodule(name, twin)
+        yield twins
+    finally:
+        for name, part in found.items():
+            module.set_submodule(name, part)
+
+
+@contextmanager
+def only_these_require_grad(module: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside this context no other parameter of the module asks for a gradient."""
+    before = [(p, p.requires_grad) for p in module.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, asked in before:
+            parameter.requires_grad_(asked)
+
+
+def _size(parameter: torch.Tensor) -> float:
+    """Its root mean square, or what stands for it where it is zero."""
+    return max(float(parameter.detach().float().square().mean().sqrt()), LEAST_SIZE) if parameter.numel() else 1.0
+
+
+def _rate(step: int, steps: int) -> float:
+    """The learning rate of a step over the highest: a linear rise, then half a cosine."""
+    return min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))

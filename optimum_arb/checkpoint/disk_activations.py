@@ -1,0 +1,131 @@
+"""The hidden states between two layers in files, for runs whose memory does not hold them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zlib
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from ..calibration.activations import Activations
+from .work import synchronize
+
+
+class DiskActivations(Activations):
+    """As `Activations`, with one batch in memory at a time.
+
+    A generation is a file. It is synchronized before it is used, so that a run that was interrupted goes on with it.
+
+    Args:
+        directory: where the files are; it is made.
+        kept: what `state` was when the run was interrupted.
+
+    Attributes:
+        state: which file is current, and what it holds, as JSON; None before the first layer is finished.
+    """
+
+    def __init__(self, directory: Path, kept: dict[str, Any] | None = None):
+        super().__init__()
+        self.directory = directory
+        self.state: dict[str, Any] | None = None
+        self._kept = kept
+        self._current: list[dict[str, Any]] = []
+        self._next: list[dict[str, Any]] = []
+        self._generation = 0
+        self._reader: IO[bytes] | None = None
+        self._writer: IO[bytes] | None = None
+
+    def __len__(self) -> int:
+        return len(self._current)
+
+    def __getitem__(self, batch: int) -> torch.Tensor:
+        assert self._reader is not None
+        return _read(self._reader, self._current[batch])
+
+    def put(self, batch: int, hidden: torch.Tensor) -> None:
+        tensor = hidden.detach().to("cpu").contiguous()
+        if self._writer is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._writer = open(self._path(self._generation + 1), "wb")  # noqa: SIM115 (closed by `advance`)
+        assert batch == len(self._next)  # batches come in their order
+        data = _bytes(tensor)
+        entry = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+        self._next.append({**entry, "start": self._writer.tell(), "crc32": zlib.crc32(data)})
+        self._writer.write(data)
+
+    def advance(self, layer: str) -> None:
+        if self._writer is None:
+            return  # no batch
+        self._writer.close()
+        self._writer = None
+        self._generation += 1
+        synchronize(self._path(self._generation))
+        synchronize(self.directory)
+        self._current, self._next = self._next, []
+        self._open()
+        self.state = {"layer": layer, "generation": self._generation, "batches": self._current}
+
+    def restore(self, layer: str) -> bool:
+        kept = self._kept
+        if kept is None or kept["layer"] != layer:
+            return False
+        path = self._path(kept["generation"])
+        try:
+            with open(path, "rb") as file:
+                for entry in kept["batches"]:
+                    if zlib.crc32(_bytes(_read(file, entry))) != entry["crc32"]:
+                        return False
+        except (OSError, ValueError):
+            return False  # they are computed again
+        self._generation, self._current, self.state = kept["generation"], kept["batches"], kept
+        self._open()
+        self.drop_stale()
+        return True
+
+    def drop_stale(self) -> None:
+        """Removes the files of other generations, once the manifest names the current one."""
+        for path in self.directory.glob("*.hidden"):
+            if path != self._path(self._generation):
+                path.unlink()
+
+    def clear(self) -> None:
+        for file in (self._reader, self._writer):
+            if file is not None:
+                file.close()
+        self._reader = self._writer = self.state = None
+        self._current, self._next = [], []
+
+    def _open(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = open(self._path(self._generation), "rb", buffering=0)  # noqa: SIM115 (closed by `clear`)
+
+    def _path(self, generation: int) -> Path:
+        return self.directory / f"{generation:05}.hidden"
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _read(file: IO[bytes], entry: dict[str, Any]) -> torch.Tensor:
+    tensor = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+    file.seek(entry["start"])
+    view = _bytes(tensor)
+    while view:
+        count = file.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise ValueError("The file of the hidden states was cut short.")
+        view = view[count:]
+    return tensor
+
+
+def remove_activations(directory: Path) -> None:
+    """Removes the files of hidden states, and the directory if nothing else is in it."""
+    for path in directory.glob("*.hidden"):
+        path.unlink()
+    with contextlib.suppress(OSError):
+        os.rmdir(directory)

@@ -1,0 +1,39 @@
+"""Ctrl-C and SIGTERM in a run that can be resumed."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a batch system sends it before it kills."""
+
+
+@contextmanager
+def interruptible(message: Callable[[], str]) -> Iterator[None]:
+    """Gives an interruption in here a message, and makes one of SIGTERM.
+
+    Args:
+        message: what it says; asked when it happens.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C; `Terminated` on SIGTERM, where this is the main thread and SIGTERM would end it.
+    """
+
+    def terminate(number: int, frame: Any) -> None:
+        raise Terminated
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise type(error)(message()) from None
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
