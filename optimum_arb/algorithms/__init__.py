@@ -97,16 +97,16 @@ def squared_errors(
     original = weight.to(torch.float32)
     error = original - reconstruction.to(torch.float32)
     if hessian is None:
-        lost, total = error.double().square().sum(), original.double().square().sum()
-        return float(lost), float(total)
+        return float(error.double().square().sum()), float(original.double().square().sum())
     # powers of two, so exact: products of three large or tiny numbers must not leave float32
     size, energy = _power_of_two(original), _power_of_two(hessian.diagonal())
     metric = hessian.to(torch.float32) / energy
-    lost, total = (
-        float((((part / size) @ metric) * (part / size)).sum(dtype=torch.float64)) * size * size * energy
-        for part in (error, original)
-    )
-    return lost, total
+
+    def outputs(part: torch.Tensor) -> float:
+        part = part / size
+        return float(((part @ metric) * part).sum(dtype=torch.float64)) * size * size * energy
+
+    return outputs(error), outputs(original)
 
 
 def _power_of_two(values: torch.Tensor) -> float:

@@ -37,8 +37,8 @@ FORMS = [
 - "weights": `||E||^2` without calibration, where every method minimizes that. Under a calibration matrix these methods
   still fit the weights of a block, so that nothing bounds the error of the outputs.
 
-The others promise neither. BiLLM sets a group's mean first and the scale around it afterwards, ARB begins there and ends
-in a local minimum: rows that one scale without a mean meets better. `test_a_mean_can_lose` and
+The others promise neither. BiLLM sets a group's mean first and the scale around it afterwards, ARB begins there and
+ends in a local minimum: rows that one scale without a mean meets better. `test_a_mean_can_lose` and
 `test_the_outputs_of_billm_can_lose` show it.
 """
 NO_WORSE_THAN_RTN = {"rtn": "calibrated", "arb-rc": "weights", "arb-hrc": "calibrated"}
