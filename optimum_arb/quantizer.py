@@ -145,7 +145,8 @@ class ARBHfQuantizer(HfQuantizer):
             return sum(math.prod(s) * (1 if n.endswith("weight") else 2) for n, s in shapes3.items()) / matrix.weights
         rows, columns = linear_shape(model.get_submodule(name))
         shapes = config.stored_shapes(rows, columns, permuted=False)
-        stored = sum(r * c * (2 if n.endswith("scale") else 1) for n, (r, c) in shapes.items())
+        sizes = {"scale": config.resolved_scale_bits // 8, "scale_grid": 4}
+        stored = sum(r * c * sizes.get(n[n.find("scale") :], 1) for n, (r, c) in shapes.items())
         return stored / (rows * columns)
 
     # After the weights have loaded
@@ -154,6 +155,9 @@ class ARBHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.failure is not None:
             raise self.failure
+        for module in model.modules():
+            if isinstance(module, ARBLinear):
+                module.decode_scales()  # transformers fills buffers that no file holds with anything
         if self.pre_quantized:
             cast_loaded(model, self._dtypes)
             self._prepare_saving(model)

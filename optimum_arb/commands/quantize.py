@@ -37,6 +37,7 @@ CONFIG_OPTIONS = (
     "col_scale",
     "rank",
     "factor_bits",
+    "scale_bits",
     "modules_to_not_convert",
     "base_model",
 )
@@ -90,6 +91,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="true bits a weight of arb-dbf, which decide its ranks (default: 1)",
     )
+    method.add_argument("--scale-bits", type=int, metavar="N", help="bits of a stored scale: 16 (default) or 8")
     method.add_argument("--rank", type=int, metavar="N", help="rank of arb-dbf, the same for every linear")
     method.add_argument(
         "--block-size", type=int, metavar="N", help="columns that share a row scale: 128 (default), 64, -1 = whole row"
