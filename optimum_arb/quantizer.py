@@ -37,6 +37,7 @@ from .stored import COMPANIONS, describe, packed_linears, read_headers
 from .stored_checks import check_indices, check_other_tensors, check_permuted
 from .stored_experts import describe_experts, packed_experts
 from .streaming import BinarizeOnLoad
+from .tensor_parallel import is_divided, localize, prepare, whole_state_dict
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -104,16 +105,14 @@ class ARBHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        if getattr(model.config, "distributed_config", None) is not None:
-            raise ValueError(
-                "A model cannot be binarized, or loaded binarized, in tensor parallel. Load it without "
-                "distributed_config; device_map='auto' spreads it over several devices."
-            )
+        if not self.pre_quantized:
+            prepare(model, pre_quantized=False)
         self.selection = select_modules(model, config, strict=not self.pre_quantized)
         self.kept = dict(self.selection.keep)
         if self.pre_quantized:
             self._expect_stored_modules(model, checkpoint_files)
             self._dtypes = expected_dtypes(model)
+            prepare(model, pre_quantized=True)
             return
         self._leave_out_new_modules(model, checkpoint_files)
         if self.calibrates:
@@ -156,6 +155,7 @@ class ARBHfQuantizer(HfQuantizer):
             raise self.failure
         if self.pre_quantized:
             cast_loaded(model, self._dtypes)
+            localize(model)
             self._prepare_saving(model)
             for module in model.modules():
                 if isinstance(module, (ARBLinear, ARBExperts)):
@@ -318,6 +318,10 @@ class ARBHfQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
+    def get_state_dict_and_metadata(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
+        """What is saved, where it is not what this rank holds: see `tensor_parallel.whole_state_dict`."""
+        return whole_state_dict(model), {}
+
     @property
     def is_trainable(self) -> bool:
         return True
@@ -335,6 +339,8 @@ class ARBHfQuantizer(HfQuantizer):
         for name, module in packed:
             if any(p.is_meta for p in module.parameters()):
                 raise ValueError(f"{name} is offloaded: load the model without offloading to dequantize it.")
+            if is_divided(module):
+                raise ValueError(f"{name} is divided over ranks: load it without distributed_config to dequantize it.")
         for name, module in packed:
             plain = module.float_module(dtype) if isinstance(module, ARBExperts) else float_linear(module, dtype)
             hook = getattr(module, "_hf_hook", None)

@@ -35,7 +35,7 @@ from ...config import ARBConfig
 from ...nn import ARBLinear
 from ...packing import TENSOR_NAMES
 from ...stored import StoredLinear, StoredTensor, describe
-from .slicing import column_obstacle, slice_columns, slice_rows
+from ...slicing import column_obstacle, slice_columns, slice_rows
 
 logger = init_logger(f"vllm.{__name__}")
 
