@@ -1,7 +1,7 @@
 """Packed layers in transformers' tensor parallelism: what a rank keeps of them, and what the ranks exchange.
 
-transformers' styles ("colwise", "rowwise", ...) shard every parameter of a layer along one dimension. A packed layer has
-parameters that have a row for each output, others that have a column for each input, and lists that belong to the whole
+transformers' styles ("colwise", "rowwise", ...) shard every parameter of a layer along one dimension. A packed layer
+has parameters with a row for each output, others with a column for each input, and lists that belong to the whole
 layer. So the styles are wrapped: for packed layers the rules are those below, for every other module they are
 transformers'. Parameters are marked as `DTensor`s before the checkpoint is read, of which each rank then reads its part
 alone; once they are loaded, each rank has an ordinary `ARBLinear` of its own rows or columns.
@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
 
 from .nn import ARBExperts, ARBLinear
 from .slicing import ROW_TENSORS, column_obstacle
@@ -47,6 +48,7 @@ _STYLES = (
 _SHARDS = "_arb_shards"
 # Where it notes that its parameters were divided by the rules of this file.
 _RULE = "_arb_rule"
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
 # The parameters that have a row for each output, and those that have a column for each input.
 _ROW_PARAMETERS = frozenset(name if name == "weight" else f"weight_{name}" for name in ROW_TENSORS)
 _COLUMN_PARAMETERS = ("weight", "weight_row_scale", "weight_col_scale")
@@ -79,7 +81,9 @@ def prepare(model: PreTrainedModel, pre_quantized: bool) -> None:
                 f"{name}={sizes[name]}: a binarized model is divided by tp_size (and ep_size) alone. Leave {name} out, "
                 "or load the model with device_map."
             )
-    if sizes["ep_size"] > 1 and "ep_dispatch_experts" not in (getattr(model, "ep_plan", None) or {}).values():
+    follows = hasattr(HfQuantizer, "update_parallel_plan")  # since 5.21 a plan is extended to the companions
+    dispatches = "ep_dispatch_experts" in (getattr(model, "ep_plan", None) or {}).values()
+    if sizes["ep_size"] > 1 and not (follows and dispatches):
         raise ValueError(
             f"ep_size={sizes['ep_size']}: {type(model).__name__} has no expert plan that packed experts can follow in "
             "this version of transformers. Use tp_size alone, which divides the experts too."
@@ -100,7 +104,8 @@ def localize(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (ARBLinear, ARBExperts)):
             shards = {}
-            for key, parameter in list(module.named_parameters(recurse=False)):
+            parameters: list[tuple[str, Any]] = list(module.named_parameters(recurse=False))
+            for key, parameter in parameters:
                 if not hasattr(parameter, "placements"):
                     continue
                 mesh, placements = parameter.device_mesh, tuple(parameter.placements)
@@ -132,9 +137,17 @@ def whole_state_dict(model: nn.Module) -> dict[str, Any] | None:
     for name, module in divided.items():
         for key, (mesh, placements, shape, stride) in module.__dict__[_SHARDS].items():
             whole = f"{name}.{key}" if name else key
-            state[whole] = DTensor.from_local(
-                state[whole].detach(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+            part = state[whole].detach()
+            short = part.dtype == torch.int16  # neither gloo nor NCCL moves it
+            tensor = DTensor.from_local(
+                part.int() if short else part,
+                mesh,
+                placements,
+                run_check=False,
+                shape=torch.Size(shape),
+                stride=stride,
             )
+            state[whole] = tensor.full_tensor().to(part.dtype) if short else tensor
     return state
 
 
@@ -304,7 +317,7 @@ def _gathered(x: torch.Tensor, group: Any, size: int) -> torch.Tensor:
         x = nn.functional.pad(x, (0, width - x.shape[-1]))
     x = x.contiguous()
     out = x.new_empty(ranks * x.shape[0], *x.shape[1:]) if x.dim() > 1 else x.new_empty(ranks * x.shape[0])
-    dist.all_gather_into_tensor(out, x, group=group)
+    _all_gather(out, x, group=group)
     out = out.view(ranks, *x.shape).movedim(0, -2).flatten(-2)
     # the padding lies at the end of each rank's part, and only the last parts have any
     if ranks * width != size:
@@ -317,7 +330,7 @@ def _has_grad(x: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
-def _plain(x: torch.Tensor, size: int, group: Any) -> tuple[torch.Tensor, bool]:
+def _plain(x: torch.Tensor, size: int) -> tuple[torch.Tensor, bool]:
     """A module's input as a plain tensor, and whether it is this rank's part alone."""
     if hasattr(x, "placements"):
         from torch.distributed.tensor import Replicate
@@ -332,7 +345,7 @@ def _divided_rows(module: ARBLinear, mesh: Any, gather_input: bool, gather_outpu
     inputs, outputs = module.in_features, module.out_features
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        x, part = _plain(x, inputs, group)
+        x, part = _plain(x, inputs)
         if gather_input and part:
             x = _Gather.apply(x, group, inputs, True) if _has_grad(x) else _gathered(x, group, inputs)
         elif _has_grad(x):
@@ -353,7 +366,7 @@ def _divided_columns(module: ARBLinear, mesh: Any, split_input: bool) -> Callabl
     start = width * mesh.get_local_rank()
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        x, part = _plain(x, inputs, group)
+        x, part = _plain(x, inputs)
         if not part and (split_input or width != inputs):
             x = _SumGradients.apply(x, group) if _has_grad(x) else x
             x = x[..., start : start + width]

@@ -34,8 +34,8 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter
 from ...config import ARBConfig
 from ...nn import ARBLinear
 from ...packing import TENSOR_NAMES
-from ...stored import StoredLinear, StoredTensor, describe
 from ...slicing import column_obstacle, slice_columns, slice_rows
+from ...stored import StoredLinear, StoredTensor, describe
 
 logger = init_logger(f"vllm.{__name__}")
 
