@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from .calibration import CalibrationWalk, model_tokens, token_batches
 from .calibration.data import calibration_record
+from .calibration.distributed import current_ranks, model_fingerprint
 from .calibration.experts import RoutedInputs
 from .config import ARBConfig
 from .conversion import Record, binarize_linear, empty_linear, float_linear
@@ -171,7 +172,7 @@ class ARBHfQuantizer(HfQuantizer):
         self._prepare_saving(model)
         self._record_run(model)
         if self._tokens is not None and self.stream is None:
-            place_model(model, self._device_map, self.quantization_config.max_memory)
+            place_model(model, self._device_map, self.quantization_config.max_memory, current_ranks())
         self._tokens = None
         if self.stream is None:
             share_inputs(model)
@@ -199,20 +200,38 @@ class ARBHfQuantizer(HfQuantizer):
             return packed, record.output_error
 
         def binarize_layer(name: str, module: nn.Module, routed: RoutedInputs | None):
-            packed, records = binarize_experts(name, module, routed, self.selection.of_experts(name))
-            self.records |= {f"{name}.{key}": record for key, record in records.items()}
+            packed, records = binarize_experts(name, module, routed, self.selection.of_experts(name), ranks)
+            self.records.update({f"{name}.{key}": record for key, record in records.items()})
             return packed, [r.output_error for r in records.values() if r.output_error is not None]
 
         batches = [] if self._tokens is None else token_batches(self._tokens, self.quantization_config.batch_size)
-        device = calibration_device(self._device_map)
+        ranks = current_ranks()
+        device = calibration_device(self._device_map, ranks)
         model.eval()
         names = self.selection.modules()
+        together: dict[str, Any] = {"ranks": ranks, "records": self.records}
+        if ranks.size > 1:
+            ranks.check_same(self._facts(model))
         if self.stream is None:
-            CalibrationWalk(model, names, binarize, batches, device, binarize_layer).run()
+            CalibrationWalk(model, names, binarize, batches, device, binarize_layer, **together).run()
         else:
             record = None if self._tokens is None else calibration_record(self.quantization_config, self._tokens)
             with self.stream.opened(model, self, record) as options:
+                options |= together
                 CalibrationWalk(model, names, binarize, batches, binarize_experts=binarize_layer, **options).run()
+
+    def _facts(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What all processes must have in common that binarize a model together."""
+        config, tokens = self.quantization_config, self._tokens
+        record = {} if tokens is None else calibration_record(config, tokens)
+        choices = {key: value for key, value in config.to_dict().items() if key != "dataset"}
+        return {
+            "version of optimum_arb": __version__,
+            "version of torch": torch.__version__,
+            **choices,
+            "set of calibration tokens (their SHA-256)": record.get("fingerprint"),
+            "model": model_fingerprint(model),
+        }
 
     def _record_run(self, model: PreTrainedModel) -> None:
         config = self.quantization_config

@@ -14,8 +14,10 @@ alone; once they are loaded, each rank has an ordinary `ARBLinear` of its own ro
 | rowwise, otherwise | its rows are divided | the inputs are gathered, and so are the outputs |
 | moe_tp_experts | the experts are divided | the outputs are summed |
 
-"Otherwise" is the usual case of arb-hrc, which stores columns in order of activation: each block then holds columns of
-every rank. Against the sum over ranks that costs one more gather of the input, and nothing is stored or computed twice.
+Of a product of two sign matrices, the rows of the outer or the columns of the inner one are divided, and every rank
+has the other as a whole. "Otherwise" is the usual case of arb-hrc, which stores columns in order of activation: each
+block then holds columns of every rank. Against the sum over ranks that costs one more gather of the input, and nothing
+is stored or computed twice.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
-from .nn import ARBExperts, ARBLinear
+from .nn import ARBExperts, ARBFactorizedLinear, ARBLinear
 from .slicing import ROW_TENSORS, column_obstacle
 
 _STYLES = (
@@ -52,6 +54,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 # The parameters that have a row for each output, and those that have a column for each input.
 _ROW_PARAMETERS = frozenset(name if name == "weight" else f"weight_{name}" for name in ROW_TENSORS)
 _COLUMN_PARAMETERS = ("weight", "weight_row_scale", "weight_col_scale")
+_COLUMN_PARAMETERS_OF_FACTORS = ("weight_inner", "weight_inner_col_scale")
 
 
 def prepare(model: PreTrainedModel, pre_quantized: bool) -> None:
@@ -191,8 +194,10 @@ class _PackedStyle:
             dim: int | None = 0
         elif isinstance(module, ARBLinear):
             if self._by_columns(module, mesh):
+                factors = isinstance(module, ARBFactorizedLinear)
                 whole_row = param == "weight_row_scale" and module.block_size == -1
-                dim = 1 if param in _COLUMN_PARAMETERS and not whole_row else None
+                has_columns = param in (_COLUMN_PARAMETERS_OF_FACTORS if factors else _COLUMN_PARAMETERS)
+                dim = 1 if has_columns and not whole_row else None
             else:
                 dim = 0 if param in _ROW_PARAMETERS or param == "bias" else None
         else:
@@ -241,9 +246,9 @@ def _check_rule(name: str, module: nn.Module) -> None:
 def _shrink(module: ARBLinear | ARBExperts) -> None:
     """Sets a module's sizes to those of this rank's part."""
     if isinstance(module, ARBLinear):
-        placements = module.__dict__[_SHARDS]["weight"][1]
+        mesh, placements, *_ = next(iter(module.__dict__[_SHARDS].values()))
         if placements[0].dim == 1:
-            module.in_features //= module.__dict__[_SHARDS]["weight"][0].size()
+            module.in_features //= mesh.size()
         module.out_features = module.weight.shape[0]
         return
     experts = next(len(module.get_parameter(name)) for name in module.float_matrices)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from ranks import check, run_ranks
 from safetensors.torch import load_file
+from svd_factors import install
 from tiny_experts import save_moe
 from tiny_models import outputs, save_tiny, tiny_model, tokens
 from transformers import AutoModelForCausalLM
@@ -51,6 +52,7 @@ CASES = {
         },
         None,
     ),
+    "factors": ("LlamaForCausalLM", BIG, {"dataset": None, "method": "arb-dbf"}, (256, 256)),
     "dequantize": ("LlamaForCausalLM", BIG, {"dataset": DATA}, (128, 512)),
 }
 if hasattr(HfQuantizer, "update_parallel_plan"):  # since 5.21
@@ -115,7 +117,9 @@ def folder(tmp_path_factory) -> Path:
         save = save_moe if family.startswith(("Mixtral", "Qwen3Moe")) else save_tiny
         save(folder / name / "float", family, **changes)
         config = ARBConfig(num_samples=8, **choices)
-        model = AutoModelForCausalLM.from_pretrained(folder / name / "float", quantization_config=config)
+        with pytest.MonkeyPatch.context() as patch:
+            install(patch)
+            model = AutoModelForCausalLM.from_pretrained(folder / name / "float", quantization_config=config)
         model.save_pretrained(folder / name / "packed")
     check(run_ranks(__file__, "worker", folder))
     return folder
