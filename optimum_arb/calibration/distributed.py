@@ -148,7 +148,8 @@ class Ranks:
                 if rank != self.rank:
                     # made by a process of this very run
                     result[name] = torch.load(io.BytesIO(data), map_location=device, weights_only=False)
-                    records[name] = record
+                    if record is not None:
+                        records[name] = record
         return modules | result
 
     def merge(self, values: dict[Any, T], doing: str) -> dict[Any, T]:

@@ -420,7 +420,8 @@ class CalibrationWalk:
                 packed, error = self.binarize(name, module, hessian, tokens)
                 errors = [] if error is None else [error]
             self.errors += errors
-            done[name] = packed
+            if name in owners:  # of experts, every rank has them all by now
+                done[name] = packed
             self.model.set_submodule(name, packed)
             self.progress.linear(name, time.perf_counter() - start, errors)
         for name, module in self.ranks.share(done, self.device, self.records).items():

@@ -311,3 +311,43 @@ def test_sums_do_not_depend_on_the_order_of_the_batches():
     assert all(torch.equal(summed(order), first) for order in orders)
     plain = [sum((batches[index].T @ batches[index] for index in order), torch.zeros(96, 96)) for order in orders]
     assert not torch.equal(plain[0], plain[1])
+
+
+def streamed(folder: str) -> None:
+    """One rank of a run from disk to disk that is interrupted once: the second rank stops a layer later."""
+    import torch.distributed as dist
+
+    from optimum_arb.checkpoint.quantize import quantize_checkpoint
+    from optimum_arb.checkpoint.streamed import StreamedWeights
+
+    dist.init_process_group("gloo")
+    source, out = Path(folder) / "deep", Path(folder) / "streamed"
+    choices = {"config": config(batch_size=2), "activations_on_disk": True}
+    write = StreamedWeights._write
+
+    def stop(self, part):
+        if part == f"model.layers.{1 + dist.get_rank()}":
+            raise ZeroDivisionError("interrupted")
+        write(self, part)
+
+    with pytest.raises((ZeroDivisionError, OtherRankFailed)), distributed(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StreamedWeights, "_write", stop)
+        quantize_checkpoint(source, out, **choices)
+    assert not out.exists()
+    with distributed():
+        done = quantize_checkpoint(source, out, **choices, resume=True)
+        again = quantize_checkpoint(source, out, **choices, resume=True)
+    assert done.resumed_layers == 1
+    assert again.files == done.files
+    assert "model.safetensors" in done.files
+
+
+def test_from_disk_to_disk_and_resumed(sources):
+    save_tiny(sources / "deep", "LlamaForCausalLM", num_hidden_layers=3)
+    check(run_ranks(__file__, "streamed", sources))
+    alone = binarize(sources / "deep", batch_size=2).state_dict()
+    found = load_file(sources / "streamed" / "model.safetensors")
+    assert found.keys() <= alone.keys()
+    assert [key for key in found if not torch.equal(found[key], alone[key])] == []
+    left = {path.name for path in sources.iterdir()} - set(CASES)
+    assert left <= {"deep", "streamed", "rank0.json", "rank1.json"}
