@@ -122,9 +122,7 @@ class SharedInput:
         whole = len(layers) == len(self._rows)
         if not self.enabled:
             prepack.drop(weights)
-        elif (
-            not whole or any(layer.is_offloaded for layer in layers) or len({w.weight.device for w in weights}) > 1
-        ):
+        elif not whole or any(layer.is_offloaded for layer in layers) or len({w.weight.device for w in weights}) > 1:
             self.enabled = False
         else:
             self._prepared = prepare(weights)
