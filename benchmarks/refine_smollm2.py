@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_arb import ARBConfig
 from optimum_arb.calibration import CalibrationWalk, token_batches
 from optimum_arb.calibration.refine import OBJECTIVES, LayerRefiner, RefineSettings
+from optimum_arb.calibration.refine_model import refine_model
 from optimum_arb.calibration.walk import LayerTurn
 from optimum_arb.conversion import binarize_linear, float_linear
 from optimum_arb.data import bundled_text
@@ -54,6 +55,8 @@ def main() -> None:
     parser.add_argument("--patience", type=int, default=RefineSettings.patience)
     parser.add_argument("--evaluations", type=int, default=RefineSettings.evaluations)
     parser.add_argument("--held-out", type=float, default=RefineSettings.held_out)
+    parser.add_argument("--model-steps", type=int, default=0, help="steps of the last pass over the whole model")
+    parser.add_argument("--model-lr", type=float, default=RefineSettings.learning_rate / 5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--targets",
@@ -111,7 +114,17 @@ def main() -> None:
     batches = token_batches(tokens.view(args.samples, args.length), args.batch_size)
     start = time.perf_counter()
     follow = args.targets == "float"
-    CalibrationWalk(model, targets, binarize, batches, args.device, after_layer=after_layer, follow_float=follow).run()
+    walk = CalibrationWalk(model, targets, binarize, batches, args.device, after_layer=after_layer, follow_float=follow)
+    walk.run()
+    last = None
+    if args.model_steps:
+        if walk.chain is None:
+            parser.error("--model-steps needs --targets float")
+        of_model = replace(settings, steps=args.model_steps, learning_rate=args.model_lr)
+        last = refine_model(model, walk.chain, batches, walk.float_outputs, of_model, args.device)
+        print(
+            f"the model: divergence {last.before:.5f} -> {last.after:.5f} in {last.steps} steps, {last.seconds:.1f} s"
+        )
     seconds = time.perf_counter() - start
     packed = {name: module for name, module in model.named_modules() if isinstance(module, ARBLinear)}
     bits = sum(stored_bytes(module.packed()) * 8 for module in packed.values())
@@ -124,6 +137,7 @@ def main() -> None:
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "settings": asdict(settings),
         "layers": {name: result.to_dict() for name, result in refiner.results.items()},
+        "model": None if last is None else last.to_dict(),
         "bits_per_weight": bits_per_weight,
         "seconds": seconds,
         "refinement_seconds": sum(result.seconds for result in refiner.results.values()),

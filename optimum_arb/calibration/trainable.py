@@ -9,6 +9,7 @@ far from zero as turning its sign round would cost.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -115,6 +116,7 @@ class TrainablePlanes(Trainable):
     def __init__(self, packed: ARBLinear, train_signs: bool = False):
         weight = packed.binarized()
         super().__init__(packed, [*weight.signs, *_each(weight.salient_signs)], train_signs)
+        self.unpacked = weight
         self.layout, self.block_size = weight.layout, weight.block_size
         self.rows, self.columns = weight.shape
         self.row_scale = nn.Parameter(weight.row_scale.float())
@@ -205,14 +207,11 @@ class TrainablePlanes(Trainable):
         """What the twin has become, scales in float32."""
         planes = self.current_signs()
         salient = planes[self.layout.planes :]
-        return BinarizedWeight(
-            layout=self.layout,
-            block_size=self.block_size,
+        return replace(
+            self.unpacked,
             signs=torch.stack(planes[: self.layout.planes]),
             row_scale=self.row_scale.detach(),
             col_scale=None if self.col_scale is None else self.col_scale.detach(),
-            permutation=self.permutation,
-            salient_columns=self.salient_columns,
             salient_signs=torch.stack(salient) if salient else None,
             salient_col_scale=None if self.salient_col_scale is None else self.salient_col_scale.detach(),
         )
