@@ -80,3 +80,20 @@ def random_signs(columns: int, seed: int) -> torch.Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, (columns,), generator=generator, dtype=torch.uint8).bool()
+
+
+def rotate(
+    weight: torch.Tensor, hessian: torch.Tensor, signs: torch.Tensor, block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`W T^T` and `T H T^T` of the transform `T x = hadamard_transform(sign * x, block)`: what the weight and the
+    calibration matrix are for inputs that went through it.
+
+    Args:
+        weight: floating point `[N, K]`.
+        hessian: `[K, K]`, symmetric.
+        signs: bool `[K]`, True = +1.
+        block: a power of two.
+    """
+    sign = torch.where(signs, 1.0, -1.0).to(weight)
+    half = hadamard_transform(hessian * sign, block)
+    return hadamard_transform(weight * sign, block), hadamard_transform(half.T.contiguous() * sign, block)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .hadamard import hadamard_transform
 from .layout import Layout
 
 TILE = 128
@@ -52,6 +53,10 @@ class BinarizedWeight:
         salient_columns: int64 `[S]`, ascending, or None where the layout has no salient columns.
         salient_signs: bool `[salient_planes, N, S]`, or None.
         salient_col_scale: float `[salient_col_scales, S]`, or None.
+        hadamard: the block of a Hadamard transform (`optimum_arb.hadamard`) that the permuted inputs go through before
+            they meet the planes: `y = planes(Hadamard(sign * x[permutation]))`; 0 for none.
+        input_signs: the signs of that transform, bool `[K]`, True = +1, in the order of the permuted inputs; None
+            without one.
     """
 
     layout: Layout
@@ -63,6 +68,8 @@ class BinarizedWeight:
     salient_columns: torch.Tensor | None = None
     salient_signs: torch.Tensor | None = None
     salient_col_scale: torch.Tensor | None = None
+    hadamard: int = 0
+    input_signs: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,6 +97,9 @@ class BinarizedWeight:
             for plane in term.planes:
                 value = torch.where(self._sign(plane, at), value, -value)
             weight[:, at] += value
+        if self.hadamard:
+            assert self.input_signs is not None
+            weight = hadamard_transform(weight, self.hadamard) * torch.where(self.input_signs, 1.0, -1.0).to(weight)
         if self.permutation is not None:
             weight = torch.empty_like(weight).index_copy_(1, self.permutation, weight)
         return weight.to(dtype)

@@ -8,7 +8,9 @@ import torch
 
 from ..config import BITMAP_METHODS, ARBConfig
 from ..factors import FactorizedWeight
+from ..hadamard import random_signs, rotate
 from ..packing import BinarizedWeight
+from .admm import admm_planes
 from .assembly import assemble_bitmap, assemble_planes
 from .bitmap import BitmapFit, fit_bitmap_block
 from .compensation import binarize_blocks
@@ -53,10 +55,14 @@ def binarize(
         factors = _factorize(target, hessian, config)
         factors.row_scale = factors.row_scale * unit
         return factors
+    if config.hadamard and hessian is not None:
+        result = _binarize_rotated(target, hessian, config)
+        result.row_scale = result.row_scale * unit
+        return result
     if hessian is None:
         prepared = identity_hessian(columns, weight.device)
     else:
-        prepared = prepare_hessian(hessian, config.resolved_damp_percent, config.resolved_act_order)
+        prepared = _prepare(hessian, config, config.resolved_act_order)
     if prepared.permutation is not None:
         target = target[:, prepared.permutation]
     target = torch.where(prepared.dead, 0.0, target)  # what never has an input may as well cost nothing
@@ -100,17 +106,41 @@ def squared_errors(
     return float(lost), float(total)
 
 
+def _prepare(hessian: torch.Tensor, config: ARBConfig, act_order: bool) -> PreparedHessian:
+    return prepare_hessian(hessian, config.resolved_damp_percent, act_order, config.resolved_shrinkage)
+
+
+def _binarize_rotated(target: torch.Tensor, hessian: torch.Tensor, config: ARBConfig) -> BinarizedWeight:
+    """arb-hrc of `W T^T` under `T H T^T`, T a block Hadamard transform of the (permuted) columns with random signs."""
+    permutation = None
+    if config.resolved_act_order:
+        permutation = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        target, hessian = target[:, permutation], hessian[permutation][:, permutation]
+    target = torch.where(hessian.diagonal() > 0, target, 0.0)  # dead columns, before they are mixed with others
+    signs = random_signs(len(hessian), config.seed).to(target.device)
+    target, hessian = rotate(target, hessian, signs, config.hadamard)
+    result = _binarize_planes(target, _prepare(hessian, config, False), config)
+    result.permutation, result.hadamard, result.input_signs = permutation, config.hadamard, signs
+    return result
+
+
 def _binarize_planes(target: torch.Tensor, hessian: PreparedHessian, config: ARBConfig) -> BinarizedWeight:
-    """arb-hrc: the block loop, then sweeps of refinement."""
+    """arb-hrc: all blocks at once by ADMM or one after the other, then sweeps of refinement."""
     width = _width(config, target)
+    col_scale = config.resolved_col_scale
+    iterations = config.resolved_admm_iterations
+    sweeps = config.resolved_refinement_sweeps
 
     def fit_block(block: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, PlanesFit]:
         factor = hessian.factor[start:stop, start:stop]
-        fit = fit_planes(block, factor, config.planes, config.resolved_num_iterations, config.resolved_col_scale)
+        fit = fit_planes(block, factor, config.planes, config.resolved_num_iterations, col_scale)
         return fit.reconstruction(), fit
 
-    fits = binarize_blocks(target.clone(), hessian, width, config.compensation, fit_block)
-    refine_blocks(target, hessian, width, fits, config.resolved_refinement_sweeps, config.resolved_col_scale)
+    if iterations:
+        fits = admm_planes(target, hessian.damped, width, config.planes, iterations, col_scale)
+    else:
+        fits = binarize_blocks(target.clone(), hessian, width, config.compensation, fit_block)
+    refine_blocks(target, hessian, width, fits, sweeps, col_scale)
     return assemble_planes(fits, config.layout, config.block_size)
 
 

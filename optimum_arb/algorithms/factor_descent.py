@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
+from .column_descent import descend_columns
+
 # Relative to the mean diagonal of the normal equations; it pulls towards the current value, so no step can raise the
 # objective.
 RIDGE = 1e-7
-CHUNK = 64  # columns of the outer factor whose corrections are carried one by one; the rest gets them in one product
 # Attempts to flip signs of the inner factor. One after the other, column by column, descends as far in one pass as 20
 # attempts in two, which take half its time on a CPU and a fiftieth on a GPU.
 ATTEMPTS = 20
@@ -110,27 +111,19 @@ def _step(normal: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
 def flip_outer(weight: torch.Tensor, hessian: torch.Tensor, factors: Factors) -> None:
     """One pass over the columns of the outer factor, in place.
 
-    With `V = diag(rank) inner diag(col)`, `G = V H V^T` and `P = (W - Q) H V^T`, turning entry x = `row * outer` round
-    changes the objective by `4 (x P + x^2 G_jj)`.
+    With `V = diag(rank) inner diag(col)`, `G = V H V^T` and `P = (W - Q) H V^T`, the best value of entry
+    x = `row * outer` given the others is `x + P / G_jj`.
     """
     right = factors.rank[:, None] * factors.inner * factors.col
     pushed = right @ hessian
     gram = pushed @ right.T
     slope = (pushed @ (weight - (factors.outer * factors.row[:, None]) @ right).T).contiguous()  # [r, N]
-    signs = factors.outer.T.contiguous()
-    rank = len(signs)
-    for start in range(0, rank, CHUNK):
-        stop = min(start + CHUNK, rank)
-        changes = torch.zeros(stop - start, len(factors.row), device=weight.device)
-        for j in range(start, stop):
-            value = factors.row * signs[j]
-            gains = value * slope[j] + value.square() * gram[j, j] < 0
-            change = torch.where(gains, -2 * value, 0.0)
-            signs[j] = torch.where(gains, -signs[j], signs[j])
-            changes[j - start] = change
-            slope[j + 1 : stop] -= gram[j, j + 1 : stop, None] * change
-        slope[stop:] -= gram[start:stop, stop:].T @ changes
-    factors.outer = signs.T.contiguous()
+    diagonal = gram.diagonal()
+    diagonal = torch.where(diagonal > 0, diagonal, 1.0)  # of a vanished row of the inner factor, whose slope is 0 too
+    current = (factors.outer * factors.row[:, None]).T.contiguous()
+    one = torch.ones_like(factors.rank)[None]
+    signs, _ = descend_columns(current, slope / diagonal[:, None], factors.row[None], one, gram / diagonal)
+    factors.outer = torch.where(factors.row[:, None] != 0, signs[0], factors.outer)
 
 
 def flip_inner(weight: torch.Tensor, hessian: torch.Tensor, factors: Factors) -> None:

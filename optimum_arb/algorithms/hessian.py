@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -27,6 +28,11 @@ class PreparedHessian:
     dead: torch.Tensor
     permutation: torch.Tensor | None
 
+    @cached_property
+    def damped(self) -> torch.Tensor:
+        """H, damped, float32 `[K, K]`."""
+        return self.factor @ self.factor.T
+
     def block_metric(self, start: int, stop: int) -> torch.Tensor:
         """`M = (U_bb^T U_bb)^-1`, the Schur complement of the later columns: the metric of a block's error while
         later columns can still make up for it, `min over later columns of tr(E H E^T) = tr(E_b M E_b^T)`. float32
@@ -35,8 +41,10 @@ class PreparedHessian:
         return factor @ factor.T
 
 
-def prepare_hessian(hessian: torch.Tensor, damp_percent: float, act_order: bool) -> PreparedHessian:
-    """Damps and factorizes a calibration matrix.
+def prepare_hessian(
+    hessian: torch.Tensor, damp_percent: float, act_order: bool, shrinkage: float = 0.0
+) -> PreparedHessian:
+    """Shrinks, damps and factorizes a calibration matrix.
 
     Columns without any input get a diagonal of 1, as in GPTQ, so that nothing is compensated through them. The
     factorization runs in float64 and is tried again with ten times the damping where the matrix is not positive
@@ -46,6 +54,8 @@ def prepare_hessian(hessian: torch.Tensor, damp_percent: float, act_order: bool)
         hessian: `[K, K]`, `X^T X` at any positive scale.
         damp_percent: added to the diagonal, as a fraction of its mean.
         act_order: permute the columns by falling diagonal (dead columns last).
+        shrinkage: how much smaller the entries beside the diagonal are made, as a fraction of them (Ledoit and Wolf
+            2004): those of few samples are larger than those of all text.
 
     Raises:
         ValueError: the matrix has NaN or Inf, or cannot be made positive definite.
@@ -64,6 +74,9 @@ def prepare_hessian(hessian: torch.Tensor, damp_percent: float, act_order: bool)
         full = full[permutation][:, permutation]
         dead = dead[permutation]
     damped = full.clone()
+    if shrinkage:
+        damped *= 1 - shrinkage
+        damped.diagonal().copy_(full.diagonal())
     damped.diagonal()[dead] = 1.0
     columns = len(full)
     identity = torch.eye(columns, dtype=torch.float64, device=full.device)

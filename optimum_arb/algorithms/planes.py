@@ -12,6 +12,7 @@ least-squares problem of (planes * k) unknowns, and is solved here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -19,6 +20,16 @@ import torch
 # planes that became equal. It pulls towards the current value, so a step can only lower the objective.
 RIDGE = 1e-7
 SIGN_CHUNK = 32  # columns whose corrections are carried one by one; the rest of the block gets them in one product
+
+
+class Rounding(Protocol):
+    """How scales are rounded to what is stored."""
+
+    def row(self, scale: torch.Tensor) -> torch.Tensor:
+        """Row scales float32 `[P, N]` to values that can be stored."""
+
+    def col(self, scale: torch.Tensor) -> torch.Tensor:
+        """Column scales float32 `[P, k]`, likewise."""
 
 
 @dataclass
@@ -37,7 +48,15 @@ class PlanesFit:
 
     def reconstruction(self) -> torch.Tensor:
         """Q, float `[N, k]`."""
-        return torch.einsum("pnk,pn,pk->nk", self.signs, self.row, self.col)
+        return self.total(self.row[:, :, None] * self.col[:, None, :])
+
+    def total(self, sizes: torch.Tensor) -> torch.Tensor:
+        """The sum over the planes of `sizes * signs`, `sizes` of a shape that `[P, N, k]` fits; float `[N, k]`."""
+        return (self.signs * sizes).sum(0)
+
+    def copy(self) -> PlanesFit:
+        """The same on tensors of its own."""
+        return PlanesFit(self.signs.clone(), self.row.clone(), self.col.clone())
 
 
 def fit_planes(
@@ -62,29 +81,12 @@ def fit_planes(
     if planes > 1:
         update_scales(weight, metric, fit, col_scale)
         signs_in_order(weight, factor, fit)
+    descent = Descent.of(weight, metric, fit)
     for _ in range(rounds):
-        update_scales(weight, metric, fit, col_scale)
-        update_signs(weight, metric, fit)
-    finish_scales(weight, metric, fit, col_scale)
+        descent.scales(col_scale)
+        descent.signs()
+    descent.finish(col_scale)
     return fit
-
-
-def update_scales(weight: torch.Tensor, metric: torch.Tensor, fit: PlanesFit, col_scale: bool = True) -> None:
-    """Row scales, then column scales where there are any, in place."""
-    update_rows(weight, metric, fit)
-    if col_scale:
-        update_columns(weight, metric, fit)
-
-
-def finish_scales(weight: torch.Tensor, metric: torch.Tensor, fit: PlanesFit, col_scale: bool = True) -> None:
-    """The last scales, as they are stored, in float16, in place."""
-    update_scales(weight, metric, fit, col_scale)
-    normalize(fit)
-    # the rounding of the columns is made up for by the rows, and that of the rows by the columns that follow
-    if col_scale:
-        fit.col = fit.col.half().float()
-        update_rows(weight, metric, fit)
-    fit.row = fit.row.half().float()
 
 
 def greedy_start(weight: torch.Tensor, planes: int, col_scale: bool = True) -> PlanesFit:
@@ -109,29 +111,125 @@ def greedy_start(weight: torch.Tensor, planes: int, col_scale: bool = True) -> P
 
 
 def _divide(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    return numerator / denominator if float(denominator) > 0 else torch.zeros_like(numerator)
+    return torch.where(denominator > 0, numerator / torch.where(denominator > 0, denominator, 1.0), 0.0)
+
+
+@dataclass
+class Descent:
+    """Steps on a fit, in place, none of which raises the objective. They share what each of them needs, the gradient.
+
+    Attributes:
+        metric: M, float32 `[k, k]`.
+        fit: what the steps change.
+        gradient: `(W - Q) M`, float32 `[N, k]`: half the objective's negative gradient by Q. Every step keeps it.
+    """
+
+    metric: torch.Tensor
+    fit: PlanesFit
+    gradient: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, metric: torch.Tensor, fit: PlanesFit) -> Descent:
+        """The steps of a fit of `weight`, float32 `[N, k]`."""
+        return cls(metric, fit, (weight - fit.reconstruction()) @ metric)
+
+    def scales(self, col_scale: bool = True) -> None:
+        """Row scales, then column scales where there are any."""
+        self.rows()
+        if col_scale:
+            self.columns()
+
+    def rows(self) -> None:
+        """Per row `(A M A^T) r = A M w`, `A = [c_p * b_p]`, a P x P system."""
+        fit = self.fit
+        basis = fit.signs * fit.col[:, None, :]  # [P, N, k]
+        weighted = basis @ self.metric
+        normal = torch.stack([(weighted * plane).sum(2) for plane in basis], 2).permute(1, 0, 2)  # [N, P, P]
+        slope = (basis * self.gradient).sum(2).T
+        step = _solve(normal.double(), slope.double()).T.to(fit.row.dtype)
+        fit.row += step
+        for plane, moved in zip(step, weighted, strict=True):
+            self.gradient.addcmul_(plane[:, None], moved, value=-1)
+
+    def columns(self) -> None:
+        """One system over all columns and planes:
+
+        `N[(p,j),(q,l)] = M_jl sum_n r_pn r_qn B_pnj B_qnl`,  right-hand side `sum_n r_pn B_pnj (W M)_nj`.
+        """
+        fit = self.fit
+        planes, _, columns = fit.signs.shape
+        basis = fit.signs * fit.row[:, :, None]
+        slope = (basis * self.gradient).sum(1).flatten().double()
+        every = basis.permute(1, 0, 2).flatten(1)  # [N, P k]
+        if planes > 1:  # planes may be equal, and float32 would not keep what tells them apart
+            every = every.double()
+        normal = (every.T @ every).double() * self.metric.double().repeat(planes, planes)
+        step = _solve(normal[None], slope[None])[0].view(planes, columns).to(fit.col.dtype)
+        fit.col += step
+        self.gradient -= (basis * step[:, None, :]).sum(0) @ self.metric
+
+    def signs(self) -> None:
+        """Coordinate descent over the columns, all rows at once.
+
+        For column j the best value given the rest is `t = Q_nj + ((W - Q) M)_nj / M_jj`; each weight takes the nearest
+        of its 2^P levels, and the change is carried into (W - Q) M.
+        """
+        fit, metric = self.fit, self.metric
+        columns = fit.signs.shape[2]
+        levels = _Levels(fit)
+        current = fit.reconstruction().T.contiguous()  # [k, N]: a column is contiguous
+        # t - Q = gradient / M_jj, so that the loop below only adds
+        ratio = metric / metric.diagonal()
+        step = self.gradient.T / metric.diagonal()[:, None]
+        changes = torch.zeros_like(current)
+        for start in range(0, columns, SIGN_CHUNK):
+            stop = min(start + SIGN_CHUNK, columns)
+            for j in range(start, stop):
+                change = torch.sub(levels.nearest(j, current[j] + step[j]), current[j], out=changes[j])
+                step[j:stop].addcmul_(ratio[j, j:stop, None], change, value=-1)
+            step[stop:].addmm_(ratio[start:stop, stop:].T, changes[start:stop], alpha=-1)
+        fit.signs = levels.signs()
+        self.gradient.addmm_(changes.T, metric, alpha=-1)
+
+    def finish(self, col_scale: bool = True, rounding: Rounding | None = None) -> None:
+        """The last scales, as they are stored.
+
+        Args:
+            col_scale: whether there are column scales.
+            rounding: of the scales; None rounds to float16.
+        """
+        fit = self.fit
+        self.scales(col_scale)
+        normalize(fit)
+        # the rounding of the columns is made up for by the rows, and that of the rows by the columns that follow
+        if col_scale:
+            before = fit.col
+            fit.col = before.half().float() if rounding is None else rounding.col(before)
+            self.gradient -= fit.total(fit.row[:, :, None] * (fit.col - before)[:, None, :]) @ self.metric
+            self.rows()
+        before = fit.row
+        fit.row = before.half().float() if rounding is None else rounding.row(before)
+        self.gradient -= fit.total((fit.row - before)[:, :, None] * fit.col[:, None, :]) @ self.metric
 
 
 def update_rows(weight: torch.Tensor, metric: torch.Tensor, fit: PlanesFit) -> None:
-    """Per row `(A M A^T) r = A M w`, `A = [c_p * b_p]`, a P x P system, in place."""
-    basis = fit.signs * fit.col[:, None, :]  # [P, N, k]
-    weighted = basis @ metric
-    normal = torch.einsum("pnk,qnk->npq", weighted, basis).double()
-    slope = torch.einsum("pnk,nk->np", weighted, weight - fit.reconstruction()).double()
-    fit.row += _solve(normal, slope).T.to(fit.row.dtype)
+    """`Descent.rows` of a fit of `weight`, in place."""
+    Descent.of(weight, metric, fit).rows()
 
 
 def update_columns(weight: torch.Tensor, metric: torch.Tensor, fit: PlanesFit) -> None:
-    """One system over all columns and planes, in place:
+    """`Descent.columns` of a fit of `weight`, in place."""
+    Descent.of(weight, metric, fit).columns()
 
-    `N[(p,j),(q,l)] = M_jl sum_n r_pn r_qn B_pnj B_qnl`,  right-hand side `sum_n r_pn B_pnj (W M)_nj`.
-    """
-    planes, _, columns = fit.signs.shape
-    basis = (fit.signs * fit.row[:, :, None]).permute(1, 0, 2).flatten(1).double()  # [N, P k]
-    normal = (basis.T @ basis) * metric.double().repeat(planes, planes)
-    slope = basis * ((weight - fit.reconstruction()) @ metric).double().repeat(1, planes)
-    step = _solve(normal[None], slope.sum(0)[None])[0]
-    fit.col += step.view(planes, columns).to(fit.col.dtype)
+
+def update_scales(weight: torch.Tensor, metric: torch.Tensor, fit: PlanesFit, col_scale: bool = True) -> None:
+    """`Descent.scales` of a fit of `weight`, in place."""
+    Descent.of(weight, metric, fit).scales(col_scale)
+
+
+def update_signs(weight: torch.Tensor, metric: torch.Tensor, fit: PlanesFit) -> None:
+    """`Descent.signs` of a fit of `weight`, in place."""
+    Descent.of(weight, metric, fit).signs()
 
 
 def _solve(normal: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
@@ -139,33 +237,12 @@ def _solve(normal: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     ridge = RIDGE * diagonal.mean(-1, keepdim=True)
     ridge = torch.where(ridge > 0, ridge, 1.0)
+    if normal.shape[-1] == 1:
+        step = slope / (normal[..., 0] + ridge)
+        return torch.where(torch.isfinite(step), step, 0.0)
     lower, failed = torch.linalg.cholesky_ex(normal + torch.diag_embed(ridge.expand_as(diagonal)))
     step = torch.cholesky_solve(slope[..., None], lower)[..., 0]
     return torch.where((failed != 0)[:, None] | ~torch.isfinite(step), 0.0, step)
-
-
-def update_signs(weight: torch.Tensor, metric: torch.Tensor, fit: PlanesFit) -> None:
-    """Coordinate descent over the columns, all rows at once, in place.
-
-    For column j the best value given the rest is `t = Q_nj + ((W - Q) M)_nj / M_jj`; each weight takes the nearest of
-    its 2^P levels, and the change is carried into (W - Q) M.
-    """
-    columns = weight.shape[1]
-    levels = _Levels(fit)
-    current = fit.reconstruction().T.contiguous()  # [k, N]: a column is contiguous
-    gradient = ((weight - current.T) @ metric).T.contiguous()
-    # t - Q = gradient / M_jj, so that the loop below only adds
-    ratio = metric / metric.diagonal()
-    step = gradient / metric.diagonal()[:, None]
-    for start in range(0, columns, SIGN_CHUNK):
-        stop = min(start + SIGN_CHUNK, columns)
-        changes = torch.zeros(stop - start, weight.shape[0], dtype=weight.dtype, device=weight.device)
-        for j in range(start, stop):
-            change = levels.nearest(j, current[j] + step[j]) - current[j]
-            changes[j - start] = change
-            step[j:stop] -= ratio[j, j:stop, None] * change
-        step[stop:] -= ratio[start:stop, stop:].T @ changes
-    fit.signs = levels.signs()
 
 
 def signs_in_order(weight: torch.Tensor, factor: torch.Tensor, fit: PlanesFit) -> None:
@@ -194,13 +271,17 @@ def signs_in_order(weight: torch.Tensor, factor: torch.Tensor, fit: PlanesFit) -
     fit.signs = levels.signs()
 
 
+def sign_patterns(planes: int, like: torch.Tensor) -> torch.Tensor:
+    """All patterns of P signs, pattern i the opposite of pattern `2^P - 1 - i`: `[2^P, P]`, in the dtype of `like`."""
+    return torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * planes).view(-1, planes).to(like)
+
+
 class _Levels:
     """The 2^P levels `sum_p +-r_pn c_pj` of every weight, and which of them were taken."""
 
     def __init__(self, fit: PlanesFit):
         planes, rows, columns = fit.signs.shape
-        pattern = torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * planes).view(-1, planes)
-        self.patterns = pattern.to(fit.row)  # [2^P, P]
+        self.patterns = sign_patterns(planes, fit.row)
         self.row = fit.row
         self.by_column = self.patterns * fit.col.T[:, None, :]  # [k, 2^P, P]
         self.taken = torch.zeros(columns, rows, dtype=torch.int64, device=fit.row.device)

@@ -1,11 +1,11 @@
-"""Refinement of a whole weight after the block loop: block coordinate descent under the full calibration matrix."""
+"""Descent of a whole weight under the full calibration matrix: block after block, the others fixed."""
 
 from __future__ import annotations
 
 import torch
 
 from .hessian import PreparedHessian
-from .planes import PlanesFit, finish_scales, update_scales, update_signs
+from .planes import Descent, PlanesFit, Rounding
 
 
 def refine_blocks(
@@ -15,15 +15,13 @@ def refine_blocks(
     fits: list[PlanesFit],
     sweeps: int,
     col_scale: bool = True,
+    rounding: Rounding | None = None,
 ) -> None:
     """Fits each block again, the others fixed, in place; the objective `tr(E H E^T)` never rises.
 
-    As a function of block b alone the objective is `tr((T - Q_b) H_bb (T - Q_b)^T)` and a constant, with
-    `T = Q_b + (E H)_b H_bb^-1`: the same form as the first fit, now knowing what the later blocks did. A block whose
-    fit does not improve, by the rounding of its scales to float16, stays as it is.
-
-    One sweep lowers the held-out output error by 3 % at one plane and 2 % at two (mean of 8 matrices of
-    SmolLM2-135M), a second one by 1 % more.
+    As a function of block b alone the objective is `tr((T - Q_b) H_bb (T - Q_b)^T)` and a constant, whose gradient
+    `(T - Q_b) H_bb` is `(E H)_b`: the same form as the first fit, now knowing what the other blocks did. A block whose
+    fit does not improve, by the rounding of its scales, stays as it is.
 
     Args:
         weight: float32 `[N, K]`, the weight itself, columns in the order of `hessian`.
@@ -32,27 +30,27 @@ def refine_blocks(
         fits: the fits of the blocks.
         sweeps: passes over all blocks.
         col_scale: whether the fits have column scales.
+        rounding: of the scales; None rounds to float16.
     """
     columns = weight.shape[1]
-    full = hessian.factor @ hessian.factor.T
+    matrix = hessian.damped
     error = weight - torch.cat([fit.reconstruction() for fit in fits], 1)
     for _ in range(sweeps):
         for index, start in enumerate(range(0, columns, block_size)):
             here = slice(start, min(start + block_size, columns))
-            metric = full[here, here]
-            before = fits[index]
-            # what the block would have to be for no error that it can see: (E H)_b H_bb^-1 on top of what it is
-            pull = torch.linalg.solve(metric.double(), (error @ full[:, here]).double(), left=False).float()
-            target = before.reconstruction() + pull
-            after = PlanesFit(before.signs.clone(), before.row.clone(), before.col.clone())
-            update_scales(target, metric, after, col_scale)
-            update_signs(target, metric, after)
-            finish_scales(target, metric, after, col_scale)
-            if _objective(target, metric, after) < _objective(target, metric, before):
-                fits[index] = after
-                error[:, here] += before.reconstruction() - after.reconstruction()
-
-
-def _objective(target: torch.Tensor, metric: torch.Tensor, fit: PlanesFit) -> float:
-    error = target - fit.reconstruction()
-    return float(((error @ metric) * error).sum(dtype=torch.float64))
+            before, after = fits[index], fits[index].copy()
+            gradient = error @ matrix[:, here]
+            descent = Descent(matrix[here, here], after, gradient.clone())
+            descent.scales(col_scale)
+            descent.signs()
+            descent.finish(col_scale, rounding)
+            change = after.reconstruction() - before.reconstruction()
+            # the objective's change is -2 <change, gradient> + <change H_bb, change>, and the gradient that the steps
+            # left is the first one less change H_bb; chosen without asking the device
+            better = (change * (gradient + descent.gradient)).sum(dtype=torch.float64) > 0
+            fits[index] = PlanesFit(
+                torch.where(better, after.signs, before.signs),
+                torch.where(better, after.row, before.row),
+                torch.where(better, after.col, before.col),
+            )
+            error[:, here] -= torch.where(better, change, 0.0)
