@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_arb import ARBConfig
 from optimum_arb.calibration import CalibrationWalk, token_batches
-from optimum_arb.calibration.refine import OBJECTIVES, LayerRefiner, RefineSettings
+from optimum_arb.calibration.refine import OBJECTIVES, Refinement, RefineSettings, refine_layer
 from optimum_arb.calibration.refine_model import refine_model
 from optimum_arb.calibration.walk import LayerTurn
 from optimum_arb.conversion import binarize_linear, float_linear
@@ -99,12 +99,11 @@ def main() -> None:
         packed, record = binarize_linear(name, module, selection.convert[name], hessian, count)
         return packed, record.output_error
 
-    refiner = LayerRefiner(settings)
+    results: dict[str, Refinement] = {}
 
     def after_layer(turn: LayerTurn) -> None:
         if args.steps:
-            refiner(turn)
-            result = refiner.results[turn.name]
+            result = results[turn.name] = refine_layer(turn, settings)
             print(
                 f"{turn.name}: loss {result.before:.5f} -> {result.after:.5f} in {result.steps} steps, "
                 f"{result.flipped:.2%} of the signs turned, {result.seconds:.1f} s",
@@ -136,11 +135,11 @@ def main() -> None:
     figures = {
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "settings": asdict(settings),
-        "layers": {name: result.to_dict() for name, result in refiner.results.items()},
+        "layers": {name: result.to_dict() for name, result in results.items()},
         "model": None if last is None else last.to_dict(),
         "bits_per_weight": bits_per_weight,
         "seconds": seconds,
-        "refinement_seconds": sum(result.seconds for result in refiner.results.values()),
+        "refinement_seconds": sum(result.seconds for result in results.values()),
         "gpu_bytes": torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else None,
         "perplexity": measured.to_dict(),
     }

@@ -21,6 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from .calibration import CalibrationWalk, model_tokens, token_batches
 from .calibration.data import calibration_record
 from .calibration.experts import RoutedInputs
+from .calibration.refinement import Refiner, refinement_batch_size
 from .config import ARBConfig
 from .conversion import Record, binarize_linear, empty_linear, float_linear
 from .custom_data import CalibrationInputs
@@ -77,6 +78,7 @@ class ARBHfQuantizer(HfQuantizer):
         self.failure: Exception | None = None
         # reads and writes the model layer by layer while it is binarized; then no weights are loaded before
         self.stream: Stream | None = None
+        self._refinement: dict[str, Any] | None = None
         self._device_map: Any = None
         self._dtypes: dict[str, torch.dtype] = {}
         self._tokens: torch.Tensor | CalibrationInputs | None = None
@@ -203,16 +205,32 @@ class ARBHfQuantizer(HfQuantizer):
             self.records |= {f"{name}.{key}": record for key, record in records.items()}
             return packed, [r.output_error for r in records.values() if r.output_error is not None]
 
-        batches = [] if self._tokens is None else token_batches(self._tokens, self.quantization_config.batch_size)
+        config = self.quantization_config
+        batches = []
+        if self._tokens is not None:
+            length = self._tokens.shape[1] if isinstance(self._tokens, torch.Tensor) else 1
+            batches = token_batches(self._tokens, refinement_batch_size(config, length))
         device = calibration_device(self._device_map)
         model.eval()
         names = self.selection.modules()
+        refiner = None if config.refine is None else Refiner(config, self.records)
+        own: dict[str, Any] = {"binarize_experts": binarize_layer}
+        if refiner is not None:
+            own |= {"after_layer": refiner, "follow_float": True}
         if self.stream is None:
-            CalibrationWalk(model, names, binarize, batches, device, binarize_layer).run()
+            if refiner is not None:
+                refiner.check(model, names, batches)
+            walk = CalibrationWalk(model, names, binarize, batches, device, **own)
+            walk.run()
+            if refiner is not None:
+                refiner.finish(walk)
         else:
-            record = None if self._tokens is None else calibration_record(self.quantization_config, self._tokens)
+            record = None if self._tokens is None else calibration_record(config, self._tokens)
             with self.stream.opened(model, self, record) as options:
-                CalibrationWalk(model, names, binarize, batches, binarize_experts=binarize_layer, **options).run()
+                walk = CalibrationWalk(model, names, binarize, batches, **own, **options)
+                walk.run()
+        if refiner is not None:
+            self._refinement = refiner.summary(walk)
 
     def _record_run(self, model: PreTrainedModel) -> None:
         config = self.quantization_config
@@ -231,6 +249,8 @@ class ARBHfQuantizer(HfQuantizer):
         if self._tokens is not None:
             unreached = sorted(name for name, record in self.records.items() if not record.tokens)
             config.calibration = {**calibration_record(config, self._tokens), "unreached": unreached}
+            if self._refinement is not None:
+                config.calibration["refinement"] = self._refinement
             config.dataset = config.calibration["dataset"]
 
     def _leave_out_new_modules(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:

@@ -83,31 +83,12 @@ class Refinement:
         return asdict(self)
 
 
-class LayerRefiner:
-    """Tunes each layer that a `CalibrationWalk` has binarized; give it to the walk as `after_layer`.
-
-    Args:
-        settings: how.
-
-    Attributes:
-        results: name of a layer -> what tuning did to it.
-    """
-
-    def __init__(self, settings: RefineSettings):
-        self.settings = settings
-        self.results: dict[str, Refinement] = {}
-
-    def __call__(self, turn: LayerTurn) -> None:
-        """Tunes the layer in place.
-
-        Raises:
-            ValueError: fewer than two calibration batches, or outputs that are not finite.
-        """
-        self.results[turn.name] = refine_layer(turn, self.settings)
-
-
 def refine_layer(turn: LayerTurn, settings: RefineSettings) -> Refinement:
-    """Tunes one layer in place, as `LayerRefiner` does."""
+    """Tunes a layer that a walk has binarized, in place.
+
+    Raises:
+        ValueError: fewer than two calibration batches, or outputs that are not finite.
+    """
     start = time.perf_counter()
     train, held = split_batches(len(turn.inputs), settings.held_out)
     size = mean_square(turn.references[batch] for batch in range(len(turn.references)))
