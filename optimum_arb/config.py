@@ -26,6 +26,7 @@ BACKENDS = ("auto", "triton", "cpu", "reference", "dequantize", "auto:batch-inva
 HADAMARD_BLOCKS = (0, 64, 128, 256)
 COMPENSATIONS = ("exact", "diagonal")
 SPLIT_METRICS = ("weight", "score")
+REFINEMENTS = ("block", "model")
 # What an entry of `overrides` may change for the modules that its pattern matches.
 OVERRIDABLE = (
     "method",
@@ -101,6 +102,12 @@ class ARBConfig(QuantizationConfigMixin):
         factor_bits: of "arb-dbf": true bits a weight, scales included, of which each linear's rank follows; None is 1.
         scale_bits: of a stored scale: 16 (float16), or 8 (codes on a logarithmic grid), which "rtn", "arb-hrc" and
             "arb-dbf" may have; None is 16. The scales of experts have 16.
+        refine: whether the binarized model is tuned to what the float model puts out, on the calibration text: "block"
+            tunes each decoder layer, its norms and biases included, once it is binarized; "model" then also tunes
+            scales and norms of the whole model, which must fit into memory; None (the default) does neither.
+        refine_steps: steps of each layer's tuning; None is 400.
+        refine_learning_rate: of scales, norms and biases, relative to their size; None is 0.005.
+        refine_signs: whether the signs are tuned too; None is True.
         modules_to_not_convert: modules that stay in float besides those that transformers keeps (the output embedding
             and tied weights): suffixes of module names at a dot, or patterns that begin with "re:" and match the
             whole name. A pattern that matches nothing is an error.
@@ -157,6 +164,10 @@ class ARBConfig(QuantizationConfigMixin):
         rank: int | None = None,
         factor_bits: float | None = None,
         scale_bits: int | None = None,
+        refine: str | None = None,
+        refine_steps: int | None = None,
+        refine_learning_rate: float | None = None,
+        refine_signs: bool | None = None,
         modules_to_not_convert: list[str] | None = None,
         other_modalities: bool = False,
         overrides: dict[str, dict[str, Any]] | None = None,
@@ -211,6 +222,10 @@ class ARBConfig(QuantizationConfigMixin):
         self.rank = rank
         self.factor_bits = factor_bits
         self.scale_bits = scale_bits
+        self.refine = refine
+        self.refine_steps = refine_steps
+        self.refine_learning_rate = refine_learning_rate
+        self.refine_signs = refine_signs
         self.modules_to_not_convert = modules_to_not_convert
         self.other_modalities = other_modalities
         self.overrides = overrides or {}
@@ -300,6 +315,7 @@ class ARBConfig(QuantizationConfigMixin):
                 f"scale_bits=8 needs method 'rtn', 'arb-hrc' or 'arb-dbf': the scales of {self.method!r} may be "
                 "negative, or are means."
             )
+        self._check_refine()
         if self.planes > 1 and self.method != "arb-hrc":
             raise ValueError(f"planes={self.planes} needs method='arb-hrc': {self.method!r} has a fixed form.")
         for name in ("overrides", "calibration", "base_model", "perplexity"):
@@ -334,6 +350,24 @@ class ARBConfig(QuantizationConfigMixin):
                 raise ValueError(f"{name}={getattr(self, name)} needs method='arb-hrc': {self.method!r} has none.")
         if self.hadamard and self.dataset is None:
             raise ValueError(f"hadamard={self.hadamard} does nothing without calibration: give a dataset.")
+
+    def _check_refine(self) -> None:
+        """The choices of refinement by output."""
+        for name in ("refine_steps", "refine_learning_rate", "refine_signs"):
+            if getattr(self, name) is not None and self.refine is None:
+                raise ValueError(f"{name}={getattr(self, name)!r} does nothing without refine='block' or 'model'.")
+        if self.refine is None:
+            return
+        _one_of("refine", self.refine, REFINEMENTS)
+        if self.dataset is None:
+            raise ValueError(f"refine={self.refine!r} needs a calibration text: give a dataset.")
+        if self.refine_steps is not None:
+            _integer("refine_steps", self.refine_steps, 1)
+        rate = self.refine_learning_rate
+        if rate is not None and (not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 < rate < 1):
+            raise ValueError(f"refine_learning_rate={rate!r} must be a number between 0 and 1; 0.005 is usual.")
+        if not isinstance(self.refine_signs, (bool, type(None))):
+            raise TypeError(f"refine_signs={self.refine_signs!r} must be True, False or None.")
 
     def _check_factors(self) -> None:
         """The choices of "arb-dbf"."""

@@ -22,6 +22,7 @@ from .calibration import CalibrationWalk, model_tokens, token_batches
 from .calibration.data import calibration_record
 from .calibration.distributed import current_ranks, model_fingerprint
 from .calibration.experts import RoutedInputs
+from .calibration.refinement import Refiner, refinement_batch_size
 from .config import ARBConfig
 from .conversion import Record, binarize_linear, empty_linear, float_linear
 from .custom_data import CalibrationInputs
@@ -79,6 +80,7 @@ class ARBHfQuantizer(HfQuantizer):
         self.failure: Exception | None = None
         # reads and writes the model layer by layer while it is binarized; then no weights are loaded before
         self.stream: Stream | None = None
+        self._refinement: dict[str, Any] | None = None
         self._device_map: Any = None
         self._dtypes: dict[str, torch.dtype] = {}
         self._tokens: torch.Tensor | CalibrationInputs | None = None
@@ -208,21 +210,40 @@ class ARBHfQuantizer(HfQuantizer):
             self.records.update({f"{name}.{key}": record for key, record in records.items()})
             return packed, [r.output_error for r in records.values() if r.output_error is not None]
 
-        batches = [] if self._tokens is None else token_batches(self._tokens, self.quantization_config.batch_size)
+        config = self.quantization_config
+        batches = []
+        if self._tokens is not None:
+            length = self._tokens.shape[1] if isinstance(self._tokens, torch.Tensor) else 1
+            batches = token_batches(self._tokens, refinement_batch_size(config, length))
         ranks = current_ranks()
         device = calibration_device(self._device_map, ranks)
         model.eval()
         names = self.selection.modules()
-        together: dict[str, Any] = {"ranks": ranks, "records": self.records}
+        refiner = None if config.refine is None else Refiner(config, self.records)
+        own: dict[str, Any] = {"binarize_experts": binarize_layer, "ranks": ranks, "records": self.records}
         if ranks.size > 1:
+            if refiner is not None:
+                raise ValueError(
+                    f"refine={config.refine!r} runs in one process, and {ranks.size} were started: each of them sees "
+                    "a part of the calibration samples alone. Start one process, or set refine=None."
+                )
             ranks.check_same(self._facts(model))
+        if refiner is not None:
+            own |= {"after_layer": refiner, "follow_float": True}
         if self.stream is None:
-            CalibrationWalk(model, names, binarize, batches, device, binarize_layer, **together).run()
+            if refiner is not None:
+                refiner.check(model, names, batches)
+            walk = CalibrationWalk(model, names, binarize, batches, device, **own)
+            walk.run()
+            if refiner is not None:
+                refiner.finish(walk)
         else:
-            record = None if self._tokens is None else calibration_record(self.quantization_config, self._tokens)
+            record = None if self._tokens is None else calibration_record(config, self._tokens)
             with self.stream.opened(model, self, record) as options:
-                options |= together
-                CalibrationWalk(model, names, binarize, batches, binarize_experts=binarize_layer, **options).run()
+                walk = CalibrationWalk(model, names, binarize, batches, **own, **options)
+                walk.run()
+        if refiner is not None:
+            self._refinement = refiner.summary(walk)
 
     def _facts(self, model: PreTrainedModel) -> dict[str, Any]:
         """What all processes must have in common that binarize a model together."""
@@ -254,6 +275,8 @@ class ARBHfQuantizer(HfQuantizer):
         if self._tokens is not None:
             unreached = sorted(name for name, record in self.records.items() if not record.tokens)
             config.calibration = {**calibration_record(config, self._tokens), "unreached": unreached}
+            if self._refinement is not None:
+                config.calibration["refinement"] = self._refinement
             config.dataset = config.calibration["dataset"]
 
     def _leave_out_new_modules(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:

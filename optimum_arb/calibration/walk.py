@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..experts import is_experts
 from ..nn import ARBExperts, ARBLinear
 from .activations import INPUTS, Activations
-from .calls import Call, Stop, hidden_states, replaced_forwards
+from .calls import Call, Stop, hidden_states, like, replaced_forwards
 from .distributed import Ranks
 from .experts import LayerStatistics, RoutedInputs
 from .layers import Layers, find_layers
@@ -126,6 +126,7 @@ class CalibrationWalk:
         self.follow_float = follow_float
         # with `follow_float`, what comes out of the float model's last layer, batch by batch, once the walk is over
         self.float_outputs: list[torch.Tensor] = []
+        self.chain: Layers | None = None  # with `follow_float`, the layers
         self.progress = progress or Progress()
         self.errors: list[float] = []
         self._targets = list(targets)
@@ -146,6 +147,7 @@ class CalibrationWalk:
                 self._probe(groups)
             if self.follow_float:
                 self._check_one_chain(groups)
+                self.chain = groups[0]
             total = sum(len(group.modules) for group in groups) + bool(outside)
             with self.progress.running(total):
                 for index, group in enumerate(groups):
@@ -253,7 +255,7 @@ class CalibrationWalk:
                 if kind != index:
 
                     def hand_on(*args, seen=group.seen[kind], **kwargs):
-                        return _like(seen[0][1], hidden_states(args, kwargs)) if seen else None
+                        return like(seen[0][1], hidden_states(args, kwargs)) if seen else None
 
                     modules.append(group.modules[index])
                     forwards.append(hand_on)
@@ -278,7 +280,7 @@ class CalibrationWalk:
                 calls[index].append(Call(kept, rest).sharing(calls[index][0] if batch else None))
                 if index == len(group.modules) - 1:
                     raise Stop
-                return _like(group.seen[index][0][1], hidden)
+                return like(group.seen[index][0][1], hidden)
 
             return forward
 
@@ -440,10 +442,3 @@ class _EveryOther(Activations):
 
     def __getitem__(self, batch: int) -> torch.Tensor:
         return self._both[2 * batch + 1]
-
-
-def _like(output: Any, hidden: torch.Tensor | None) -> Any:
-    """What a layer would return if it handed on its hidden states: of the form of an output."""
-    if isinstance(output, (tuple, list)):
-        return type(output)((hidden, *[None] * (len(output) - 1)))
-    return hidden

@@ -39,6 +39,10 @@ CONFIG_OPTIONS = (
     "rank",
     "factor_bits",
     "scale_bits",
+    "refine",
+    "refine_steps",
+    "refine_learning_rate",
+    "refine_signs",
     "modules_to_not_convert",
     "base_model",
 )
@@ -131,6 +135,18 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="column scales of arb-hrc (default: yes); without them and without the order, a model of one plane is "
         "exported to GGUF without loss",
+    )
+    method.add_argument(
+        "--refine",
+        metavar="HOW",
+        help="tune each binarized layer to the float model's outputs (block), and then the whole model (model)",
+    )
+    method.add_argument("--refine-steps", type=int, metavar="N", help="steps of each layer's tuning (default: 400)")
+    method.add_argument(
+        "--refine-learning-rate", type=float, metavar="X", help="of scales and norms, relative (default: 0.005)"
+    )
+    method.add_argument(
+        "--refine-signs", action=argparse.BooleanOptionalAction, help="tune the signs too (default: yes)"
     )
     method.add_argument(
         "--modules-to-not-convert", nargs="+", metavar="PATTERN", help="linears to keep in float: suffixes, or re:..."
