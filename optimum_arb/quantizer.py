@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,13 +19,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
-from .calibration import CalibrationWalk, model_tokens, token_batches
-from .calibration.data import calibration_record
-from .calibration.experts import RoutedInputs
+from .calibration import CalibrationWalk, model_tokens
+from .calibration.data import calibration_record, split_batches
+from .calibration.experts import LayerStatistics, RoutedInputs
 from .config import ARBConfig
 from .conversion import Record, binarize_linear, empty_linear, float_linear
 from .custom_data import CalibrationInputs
-from .expert_conversion import binarize_experts, packed_form
+from .expert_conversion import binarize_experts, held_out_errors, packed_form
 from .expert_keys import conversions_for_loading, conversions_for_saving
 from .hub.base_model import base_model_facts
 from .keys import KeyMap
@@ -33,9 +35,11 @@ from .nn import ARBExperts, ARBLinear, share_inputs
 from .packing import packed_shapes
 from .placement import calibration_device, check_no_disk, place_model
 from .report import model_report
+from .reproduce import reproduce_block
 from .stored import COMPANIONS, describe, packed_linears, read_headers
 from .stored_checks import check_indices, check_other_tensors, check_permuted
 from .stored_experts import describe_experts, packed_experts
+from .stored_report import read_report, restore_records
 from .streaming import BinarizeOnLoad
 from .version import __version__
 
@@ -51,6 +55,7 @@ class ARBHfQuantizer(HfQuantizer):
         selection: which linears are binarized, and why the others are not.
         records: name of a binarized module -> what is known of how it was made.
         kept: name of what stayed in float -> the reason.
+        reproduce: what it takes to repeat the run that binarized the model, as far as that is known.
     """
 
     requires_calibration = False
@@ -65,6 +70,7 @@ class ARBHfQuantizer(HfQuantizer):
         self.selection = Selection()
         self.records: dict[str, Record] = {}
         self.kept: dict[str, str] = {}
+        self.reproduce: dict[str, Any] | None = None
         self.failure: Exception | None = None
         self._device_map: Any = None
         self._dtypes: dict[str, torch.dtype] = {}
@@ -191,10 +197,17 @@ class ARBHfQuantizer(HfQuantizer):
             self.records |= {f"{name}.{key}": record for key, record in records.items()}
             return packed, [r.output_error for r in records.values() if r.output_error is not None]
 
-        batches = token_batches(self._tokens, self.quantization_config.batch_size)
+        def measure(name: str, module: nn.Module, packed: nn.Module, statistics: LayerStatistics):
+            for found, error, count in held_out_errors(name, module, packed, statistics):
+                self.records[found] = replace(self.records[found], held_out_error=error, held_out_tokens=count)
+
+        config = self.quantization_config
+        batches, held_out = split_batches(self._tokens, config.held_out_samples, config.batch_size)
         device = calibration_device(self._device_map)
         model.eval()
-        CalibrationWalk(model, self.selection.modules(), binarize, batches, device, binarize_layer).run()
+        CalibrationWalk(
+            model, self.selection.modules(), binarize, batches, device, binarize_layer, held_out, measure
+        ).run()
 
     def _record_run(self, model: PreTrainedModel) -> None:
         config = self.quantization_config
@@ -214,6 +227,7 @@ class ARBHfQuantizer(HfQuantizer):
             unreached = sorted(name for name, record in self.records.items() if not record.tokens)
             config.calibration = {**calibration_record(config, self._tokens), "unreached": unreached}
             config.dataset = config.calibration["dataset"]
+        self.reproduce = reproduce_block(seed=config.seed, whole_paths=False)
 
     def _leave_out_new_modules(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
         """Leaves out what the checkpoint lacks: transformers initializes it at random, to be trained."""
@@ -289,6 +303,10 @@ class ARBHfQuantizer(HfQuantizer):
             columns |= dict.fromkeys(found.tensors.get("salient_columns", ()), found.matrix.in_features)
         check_indices(checkpoint_files, columns)
         self._keep_what_is_not_binarized()
+        beside = read_report(os.path.dirname(os.path.abspath(checkpoint_files[0])))
+        if beside is not None:
+            self.records = restore_records(self.records, beside)
+            self.reproduce = beside["reproduce"]
 
     def _check_selected(self, name: str, module: nn.Module) -> None:
         if name not in self.selection.convert:

@@ -8,19 +8,32 @@ import torch
 from torch import nn
 
 
-class _Statistic:
-    """X^T X of the inputs that one or several linears receive, and how many inputs were summed."""
+class _Sum:
+    """X^T X of inputs, and how many were summed."""
 
     def __init__(self, features: int, device: torch.device):
         self.hessian = torch.zeros(features, features, dtype=torch.float32, device=device)
         self.tokens = 0
-        self.seen: torch.Tensor | None = None
 
     def add(self, inputs: torch.Tensor) -> None:
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(torch.float32)
         with torch.autocast(rows.device.type, enabled=False):
             self.hessian.addmm_(rows.T, rows)
         self.tokens += rows.shape[0]
+
+
+class _Statistic(_Sum):
+    """What one or several linears receive: for the fit, and apart from it what is held out."""
+
+    def __init__(self, features: int, device: torch.device):
+        super().__init__(features, device)
+        self.held_out: _Sum | None = None
+        self.seen: torch.Tensor | None = None
+
+    def hold_out(self, inputs: torch.Tensor) -> None:
+        if self.held_out is None:
+            self.held_out = _Sum(inputs.shape[-1], inputs.device)
+        self.held_out.add(inputs)
 
 
 class InputStatistics:
@@ -31,9 +44,13 @@ class InputStatistics:
 
     Args:
         linears: name -> module, `nn.Linear` or `Conv1D`.
+
+    Attributes:
+        holding_out: while it is True, inputs go into a second matrix, on which nothing is fitted.
     """
 
     def __init__(self, linears: Mapping[str, nn.Module]):
+        self.holding_out = False
         self._linears = linears
         self._statistics: dict[str, _Statistic] = {}
         self._leaders: dict[str, bool] = {}
@@ -63,6 +80,13 @@ class InputStatistics:
         statistic = self._statistics.get(name)
         return 0 if statistic is None else statistic.tokens
 
+    def held_out(self, name: str) -> tuple[torch.Tensor | None, int]:
+        """The same of the inputs that were held out, and how many there were."""
+        statistic = self._statistics.get(name)
+        if statistic is None or statistic.held_out is None:
+            return None, 0
+        return statistic.held_out.hessian, statistic.held_out.tokens
+
     def _hook(self, name: str):
         def gather(module: nn.Module, args: tuple) -> None:
             inputs = args[0]
@@ -73,7 +97,7 @@ class InputStatistics:
                 self._statistics[name] = statistic
                 self._leaders[name] = shared is None
             if self._leaders[name]:
-                statistic.add(inputs)
+                (statistic.hold_out if self.holding_out else statistic.add)(inputs)
                 statistic.seen = inputs
             elif statistic.seen is not inputs:
                 raise RuntimeError(

@@ -21,6 +21,8 @@ from .experts import LayerStatistics, RoutedInputs
 Binarize = Callable[[str, nn.Module, "torch.Tensor | None", int], "tuple[ARBLinear, float | None]"]
 # (name, float experts, their inputs) -> the binarized module and the output errors of its matrices
 BinarizeExperts = Callable[[str, nn.Module, RoutedInputs], "tuple[ARBExperts, list[float]]"]
+# (name, float module, binarized module, what the layer received); is called after each of the two above
+Measure = Callable[[str, nn.Module, nn.Module, LayerStatistics], None]
 
 
 class _Stop(Exception):
@@ -88,6 +90,9 @@ class CalibrationWalk:
         batches: token ids int64 `[B, L]`, or other inputs of the model's `forward` by their names.
         device: where a layer runs and is binarized; its weights go there and come back.
         binarize_experts: makes the binarized module of experts; needed where there are any.
+        held_out: how many batches, the last ones, nothing is fitted to.
+        measure: is called with each module and its binarized form, and with the statistics, where what was held out
+            is apart.
     """
 
     def __init__(
@@ -98,8 +103,12 @@ class CalibrationWalk:
         batches: Sequence[torch.Tensor | Mapping[str, Any]],
         device: torch.device | str = "cpu",
         binarize_experts: BinarizeExperts | None = None,
+        held_out: int = 0,
+        measure: Measure | None = None,
     ):
         self.model = model
+        self.fitted = len(batches) - held_out
+        self.measure = measure
         self.binarize_experts = binarize_experts
         self.binarize = binarize
         self.batches = batches
@@ -235,6 +244,7 @@ class CalibrationWalk:
                     modules = {name: self.model.get_submodule(name) for name in names}
                     with LayerStatistics(modules) as statistics:
                         for batch, call in enumerate(calls[index]):
+                            statistics.hold_out(batch >= self.fitted)
                             call.run(layer, hidden[batch].to(self.device), self.device)
                             statistics.end_batch()
                     self._binarize_all(names, statistics)
@@ -263,7 +273,8 @@ class CalibrationWalk:
         handle = last.register_forward_hook(stop) if last is not None else None
         try:
             with LayerStatistics({name: self.model.get_submodule(name) for name in names}) as statistics:
-                for tokens in self.batches:
+                for batch, tokens in enumerate(self.batches):
+                    statistics.hold_out(batch >= self.fitted)
                     self._run_model(tokens)
                     statistics.end_batch()
         finally:
@@ -284,6 +295,9 @@ class CalibrationWalk:
                 assert self.binarize_experts is not None
                 packed, errors = self.binarize_experts(name, module, routed)
                 self.errors += errors
+            if self.measure is not None:
+                self.measure(name, module, packed, statistics)
+            statistics.held_out_experts.pop(name, None)
             self.model.set_submodule(name, packed)
 
 
