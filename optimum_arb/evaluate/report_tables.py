@@ -118,11 +118,11 @@ def headlines(model: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> l
         detail = f"of {figure(whole, 0)}" if whole else "every stored bit counted"
         found.append(Headline("Bits per weight", figure(model["bits_per_weight"]), detail, share))
     for label, of in (("Files", disk), ("Memory in use", resident)):
-        value = of(model)
-        if value is not None:
+        count = of(model)
+        if count is not None:
             share = ratio(model, baseline, of)
-            detail = f"{percent(share)} of {size(of(baseline) or 0)}" if share is not None else ""
-            found.append(Headline(label, size(value), detail, share))
+            detail = f"{percent(share)} of {size(of(baseline or {}) or 0)}" if share is not None else ""
+            found.append(Headline(label, size(count), detail, share))
     for row in model.get("perplexity", [])[:1]:
         detail = row["text"]
         if baseline and baseline.get("perplexity"):
