@@ -12,6 +12,7 @@ import logging
 import math
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from .nn import ARBExperts, ARBLinear, share_inputs
 from .packing import packed_shapes
 from .placement import calibration_device, check_no_disk, place_model
 from .report import model_report
-from .reproduce import reproduce_block
+from .reproduce import model_facts, reproduce_block
 from .stored import COMPANIONS, describe, packed_linears, read_headers
 from .stored_checks import check_indices, check_other_tensors, check_permuted
 from .stored_experts import describe_experts, packed_experts
@@ -227,7 +228,10 @@ class ARBHfQuantizer(HfQuantizer):
             unreached = sorted(name for name, record in self.records.items() if not record.tokens)
             config.calibration = {**calibration_record(config, self._tokens), "unreached": unreached}
             config.dataset = config.calibration["dataset"]
-        self.reproduce = reproduce_block(seed=config.seed, whole_paths=False)
+        facts = model_facts(source.name_or_path, getattr(source, "_commit_hash", None)) if source.name_or_path else {}
+        if facts and Path(facts["name"]).is_dir():
+            facts["name"] = Path(facts["name"]).name  # a path of this machine says nothing to others
+        self.reproduce = reproduce_block({"base": facts} if facts else None, None, config.seed, whole_paths=False)
 
     def _leave_out_new_modules(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
         """Leaves out what the checkpoint lacks: transformers initializes it at random, to be trained."""
