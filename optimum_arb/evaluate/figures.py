@@ -85,43 +85,73 @@ def _axes(height: float, colors: Colors, width: float = WIDTH, panels: int = 1) 
         one.yaxis.label.set_color(colors.muted)
         one.xaxis.label.set_size(8)
         one.yaxis.label.set_size(8)
-        one.title.set_color(colors.ink)
-        one.title.set_size(9)
         one.set_axisbelow(True)
     return figure, axes[0]
 
 
 def quality_figure(
-    points: Sequence[tuple[str, float, float]], full: tuple[str, float] | None, colors: Colors = PLAIN
+    points: Sequence[tuple[str, float, float]],
+    full: tuple[str, float] | None,
+    others: Sequence[tuple[str, float, float]] = (),
+    colors: Colors = PLAIN,
 ) -> Any:
     """Perplexity against true bits per weight.
 
     Args:
-        points: name, bits, perplexity.
+        points: name, bits, perplexity of the models.
         full: name and perplexity of the float model, a line, since its bits are far to the right.
+        others: more points, in grey, to see the models beside.
+        colors: see `Colors`.
     """
     figure, (axes,) = _axes(3.2, colors)
-    values = [value for _, _, value in points] + ([full[1]] if full else [])
-    for index, (name, bits, value) in enumerate(points):
-        color = colors.others[index % len(colors.others)]
-        axes.scatter([bits], [value], s=46, color=color, zorder=3, linewidths=0)
-        axes.annotate(
-            f"{name}  {_short(value)}", (bits, value), xytext=(0, 7), textcoords="offset points", fontsize=8,
-            color=colors.ink, ha="center", va="bottom",
-        )  # fmt: skip
+    values = [value for _, _, value in (*points, *others)] + ([full[1]] if full else [])
+    for _, bits, value in others:
+        axes.scatter([bits], [value], s=34, color=colors.series[0], zorder=3, linewidths=0)
+    for index, (_, bits, value) in enumerate(points):
+        axes.scatter([bits], [value], s=50, color=colors.others[index % len(colors.others)], zorder=4, linewidths=0)
     if full:
         axes.axhline(full[1], color=colors.series[0], linestyle=(0, (4, 3)), linewidth=1.2)
-        axes.annotate(
-            f"{full[0]}  {_short(full[1])}", (0, full[1]), xycoords=("axes fraction", "data"), xytext=(3, 4),
-            textcoords="offset points", fontsize=8, color=colors.muted,
-        )  # fmt: skip
     if max(values) > 3 * min(values):
         _log_axis(axes.yaxis, values)
-    axes.margins(x=0.28, y=0.18)
+    axes.margins(x=0.25, y=0.18)
     axes.set_xlabel("true bits per weight")
     axes.set_ylabel("perplexity" + (" (log)" if axes.get_yscale() == "log" else ""))
     axes.grid(True, axis="y", color=colors.grid, linewidth=0.8)
+    if full:
+        axes.annotate(
+            f"{full[0]}  {_short(full[1])}", (0, full[1]), xycoords=("axes fraction", "data"), xytext=(3, -4),
+            textcoords="offset points", fontsize=8, color=colors.muted, va="top",
+        )  # fmt: skip
+    _label_points(figure, axes, [(f"{n}  {_short(v)}", b, v, colors.ink) for n, b, v in points])
+    _label_points(figure, axes, [(f"{n}  {_short(v)}", b, v, colors.muted) for n, b, v in others])
     return figure
+
+
+def _label_points(figure: Any, axes: Any, labels: Sequence[tuple[str, float, float, str]]) -> None:
+    """Writes each label at the first side of its point where it covers no other label and no point.
+
+    Args:
+        figure, axes: with all points and the limits of the axes in place.
+        labels: text, x, y, colour.
+    """
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()
+    dots = [axes.transData.transform(offset) for artist in axes.collections for offset in artist.get_offsets()]
+    sides = (
+        {"xytext": (0, 7), "ha": "center", "va": "bottom"},
+        {"xytext": (0, -7), "ha": "center", "va": "top"},
+        {"xytext": (7, 0), "ha": "left", "va": "center"},
+        {"xytext": (-7, 0), "ha": "right", "va": "center"},
+    )
+    for text, x, y, color in labels:
+        taken = [label.get_window_extent() for label in axes.texts]
+        taken += [Bbox.from_bounds(px - 4, py - 4, 8, 8) for px, py in dots]
+        for last, side in enumerate(sides, 1):
+            label = axes.annotate(text, (x, y), textcoords="offset points", fontsize=8, color=color, **side)
+            if last == len(sides) or not any(label.get_window_extent().overlaps(other) for other in taken):
+                break
+            label.remove()
 
 
 def layer_figure(
@@ -246,10 +276,10 @@ def latency_figure(rows: Sequence[Mapping[str, Any]], baseline: str | None = Non
                 axes.bar([names.index(name)], [found[0][1]], width=0.7, color=of_model[name], linewidth=0)
             else:
                 axes.plot(*_columns(found), color=of_model[name], linewidth=1.8, marker="o", markersize=5)
-            for at, value in found if len(sizes) == 1 else found[-1:]:
+            for _, value in found if len(sizes) == 1 else ():
                 axes.annotate(
-                    _short(value), (names.index(name) if len(sizes) == 1 else at, value), xytext=(0, 4),
-                    textcoords="offset points", ha="center", fontsize=7.5, color=colors.ink,
+                    _short(value), (names.index(name), value), xytext=(0, 4), textcoords="offset points", ha="center",
+                    fontsize=7.5, color=colors.ink,
                 )  # fmt: skip
         if len(sizes) > 1:
             axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
@@ -261,7 +291,7 @@ def latency_figure(rows: Sequence[Mapping[str, Any]], baseline: str | None = Non
             axes.set_xticks([])
             axes.set_xlabel(f"batch size {sizes[0]}")
             axes.margins(y=0.15)
-        axes.set_title(title, loc="left")
+        axes.set_title(title, loc="left", fontsize=8.5, color=colors.ink)
         axes.grid(True, axis="y", color=colors.grid, linewidth=0.8)
     panels[0].set_ylabel("tokens per second")
     _model_legend(figure, of_model, colors)

@@ -13,6 +13,7 @@ from .report_tables import Headline, Table, baseline_of, disk, headlines, others
 
 # Rows of the table of layers above which it is folded away; with their number in the line that opens it.
 _FOLDED_ROWS = 12
+_SHOWN_WARNINGS = 3
 
 
 def html_report(
@@ -40,7 +41,7 @@ def html_report(
     ]
     for model in models:
         body.append(_headlines(model, baseline, named=len(models) > 1))
-        body += [_warning(model, warning, len(models) > 1) for warning in model.get("warnings", [])[:8]]
+        body.append(_warnings(model))
     if "accuracy" in made:
         body.append(_section(made["accuracy"], [_quality(report, comparison or {})]))
     if "tasks" in made:
@@ -83,11 +84,19 @@ def _headline(found: Headline) -> str:
     )
 
 
-def _warning(model: Mapping[str, Any], warning: Mapping[str, Any], named: bool) -> str:
-    where = f"{model['label']}, " if named else ""
-    return (
-        f'<div class="warning"><b>Looks broken:</b> <code>{escape(where + warning["module"])}</code>: '
+def _warnings(model: Mapping[str, Any]) -> str:
+    """What looks broken, the first few in sight."""
+    lines = [
+        f'<div class="warning"><b>Looks broken:</b> <code>{escape(warning["module"])}</code>: '
         f"{escape(warning['message'])}.</div>"
+        for warning in model.get("warnings", [])
+    ]
+    more = lines[_SHOWN_WARNINGS:]
+    if not more:
+        return "".join(lines)
+    return (
+        "".join(lines[:_SHOWN_WARNINGS])
+        + f"<details><summary>{len(more)} more modules look broken</summary>{''.join(more)}</details>"
     )
 
 
@@ -115,6 +124,7 @@ def _plot(figure: Any, name: str, description: str, title: str = "", wide: bool 
 def _quality(report: Mapping[str, Any], comparison: Mapping[str, tuple[float, float]]) -> str:
     """Perplexity against bits, where there are points to be compared: of several models, or of a comparison."""
     points, full = [], None
+    rows = [(name, bits, value) for name, (bits, value) in comparison.items() if name != "full"]
     for model in report["models"]:
         if not model.get("perplexity") or model["bits_per_weight"] is None:
             continue
@@ -123,14 +133,11 @@ def _quality(report: Mapping[str, Any], comparison: Mapping[str, tuple[float, fl
             full = (model["label"], value)
         else:
             points.append((model["label"], model["bits_per_weight"], value))
-    for name, (bits, value) in comparison.items():
-        if name == "full":
-            full = full or ("full precision", value)
-        else:
-            points.append((name, bits, value))
-    if len(points) < 2:
+    if full is None and "full" in comparison:
+        full = ("full precision", comparison["full"][1])
+    if not points or len(points) + len(rows) < 2:
         return ""
-    return _plot(quality_figure(points, full, PAGE), "quality", "Perplexity against true bits per weight")
+    return _plot(quality_figure(points, full, rows, PAGE), "quality", "Perplexity against true bits per weight")
 
 
 def _memory(report: Mapping[str, Any]) -> str:

@@ -33,8 +33,7 @@ h2 { font-size: 21px; letter-spacing: -.01em; margin: 0 0 4px; }
 h3 { font-size: 15px; margin: 22px 0 8px; }
 section { margin-top: 40px; }
 .note { color: var(--muted); font-size: 13.5px; margin: 10px 0 0; max-width: 80ch; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(168px, 1fr)); gap: 12px; }
-.figure-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 16px; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(208px, 1fr)); gap: 12px; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 16px 18px; }
 .headline .label { color: var(--muted); font-size: 13px; }
 .headline .value { font-size: 27px; font-weight: 650; letter-spacing: -.02em; line-height: 1.25;
@@ -44,8 +43,8 @@ section { margin-top: 40px; }
 .bar { height: 6px; border-radius: 3px; background: var(--soft); margin-top: 10px; overflow: hidden; }
 .bar i { display: block; height: 100%; border-radius: 3px; background: var(--accent); }
 .plot { padding: 14px; margin-top: 16px; }
-.plot svg { display: block; width: 100%; height: auto; color: var(--ink); }
-.plot.wide svg { min-width: 560px; }
+.plot svg { display: block; width: 100%; max-width: 660px; height: auto; margin: 0 auto; color: var(--ink); }
+.plot.wide svg { min-width: 560px; max-width: 900px; }
 .plot.wide, .scroll { overflow-x: auto; }
 .plot h3 { margin: 2px 4px 10px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }

@@ -260,20 +260,23 @@ def _latency(report: Mapping[str, Any]) -> Table:
                     times(row["decode_speedup"]),
                 )
             )
-            note = (
-                f"Prompts of {row['prompt_tokens']} tokens, {row['new_tokens']} new ones; medians of {row['repeats']} "
-                f"rounds in which the models take turns; {report['reproduce']['threads']} CPU threads"
-                + (
-                    f", {', '.join(dict.fromkeys(report['reproduce']['gpus']))}."
-                    if report["reproduce"]["gpus"]
-                    else "."
-                )
-            )
+            note = _latency_note(report, row)
     heads = (
         "model", "batch", "first token", "prompt tok/s", "speedup", "each further", "slowest 5 %", "generated tok/s",
         "speedup",
     )  # fmt: skip
     return Table("Speed", heads, tuple(rows), note)
+
+
+def _latency_note(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    block = report["reproduce"]
+    where = ", ".join([f"{block['threads']} CPU threads", *dict.fromkeys(block["gpus"])])
+    note = (
+        f"Prompts of {row['prompt_tokens']} tokens, {row['new_tokens']} new ones; medians of {row['repeats']} rounds in "
+        f"which model and baseline take turns; {where}. A speedup is the median over the rounds of the baseline's time "
+        "over the model's."
+    )
+    return note + (" The baseline's own row is of its rounds beside the last model." if len(others(report)) > 1 else "")
 
 
 def _energy(report: Mapping[str, Any]) -> Table:
@@ -314,27 +317,26 @@ def _cost(report: Mapping[str, Any]) -> Table:
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    """One sentence on the first model, of what was measured."""
+    """One sentence on the first model beside its baseline, of what was measured; empty without a baseline."""
     model, baseline = others(report)[0], baseline_of(report)
     parts = []
     if baseline is None:
         return ""
     if model.get("divergence"):
         row = model["divergence"][0]
-        parts.append(f"it agrees with its base on {percent(row['top1_agreement'])} of the next tokens")
-        parts.append(f"its perplexity is {times(row['perplexity_ratio'])} the base's")
+        parts.append(f"agrees with its base on {percent(row['top1_agreement'])} of the next tokens")
+        parts.append(f"has {times(row['perplexity_ratio'])} its perplexity")
     elif model.get("perplexity") and baseline.get("perplexity"):
         value = model["perplexity"][0]["perplexity"] / baseline["perplexity"][0]["perplexity"]
-        parts.append(f"its perplexity is {times(value)} the base's")
-    for what, of in (("its files are", disk), ("its memory in use is", resident)):
+        parts.append(f"has {times(value)} the perplexity of its base")
+    for what, of in (("of its bytes on disk", disk), ("of its memory", resident)):
         share = ratio(model, baseline, of)
         if share is not None:
-            parts.append(f"{what} {percent(share)} of the base's")
+            parts.append(f"takes {percent(share)} {what}")
     if model.get("latency"):
         row = model["latency"][0]
-        parts.append(f"it generates {times(row['decode_speedup'])} as fast at batch {row['batch_size']}")
+        parts.append(f"generates {times(row['decode_speedup'])} as fast at batch {row['batch_size']}")
     if not parts:
         return ""
-    bits = f"At {figure(model['bits_per_weight'])} bits a weight, " if model["bits_per_weight"] is not None else ""
-    text = ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1] + "."
-    return bits + text if bits else text[0].upper() + text[1:]
+    bits = f"At {figure(model['bits_per_weight'])} bits a weight " if model["bits_per_weight"] is not None else ""
+    return f"{bits}{model['label']} {', '.join(parts[:-1])}{' and ' * (len(parts) > 1)}{parts[-1]}."
