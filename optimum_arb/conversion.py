@@ -32,6 +32,8 @@ class Record:
         starved: experts that too few calibration tokens reached, binarized from their weights alone.
         refined: of refinement, the loss of its decoder layer before and after on the held-out calibration sequences:
             the mean over the tokens of the squared error over the squared target; None without.
+        held_out_error: as `output_error`, on calibration sequences that nothing was fitted to; None without such.
+        held_out_tokens: how many of their tokens reached the module.
     """
 
     method: str
@@ -41,6 +43,8 @@ class Record:
     experts: int | None = None
     starved: int = 0
     refined: Sequence[float] | None = None
+    held_out_error: float | None = None
+    held_out_tokens: int = 0
 
 
 @torch.no_grad()
@@ -84,6 +88,20 @@ def binarize_linear(
     weight_error = output_error(weight, restored, None)
     errors = None if hessian is None else output_error(weight, restored, hessian)
     return packed, Record(config.method, weight_error, errors, tokens)
+
+
+@torch.no_grad()
+def linear_output_error(module: nn.Module, packed: ARBLinear, hessian: torch.Tensor) -> float:
+    """The relative squared error of a binarized linear's outputs on inputs of its own, given by their X^T X.
+
+    Args:
+        module: the float `nn.Linear` or `Conv1D`.
+        packed: its binarized form.
+        hessian: float32 `[K, K]`.
+    """
+    weight = _tensors(module)[0].detach()
+    weight = weight.T if type(module) is Conv1D else weight
+    return output_error(weight.to(torch.float32), packed.dequantize(torch.float32), hessian)
 
 
 def empty_linear(module: nn.Module, **description) -> ARBLinear:
