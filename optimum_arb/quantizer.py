@@ -164,12 +164,13 @@ class ARBHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.failure is not None:
             raise self.failure
+        if self.pre_quantized:
+            localize(model)
         for module in model.modules():
             if isinstance(module, ARBLinear):
                 module.decode_scales()  # transformers fills buffers that no file holds with anything
         if self.pre_quantized:
             cast_loaded(model, self._dtypes)
-            localize(model)
             self._prepare_saving(model)
             for module in model.modules():
                 if isinstance(module, (ARBLinear, ARBExperts)):
