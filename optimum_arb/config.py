@@ -17,6 +17,7 @@ from .factors import factor_shapes, rank_for_bits
 from .layout import GROUP_BITMAPS, MAX_PLANES, Layout, bitmap_layout, planes_layout
 from .packing import FORMAT_VERSION, check_block_size, packed_shapes
 from .patterns import check_pattern, matches
+from .scales import SCALE_BITS
 from .version import FIRST_READERS, __version__
 
 METHODS = ("rtn", "billm", "arb", "arb-x", "arb-rc", "arb-hrc", "arb-dbf")
@@ -45,6 +46,7 @@ OVERRIDABLE = (
     "hadamard",
     "rank",
     "factor_bits",
+    "scale_bits",
 )
 # What a run records in the configuration of the model that it made.
 RECORDED = ("optimum_arb_version", "bits_per_weight", "calibration", "base_model", "perplexity")
@@ -98,6 +100,8 @@ class ARBConfig(QuantizationConfigMixin):
         rank: of "arb-dbf": columns of the first sign matrix and rows of the second, the same for every linear; None
             goes by `factor_bits`.
         factor_bits: of "arb-dbf": true bits a weight, scales included, of which each linear's rank follows; None is 1.
+        scale_bits: of a stored scale: 16 (float16), or 8 (codes on a logarithmic grid), which "rtn", "arb-hrc" and
+            "arb-dbf" may have; None is 16. The scales of experts have 16.
         refine: whether the binarized model is tuned to what the float model puts out, on the calibration text: "block"
             tunes each decoder layer, its norms and biases included, once it is binarized; "model" then also tunes
             scales and norms of the whole model, which must fit into memory; None (the default) does neither.
@@ -159,6 +163,7 @@ class ARBConfig(QuantizationConfigMixin):
         hadamard: int = 0,
         rank: int | None = None,
         factor_bits: float | None = None,
+        scale_bits: int | None = None,
         refine: str | None = None,
         refine_steps: int | None = None,
         refine_learning_rate: float | None = None,
@@ -216,6 +221,7 @@ class ARBConfig(QuantizationConfigMixin):
         self.hadamard = hadamard
         self.rank = rank
         self.factor_bits = factor_bits
+        self.scale_bits = scale_bits
         self.refine = refine
         self.refine_steps = refine_steps
         self.refine_learning_rate = refine_learning_rate
@@ -302,6 +308,13 @@ class ARBConfig(QuantizationConfigMixin):
                 )
         self._check_search()
         self._check_factors()
+        if self.scale_bits is not None and (isinstance(self.scale_bits, bool) or self.scale_bits not in SCALE_BITS):
+            raise ValueError(f"scale_bits={self.scale_bits!r} must be 16 or 8.")
+        if self.scale_bits == 8 and self.method in BITMAP_METHODS:
+            raise ValueError(
+                f"scale_bits=8 needs method 'rtn', 'arb-hrc' or 'arb-dbf': the scales of {self.method!r} may be "
+                "negative, or are means."
+            )
         self._check_refine()
         if self.planes > 1 and self.method != "arb-hrc":
             raise ValueError(f"planes={self.planes} needs method='arb-hrc': {self.method!r} has a fixed form.")
@@ -330,7 +343,8 @@ class ARBConfig(QuantizationConfigMixin):
         shrinkage = self.resolved_shrinkage
         if not isinstance(shrinkage, (int, float)) or isinstance(shrinkage, bool) or not 0 <= shrinkage < 1:
             raise ValueError(f"shrinkage={self.shrinkage!r} must be a number from 0 to below 1; 0.05 is usual.")
-        _one_of("hadamard", self.hadamard, HADAMARD_BLOCKS)
+        if self.hadamard not in HADAMARD_BLOCKS or isinstance(self.hadamard, bool):
+            raise ValueError(f"hadamard={self.hadamard!r} is unknown: use 64, 128 or 256, or 0 for none.")
         for name in ("admm_iterations", "hadamard"):
             if getattr(self, name) and self.method != "arb-hrc":
                 raise ValueError(f"{name}={getattr(self, name)} needs method='arb-hrc': {self.method!r} has none.")
@@ -431,25 +445,30 @@ class ARBConfig(QuantizationConfigMixin):
         if self.act_order is not None:
             return self.act_order
         # one plane of 5 matrices of SmolLM2-135M, held-out output error: .1374 with and without after the search of all
-        # blocks at once, .1505 and .1671 block by block
+        # blocks at once, .1503 and .1614 block by block
         return self.method == "arb-hrc" and not self.resolved_admm_iterations
 
     @property
     def format_version(self) -> int:
         """The format of the files that these choices make: the oldest that holds them."""
-        methods = [self.method, *(choices.get("method") for choices in self.overrides.values())]
-        return 2 if "arb-dbf" in methods else 1
+        every = [{"method": self.method, "scale_bits": self.resolved_scale_bits}, *self.overrides.values()]
+        return 2 if any(one.get("method") == "arb-dbf" or one.get("scale_bits") == 8 for one in every) else 1
 
     @property
     def factorized(self) -> bool:
         """Whether weights become products of two sign matrices, which have a rank and no layout."""
         return self.method == "arb-dbf"
 
+    @property
+    def resolved_scale_bits(self) -> int:
+        return self.scale_bits or 16
+
     def resolved_rank(self, out_features: int, in_features: int) -> int:
         """The rank of the factors of a weight `[out_features, in_features]`."""
         if self.rank is not None:
             return self.rank
-        return rank_for_bits(out_features, in_features, 1.0 if self.factor_bits is None else self.factor_bits)
+        bits = 1.0 if self.factor_bits is None else self.factor_bits
+        return rank_for_bits(out_features, in_features, bits, self.resolved_scale_bits)
 
     @property
     def requirement(self) -> str:
@@ -495,8 +514,11 @@ class ARBConfig(QuantizationConfigMixin):
             salient: the number of its salient columns.
         """
         if self.factorized:
-            return factor_shapes(out_features, in_features, self.resolved_rank(out_features, in_features))
-        return packed_shapes(self.layout, out_features, in_features, self.block_size, permuted, salient)
+            rank = self.resolved_rank(out_features, in_features)
+            return factor_shapes(out_features, in_features, rank, self.resolved_scale_bits)
+        return packed_shapes(
+            self.layout, out_features, in_features, self.block_size, permuted, salient, self.resolved_scale_bits
+        )
 
     def for_module(self, *names: str) -> ARBConfig | None:
         """The configuration of a module of one or several names, overrides applied; None where one skips it."""
@@ -520,6 +542,8 @@ class ARBConfig(QuantizationConfigMixin):
             config.__dict__.update({name: value for name, value in none.items() if name not in choices})
         if "method" in choices and choices["method"] != "arb-dbf":
             config.rank, config.factor_bits = choices.get("rank"), choices.get("factor_bits")
+        if choices.get("method") in BITMAP_METHODS and "scale_bits" not in choices:
+            config.scale_bits = None
         if choices.get("method") == "arb-dbf" and "act_order" not in choices:
             config.act_order = None
         for name, other in (("rank", "factor_bits"), ("factor_bits", "rank")):

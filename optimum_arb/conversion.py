@@ -70,7 +70,8 @@ def binarize_linear(
         )
     absent = bias is not None and bias.is_meta
     try:
-        packed = packed_linear(binarize(weight, hessian, config), None if absent else bias, config.backend)
+        found = binarize(weight, hessian, config)
+        packed = packed_linear(found, None if absent else bias, config.backend, config.resolved_scale_bits)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     if absent:  # not loaded yet, or not in the checkpoint: then transformers initializes it, if it may

@@ -22,16 +22,19 @@ from dataclasses import dataclass
 import torch
 
 from .layout import Layout, planes_layout
-from .packing import TILE, pack_bits, packed_bytes, store_scale, unpack_bits
+from .packing import TILE, pack_bits, packed_bytes, unpack_bits
+from .scales import decoded, store_coded, store_scale
 
 # The packed tensors of each factor by the names of `optimum_arb.packing.TENSOR_NAMES`.
 OUTER = {"weight": "weight", "row_scale": "row_scale"}
 INNER = {"weight": "inner", "row_scale": "inner_row_scale", "col_scale": "inner_col_scale"}
-FACTOR_TENSOR_NAMES = (*OUTER.values(), *INNER.values())
+FACTOR_TENSOR_NAMES = (*OUTER.values(), *INNER.values(), "scale_grid")
 # What the operator takes each of them for.
 OUTER_LAYOUT: Layout = planes_layout(1)
 INNER_LAYOUT: Layout = planes_layout(1, col_scale=True)
 LAYOUT_NAME = "factors"
+# The tensors of scales -> how many grids each has in 8 bits, in the order of `scale_grid`.
+SCALE_GRIDS = {"row_scale": 1, "inner_row_scale": 1, "inner_col_scale": 1}
 
 
 @dataclass
@@ -98,8 +101,12 @@ def _power_of_two(scale: torch.Tensor, size: float) -> float:
     return 2.0 ** round(math.log2(mean / size)) if mean > 0 else 1.0
 
 
-def pack_factors(weight: FactorizedWeight) -> dict[str, torch.Tensor]:
+def pack_factors(weight: FactorizedWeight, scale_bits: int = 16) -> dict[str, torch.Tensor]:
     """The tensors that are stored, all of two dimensions, by their names in `FACTOR_TENSOR_NAMES`.
+
+    Args:
+        weight: the weight.
+        scale_bits: 16, or 8 for scales that are codes on the grids of `scale_grid`, see `optimum_arb.scales`.
 
     | name | dtype | shape |
     |---|---|---|
@@ -108,19 +115,24 @@ def pack_factors(weight: FactorizedWeight) -> dict[str, torch.Tensor]:
     | `inner` | uint8 | `[r, packed_bytes(K)]`, the inner factor |
     | `inner_row_scale` | as `row_scale` | `[r, 1]`, the `rank_scale` |
     | `inner_col_scale` | as `row_scale` | `[1, K]`, the `col_scale` |
+    | `scale_grid` | float32 | `[3, 2]`, with `scale_bits=8` alone |
 
     Raises:
         ValueError: a scale is NaN or Inf.
     """
     weight = weight.balanced()
-    tensors = {
-        "weight": pack_bits(weight.outer_signs[None]),
-        "row_scale": store_scale(weight.row_scale[:, None]),
-        "inner": pack_bits(weight.inner_signs[None]),
-        "inner_row_scale": store_scale(weight.rank_scale[:, None]),
-        "inner_col_scale": store_scale(weight.col_scale[None]),
+    tensors = {"weight": pack_bits(weight.outer_signs[None]), "inner": pack_bits(weight.inner_signs[None])}
+    scales = {
+        "row_scale": weight.row_scale[:, None],
+        "inner_row_scale": weight.rank_scale[:, None],
+        "inner_col_scale": weight.col_scale[None],
     }
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if scale_bits == 8:
+        coded, tensors["scale_grid"] = store_coded(scales, SCALE_GRIDS)
+    else:
+        coded = {name: store_scale(scale) for name, scale in scales.items()}
+    tensors.update(coded)
+    return {name: tensors[name].contiguous() for name in FACTOR_TENSOR_NAMES if name in tensors}
 
 
 def unpack_factors(tensors: Mapping[str, torch.Tensor], in_features: int) -> FactorizedWeight:
@@ -130,6 +142,7 @@ def unpack_factors(tensors: Mapping[str, torch.Tensor], in_features: int) -> Fac
         tensors: as `pack_factors` returns them.
         in_features: K.
     """
+    tensors = decoded(tensors, SCALE_GRIDS)
     rank = tensors["inner"].shape[0]
     return FactorizedWeight(
         unpack_bits(tensors["weight"], 1, rank)[0],
@@ -140,32 +153,37 @@ def unpack_factors(tensors: Mapping[str, torch.Tensor], in_features: int) -> Fac
     )
 
 
-def factor_shapes(out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, int]]:
+def factor_shapes(out_features: int, in_features: int, rank: int, scale_bits: int = 16) -> dict[str, tuple[int, int]]:
     """The shape of every stored tensor of a factorized weight, from its description alone (see `pack_factors`)."""
-    return {
+    shapes = {
         "weight": (out_features, packed_bytes(rank, TILE)),
         "row_scale": (out_features, 1),
         "inner": (rank, packed_bytes(in_features, TILE)),
         "inner_row_scale": (rank, 1),
         "inner_col_scale": (1, in_features),
     }
+    if scale_bits == 8:
+        shapes["scale_grid"] = (sum(SCALE_GRIDS.values()), 2)
+    return shapes
 
 
-def rank_for_bits(out_features: int, in_features: int, bits: float) -> int:
-    """The largest rank whose stored tensors, scales in float16, take at most so many bits a weight; at least 1.
+def rank_for_bits(out_features: int, in_features: int, bits: float, scale_bits: int = 16) -> int:
+    """The largest rank whose stored tensors take at most so many bits a weight; at least 1.
 
     Args:
         out_features: N.
         in_features: K.
         bits: stored bits over N K, everything counted.
+        scale_bits: of a scale: 16 or 8.
     """
     budget = bits * out_features * in_features
-    rank = int((budget - 16 * (out_features + in_features)) / (out_features + in_features + 16))
-    while rank > 1 and _stored_bits(out_features, in_features, rank) > budget:
+    rank = int((budget - scale_bits * (out_features + in_features)) / (out_features + in_features + scale_bits))
+    while rank > 1 and _stored_bits(out_features, in_features, rank, scale_bits) > budget:
         rank -= 1  # rows end at whole bytes, which the division above does not know
     return max(rank, 1)
 
 
-def _stored_bits(out_features: int, in_features: int, rank: int) -> int:
+def _stored_bits(out_features: int, in_features: int, rank: int, scale_bits: int) -> int:
     signs = out_features * packed_bytes(rank, TILE) + rank * packed_bytes(in_features, TILE)
-    return 8 * signs + 16 * (out_features + rank + in_features)
+    grids = 64 * sum(SCALE_GRIDS.values()) if scale_bits == 8 else 0
+    return 8 * signs + scale_bits * (out_features + rank + in_features) + grids

@@ -68,6 +68,11 @@ class Layout:
     salient: bool
     terms: tuple[Term, ...]
 
+    @property
+    def is_planes(self) -> bool:
+        """Whether each term is one sign plane of all columns, so that no scale needs to be negative."""
+        return not self.salient and [term.planes for term in self.terms] == [(i,) for i in range(self.planes)]
+
 
 @cache
 def planes_layout(planes: int, mean: bool = False, col_scale: bool = False) -> Layout:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .hadamard import hadamard_transform
 from .layout import Layout
+from .scales import SCALE_BITS, decoded, scale_grids, store_coded, store_scale
 
 TILE = 128
 FORMAT_VERSION = 2
@@ -33,8 +34,9 @@ TENSOR_NAMES = (
     "salient_weight",
     "salient_col_scale",
 )
-# Every tensor that a packed module may store: those, and the inner factor's of `optimum_arb.factors`.
-STORED_NAMES = (*TENSOR_NAMES, "inner", "inner_row_scale", "inner_col_scale")
+# Every tensor that a packed module may store: those, the inner factor's of `optimum_arb.factors`, and the grids of
+# scales in 8 bits.
+STORED_NAMES = (*TENSOR_NAMES, "inner", "inner_row_scale", "inner_col_scale", "scale_grid")
 
 
 @dataclass
@@ -103,6 +105,17 @@ class BinarizedWeight:
         if self.permutation is not None:
             weight = torch.empty_like(weight).index_copy_(1, self.permutation, weight)
         return weight.to(dtype)
+
+    def with_positive_scales(self) -> BinarizedWeight:
+        """The same weight of plain planes (`Layout.is_planes`), the signs of its scales moved into the planes."""
+        columns = self.shape[1]
+        width = columns if self.block_size == -1 else self.block_size
+        block = torch.arange(columns, device=self.signs.device) // width
+        signs = self.signs ^ (self.row_scale < 0).permute(2, 0, 1)[:, :, block]
+        if self.col_scale is not None:
+            signs = signs ^ (self.col_scale < 0)[:, None]
+        col_scale = None if self.col_scale is None else self.col_scale.abs()
+        return replace(self, signs=signs, row_scale=self.row_scale.abs(), col_scale=col_scale)
 
     def _sign(self, plane: int, at: torch.Tensor) -> torch.Tensor:
         """Signs of a plane at the columns `at` (the salient columns where the plane is theirs alone)."""
@@ -186,26 +199,17 @@ def unpack_bits(packed: torch.Tensor, planes: int, columns: int, tile: int = TIL
     return torch.cat(pieces, 2) if pieces else packed.new_zeros(planes, rows, 0, dtype=torch.bool)
 
 
-def store_scale(scale: torch.Tensor) -> torch.Tensor:
-    """float16, or float32 where a value would overflow or lose its precision as a subnormal (below 6.1e-5).
-
-    Values below 2^-11 of the largest do not count: their rounding vanishes beside the others'.
-    """
-    size = scale.abs()
-    largest = float(size.max()) if size.numel() else 0.0
-    info = torch.finfo(torch.float16)
-    small = size[(size > 0) & (size >= largest * 2**-11)]
-    if largest > info.max or (small.numel() and float(small.min()) < info.tiny):
-        return scale.to(torch.float32)
-    return scale.to(torch.float16)
-
-
 def _store_index(index: torch.Tensor, columns: int) -> torch.Tensor:
     return index.to(torch.int16 if columns <= 2**15 else torch.int32)[None]
 
 
-def pack(weight: BinarizedWeight) -> dict[str, torch.Tensor]:
-    """The tensors that are stored, all of two dimensions, by their names in `TENSOR_NAMES`.
+def pack(weight: BinarizedWeight, scale_bits: int = 16) -> dict[str, torch.Tensor]:
+    """The tensors that are stored, all of two dimensions, by their names in `STORED_NAMES`.
+
+    Args:
+        weight: the weight.
+        scale_bits: 16, or 8 for plain planes (`Layout.is_planes`): then `row_scale` and `col_scale` are uint8 codes on
+            the grids of `scale_grid`, see `optimum_arb.scales`.
 
     | name | dtype | shape |
     |---|---|---|
@@ -216,7 +220,15 @@ def pack(weight: BinarizedWeight) -> dict[str, torch.Tensor]:
     | `salient_columns` | as above | `[1, S]`, ascending |
     | `salient_weight` | uint8 | `[N, salient_planes * packed_bytes(S)]` |
     | `salient_col_scale` | as `col_scale` | `[salient_col_scales, S]` |
+    | `scale_grid` | float32 | `[row_scales + col_scales, 2]`, with `scale_bits=8` alone |
+
+    Raises:
+        ValueError: `scale_bits` is neither, or 8 for another layout.
     """
+    if scale_bits not in SCALE_BITS or (scale_bits == 8 and not weight.layout.is_planes):
+        raise ValueError(f"scale_bits={scale_bits} cannot be packed with the layout {weight.layout.name}.")
+    if scale_bits == 8:
+        weight = weight.with_positive_scales()
     columns = weight.shape[1]
     tile = tile_width(weight.block_size)
     tensors: dict[str, torch.Tensor] = {
@@ -233,6 +245,12 @@ def pack(weight: BinarizedWeight) -> dict[str, torch.Tensor]:
         tensors["salient_weight"] = pack_bits(weight.salient_signs, tile)
     if weight.salient_col_scale is not None:
         tensors["salient_col_scale"] = store_scale(weight.salient_col_scale)
+    if scale_bits == 8:
+        scales = {"row_scale": weight.row_scale.flatten(1)}
+        if weight.col_scale is not None:
+            scales["col_scale"] = weight.col_scale
+        coded, tensors["scale_grid"] = store_coded(scales, scale_grids(weight.layout))
+        tensors.update(coded)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
@@ -246,6 +264,7 @@ def unpack(tensors: Mapping[str, torch.Tensor], layout: Layout, in_features: int
         block_size: as in `BinarizedWeight`.
     """
     tile = tile_width(block_size)
+    tensors = decoded(tensors, scale_grids(layout))
     rows = tensors["weight"].shape[0]
     blocks = block_count(in_features, block_size)
     salient = tensors.get("salient_columns")
@@ -267,7 +286,13 @@ def unpack(tensors: Mapping[str, torch.Tensor], layout: Layout, in_features: int
 
 
 def packed_shapes(
-    layout: Layout, out_features: int, in_features: int, block_size: int, permuted: bool, salient: int = 0
+    layout: Layout,
+    out_features: int,
+    in_features: int,
+    block_size: int,
+    permuted: bool,
+    salient: int = 0,
+    scale_bits: int = 16,
 ) -> dict[str, tuple[int, int]]:
     """The shape of every stored tensor of a weight, from its description alone (see `pack`).
 
@@ -278,6 +303,7 @@ def packed_shapes(
         block_size: as in `BinarizedWeight`.
         permuted: whether the columns are permuted.
         salient: the number of salient columns.
+        scale_bits: as for `pack`.
     """
     tile = tile_width(block_size)
     shapes = {
@@ -294,6 +320,8 @@ def packed_shapes(
         shapes["salient_weight"] = (out_features, layout.salient_planes * packed_bytes(salient, tile))
     if layout.salient_col_scales:
         shapes["salient_col_scale"] = (layout.salient_col_scales, salient)
+    if scale_bits == 8:
+        shapes["scale_grid"] = (layout.row_scales + layout.col_scales, 2)
     return shapes
 
 

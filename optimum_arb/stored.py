@@ -15,7 +15,7 @@ from .packing import STORED_NAMES, packed_shapes
 COMPANIONS = tuple(f"weight_{name}" for name in STORED_NAMES[1:])
 # As on the Hub. The header of 100,000 tensors has about 15 MB.
 MAX_HEADER = 25_000_000
-_SCALE_DTYPES = {"F16": torch.float16, "F32": torch.float32}
+_SCALE_DTYPES = {"F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
 _INDEX_DTYPES = {"I16": torch.int16, "I32": torch.int32}
 
 
@@ -88,8 +88,8 @@ def packed_linears(headers: Mapping[str, StoredTensor]) -> list[StoredLinear]:
 
 
 def describe(linear: StoredLinear, config: ARBConfig, out_features: int, in_features: int) -> dict:
-    """How an `ARBLinear` for a stored linear is built: layout, block_size, permuted, salient, scale_dtypes, backend; an
-    `ARBFactorizedLinear`: rank, scale_dtypes, backend.
+    """How an `ARBLinear` for a stored linear is built: layout, block_size, permuted, salient, scale_dtypes, backend,
+    scale_bits; an `ARBFactorizedLinear`: rank, scale_dtypes, backend, scale_bits.
 
     Args:
         linear: the stored tensors.
@@ -101,18 +101,22 @@ def describe(linear: StoredLinear, config: ARBConfig, out_features: int, in_feat
         ValueError: a tensor is missing, unknown to the layout, or of the wrong shape or dtype.
     """
     tensors = linear.tensors
+    scale_bits = 8 if "scale_grid" in tensors else 16
     if config.factorized:
         # the tensors say which rank the budget of bits was resolved to
         stored = tensors["inner"].shape if "inner" in tensors else ()
         rank = config.rank or (stored[0] if len(stored) == 2 and stored[0] else 1)
         form = f"layout {config.layout_name}, rank={rank}"
-        _check_tensors(linear, config, factor_shapes(out_features, in_features, rank), form)
-        return {"rank": rank, "scale_dtypes": _scale_dtypes(linear), "backend": config.backend}
+        _check_tensors(linear, config, factor_shapes(out_features, in_features, rank, scale_bits), form)
+        common = {"scale_dtypes": _scale_dtypes(linear), "backend": config.backend, "scale_bits": scale_bits}
+        return {"rank": rank, **common}
     layout = config.layout
     columns = tensors["salient_columns"].shape if "salient_columns" in tensors else ()
     salient = min(columns[-1], in_features) if columns else 0
     permuted = "permutation" in tensors
-    shapes = packed_shapes(layout, out_features, in_features, config.block_size, permuted, salient)
+    if not layout.is_planes:
+        scale_bits = 16  # the grid is refused as a tensor that the layout does not have
+    shapes = packed_shapes(layout, out_features, in_features, config.block_size, permuted, salient, scale_bits)
     _check_tensors(linear, config, shapes, f"layout {layout.name}, block_size={config.block_size}")
     return {
         "layout": layout,
@@ -121,6 +125,7 @@ def describe(linear: StoredLinear, config: ARBConfig, out_features: int, in_feat
         "salient": salient,
         "scale_dtypes": _scale_dtypes(linear),
         "backend": config.backend,
+        "scale_bits": scale_bits,
     }
 
 
@@ -134,12 +139,13 @@ def _check_tensors(linear: StoredLinear, config: ARBConfig, shapes: Mapping[str,
                 "download the model again."
             )
     for name, shape in shapes.items():
-        dtypes = _dtypes(name)
+        key = _tensor_key(linear.key, name)
+        dtypes = _dtypes(name, coded="scale_grid" in shapes)
         if tensors[name].dtype not in dtypes or tensors[name].shape != shape:
             raise ValueError(
-                f"{linear.key}: the tensor {_tensor_key(linear.key, name)!r} is {tensors[name]} in the checkpoint, but "
-                f"{' or '.join(dtypes)} {list(shape)} follows from the model's shapes and its quantization_config "
-                f"(method={config.method!r}, {form}). One of the two was changed."
+                f"{linear.key}: the tensor {key!r} is {tensors[name]} in the checkpoint, but {' or '.join(dtypes)} "
+                f"{list(shape)} follows from the model's shapes and its quantization_config (method={config.method!r}, "
+                f"{form}). One of the two was changed."
             )
     for name in sorted(set(tensors) - set(shapes)):
         raise ValueError(
@@ -156,7 +162,9 @@ def _tensor_key(module: str, name: str) -> str:
     return f"{module}.weight" if name == "weight" else f"{module}.weight_{name}"
 
 
-def _dtypes(name: str) -> tuple[str, ...]:
+def _dtypes(name: str, coded: bool) -> tuple[str, ...]:
     if name.endswith("scale"):
-        return tuple(_SCALE_DTYPES)
+        return tuple(_SCALE_DTYPES) if coded else ("F16", "F32")
+    if name == "scale_grid":
+        return ("F32",)
     return ("U8",) if name in ("weight", "salient_weight", "inner") else tuple(_INDEX_DTYPES)

@@ -38,7 +38,7 @@ def test_dequantize(rows, columns, rank):
 def test_round_trip(rows, columns, rank):
     weight = random_factorized(rows, columns, rank)
     packed = pack_factors(weight)
-    assert tuple(packed) == FACTOR_TENSOR_NAMES
+    assert tuple(packed) == FACTOR_TENSOR_NAMES[:-1]  # no grids of scales
     assert set(packed) <= set(STORED_NAMES)
     assert {name: tuple(tensor.shape) for name, tensor in packed.items()} == factor_shapes(rows, columns, rank)
     for name, tensor in packed.items():

@@ -153,3 +153,45 @@ def test_products_of_two_sign_matrices(rows, columns, rank):
     a, m, b = (tensors[name].astype(float).ravel() for name in ("row_scale", "inner_row_scale", "inner_col_scale"))
     assert all((scale >= 0).all() for scale in (a, m, b))
     np.testing.assert_allclose(a[:, None] * (outer * m) @ inner * b, expected, rtol=1e-9, atol=1e-12)
+
+
+def read_codes(tensors: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> list[np.ndarray]:
+    """ "Scales in 8 bits": the scales, each `[..., grids]` or `[grids, ...]` as the shape given says."""
+    grid = iter(tensors["scale_grid"].astype(np.float64))
+    found = []
+    for name, axes in shapes.items():
+        codes = np.moveaxis(tensors[name].reshape(axes), 0 if name == "col_scale" else -1, 0).astype(np.float64)
+        values = []
+        for one in codes:
+            low, step = next(grid)
+            values.append(np.where(one == 0, 0, 2.0 ** (low + step * (one - 1))).astype(np.float16).astype(float))
+        found.append(np.stack(values))
+    assert next(grid, None) is None
+    return found
+
+
+@pytest.mark.parametrize(("columns", "block_size"), [(300, 128), (77, -1)])
+@pytest.mark.parametrize("planes", [1, 2])
+def test_scales_in_8_bits(planes, columns, block_size):
+    layout = planes_layout(planes, col_scale=True)
+    weight = random_weight(layout, 5, columns, block_size, False, 0)
+    weight.row_scale[2] = 0
+    packed = pack(weight, 8)
+    expected = unpack(packed, layout, columns, block_size).dequantize(torch.float64).numpy()
+    tensors = {name: tensor.numpy() for name, tensor in packed.items()}
+    assert tensors["row_scale"].dtype == tensors["col_scale"].dtype == np.uint8
+    blocks = block_count(columns, block_size)
+    r, c = read_codes(tensors, {"row_scale": (5, blocks, planes), "col_scale": (planes, columns)})
+    block = np.arange(columns) // (columns if block_size == -1 else block_size)
+    signs = read_signs(tensors["weight"], planes, columns, 128)
+    np.testing.assert_allclose(sum(r[i][:, block] * c[i] * signs[i] for i in range(planes)), expected, rtol=1e-12)
+
+
+def test_scales_in_8_bits_of_products():
+    packed = pack_factors(random_factorized(9, 64, 40), 8)
+    expected = unpack_factors(packed, 64).dequantize(torch.float64).numpy()
+    tensors = {name: tensor.numpy() for name, tensor in packed.items()}
+    shapes = {"row_scale": (9, 1), "inner_row_scale": (40, 1), "inner_col_scale": (64, 1)}
+    a, m, b = (scale[0] for scale in read_codes(tensors, shapes))
+    outer, inner = (read_signs(tensors[name], 1, k, 128)[0] for name, k in (("weight", 40), ("inner", 64)))
+    np.testing.assert_allclose(a[:, None] * (outer * m) @ inner * b, expected, rtol=1e-9, atol=1e-12)

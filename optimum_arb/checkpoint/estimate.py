@@ -99,6 +99,10 @@ class _Shape:
         return self.rows * self.columns * self.copies
 
     @property
+    def scale_bits(self) -> int:
+        return 16 if self.experts else self.config.resolved_scale_bits
+
+    @property
     def parameter(self) -> str:
         """The name of the float tensor."""
         return self.name if self.experts else f"{self.name}.weight"
@@ -115,14 +119,19 @@ class _Shape:
 
     def bytes(self, salient_per_block: int) -> int:
         stored = self.stored(salient_per_block)
-        return self.copies * sum(_nbytes(name, shape, self.columns) for name, shape in stored.items())
+        return self.copies * sum(_nbytes(name, shape, self.columns, self.scale_bits) for name, shape in stored.items())
 
 
-def _nbytes(name: str, shape: tuple[int, int], columns: int) -> int:
-    """Bytes of a packed tensor: signs are bytes, scales float16, indices int16 up to 32768 columns, else int32."""
+def _nbytes(name: str, shape: tuple[int, int], columns: int, scale_bits: int) -> int:
+    """Bytes of a packed tensor: signs are bytes, scales float16 or codes with float32 grids, indices int16 up to 32768
+    columns, else int32."""
     if name.endswith("weight") or name == "inner":
         return math.prod(shape)
-    return math.prod(shape) * (4 if columns > 2**15 and not name.endswith("scale") else 2)
+    if name == "scale_grid":
+        return math.prod(shape) * 4 if scale_bits == 8 else 0
+    if name.endswith("scale"):
+        return math.prod(shape) * scale_bits // 8
+    return math.prod(shape) * (4 if columns > 2**15 else 2)
 
 
 def estimate(
@@ -232,7 +241,7 @@ def _header_bytes(linears: list[_Shape], remaining: dict[str, tuple[int, ...]], 
         for key, shape in linear.stored(SEARCHED_SALIENT).items():
             name = linear.parameter + ("" if key == "weight" else f"_{key}")
             kind = "U8" if key.endswith("weight") else "F16"
-            add(name, kind, shape, _nbytes(key, shape, linear.columns) * linear.copies)
+            add(name, kind, shape, _nbytes(key, shape, linear.columns, linear.scale_bits) * linear.copies)
     return 8 + math.ceil(len(json.dumps(header, separators=(",", ":"))) / 8) * 8
 
 

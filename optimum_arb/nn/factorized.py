@@ -10,12 +10,9 @@ import torch
 from .. import factors, packing
 from ..factors import INNER, INNER_LAYOUT, OUTER, OUTER_LAYOUT, FactorizedWeight
 from ..packing import BinarizedWeight
-from .linear import PARAMETERS, ARBLinear
+from .linear import ARBLinear
 from .product import PackedProduct
 from .shared_input import is_offloaded
-
-_OUTER = {name: PARAMETERS[own] for name, own in OUTER.items()}
-_INNER = {name: PARAMETERS[own] for name, own in INNER.items()}
 
 
 class InnerProduct(PackedProduct):
@@ -49,7 +46,7 @@ class InnerProduct(PackedProduct):
         return is_offloaded(self.layer)
 
     def packed_parameter(self, name: str) -> torch.Tensor | None:
-        return self.layer._parameters.get(_INNER.get(name, ""))
+        return self.layer._operand(INNER[name]) if name in INNER else None
 
     def _operands(self) -> list[torch.Tensor | None]:
         return [self.packed_parameter(name) for name in packing.TENSOR_NAMES]
@@ -67,10 +64,12 @@ class ARBFactorizedLinear(ARBLinear):
         out_features: N.
         rank: r, the rows of B and the columns of A.
         bias: whether there is one.
-        scale_dtypes: dtypes of "row_scale", "inner_row_scale" and "inner_col_scale" where they are not float16.
+        scale_dtypes: dtypes of "row_scale", "inner_row_scale" and "inner_col_scale" where they are not float16 (uint8,
+            of scales of 8 bits).
         backend: as for `ARBLinear`.
         dtype: of the bias; None is torch's default.
         device: of all tensors.
+        scale_bits: 16 or 8, of a stored scale.
 
     Raises:
         ValueError: a rank below 1.
@@ -87,18 +86,19 @@ class ARBFactorizedLinear(ARBLinear):
         backend: str = "auto",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        scale_bits: int = 16,
     ):
         if rank < 1:
             raise ValueError(f"rank={rank} is no rank of a product of two matrices: it must be at least 1.")
         self._begin(in_features, out_features, OUTER_LAYOUT, -1, backend)
         self.rank = rank
         self._inner = InnerProduct(self)
-        shapes = factors.factor_shapes(out_features, in_features, rank)
+        shapes = factors.factor_shapes(out_features, in_features, rank, scale_bits)
         self._set_empty(shapes, scale_dtypes or {}, bias, dtype, device)
 
     @classmethod
     def from_factorized(
-        cls, weight: FactorizedWeight, bias: torch.Tensor | None = None, backend: str = "auto"
+        cls, weight: FactorizedWeight, bias: torch.Tensor | None = None, backend: str = "auto", scale_bits: int = 16
     ) -> ARBFactorizedLinear:
         """The layer of a factorized weight, on the device of its signs.
 
@@ -106,11 +106,13 @@ class ARBFactorizedLinear(ARBLinear):
             weight: what an algorithm returned.
             bias: `[N]`, or None; kept in its dtype, on the weight's device.
             backend: as for `ARBLinear`.
+            scale_bits: as for `optimum_arb.factors.pack_factors`.
         """
         rows, columns = weight.shape
-        dtype = None if bias is None else bias.dtype
-        layer = cls(columns, rows, weight.rank, bias=bias is not None, backend=backend, dtype=dtype, device="meta")
-        layer._fill(factors.pack_factors(weight), bias, weight.device)
+        choices: dict[str, Any] = {"backend": backend, "scale_bits": scale_bits}
+        choices |= {"bias": bias is not None, "dtype": None if bias is None else bias.dtype}
+        layer = cls(columns, rows, weight.rank, device="meta", **choices)
+        layer._fill(factors.pack_factors(weight, scale_bits), bias, weight.device)
         return layer
 
     @property
@@ -126,7 +128,14 @@ class ARBFactorizedLinear(ARBLinear):
         return self._inner
 
     def packed_parameter(self, name: str) -> torch.Tensor | None:
-        return self._parameters.get(_OUTER.get(name, ""))
+        return self._operand(name) if name in OUTER else None
+
+    def _operands(self) -> list[torch.Tensor | None]:
+        return [self.packed_parameter(name) for name in packing.TENSOR_NAMES]
+
+    @property
+    def _grids(self) -> dict[str, int]:
+        return factors.SCALE_GRIDS
 
     def factorized(self) -> FactorizedWeight:
         """The weight unpacked."""
@@ -166,9 +175,12 @@ class ARBFactorizedLinear(ARBLinear):
 
 
 def packed_linear(
-    weight: BinarizedWeight | FactorizedWeight, bias: torch.Tensor | None = None, backend: str = "auto"
+    weight: BinarizedWeight | FactorizedWeight,
+    bias: torch.Tensor | None = None,
+    backend: str = "auto",
+    scale_bits: int = 16,
 ) -> ARBLinear:
     """The layer of what an algorithm returned, see `ARBLinear.from_binarized` and `ARBFactorizedLinear`."""
     if isinstance(weight, FactorizedWeight):
-        return ARBFactorizedLinear.from_factorized(weight, bias, backend)
-    return ARBLinear.from_binarized(weight, bias, backend)
+        return ARBFactorizedLinear.from_factorized(weight, bias, backend, scale_bits)
+    return ARBLinear.from_binarized(weight, bias, backend, scale_bits)

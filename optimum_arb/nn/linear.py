@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import packing
+from .. import packing, scales
 from ..layout import Layout
 from ..packing import BinarizedWeight
 from .casting import keep_dtype
@@ -30,6 +30,9 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
     `weight_salient_weight` and `weight_salient_col_scale`, the tensors of `optimum_arb.packing.pack`. A new layer's are
     empty: `from_binarized` or `load_state_dict` fill them. `nn.Linear` is the base class for `isinstance` alone.
 
+    Scales of 8 bits are parameters of codes, with their `weight_scale_grid`; the float16 scales that the operator takes
+    are buffers beside them, `decoded_row_scale` and so on, which state dicts and files do not have.
+
     Args:
         in_features: K.
         out_features: N.
@@ -38,11 +41,13 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         bias: whether there is one.
         permuted: whether the columns are permuted.
         salient: the number of salient columns.
-        scale_dtypes: dtypes of "row_scale", "col_scale" and "salient_col_scale" where they are not float16.
+        scale_dtypes: dtypes of "row_scale", "col_scale" and "salient_col_scale" where they are not float16 (uint8, of
+            scales of 8 bits).
         backend: "auto", "triton", "cpu", "reference", or "dequantize" (keeps a dequantized copy of the weight: fast,
             and no memory saved). It may be set later too.
         dtype: of the bias; None is torch's default.
         device: of all tensors.
+        scale_bits: 16 or 8, of a stored scale.
 
     Raises:
         ValueError: a block size that cannot be packed.
@@ -62,10 +67,11 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         backend: str = "auto",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        scale_bits: int = 16,
     ):
         packing.check_block_size(block_size)
         self._begin(in_features, out_features, layout, block_size, backend)
-        shapes = packing.packed_shapes(layout, out_features, in_features, block_size, permuted, salient)
+        shapes = packing.packed_shapes(layout, out_features, in_features, block_size, permuted, salient, scale_bits)
         self._set_empty(shapes, scale_dtypes or {}, bias, dtype, device)
 
     def _begin(self, in_features: int, out_features: int, layout: Layout, block_size: int, backend: str) -> None:
@@ -80,6 +86,8 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         self.shared_index = 0
         self._prepared = None
         self._looked = False
+        self._coded: tuple[str, ...] = ()  # the scales that are stored as codes
+        self._decoded_from: tuple[Any, ...] | None = None
         self._dequantized: torch.Tensor | None = None
         self._dequantized_from: tuple[Any, ...] | None = None
         # transformers leaves alone what has this mark when it initializes the weights of a model's linears
@@ -95,18 +103,20 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
     ) -> None:
         """Registers empty parameters of these shapes and, if asked, a bias of `dtype`."""
         index = torch.int16 if self.in_features <= 2**15 else torch.int32
+        scale = torch.uint8 if "scale_grid" in shapes else torch.float16
+        dtypes = {name: scale for name in shapes if name.endswith("scale")} | dict(scale_dtypes)
+        dtypes |= dict.fromkeys(_BYTES, torch.uint8) | dict.fromkeys(_INDICES, index) | {"scale_grid": torch.float32}
         for name in packing.STORED_NAMES:
             if name in shapes:
-                kind = index if name in _INDICES else scale_dtypes.get(name, torch.float16)
-                kind = torch.uint8 if name in _BYTES else kind
-                self._set_packed(name, torch.empty(shapes[name], dtype=kind, device=device))
+                self._set_packed(name, torch.empty(shapes[name], dtype=dtypes[name], device=device))
+        self.decode_scales()
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device)) if bias else None
         )
 
     @classmethod
     def from_binarized(
-        cls, weight: BinarizedWeight, bias: torch.Tensor | None = None, backend: str = "auto"
+        cls, weight: BinarizedWeight, bias: torch.Tensor | None = None, backend: str = "auto", scale_bits: int = 16
     ) -> ARBLinear:
         """The layer of a binarized weight, on the device of its signs.
 
@@ -114,8 +124,9 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
             weight: what an algorithm returned.
             bias: `[N]`, or None; kept in its dtype, on the weight's device.
             backend: as for the class.
+            scale_bits: as for `optimum_arb.packing.pack`.
         """
-        tensors = packing.pack(weight)
+        tensors = packing.pack(weight, scale_bits)
         rows, columns = weight.shape
         layer = cls(
             columns,
@@ -128,6 +139,7 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
             backend=backend,
             dtype=None if bias is None else bias.dtype,
             device="meta",
+            scale_bits=scale_bits,
         )
         layer._fill(tensors, bias, weight.signs.device)
         return layer
@@ -139,6 +151,7 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
             # for models whose `_init_weights` fills the weights of children; not on empty tensors, which would hide
             # from transformers that a checkpoint lacks them
             setattr(getattr(self, PARAMETERS[name]), "_is_hf_initialized", True)  # noqa: B010 (not a declared attribute)
+        self.decode_scales()
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().to(device, copy=True), bias.requires_grad)
 
@@ -164,12 +177,54 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         return self
 
     def packed_parameter(self, name: str) -> torch.Tensor | None:
-        """The parameter of the packed tensor of this name of `optimum_arb.packing.pack`, None where there is none."""
-        return self._parameters.get(PARAMETERS[name])
+        """The packed tensor of this name of `optimum_arb.packing.TENSOR_NAMES` as the operator takes it, scales in
+        float16 where they are stored as codes; None where there is none."""
+        return self._operand(name)
+
+    def _operand(self, name: str) -> torch.Tensor | None:
+        return self._buffers[f"decoded_{name}"] if name in self._coded else self._parameters.get(PARAMETERS[name])
 
     def _operands(self) -> list[torch.Tensor | None]:
+        if self._coded:
+            return [self._operand(name) for name in packing.TENSOR_NAMES]
         get = self._parameters.get
         return [get(key) for key in _OPERANDS]
+
+    # Scales of 8 bits
+
+    @property
+    def scale_bits(self) -> int:
+        """16, or 8 where scales are stored as codes."""
+        return 16 if self._parameters.get(PARAMETERS["scale_grid"]) is None else 8
+
+    @property
+    def _grids(self) -> dict[str, int]:
+        """The tensors of scales -> how many grids each has in 8 bits."""
+        return scales.scale_grids(self.layout)
+
+    def decode_scales(self) -> None:
+        """Makes the float16 scales of stored codes anew. To be called where the codes were changed by other means than
+        a module's own methods while the layer runs compiled; a call that is not compiled notices by itself."""
+        grids = self._grids
+        stored = {name: self._parameters.get(PARAMETERS[name]) for name in (*grids, "scale_grid")}
+        tensors = {name: parameter.data for name, parameter in stored.items() if parameter is not None}
+        coded = [name for name in grids if "scale_grid" in tensors and tensors[name].dtype == torch.uint8]
+        for name in set(self._coded) - set(coded):
+            delattr(self, f"decoded_{name}")
+        self._coded = tuple(coded)
+        if coded:
+            # tensors of inference mode could not be kept for a gradient later
+            with torch.inference_mode(False), torch.no_grad():
+                values = scales.decoded(tensors, grids)
+            for name in coded:
+                self.register_buffer(f"decoded_{name}", values[name], persistent=False)
+        self._decoded_from = self._codes()
+
+    def _codes(self) -> tuple[Any, ...]:
+        """Changes when a tensor of codes or a grid is replaced, moved or written."""
+        keys = [PARAMETERS[name] for name in (*self._coded, "scale_grid")] if self._coded else []
+        tensors = [self._parameters[key] for key in keys]
+        return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None)
 
     @property
     def is_offloaded(self) -> bool:
@@ -197,6 +252,9 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         if self.backend == "dequantize":
             weight = self._cached_weight(x.dtype)
             return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        if self._coded and not torch.compiler.is_compiling() and self._codes() != self._decoded_from:
+            self.forget()
+            self.decode_scales()
         return self._product(x)
 
     # The dequantized copy of backend="dequantize". It is no parameter and no buffer: state dicts do not have it.
@@ -230,11 +288,14 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         """Moves everything; `.to(dtype)` and its kin cast the bias alone, as loading in another dtype does."""
         self._drop_dequantized()
         packed = [tensor for name, tensor in self._parameters.items() if name != "bias"]
-        return super()._apply(keep_dtype(fn, packed), recurse)
+        super()._apply(keep_dtype(fn, [*packed, *self._buffers.values()]), recurse)
+        self.decode_scales()  # of codes at other addresses
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._drop_dequantized()
         super()._load_from_state_dict(*args, **kwargs)
+        self.decode_scales()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         self._drop_dequantized()
@@ -249,6 +310,10 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
             "_dequantized_from": None,
         }
         return {**self.__dict__, **left_behind}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.decode_scales()
 
     def extra_repr(self) -> str:
         return (

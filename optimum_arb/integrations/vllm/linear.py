@@ -34,8 +34,9 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter
 from ...config import ARBConfig
 from ...nn import ARBLinear
 from ...packing import TENSOR_NAMES
+from ...scales import decoded, scale_grids
+from ...slicing import column_obstacle, slice_columns, slice_rows
 from ...stored import StoredLinear, StoredTensor, describe
-from .slicing import column_obstacle, slice_columns, slice_rows
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -46,6 +47,7 @@ _HEADER_DTYPES = {
     torch.int16: "I16",
     torch.int32: "I32",
 }
+_NAMES = (*TENSOR_NAMES, "scale_grid")  # of scales of 8 bits, which are run in float16
 _QKV = ("q", "k", "v")
 
 
@@ -104,7 +106,7 @@ class ARBLinearMethod(LinearMethodBase):
         """
         loading = _Loading(input_size, sum(output_partition_sizes), params_dtype, extra_weight_attrs["weight_loader"])
         layer.arb_loading = loading
-        for name in TENSOR_NAMES:
+        for name in _NAMES:
             param = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
             param.weight_loader = partial(loading.take, name)  # type: ignore[attr-defined]
             layer.register_parameter(_key(name), param)
@@ -117,7 +119,7 @@ class ARBLinearMethod(LinearMethodBase):
         """
         loading: _Loading = layer.arb_loading
         device = layer.weight.device
-        for name in TENSOR_NAMES:
+        for name in _NAMES:
             delattr(layer, _key(name))
         placed: list[tuple[int, nn.Linear]] = []
         layer.arb_gathered = None
@@ -157,6 +159,7 @@ class ARBLinearMethod(LinearMethodBase):
             for key, tensor in tensors.items()
         }
         described = describe(StoredLinear(name, headers), config, weight.shape[0], loading.in_features)
+        tensors = decoded(tensors, scale_grids(described["layout"]))
         choices = {key: described[key] for key in ("layout", "block_size", "backend")}
         rows, start = self._rows(layer, loading, shard, name, weight.shape[0])
         tensors = slice_rows(tensors, rows)
