@@ -246,9 +246,8 @@ class ARBHfQuantizer(HfQuantizer):
             ranks.check_same(self._facts(model))
         if refiner is not None:
             own |= {"after_layer": refiner, "follow_float": True}
+            refiner.check(model, names, batches)
         if self.stream is None:
-            if refiner is not None:
-                refiner.check(model, names, batches)
             walk = CalibrationWalk(model, names, binarize, batches, device, **own)
             walk.run()
             if refiner is not None:

@@ -346,4 +346,4 @@ def _size(parameter: torch.Tensor) -> float:
 
 def _rate(step: int, steps: int) -> float:
     """The learning rate of a step over the highest: a linear rise, then half a cosine."""
-    return min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))

@@ -16,7 +16,7 @@ from ..config import ARBConfig
 from ..conversion import Record
 from ..nn import ARBLinear
 from .layers import find_layers
-from .refine import Refinement, RefineSettings, float_weight, refine_layer
+from .refine import Refinement, RefineSettings, float_weight, refine_layer, split_batches
 from .refine_model import logits, refine_model
 from .walk import CalibrationWalk, LayerTurn
 
@@ -70,13 +70,15 @@ class Refiner:
                 )
 
     def check(self, model: PreTrainedModel, targets: Sequence[str], batches: Sequence[Any]) -> None:
-        """What would stand against the last pass, before the work begins.
+        """What would stand against refinement, before the work begins.
 
         Raises:
-            ValueError: the model has no logits, or linears to binarize that are in no layer.
+            ValueError: fewer than two calibration batches; with the last pass, also a model without logits, or linears
+                to binarize that are in no layer.
         """
-        if self.config.refine != "model":
-            return
+        split_batches(len(batches), self.settings.held_out)
+        if self.config.refine != "model" or any(p.is_meta for p in model.parameters()):
+            return  # from disk to disk there is no last pass
         layers = [layer for group in find_layers(model, targets) for layer in group.names]
         outside = [name for name in targets if not any(name.startswith(layer + ".") for layer in layers)]
         if outside:
