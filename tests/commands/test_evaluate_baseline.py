@@ -157,7 +157,7 @@ def test_several_models_and_a_comparison(call, float_model, binarized_model, tex
     assert source.count("<svg") == 3  # perplexity against bits, and the layers of each
     for label in ("hqq:2", "binarized", "rtn"):
         assert label in source
-    report = json.loads(json.dumps(call("evaluate", other, "--text", text, *FAST[:4], "--measure", "all", "--json",
+    report = json.loads(json.dumps(call("evaluate", other, "--text", text, *FAST[:4], "--measure", "all", "--leave-out", "memory", "--json",
                                         *FAST[4:])))  # fmt: skip
     assert report["baseline"] is None
     assert "divergence" not in report["models"][0]
@@ -170,17 +170,17 @@ def test_several_models_and_a_comparison(call, float_model, binarized_model, tex
 
 def test_parts():
     everything = ("perplexity", "divergence", "generation", "memory", "latency", "energy")
-    assert chosen_parts(None, None, None) == ("perplexity",)
-    assert chosen_parts(None, "base", None) == everything
-    assert chosen_parts("-energy,-memory", "base", "piqa") == (
+    assert chosen_parts(None, None, None, None) == ("perplexity",)
+    assert chosen_parts(None, None, "base", None) == everything
+    assert chosen_parts(None, "energy, memory", "base", "piqa") == (
         "perplexity", "divergence", "tasks", "generation", "latency",
     )  # fmt: skip
-    assert chosen_parts("latency,perplexity", None, None) == ("perplexity", "latency")
-    assert "divergence" not in chosen_parts("all", None, None)
-    with pytest.raises(ValueError, match="'speed' is nothing that can be measured"):
-        chosen_parts("speed", None, None)
-    with pytest.raises(ValueError, match="with a minus each"):
-        chosen_parts("latency,-energy", None, None)
+    assert chosen_parts("latency,perplexity", None, None, None) == ("perplexity", "latency")
+    assert "divergence" not in chosen_parts("all", None, None, None)
+    with pytest.raises(ValueError, match="--measure 'speed' is nothing that can be measured"):
+        chosen_parts("speed", None, None, None)
+    with pytest.raises(ValueError, match="--leave-out 'speed'"):
+        chosen_parts(None, "speed", "base", None)
 
 
 def test_evaluate_bad_input(fail, float_model, binarized_model, text, tmp_path):
@@ -253,7 +253,11 @@ def test_only_what_is_needed_is_measured(verify, monkeypatch):
     assert result["report"]["settings"]["parts"] == []
 
 
-def test_speed_and_memory(verify):
+def test_speed_and_memory(verify, monkeypatch):
+    from optimum_arb.evaluate import evaluation
+
+    memory = {"resident": 10**6, "gpu_resident": None}
+    monkeypatch.setattr(evaluation, "measure_memory", lambda *args: memory)
     limits = "min_tokens_per_second_ratio = 1e-6\nmax_resident_memory_bytes = 1e12\nmin_tokens_per_second = 1e12"
     code, result = verify(limits, measure="prompt_tokens = 8\nnew_tokens = 4\nrepeats = 1\nbatch_sizes = [1, 2]")
     assert code == 1
