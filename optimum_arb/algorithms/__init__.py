@@ -13,6 +13,7 @@ from ..packing import BinarizedWeight
 from .admm import admm_planes
 from .assembly import assemble_bitmap, assemble_planes
 from .bitmap import BitmapFit, fit_bitmap_block
+from .coded_scales import code_scales
 from .compensation import binarize_blocks
 from .hessian import PreparedHessian, identity_hessian, prepare_hessian
 from .planes import PlanesFit, fit_planes
@@ -141,6 +142,8 @@ def _binarize_planes(target: torch.Tensor, hessian: PreparedHessian, config: ARB
     else:
         fits = binarize_blocks(target.clone(), hessian, width, config.compensation, fit_block)
     refine_blocks(target, hessian, width, fits, sweeps, col_scale)
+    if config.resolved_scale_bits == 8:
+        code_scales(target, hessian, width, fits, col_scale)
     return assemble_planes(fits, config.layout, config.block_size)
 
 
