@@ -327,7 +327,8 @@ class ARBConfig(QuantizationConfigMixin):
         shrinkage = self.resolved_shrinkage
         if not isinstance(shrinkage, (int, float)) or isinstance(shrinkage, bool) or not 0 <= shrinkage < 1:
             raise ValueError(f"shrinkage={self.shrinkage!r} must be a number from 0 to below 1; 0.05 is usual.")
-        _one_of("hadamard", self.hadamard, HADAMARD_BLOCKS)
+        if self.hadamard not in HADAMARD_BLOCKS or isinstance(self.hadamard, bool):
+            raise ValueError(f"hadamard={self.hadamard!r} is unknown: use 64, 128 or 256, or 0 for none.")
         for name in ("admm_iterations", "hadamard"):
             if getattr(self, name) and self.method != "arb-hrc":
                 raise ValueError(f"{name}={getattr(self, name)} needs method='arb-hrc': {self.method!r} has none.")

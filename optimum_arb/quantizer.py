@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from .calibration import CalibrationWalk, model_tokens, token_batches
 from .calibration.data import calibration_record
+from .calibration.distributed import current_ranks, model_fingerprint
 from .calibration.experts import RoutedInputs
 from .config import ARBConfig
 from .conversion import Record, binarize_linear, empty_linear, float_linear
@@ -37,6 +38,7 @@ from .stored import COMPANIONS, describe, packed_linears, read_headers
 from .stored_checks import check_indices, check_other_tensors, check_permuted
 from .stored_experts import describe_experts, packed_experts
 from .streaming import BinarizeOnLoad
+from .tensor_parallel import is_divided, localize, prepare, whole_state_dict
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -104,16 +106,14 @@ class ARBHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        if getattr(model.config, "distributed_config", None) is not None:
-            raise ValueError(
-                "A model cannot be binarized, or loaded binarized, in tensor parallel. Load it without "
-                "distributed_config; device_map='auto' spreads it over several devices."
-            )
+        if not self.pre_quantized:
+            prepare(model, pre_quantized=False)
         self.selection = select_modules(model, config, strict=not self.pre_quantized)
         self.kept = dict(self.selection.keep)
         if self.pre_quantized:
             self._expect_stored_modules(model, checkpoint_files)
             self._dtypes = expected_dtypes(model)
+            prepare(model, pre_quantized=True)
             return
         self._leave_out_new_modules(model, checkpoint_files)
         if self.calibrates:
@@ -160,6 +160,7 @@ class ARBHfQuantizer(HfQuantizer):
                 module.decode_scales()  # transformers fills buffers that no file holds with anything
         if self.pre_quantized:
             cast_loaded(model, self._dtypes)
+            localize(model)
             self._prepare_saving(model)
             for module in model.modules():
                 if isinstance(module, (ARBLinear, ARBExperts)):
@@ -175,7 +176,7 @@ class ARBHfQuantizer(HfQuantizer):
         self._prepare_saving(model)
         self._record_run(model)
         if self._tokens is not None and self.stream is None:
-            place_model(model, self._device_map, self.quantization_config.max_memory)
+            place_model(model, self._device_map, self.quantization_config.max_memory, current_ranks())
         self._tokens = None
         if self.stream is None:
             share_inputs(model)
@@ -203,20 +204,38 @@ class ARBHfQuantizer(HfQuantizer):
             return packed, record.output_error
 
         def binarize_layer(name: str, module: nn.Module, routed: RoutedInputs | None):
-            packed, records = binarize_experts(name, module, routed, self.selection.of_experts(name))
-            self.records |= {f"{name}.{key}": record for key, record in records.items()}
+            packed, records = binarize_experts(name, module, routed, self.selection.of_experts(name), ranks)
+            self.records.update({f"{name}.{key}": record for key, record in records.items()})
             return packed, [r.output_error for r in records.values() if r.output_error is not None]
 
         batches = [] if self._tokens is None else token_batches(self._tokens, self.quantization_config.batch_size)
-        device = calibration_device(self._device_map)
+        ranks = current_ranks()
+        device = calibration_device(self._device_map, ranks)
         model.eval()
         names = self.selection.modules()
+        together: dict[str, Any] = {"ranks": ranks, "records": self.records}
+        if ranks.size > 1:
+            ranks.check_same(self._facts(model))
         if self.stream is None:
-            CalibrationWalk(model, names, binarize, batches, device, binarize_layer).run()
+            CalibrationWalk(model, names, binarize, batches, device, binarize_layer, **together).run()
         else:
             record = None if self._tokens is None else calibration_record(self.quantization_config, self._tokens)
             with self.stream.opened(model, self, record) as options:
+                options |= together
                 CalibrationWalk(model, names, binarize, batches, binarize_experts=binarize_layer, **options).run()
+
+    def _facts(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What all processes must have in common that binarize a model together."""
+        config, tokens = self.quantization_config, self._tokens
+        record = {} if tokens is None else calibration_record(config, tokens)
+        choices = {key: value for key, value in config.to_dict().items() if key != "dataset"}
+        return {
+            "version of optimum_arb": __version__,
+            "version of torch": torch.__version__,
+            **choices,
+            "set of calibration tokens (their SHA-256)": record.get("fingerprint"),
+            "model": model_fingerprint(model),
+        }
 
     def _record_run(self, model: PreTrainedModel) -> None:
         config = self.quantization_config
@@ -322,6 +341,10 @@ class ARBHfQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
+    def get_state_dict_and_metadata(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
+        """What is saved, where it is not what this rank holds: see `tensor_parallel.whole_state_dict`."""
+        return whole_state_dict(model), {}
+
     @property
     def is_trainable(self) -> bool:
         return True
@@ -339,6 +362,8 @@ class ARBHfQuantizer(HfQuantizer):
         for name, module in packed:
             if any(p.is_meta for p in module.parameters()):
                 raise ValueError(f"{name} is offloaded: load the model without offloading to dequantize it.")
+            if is_divided(module):
+                raise ValueError(f"{name} is divided over ranks: load it without distributed_config to dequantize it.")
         for name, module in packed:
             plain = module.float_module(dtype) if isinstance(module, ARBExperts) else float_linear(module, dtype)
             hook = getattr(module, "_hf_hook", None)

@@ -49,8 +49,7 @@ def binarize(
     columns = weight.shape[1]
     target = weight.detach().to(torch.float32)
     # a power of two, so exact: squares of tiny weights must not underflow
-    largest = float(target.abs().max()) if target.numel() else 0.0
-    unit = 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
+    unit = _power_of_two(target)
     target = target / unit
     if config.factorized:
         factors = _factorize(target, hessian, config)
@@ -99,12 +98,22 @@ def squared_errors(
     original = weight.to(torch.float32)
     error = original - reconstruction.to(torch.float32)
     if hessian is None:
-        lost, total = error.double().square().sum(), original.double().square().sum()
-    else:
-        metric = hessian.to(torch.float32)
-        lost = ((error @ metric) * error).sum(dtype=torch.float64)
-        total = ((original @ metric) * original).sum(dtype=torch.float64)
-    return float(lost), float(total)
+        return float(error.double().square().sum()), float(original.double().square().sum())
+    # powers of two, so exact: products of three large or tiny numbers must not leave float32
+    size, energy = _power_of_two(original), _power_of_two(hessian.diagonal())
+    metric = hessian.to(torch.float32) / energy
+
+    def outputs(part: torch.Tensor) -> float:
+        part = part / size
+        return float(((part @ metric) * part).sum(dtype=torch.float64)) * size * size * energy
+
+    return outputs(error), outputs(original)
+
+
+def _power_of_two(values: torch.Tensor) -> float:
+    """The power of two at or below the largest absolute value; 1 where all are 0."""
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    return 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
 
 
 def _prepare(hessian: torch.Tensor, config: ARBConfig, act_order: bool) -> PreparedHessian:

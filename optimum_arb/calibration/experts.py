@@ -42,6 +42,10 @@ class RoutedInputs:
         self._index.append(top_k_index.detach().flatten(0, -2).to("cpu", copy=True))
         self._sorted = None
 
+    def gathered(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """All inputs `[T, H]` in the order in which they came, and their experts `[T, k]`; None without any."""
+        return (torch.cat(self._inputs), torch.cat(self._index)) if self._inputs else None
+
     def tokens(self) -> list[int]:
         """How many inputs were routed to each expert."""
         if not self._inputs:
@@ -94,6 +98,10 @@ class LayerStatistics:
 
     def end_batch(self) -> None:
         self.linears.end_batch()
+
+    def device(self) -> torch.device:
+        """Where the modules are."""
+        return next(p.device for m in (*self.linears.modules(), *self._modules.values()) for p in m.parameters())
 
     def _hook(self, name: str):
         def gather(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

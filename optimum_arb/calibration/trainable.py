@@ -16,7 +16,7 @@ from torch import nn
 
 from ..factors import FactorizedWeight, pack_factors, unpack_factors
 from ..nn import ARBFactorizedLinear, ARBLinear
-from ..packing import BinarizedWeight, pack
+from ..packing import BinarizedWeight, pack, unpack
 
 # The range of a fresh latent: a sign that the fit would rather turn round (scales were fitted after it) turns first,
 # and none is out of reach.
@@ -93,6 +93,13 @@ class Trainable(nn.Module):
 
     def _store(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.packed._fill(tensors, None, tensors["weight"].device)
+
+    def _set_signs(self, index: int, signs: torch.Tensor) -> None:
+        """Other signs for a matrix; latents that were of another keep their size."""
+        self.signs[index] = signs
+        if self.train_signs:
+            latent = self.latents[index]
+            latent.copy_(torch.where(signs, latent.abs(), -latent.abs().clamp_min(LEAST_CONFIDENCE)))
 
     def _set_latent(self, index: int, ratio: torch.Tensor) -> None:
         """By the `2 <E, V> / <V, V>` of its signs; where V is zero, neither finite nor of any weight."""
@@ -219,15 +226,21 @@ class TrainablePlanes(Trainable):
 
     @torch.no_grad()
     def round_scales(self) -> None:
-        stored = pack(self.binarized())
+        stored = unpack(self._pack(), self.layout, self.columns, self.block_size)
+        if self.packed.scale_bits == 8:  # packing makes the scales positive
+            for index, signs in enumerate(stored.signs):
+                self._set_signs(index, signs)
         for name in ("row_scale", "col_scale", "salient_col_scale"):
             scale = getattr(self, name)
             if scale is not None:
-                scale.copy_(stored[name].view_as(scale))
+                scale.copy_(getattr(stored, name))
 
     @torch.no_grad()
     def write_back(self) -> None:
-        self._store(pack(self.binarized()))
+        self._store(self._pack())
+
+    def _pack(self) -> dict[str, torch.Tensor]:
+        return pack(self.binarized(), self.packed.scale_bits)
 
 
 class TrainableFactors(Trainable):
@@ -275,19 +288,18 @@ class TrainableFactors(Trainable):
     @torch.no_grad()
     def round_scales(self) -> None:
         columns = self.col_scale.shape[0]
-        stored = unpack_factors(pack_factors(self.factorized()), columns)
+        stored = unpack_factors(self._pack(), columns)
         for index, signs in enumerate((stored.outer_signs, stored.inner_signs)):
-            # packing makes the scales positive
-            self.signs[index] = signs
-            if self.train_signs:
-                latent = self.latents[index]
-                latent.copy_(torch.where(signs, latent.abs(), -latent.abs().clamp_min(LEAST_CONFIDENCE)))
+            self._set_signs(index, signs)  # packing makes the scales positive
         for scale, value in zip(self.scales(), (stored.row_scale, stored.rank_scale, stored.col_scale), strict=True):
             scale.copy_(value)
 
     @torch.no_grad()
     def write_back(self) -> None:
-        self._store(pack_factors(self.factorized()))
+        self._store(self._pack())
+
+    def _pack(self) -> dict[str, torch.Tensor]:
+        return pack_factors(self.factorized(), self.packed.scale_bits)
 
 
 def _parameter(value: torch.Tensor | None) -> nn.Parameter | None:

@@ -17,6 +17,7 @@ from ..experts import is_experts
 from ..nn import ARBExperts, ARBLinear
 from .activations import INPUTS, Activations
 from .calls import Call, Stop, hidden_states, replaced_forwards
+from .distributed import Ranks
 from .experts import LayerStatistics, RoutedInputs
 from .layers import Layers, find_layers
 from .progress import Progress
@@ -86,6 +87,11 @@ class CalibrationWalk:
         follow_float: keep the hidden states of the float model beside those of the one that is binarized, at the cost
             of another run of each layer; a model whose layers form no chain, or more than one, is refused.
         progress: is told of layers and linears; a bar or lines on stderr unless given.
+        ranks: the processes that do this together; this one alone unless given.
+        records: what `binarize` notes of the linears by their names; other ranks' notes are added.
+
+    Raises:
+        ValueError: `after_layer` is given and there are several ranks, of which each has a part of the batches.
     """
 
     def __init__(
@@ -102,8 +108,14 @@ class CalibrationWalk:
         after_layer: AfterLayer | None = None,
         follow_float: bool = False,
         progress: Progress | None = None,
+        ranks: Ranks | None = None,
+        records: dict[str, Any] | None = None,
     ):
         self.model = model
+        self.ranks = ranks or Ranks()
+        self.records = {} if records is None else records
+        if after_layer is not None and self.ranks.size > 1:
+            raise ValueError("Scales cannot be tuned by a layer's output on several ranks: start one process.")
         self.binarize_experts = binarize_experts
         self.binarize = binarize
         self.batches = batches
@@ -271,7 +283,7 @@ class CalibrationWalk:
             return forward
 
         with replaced_forwards(group.modules, [recorder(index) for index in range(len(group.modules))]):
-            for tokens in self.batches:
+            for tokens in self.ranks.batches(self.batches):
                 self._run_model(tokens)
         first.advance(INPUTS)
         return first, calls
@@ -378,7 +390,7 @@ class CalibrationWalk:
         handle = last.register_forward_hook(stop) if last is not None else None
         try:
             with LayerStatistics({name: self.model.get_submodule(name) for name in names}) as statistics:
-                for tokens in self.batches:
+                for tokens in self.ranks.batches(self.batches):
                     self._run_model(tokens)
                     statistics.end_batch()
         finally:
@@ -387,7 +399,13 @@ class CalibrationWalk:
         return statistics
 
     def _binarize_all(self, names: list[str], statistics: LayerStatistics | None) -> None:
+        owners = self.ranks.owners({name: self.model.get_submodule(name) for name in names})
+        if statistics is not None:
+            self.ranks.sum_statistics(statistics, owners)
+        done: dict[str, nn.Module] = {}
         for name in names:
+            if owners.get(name, self.ranks.rank) != self.ranks.rank:
+                continue
             start = time.perf_counter()
             module = self.model.get_submodule(name)
             packed: nn.Module
@@ -402,8 +420,12 @@ class CalibrationWalk:
                 packed, error = self.binarize(name, module, hessian, tokens)
                 errors = [] if error is None else [error]
             self.errors += errors
+            if name in owners:  # of experts, every rank has them all by now
+                done[name] = packed
             self.model.set_submodule(name, packed)
             self.progress.linear(name, time.perf_counter() - start, errors)
+        for name, module in self.ranks.share(done, self.device, self.records).items():
+            self.model.set_submodule(name, module)
 
 
 class _EveryOther(Activations):

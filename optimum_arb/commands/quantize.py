@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .printing import fields, ratio, size, table
 
 if TYPE_CHECKING:
+    from ..calibration.distributed import Ranks
     from ..report import ModelReport
 
 # Options that go into ARBConfig under their own names.
@@ -46,7 +47,8 @@ EXAMPLES = """\
   %(prog)s HuggingFaceTB/SmolLM2-135M-Instruct smollm2-arb --planes 2
   %(prog)s my-model my-model-arb --override down_proj=planes:3 --dataset my-texts.txt
   %(prog)s my-model for-llama-cpp --no-col-scale --no-act-order
-  %(prog)s large-model large-model-arb --device-map cuda --activations-on-disk /scratch --resume"""
+  %(prog)s large-model large-model-arb --device-map cuda --activations-on-disk /scratch --resume
+  torchrun --nproc-per-node 2 -m optimum_arb quantize large-model large-model-arb --device-map cuda"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device-map", default="cpu", metavar="MAP", help="where layers are binarized: cpu (default), cuda, auto"
     )
     other.add_argument("--max-shard-size", metavar="SIZE", help="size of a safetensors file, e.g. 2GB")
+    other.add_argument(
+        "--rank-timeout",
+        type=float,
+        default=3600.0,
+        metavar="SECONDS",
+        help="started by torchrun: how long a process waits for the others (default: 3600)",
+    )
     other.add_argument("--overwrite", action="store_true", help="replace a model that lies in OUT")
     other.add_argument("--resume", action="store_true", help="go on with an interrupted run, if there is one")
     other.add_argument(
@@ -143,6 +152,13 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..calibration.distributed import distributed
+
+    with distributed(args.rank_timeout) as ranks:
+        _run(args, ranks)
+
+
+def _run(args: argparse.Namespace, ranks: Ranks) -> None:
     from ..checkpoint.quantize import quantize_checkpoint
     from ..hub import check_access, push_directory
     from ..saving import check_output_directory
@@ -174,6 +190,8 @@ def run(args: argparse.Namespace) -> None:
         max_shard_size=args.max_shard_size,
         processor=load_processor(args.model),
     )
+    if not ranks.is_first:
+        return
     report, seconds = found.report, found.seconds
     if args.push_to_hub:
         options = {"private": args.private or None, "revision": args.revision}

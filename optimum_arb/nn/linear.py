@@ -193,6 +193,11 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
     # Scales of 8 bits
 
     @property
+    def scale_bits(self) -> int:
+        """16, or 8 where scales are stored as codes."""
+        return 16 if self._parameters.get(PARAMETERS["scale_grid"]) is None else 8
+
+    @property
     def _grids(self) -> dict[str, int]:
         """The tensors of scales -> how many grids each has in 8 bits."""
         return scales.scale_grids(self.layout)
