@@ -565,6 +565,12 @@ class ARBConfig(QuantizationConfigMixin):
             config.post_init()
         return config
 
+    def without_hadamard(self) -> ARBConfig:
+        """The same without a Hadamard transform."""
+        config = copy.copy(self)
+        config.hadamard = 0
+        return config
+
     def get_loading_attributes(self) -> dict[str, Any]:
         """What may be chosen anew when an already binarized model is loaded.
 
