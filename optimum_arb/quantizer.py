@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from .calibration import CalibrationWalk, model_tokens, token_batches
 from .calibration.data import calibration_record
 from .calibration.experts import RoutedInputs
+from .checksums import ENTRY, placeholder, skipped, verify
 from .config import ARBConfig
 from .conversion import Record, binarize_linear, empty_linear, float_linear
 from .custom_data import CalibrationInputs
@@ -34,7 +35,7 @@ from .packing import packed_shapes
 from .placement import calibration_device, check_no_disk, place_model
 from .report import model_report
 from .stored import COMPANIONS, describe, packed_linears, read_headers
-from .stored_checks import check_indices, check_other_tensors, check_permuted
+from .stored_checks import check_files, check_indices, check_other_tensors, check_permuted, check_scales
 from .stored_experts import describe_experts, packed_experts
 from .streaming import BinarizeOnLoad
 from .version import __version__
@@ -253,6 +254,7 @@ class ARBHfQuantizer(HfQuantizer):
     def _expect_stored_modules(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
         if not checkpoint_files or not all(str(f).endswith(".safetensors") for f in checkpoint_files):
             raise ValueError("A binarized model is loaded from safetensors files; this checkpoint has none.")
+        check_files(checkpoint_files, model.config.name_or_path or "")
         headers = read_headers(checkpoint_files)
         names = KeyMap(model)
         experts = packed_experts(headers, names, self.selection.experts)
@@ -288,7 +290,19 @@ class ARBHfQuantizer(HfQuantizer):
             self.records[name] = Record(config.method, experts=found.matrix.experts)
             columns |= dict.fromkeys(found.tensors.get("salient_columns", ()), found.matrix.in_features)
         check_indices(checkpoint_files, columns)
+        self._verify(checkpoint_files)
+        check_scales(checkpoint_files)
         self._keep_what_is_not_binarized()
+
+    def _verify(self, checkpoint_files: list[str]) -> None:
+        if skipped(self.quantization_config.verify_checksums):
+            return
+        if verify(checkpoint_files, self.quantization_config.to_dict()) is None:
+            logger.info(
+                "%s records no checksums: an older optimum-arb saved it, or another tool wrote it anew. Its tensors "
+                "were not verified; saving the model again records them.",
+                checkpoint_files[0],
+            )
 
     def _check_selected(self, name: str, module: nn.Module) -> None:
         if name not in self.selection.convert:
@@ -299,6 +313,13 @@ class ARBHfQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel, *args: Any) -> tuple[None, dict[str, str]]:
+        """No tensors of its own, and room for the checksums in the metadata of every file that is written."""
+        single = sum(1 for _ in model.state_dict())
+        experts = (m for m in model.modules() if isinstance(m, ARBExperts))
+        stacked = sum(2 * p.shape[0] for module in experts for p in module.parameters(recurse=False))
+        return None, {ENTRY: placeholder(single + stacked, self.quantization_config.to_dict())}
 
     @property
     def is_trainable(self) -> bool:

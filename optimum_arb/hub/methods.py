@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import logging
 import os
 import tempfile
@@ -18,12 +19,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..checksums import seal
 from .card import NAME as CARD
 from .card import write_card
 from .upload import push_directory
 
 logger = logging.getLogger(__name__)
 
+INDEX = ".safetensors.index.json"
 _PUSH_OPTIONS = ("private", "token", "revision", "create_pr", "commit_message", "commit_description")
 
 
@@ -56,6 +59,8 @@ def _wrap_save_pretrained(original: Any) -> Any:
         push = bound.arguments.get("push_to_hub", False)
         more = bound.arguments.get("kwargs", {})
         main = bound.arguments.get("is_main_process", True)
+        if hasattr(self, "should_save_on_this_rank"):
+            main = self.should_save_on_this_rank(main)
         options: dict[str, Any] = {}
         if push:
             bound.arguments["push_to_hub"] = False
@@ -66,6 +71,7 @@ def _wrap_save_pretrained(original: Any) -> Any:
         result = original(*bound.args, **bound.kwargs)
         if not main or not path.is_dir():
             return result
+        _finish(path, {name for name, stamp in _stamps(path).items() if before.get(name) != stamp})
         _describe(path, self.model_tags or ())
         if push:
             new = {name for name, stamp in _stamps(path).items() if before.get(name) != stamp} | {CARD}
@@ -98,6 +104,25 @@ def _stamps(path: Path) -> dict[str, tuple[int, int]]:
         return {}
     found = ((entry.name, entry.stat()) for entry in os.scandir(path) if entry.is_file())
     return {name: (stat.st_mtime_ns, stat.st_ino) for name, stat in found}
+
+
+def _finish(path: Path, written: set[str]) -> None:
+    """Records the checksums of the weights that were saved, and removes older ones that would be loaded in their place.
+
+    A directory that held a `model.safetensors` keeps it when a model in several files is saved there; transformers
+    loads the one file then.
+    """
+    files = sorted(name for name in written if name.endswith(".safetensors"))
+    if not files or not (path / "config.json").is_file():
+        return
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    seal([path / name for name in files], config.get("quantization_config") or {})
+    for name in written:
+        if name.endswith(INDEX):
+            stale = path / name.removesuffix(".index.json")
+            if stale.name not in written and stale.is_file():
+                stale.unlink()
+                logger.info("%s was removed: the model that it held was replaced by one in several files.", stale)
 
 
 def _describe(path: Path, tags: Any) -> None:
