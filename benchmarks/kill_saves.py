@@ -6,9 +6,9 @@
 A process saves a tiny binarized model where another one lies (or none), and is stopped: by SIGKILL, SIGTERM or Ctrl-C
 at a random moment or right before a random operation on files, by a full disk (a tmpfs where it may be mounted, else a
 limit on the size of files), by a limit on its memory, or by a directory that it may not write to. What is left must be
-nothing, the old model, the new model, the new one complete in the journal, or, of `save_pretrained`, which writes its
-files one after the other into the directory, files that do not load. Then the next save must succeed and leave nothing
-else behind.
+nothing, the old model, the new model, the new one complete in the journal, or, of `save_pretrained` where there was no
+model, which writes its files there one after the other, files that do not load. Then the next save must succeed and
+leave nothing else behind.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ WAYS = (
     "over a model with other files",
     "over a mount point",
     "save_pretrained over a model",
+    "save_pretrained in a new place",
 )
 STOPS = ("SIGKILL", "SIGTERM", "SIGINT", "full disk", "out of memory", "not writable")
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
@@ -73,7 +74,7 @@ class Trial:
 
     @property
     def good(self) -> bool:
-        refused = ("refused",) if self.way.startswith("save_pretrained") else ()
+        refused = ("refused",) if self.way == "save_pretrained in a new place" else ()
         return self.left in ("nothing", "old", "new", "journal", *refused) and self.after == "whole"
 
 
@@ -125,7 +126,7 @@ class Saves:
         if way == "over a mount point":
             path.mkdir()
             mount(path, 1 << 28)
-        if way != "new place":
+        if "new place" not in way:
             shutil.copytree(self.folder / "saved", path, dirs_exist_ok=True)
         if way == "over a model with other files":
             (path / "notes.md").write_text("mine")
@@ -175,8 +176,8 @@ class Saves:
     def trial(self, number: int, way: str, stop: str, rng: random.Random) -> Trial:
         size = None
         if stop == "full disk" and self.mounts:
-            need = self.bytes * (1 if way == "new place" else 2) + (1 << 15)
-            size = max(self.bytes if way != "new place" else 4096, round(need * rng.uniform(0.4, 1.1))) + (1 << 15)
+            need = self.bytes * (1 if "new place" in way else 2) + (1 << 15)
+            size = max(4096 if "new place" in way else self.bytes, round(need * rng.uniform(0.4, 1.1))) + (1 << 15)
         path = self.prepare(way, number, size)
         instant, before, wait = self._instant(way, stop, rng, size)
         if stop == "not writable":

@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 try:
@@ -68,12 +68,14 @@ def staging(path: Path) -> Iterator[Path]:
         yield temporary
 
 
-def publish(staged: Path, target: Path) -> None:
+def publish(staged: Path, target: Path, stale: Collection[str] | None = None) -> None:
     """Puts a saved model in place of whatever model is there.
 
     Args:
         staged: the directory that holds it, from `staging`. It is gone afterwards, or holds the old model.
         target: the place, with all links resolved. Files there that are no part of a model stay.
+        stale: names of the files there that the new model does away with, besides those that it replaces; None is
+            every file of `model_files`.
 
     Raises:
         OSError: it cannot be put there; the old model is whole, or, once the new one began to take its place, the new
@@ -86,12 +88,13 @@ def publish(staged: Path, target: Path) -> None:
         return
     with _lock(target, wait=True):
         finish_interrupted(target)
-        kept = {entry.name for entry in target.iterdir()} - {entry.name for entry in staged.iterdir()}
-        kept -= {file.name for file in model_files(target)} | {staged.name}
+        new = {entry.name for entry in staged.iterdir()}
+        gone = ({file.name for file in model_files(target)} if stale is None else set(stale)) - new
+        kept = {entry.name for entry in target.iterdir()} - new - gone - {staged.name}
         if not kept and staged.parent == target.parent and _exchanged(staged, target):
             _flush_directory(target.parent)
             return
-        (staged / _LIST).write_text(json.dumps(sorted(entry.name for entry in staged.iterdir())))
+        (staged / _LIST).write_text(json.dumps(sorted(gone)))
         _flush(staged)
         os.replace(staged, target / JOURNAL)
         _flush_directory(target)
@@ -114,12 +117,10 @@ def finish_interrupted(target: Path) -> bool:
     if not journal.is_dir():
         return False
     if (journal / _LIST).exists():
-        names = json.loads((journal / _LIST).read_text())
         if (journal / _CONFIG).exists():
             (target / _CONFIG).unlink(missing_ok=True)
-        for stale in model_files(target):
-            if stale.name not in names:
-                stale.unlink()
+        for name in json.loads((journal / _LIST).read_text()):
+            (target / name).unlink(missing_ok=True)
         for file in sorted(journal.iterdir(), key=lambda file: file.name == _CONFIG):
             if file.name == _LIST:
                 continue
