@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from .calibration import CalibrationWalk, model_tokens, token_batches
@@ -35,7 +35,15 @@ from .packing import packed_shapes
 from .placement import calibration_device, check_no_disk, place_model
 from .report import model_report
 from .stored import COMPANIONS, describe, packed_linears, read_headers
-from .stored_checks import check_files, check_indices, check_other_tensors, check_permuted, check_scales
+from .stored_checks import (
+    check_depth,
+    check_files,
+    check_indices,
+    check_other_tensors,
+    check_permuted,
+    check_same_kind,
+    check_scales,
+)
 from .stored_experts import describe_experts, packed_experts
 from .streaming import BinarizeOnLoad
 from .version import __version__
@@ -89,6 +97,12 @@ class ARBHfQuantizer(HfQuantizer):
             return device_map
         self._device_map = device_map
         return {"": torch.device("cpu")}
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """As the base class; the last place before the model is built from a configuration that may be anyone's."""
+        if self.pre_quantized:
+            check_depth(config)
+        return super().update_attn_implementation(config)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -289,6 +303,8 @@ class ARBHfQuantizer(HfQuantizer):
             model.set_submodule(owner, layer)
             self.records[name] = Record(config.method, experts=found.matrix.experts)
             columns |= dict.fromkeys(found.tensors.get("salient_columns", ()), found.matrix.in_features)
+        if not self.records:
+            check_same_kind(model, names, headers)
         check_indices(checkpoint_files, columns)
         self._verify(checkpoint_files)
         check_scales(checkpoint_files)

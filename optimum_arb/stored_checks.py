@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import ARBConfig
 from .inspection import tensor_bytes
@@ -25,6 +25,9 @@ from .safetensors_header import Placed, read_header
 from .stored import StoredLinear, StoredTensor
 
 _COMPANION = re.compile(rf"(.+?)_({'|'.join(TENSOR_NAMES[1:])})")
+# The deepest models have about 130.
+MAX_LAYERS = 1024
+_LAYERS = re.compile(r"(layers?|depth|blocks)$")
 _NO_FLOATS = re.compile(r"[IU]\d+|BOOL")
 # dtype -> integers of its width, and the bits that are all set in NaN and Inf (of F8_E4M3: in NaN; it has no Inf).
 _EXPONENTS = {
@@ -35,6 +38,27 @@ _EXPONENTS = {
     "F8_E4M3": ("u1", 0x7F),
     "F8_E5M2": ("u1", 0x7C),
 }
+
+
+def check_depth(config: PreTrainedConfig) -> None:
+    """Whether a model has a number of layers that can be built, empty, before anything is known of its files.
+
+    A module without its tensors takes about 50 KB and a millisecond.
+
+    Args:
+        config: of the model, or of a part of it.
+
+    Raises:
+        ValueError: it says that there are more than `MAX_LAYERS`.
+    """
+    for key, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            check_depth(value)
+        elif _LAYERS.search(key) and isinstance(value, int) and value > MAX_LAYERS:
+            raise ValueError(
+                f"{key}={value} in the model's config.json: a model of more than {MAX_LAYERS} layers is not built. The "
+                "file was changed: save or download the model again."
+            )
 
 
 def check_files(files: Iterable[str], model: str) -> None:
@@ -95,6 +119,30 @@ def check_other_tensors(
                 f"The checkpoint holds the tensor {key!r}, which {type(model).__name__} does not have. The checkpoint "
                 "or its config.json was changed: save or download the model again."
             )
+
+
+def check_same_kind(model: PreTrainedModel, names: KeyMap, headers: Mapping[str, StoredTensor]) -> None:
+    """Whether a model in which nothing of a checkpoint's packed tensors has a place is a part of what was saved.
+
+    Such as the vision tower of a model whose language model is binarized: then all of it is there in float.
+
+    Args:
+        model: the float model on the meta device.
+        names: of its tensors.
+        headers: of all tensors of the checkpoint.
+
+    Raises:
+        ValueError: some of it is not there. A head that another kind of model has too would be all that loads.
+    """
+    stored = {name for key in headers for name in names.names(key)}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = sorted(names.expected - stored - tied)
+    if missing:
+        raise ValueError(
+            f"None of the binarized modules of the checkpoint is one of a {type(model).__name__}, which lacks "
+            f"{missing[0]!r} besides: it is a checkpoint of another kind of model "
+            f"({', '.join(map(str, model.config.architectures or ['unknown']))}), or its config.json was changed."
+        )
 
 
 def _check_float(
