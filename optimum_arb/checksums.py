@@ -1,6 +1,6 @@
 """Checksums of every tensor of a saved model, in the headers of its safetensors files.
 
-One entry of a file's metadata, `optimum_arb`, holds as JSON
+One entry of a file's metadata, `optimum_arb_checksums`, holds as JSON
 
     algorithm      "crc32"
     tensors        8 hexadecimal digits for each tensor of the file, in the order of their sorted names
@@ -11,9 +11,12 @@ The CRC-32 of a tensor is that of `name NUL dtype NUL shape NUL` and of its byte
 tensor under another's name is found too. It finds every change of up to 32 neighbouring bits, and another one with a
 probability of 1 - 2^-32. zlib's runs at about 1.5 GB/s on one core and without the interpreter's lock.
 
-In the file, because a file is what is copied, uploaded, downloaded and renamed. Tools that do not know the entry keep
-it, or drop it with the rest of the metadata when they write a file anew: then there is nothing to compare with. While a
-model is being saved the entry says "unfinished", and is as long as the one that takes its place.
+and another one, `optimum_arb_version`, the version that saved the model; neither is there without the other, so that no
+flipped bit in a name takes the checksums away.
+
+In the file, because a file is what is copied, uploaded, downloaded and renamed. Tools that do not know the entries keep
+them, or drop them with the rest of the metadata when they write a file anew: then there is nothing to compare with.
+While a model is being saved the first entry says "unfinished", and is as long as the one that takes its place.
 """
 
 from __future__ import annotations
@@ -31,10 +34,12 @@ from typing import Any
 
 from .config import ARBConfig
 from .safetensors_header import Placed, read_header, set_metadata
+from .version import __version__
 
 logger = logging.getLogger(__name__)
 
-ENTRY = "optimum_arb"
+ENTRY = "optimum_arb_checksums"
+VERSION_ENTRY = "optimum_arb_version"
 UNFINISHED = "unfinished"
 ALGORITHM = "crc32"
 # Set to 1, no model's checksums are compared when it loads.
@@ -63,15 +68,16 @@ class Verification:
     seconds: float
 
 
-def placeholder(tensors: int, quantization: Mapping[str, Any]) -> str:
-    """What a file's entry holds until its checksums are known.
+def placeholder(tensors: int, quantization: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of a file until its checksums are known.
 
     Args:
         tensors: how many tensors the file may get; with more it will be written a second time.
         quantization: the `quantization_config` of the model.
     """
     whole = json.dumps(_entry("0" * (8 * tensors), "0" * 16, quantization))
-    return UNFINISHED.ljust(len(json.dumps(whole)) + 64)  # as a string of the header, its quotes count twice
+    room = len(json.dumps(whole)) + 64  # as a string of the header, its quotes count twice
+    return {ENTRY: UNFINISHED.ljust(room), VERSION_ENTRY: __version__}
 
 
 def seal(files: Iterable[str | os.PathLike], quantization: Mapping[str, Any]) -> None:
@@ -89,7 +95,7 @@ def seal(files: Iterable[str | os.PathLike], quantization: Mapping[str, Any]) ->
     model = _model_digest(sums)
     for path, found in sums.items():
         table = "".join(found[key] for key in sorted(found))
-        set_metadata(path, ENTRY, json.dumps(_entry(table, model, quantization)))
+        set_metadata(path, {ENTRY: json.dumps(_entry(table, model, quantization)), VERSION_ENTRY: __version__})
 
 
 def verify(files: Iterable[str | os.PathLike], quantization: Mapping[str, Any] | None = None) -> Verification | None:
@@ -112,6 +118,8 @@ def verify(files: Iterable[str | os.PathLike], quantization: Mapping[str, Any] |
     headers = {path: read_header(path) for path in paths}
     entries = {path: metadata.get(ENTRY) for path, (_, metadata) in headers.items()}
     for path, text in entries.items():
+        if (text is None) != (VERSION_ENTRY not in headers[path][1]):
+            raise ValueError(f"{path}: the checksums in its header are damaged. {_AGAIN}")
         if text is not None and text.startswith(UNFINISHED):
             raise ValueError(f"{path} is not finished: saving it was interrupted. Save or download the model again.")
     if all(text is None for text in entries.values()):

@@ -244,7 +244,7 @@ class ARBConfig(QuantizationConfigMixin):
         for name in ("other_modalities", "verify_checksums"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be True or False.")
-        if isinstance(self.modules_to_not_convert, str):
+        if not isinstance(self.modules_to_not_convert, (list, tuple, type(None))):
             raise TypeError(f"modules_to_not_convert={self.modules_to_not_convert!r} must be a list of patterns.")
         if self.method not in BITMAP_METHODS:
             for name in ("group_bitmap", "salient_columns"):

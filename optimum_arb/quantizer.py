@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from .calibration import CalibrationWalk, model_tokens, token_batches
 from .calibration.data import calibration_record
 from .calibration.experts import RoutedInputs
-from .checksums import ENTRY, placeholder, skipped, verify
+from .checksums import placeholder, skipped, verify
 from .config import ARBConfig
 from .conversion import Record, binarize_linear, empty_linear, float_linear
 from .custom_data import CalibrationInputs
@@ -36,7 +36,7 @@ from .placement import calibration_device, check_no_disk, place_model
 from .report import model_report
 from .stored import COMPANIONS, describe, packed_linears, read_headers
 from .stored_checks import (
-    check_depth,
+    check_config,
     check_files,
     check_indices,
     check_other_tensors,
@@ -101,7 +101,7 @@ class ARBHfQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """As the base class; the last place before the model is built from a configuration that may be anyone's."""
         if self.pre_quantized:
-            check_depth(config)
+            check_config(config)
         return super().update_attn_implementation(config)
 
     def _process_model_before_weight_loading(
@@ -268,6 +268,7 @@ class ARBHfQuantizer(HfQuantizer):
     def _expect_stored_modules(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
         if not checkpoint_files or not all(str(f).endswith(".safetensors") for f in checkpoint_files):
             raise ValueError("A binarized model is loaded from safetensors files; this checkpoint has none.")
+        check_config(model.config)  # older versions of transformers do not ask before they build the model
         check_files(checkpoint_files, model.config.name_or_path or "")
         headers = read_headers(checkpoint_files)
         names = KeyMap(model)
@@ -335,7 +336,7 @@ class ARBHfQuantizer(HfQuantizer):
         single = sum(1 for _ in model.state_dict())
         experts = (m for m in model.modules() if isinstance(m, ARBExperts))
         stacked = sum(2 * p.shape[0] for module in experts for p in module.parameters(recurse=False))
-        return None, {ENTRY: placeholder(single + stacked, self.quantization_config.to_dict())}
+        return None, placeholder(single + stacked, self.quantization_config.to_dict())
 
     @property
     def is_trainable(self) -> bool:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,9 @@ class Placed:
 
 
 def check_header_length(path: str | os.PathLike) -> None:
-    """Raises ValueError where the header of a file is longer than it may be, before it is read."""
+    """Raises ValueError where a file is none, or its header is longer than it may be, before it is read."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for, and a device has no end
+        raise ValueError(f"{path} is no file. Save or download the model again.")
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(_PREFIX), "little")
     if length > MAX_HEADER:
@@ -71,22 +75,21 @@ def _parse(path: str | os.PathLike) -> tuple[dict[str, Any], int]:
         return json.loads(file.read(length)), _PREFIX + length
 
 
-def set_metadata(path: str | os.PathLike, key: str, value: str) -> None:
-    """Sets one entry of a file's metadata; the data of the tensors stay as they are.
+def set_metadata(path: str | os.PathLike, entries: Mapping[str, str]) -> None:
+    """Sets entries of a file's metadata; the data of the tensors stay as they are.
 
     In place where the header, with the padding that it has, leaves room for it; otherwise the file is written anew
     beside the old one and put in its place.
 
     Args:
         path: a file that is known to be valid.
-        key: of the entry.
-        value: of the entry. One that is no longer than the present one always finds room.
+        entries: name -> value. Those that are no longer than the present ones always find room.
 
     Raises:
         OSError: the file cannot be written.
     """
     header, start = _parse(path)
-    header["__metadata__"] = {**(header.get("__metadata__") or {}), key: value}
+    header["__metadata__"] = {**(header.get("__metadata__") or {}), **entries}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     room = start - _PREFIX
     if len(text) <= room:

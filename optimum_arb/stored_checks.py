@@ -40,8 +40,8 @@ _EXPONENTS = {
 }
 
 
-def check_depth(config: PreTrainedConfig) -> None:
-    """Whether a model has a number of layers that can be built, empty, before anything is known of its files.
+def check_config(config: PreTrainedConfig) -> None:
+    """Whether a model can be built, empty, before anything is known of its files.
 
     A module without its tensors takes about 50 KB and a millisecond.
 
@@ -49,11 +49,17 @@ def check_depth(config: PreTrainedConfig) -> None:
         config: of the model, or of a part of it.
 
     Raises:
-        ValueError: it says that there are more than `MAX_LAYERS`.
+        ValueError: it says that there are more than `MAX_LAYERS` layers, or names no classes as `architectures`.
     """
+    names = getattr(config, "architectures", None)
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(
+            f"architectures={str(names)[:100]} in the model's config.json is no list of names. The file was changed: "
+            "save or download the model again."
+        )
     for key, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            check_depth(value)
+            check_config(value)
         elif _LAYERS.search(key) and isinstance(value, int) and value > MAX_LAYERS:
             raise ValueError(
                 f"{key}={value} in the model's config.json: a model of more than {MAX_LAYERS} layers is not built. The "

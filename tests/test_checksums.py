@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import struct
 import zlib
@@ -17,7 +18,7 @@ from tiny_models import outputs, save_tiny, tokens
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 
 from optimum_arb import ARBConfig, save_model
-from optimum_arb.checksums import ENTRY, SKIP_VARIABLE, UNFINISHED, seal, tensor_checksums, verify
+from optimum_arb.checksums import ENTRY, SKIP_VARIABLE, UNFINISHED, VERSION_ENTRY, seal, tensor_checksums, verify
 from optimum_arb.safetensors_header import read_header, set_metadata
 
 LINEAR = "model.layers.1.mlp.up_proj"
@@ -143,7 +144,7 @@ def test_room_is_made_in_place_and_found_again(one):
 def test_metadata_of_any_length(one, length):
     file = one / "model.safetensors"
     before = load_file(file)
-    set_metadata(file, "more", "ü" * length)
+    set_metadata(file, {"more": "ü" * length})
     with safe_open(file, framework="pt") as opened:
         assert opened.metadata()["more"] == "ü" * length
     assert all(tensor.start % 8 == 0 for tensor in list(read_header(file)[0].values())[:1])
@@ -204,7 +205,7 @@ def test_a_file_without_checksums_among_others(shards):
 
 
 def test_a_save_that_was_interrupted(shards):
-    set_metadata(weights(shards)[2], ENTRY, UNFINISHED + " " * 50)
+    set_metadata(weights(shards)[2], {ENTRY: UNFINISHED + " " * 50})
     refusal(shards, r"is not finished: saving it was interrupted")
 
 
@@ -242,7 +243,7 @@ def test_what_may_change_in_a_configuration(one):
     ],
 )
 def test_a_damaged_entry(one, entry, message):
-    set_metadata(one / "model.safetensors", ENTRY, entry)
+    set_metadata(one / "model.safetensors", {ENTRY: entry})
     refusal(one, message)
 
 
@@ -250,8 +251,15 @@ def test_a_changed_entry(one):
     file = one / "model.safetensors"
     entry = json.loads(read_header(file)[1][ENTRY])
     entry["model"] = "0" * 16
-    set_metadata(file, ENTRY, json.dumps(entry))
+    set_metadata(file, {ENTRY: json.dumps(entry)})
     refusal(one, "the checksums in its header were changed")
+
+
+@pytest.mark.parametrize("name", [ENTRY, VERSION_ENTRY])
+def test_an_entry_whose_name_was_changed(one, name):
+    file = one / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(f'"{name}"'.encode(), f'"{name[:-1]}#"'.encode()))
+    refusal(one, "the checksums in its header are damaged")
 
 
 # What is not compared
@@ -338,3 +346,16 @@ def test_another_kind_of_model(one):
     )
     with pytest.raises(ValueError, match="is a checkpoint of another kind of model"):
         AutoModelForCausalLM.from_pretrained(one)
+
+
+def test_architectures_that_are_no_names(one):
+    config = json.loads((one / "config.json").read_text())
+    (one / "config.json").write_text(json.dumps({**config, "architectures": 7}))
+    refusal(one, "architectures=7 in the model's config.json is no list of names")
+
+
+def test_a_pipe_is_not_waited_for(shards):
+    file = weights(shards)[1]
+    file.unlink()
+    os.mkfifo(file)
+    refusal(shards, rf".*{file.name} is no file")
