@@ -23,6 +23,8 @@ import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from .stored_report import NAME as REPORT
+
 try:
     import fcntl
 except ImportError:  # Windows: no directory is locked there
@@ -89,7 +91,9 @@ def publish(staged: Path, target: Path, stale: Collection[str] | None = None) ->
     with _lock(target, wait=True):
         finish_interrupted(target)
         new = {entry.name for entry in staged.iterdir()}
-        gone = ({file.name for file in model_files(target)} if stale is None else set(stale)) - new
+        # a report of other weights must not stay, and alone makes no model
+        of_model = {file.name for file in model_files(target)} | {REPORT}
+        gone = (of_model if stale is None else {*stale, REPORT}) - new
         kept = {entry.name for entry in target.iterdir()} - new - gone - {staged.name}
         if not kept and staged.parent == target.parent and _exchanged(staged, target):
             _flush_directory(target.parent)
