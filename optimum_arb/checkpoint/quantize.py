@@ -37,6 +37,7 @@ from ..version import __version__
 from .assemble import assemble
 from .disk_activations import DiskActivations, remove_activations
 from .interrupt import interruptible
+from .memory import bounded_memory
 from .publish import publish
 from .source import CheckpointSource, NotStreamable, skeleton_class
 from .streamed import StreamedWeights
@@ -140,7 +141,7 @@ def quantize_checkpoint(
             raise ValueError(f"{name} is already quantized: start from the float model.")
         model_class = model_class or _model_class(model_config)
         run = _Run(work, resume, device, activations_on_disk, progress, dtype)
-        with interruptible(run.how_to_go_on):
+        with interruptible(run.how_to_go_on), bounded_memory():
             try:
                 binarized = _binarize(model_class, name, config, dtype, run)
             except NotStreamable as error:
