@@ -195,7 +195,7 @@ class ARBHfQuantizer(HfQuantizer):
             if isinstance(module, ARBLinear):
                 module.decode_scales()  # transformers fills buffers that no file holds with anything
         if self.pre_quantized:
-            if not is_divided(model):  # a device has a part of a shape
+            if not any(is_divided(module) for module in model.modules()):  # a device has a part of a shape
                 check_shapes(model, self._shapes)
             cast_loaded(model, self._dtypes)
             self._prepare_saving(model)

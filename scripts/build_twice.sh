@@ -21,10 +21,12 @@ export SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-$(git -C "$root" log -1 --format=
 python3 -m venv "$work/tools"
 "$work/tools/bin/pip" install --quiet "build==1.6.1" "setuptools==80.9.0"
 
+mkdir "$work/source"
+(cd "$root" && git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --target-directory="$work/source")
+
 build() { # name of the directory, where the results go; the rights of files are in a wheel, so both have one umask
-    mkdir -p "$work/$1/source" "$2"
-    (cd "$root" && git ls-files -z --cached --others --exclude-standard |
-        xargs -0 cp --parents --target-directory="$work/$1/source")
+    mkdir -p "$work/$1" "$2"
+    cp -r "$work/source" "$work/$1"
     # without isolation: the tools of both builds are the same
     (cd "$work/$1/source" && umask 022 && "$work/tools/bin/python" -m build --no-isolation --outdir "$2" . > "$work/$1/log") ||
         { cat "$work/$1/log"; exit 1; }
