@@ -49,6 +49,7 @@ from .stored_checks import (
     check_permuted,
     check_same_kind,
     check_scales,
+    check_shapes,
 )
 from .stored_experts import describe_experts, packed_experts
 from .stored_report import read_report, restore_records
@@ -99,6 +100,7 @@ class ARBHfQuantizer(HfQuantizer):
         self._refinement: dict[str, Any] | None = None
         self._device_map: Any = None
         self._dtypes: dict[str, torch.dtype] = {}
+        self._shapes: dict[str, torch.Size] = {}
         self._tokens: torch.Tensor | CalibrationInputs | None = None
         requested = self.quantization_config.__dict__.pop("requested", None)
         if self.pre_quantized and requested is not None:
@@ -120,6 +122,13 @@ class ARBHfQuantizer(HfQuantizer):
         self._device_map = device_map
         return {"": torch.device("cpu")}
 
+    def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Asked by older versions of transformers, which have no `update_attn_implementation`."""
+        if self.pre_quantized:
+            check_config(config)
+        parent = getattr(super(), "update_tp_plan", None)
+        return config if parent is None else parent(config)
+
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """As the base class; the last place before the model is built from a configuration that may be anyone's."""
         if self.pre_quantized:
@@ -137,6 +146,7 @@ class ARBHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._expect_stored_modules(model, checkpoint_files)
             self._dtypes = expected_dtypes(model)
+            self._shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
             prepare(model, pre_quantized=True)
             return
         self._leave_out_new_modules(model, checkpoint_files)
@@ -185,6 +195,8 @@ class ARBHfQuantizer(HfQuantizer):
             if isinstance(module, ARBLinear):
                 module.decode_scales()  # transformers fills buffers that no file holds with anything
         if self.pre_quantized:
+            if not any(is_divided(module) for module in model.modules()):  # a device has a part of a shape
+                check_shapes(model, self._shapes)
             cast_loaded(model, self._dtypes)
             self._prepare_saving(model)
             for module in model.modules():
@@ -351,7 +363,6 @@ class ARBHfQuantizer(HfQuantizer):
     def _expect_stored_modules(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
         if not checkpoint_files or not all(str(f).endswith(".safetensors") for f in checkpoint_files):
             raise ValueError("A binarized model is loaded from safetensors files; this checkpoint has none.")
-        check_config(model.config)  # older versions of transformers do not ask before they build the model
         check_files(checkpoint_files, model.config.name_or_path or "")
         headers = read_headers(checkpoint_files)
         names = KeyMap(model)

@@ -268,3 +268,22 @@ def _is_finite(path: str, tensor: Placed) -> bool:
             if ((np.frombuffer(chunk, kind) & bits) == bits).any():
                 return False
     return True
+
+
+def check_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Whether every parameter loaded in its shape; transformers before 5.23 puts a head of another size in as it is.
+
+    Args:
+        model: the model, loaded.
+        shapes: name of a parameter -> its shape before it was loaded.
+
+    Raises:
+        RuntimeError: one has another shape, as `ignore_mismatched_sizes` would have allowed.
+    """
+    for name, parameter in model.named_parameters():
+        if tuple(parameter.shape) != tuple(shapes.get(name, parameter.shape)):
+            raise RuntimeError(
+                f"{name} is {list(parameter.shape)} in the checkpoint, but {list(shapes[name])} follows from the "
+                "configuration. Load the model as it was saved; transformers 5.23 and later can make a new head with "
+                "ignore_mismatched_sizes=True."
+            )

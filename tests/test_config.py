@@ -102,3 +102,9 @@ def test_override_to_another_method_drops_what_that_method_lacks():
 def test_choices_that_do_not_fit(choices, message):
     with pytest.raises(ValueError, match=message.replace("(", "\\(")):
         ARBConfig(**choices)
+
+
+@pytest.mark.parametrize("patterns", [7, "lm_head", {"lm_head": 1}])
+def test_patterns_are_a_list(patterns):
+    with pytest.raises(TypeError, match="must be a list of patterns"):
+        ARBConfig(modules_to_not_convert=patterns)
