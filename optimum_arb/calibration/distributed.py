@@ -321,7 +321,7 @@ def distributed(timeout: float = TIMEOUT) -> Iterator[Ranks]:
 
 
 def local_device(device: torch.device, ranks: Ranks) -> torch.device:
-    """The device of its kind that is this rank's.
+    """The device of its kind that is this rank's; of several GPUs, it becomes the current one, which kernels run on.
 
     Raises:
         ValueError: this host has fewer of them than processes.
@@ -334,6 +334,8 @@ def local_device(device: torch.device, ranks: Ranks) -> torch.device:
             f"Process {ranks.local_rank} of this host has no GPU of its own: there are {count}. Start at most "
             f"{count} processes: torchrun --nproc-per-node {count}."
         )
+    if device.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local_rank)
     return torch.device(device.type, ranks.local_rank)
 
 
