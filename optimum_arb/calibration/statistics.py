@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -61,6 +62,23 @@ class Statistic:
         self.held_out.add(inputs)
 
 
+@dataclass(frozen=True)
+class Sums:
+    """About the matrix of a linear.
+
+    Attributes:
+        leader: the first of the linears that share it.
+        features: K.
+        tokens: how many inputs were summed.
+        held_out: how many were held out.
+    """
+
+    leader: str
+    features: int
+    tokens: int
+    held_out: int
+
+
 class InputStatistics:
     """Gathers the calibration matrices of some linears while the model runs inside this context.
 
@@ -109,10 +127,15 @@ class InputStatistics:
         """The linears."""
         return list(self._linears.values())
 
-    def leaders(self) -> dict[str, str]:
-        """Name of a linear that inputs reached -> the first of those that share its matrix."""
+    def sums(self) -> dict[str, Sums]:
+        """What there is of each linear that inputs reached."""
         first: dict[int, str] = {}
-        return {name: first.setdefault(id(statistic), name) for name, statistic in self._statistics.items()}
+        result = {}
+        for name, statistic in self._statistics.items():
+            leader = first.setdefault(id(statistic), name)
+            held_out = 0 if statistic.held_out is None else statistic.held_out.tokens
+            result[name] = Sums(leader, statistic.total.shape[0], statistic.tokens, held_out)
+        return result
 
     def statistic(self, name: str) -> Statistic | None:
         """The sums that a linear has part in; None where no input reached it."""
@@ -121,6 +144,13 @@ class InputStatistics:
     def assign(self, statistics: Mapping[str, Statistic]) -> None:
         """Replaces the sums: by name of a linear, those with the same input share one."""
         self._statistics = dict(statistics)
+
+    def finish(self) -> None:
+        """Rounds all sums to float32, which takes half the memory; nothing can be added then."""
+        for statistic in self._statistics.values():
+            if statistic.held_out is not None:
+                _ = statistic.held_out.hessian
+            _ = statistic.hessian
 
     def held_out(self, name: str) -> tuple[torch.Tensor | None, int]:
         """The same of the inputs that were held out, and how many there were."""

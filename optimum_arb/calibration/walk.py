@@ -96,8 +96,7 @@ class CalibrationWalk:
             is apart.
 
     Raises:
-        ValueError: `after_layer` or `held_out` is given and there are several ranks, of which each has a
-            part of the batches.
+        ValueError: `after_layer` is given and there are several ranks, of which each has a part of the batches.
     """
 
     def __init__(
@@ -124,11 +123,7 @@ class CalibrationWalk:
         self.records = {} if records is None else records
         if after_layer is not None and self.ranks.size > 1:
             raise ValueError("Scales cannot be tuned by a layer's output on several ranks: start one process.")
-        if held_out and self.ranks.size > 1:
-            raise ValueError(
-                "Batches cannot be held out on several ranks, of which each has a part: start one process."
-            )
-        self.fitted = len(batches) - held_out
+        self.fitted = len(batches) - held_out - self.ranks.first_batch(len(batches))  # of this rank's
         self.measure = measure
         self.binarize_experts = binarize_experts
         self.binarize = binarize
@@ -346,7 +341,7 @@ class CalibrationWalk:
                 modules = {target: self.model.get_submodule(target) for target in names}
                 with LayerStatistics(modules) as statistics:
                     for batch, call in enumerate(calls):
-                        statistics.hold_out(self.ranks.size == 1 and batch >= self.fitted)
+                        statistics.hold_out(batch >= self.fitted)
                         output = call.run(layer, inputs[batch].to(self.device), self.device)
                         statistics.end_batch()
                         if keep:
@@ -408,7 +403,7 @@ class CalibrationWalk:
         try:
             with LayerStatistics({name: self.model.get_submodule(name) for name in names}) as statistics:
                 for batch, tokens in enumerate(self.ranks.batches(self.batches)):
-                    statistics.hold_out(self.ranks.size == 1 and batch >= self.fitted)
+                    statistics.hold_out(batch >= self.fitted)
                     self._run_model(tokens)
                     statistics.end_batch()
         finally:

@@ -290,7 +290,8 @@ def _memory(
     batch = min(tokens[0] * tokens[1], max(TOKENS_PER_BATCH, tokens[1]))
     # a gated MLP holds gate, its activation, up and their product; beside them the residual and its like
     activations = 4 * batch * (widest + text.hidden_size) * dtype.itemsize
-    worst = statistics + max(workspace, activations)
+    # the sums are of float64 while the layer runs, and of float32 when it is fitted
+    worst = max(2 * statistics + activations, statistics + workspace)
     if device == "cpu":
         return base + dense + hidden + worst, None
     count = max(1, getattr(text, "num_hidden_layers", 1))
