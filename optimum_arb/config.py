@@ -81,6 +81,8 @@ class ARBConfig(QuantizationConfigMixin):
             `optimum.gptq.data` knows ("c4", ...), or None for none: then each weight is binarized by itself while the
             checkpoint loads.
         num_samples: calibration sequences.
+        held_out_samples: how many of them, the last ones, are put aside: nothing is fitted to them, and the report
+            tells each layer's error on them beside the one on the others.
         sequence_length: tokens of a calibration sequence (at most what the model takes).
         batch_size: sequences of a calibration batch; None lets the sequence length choose.
         seed: of every random choice.
@@ -179,6 +181,7 @@ class ARBConfig(QuantizationConfigMixin):
         calibration: dict[str, Any] | None = None,
         base_model: str | dict[str, Any] | None = None,
         perplexity: dict[str, Any] | None = None,
+        held_out_samples: int = 0,
         requires: str | None = None,
         **kwargs: Any,
     ):
@@ -210,6 +213,7 @@ class ARBConfig(QuantizationConfigMixin):
         else:
             self.dataset = dataset
         self.num_samples = num_samples
+        self.held_out_samples = held_out_samples
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.seed = seed
@@ -266,6 +270,14 @@ class ARBConfig(QuantizationConfigMixin):
         for name in ("num_iterations", "batch_size"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 1)
+        _integer("held_out_samples", self.held_out_samples, 0, self.num_samples - 1)
+        if self.held_out_samples and self.dataset is None:
+            raise ValueError(f"held_out_samples={self.held_out_samples} needs a dataset, of which they are a part.")
+        if self.held_out_samples and self.refine is not None:
+            raise ValueError(
+                f"held_out_samples={self.held_out_samples} does nothing with refine={self.refine!r}, which tunes "
+                "layers after their linears were measured, and holds out calibration sequences itself."
+            )
         if not isinstance(self.block_size, int) or isinstance(self.block_size, bool):
             raise TypeError(f"block_size={self.block_size!r} is no whole number.")
         check_block_size(self.block_size)
@@ -553,6 +565,12 @@ class ARBConfig(QuantizationConfigMixin):
             config.post_init()
         return config
 
+    def without_hadamard(self) -> ARBConfig:
+        """The same without a Hadamard transform."""
+        config = copy.copy(self)
+        config.hadamard = 0
+        return config
+
     def get_loading_attributes(self) -> dict[str, Any]:
         """What may be chosen anew when an already binarized model is loaded.
 
@@ -578,8 +596,9 @@ class ARBConfig(QuantizationConfigMixin):
             result["dataset"] = None
         elif isinstance(result["dataset"], (CalibrationTexts, CalibrationTokens, CalibrationInputs)):
             result["dataset"] = "custom"
-        if result.get("overrides") == {}:
-            del result["overrides"]
+        for key, empty in (("overrides", {}), ("held_out_samples", 0)):
+            if result.get(key) == empty:
+                del result[key]
         result["format_version"] = self.format_version
         result["requires"] = self.requirement
         return result

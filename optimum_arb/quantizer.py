@@ -10,7 +10,10 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,15 +21,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
-from .calibration import CalibrationWalk, model_tokens, token_batches
-from .calibration.data import calibration_record
+from .calibration import CalibrationWalk, model_tokens
+from .calibration.data import calibration_record, split_batches
 from .calibration.distributed import current_ranks, model_fingerprint
-from .calibration.experts import RoutedInputs
+from .calibration.experts import LayerStatistics, RoutedInputs
 from .calibration.refinement import Refiner, refinement_batch_size
 from .config import ARBConfig
 from .conversion import Record, binarize_linear, empty_linear, float_linear
 from .custom_data import CalibrationInputs
-from .expert_conversion import binarize_experts, packed_form
+from .expert_conversion import binarize_experts, held_out_errors, packed_form
 from .expert_keys import conversions_for_loading, conversions_for_saving
 from .hub.base_model import base_model_facts
 from .keys import KeyMap
@@ -35,9 +38,11 @@ from .modules import Selection, linear_shape, resolved_skips, select_modules
 from .nn import ARBExperts, ARBLinear, share_inputs
 from .placement import calibration_device, check_no_disk, place_model
 from .report import model_report
+from .reproduce import model_facts, reproduce_block
 from .stored import COMPANIONS, describe, packed_linears, read_headers
 from .stored_checks import check_indices, check_other_tensors, check_permuted
 from .stored_experts import describe_experts, packed_experts
+from .stored_report import read_report, restore_records
 from .streaming import BinarizeOnLoad
 from .tensor_parallel import is_divided, localize, prepare, whole_state_dict
 from .version import __version__
@@ -63,6 +68,7 @@ class ARBHfQuantizer(HfQuantizer):
         selection: which linears are binarized, and why the others are not.
         records: name of a binarized module -> what is known of how it was made.
         kept: name of what stayed in float -> the reason.
+        reproduce: what it takes to repeat the run that binarized the model, as far as that is known.
     """
 
     requires_calibration = False
@@ -77,6 +83,7 @@ class ARBHfQuantizer(HfQuantizer):
         self.selection = Selection()
         self.records: dict[str, Record] = {}
         self.kept: dict[str, str] = {}
+        self.reproduce: dict[str, Any] | None = None
         self.failure: Exception | None = None
         # reads and writes the model layer by layer while it is binarized; then no weights are loaded before
         self.stream: Stream | None = None
@@ -157,12 +164,13 @@ class ARBHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.failure is not None:
             raise self.failure
+        if self.pre_quantized:
+            localize(model)
         for module in model.modules():
             if isinstance(module, ARBLinear):
                 module.decode_scales()  # transformers fills buffers that no file holds with anything
         if self.pre_quantized:
             cast_loaded(model, self._dtypes)
-            localize(model)
             self._prepare_saving(model)
             for module in model.modules():
                 if isinstance(module, (ARBLinear, ARBExperts)):
@@ -210,17 +218,25 @@ class ARBHfQuantizer(HfQuantizer):
             self.records.update({f"{name}.{key}": record for key, record in records.items()})
             return packed, [r.output_error for r in records.values() if r.output_error is not None]
 
+        def measure(name: str, module: nn.Module, packed: nn.Module, statistics: LayerStatistics):
+            for found, error, count in held_out_errors(name, module, packed, statistics):
+                self.records[found] = replace(self.records[found], held_out_error=error, held_out_tokens=count)
+
         config = self.quantization_config
-        batches = []
+        batches: list[Any] = []
+        held_out = 0
         if self._tokens is not None:
             length = self._tokens.shape[1] if isinstance(self._tokens, torch.Tensor) else 1
-            batches = token_batches(self._tokens, refinement_batch_size(config, length))
+            batches, held_out = split_batches(
+                self._tokens, config.held_out_samples, refinement_batch_size(config, length)
+            )
         ranks = current_ranks()
         device = calibration_device(self._device_map, ranks)
         model.eval()
         names = self.selection.modules()
         refiner = None if config.refine is None else Refiner(config, self.records)
         own: dict[str, Any] = {"binarize_experts": binarize_layer, "ranks": ranks, "records": self.records}
+        own |= {"held_out": held_out, "measure": measure}
         if ranks.size > 1:
             if refiner is not None:
                 raise ValueError(
@@ -277,6 +293,10 @@ class ARBHfQuantizer(HfQuantizer):
             if self._refinement is not None:
                 config.calibration["refinement"] = self._refinement
             config.dataset = config.calibration["dataset"]
+        facts = model_facts(source.name_or_path, getattr(source, "_commit_hash", None)) if source.name_or_path else {}
+        if facts and Path(facts["name"]).is_dir():
+            facts["name"] = Path(facts["name"]).name  # a path of this machine says nothing to others
+        self.reproduce = reproduce_block({"base": facts} if facts else None, None, config.seed, whole_paths=False)
 
     def _leave_out_new_modules(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
         """Leaves out what the checkpoint lacks: transformers initializes it at random, to be trained."""
@@ -352,6 +372,10 @@ class ARBHfQuantizer(HfQuantizer):
             columns |= dict.fromkeys(found.tensors.get("salient_columns", ()), found.matrix.in_features)
         check_indices(checkpoint_files, columns)
         self._keep_what_is_not_binarized()
+        beside = read_report(os.path.dirname(os.path.abspath(checkpoint_files[0])))
+        if beside is not None:
+            self.records = restore_records(self.records, beside)
+            self.reproduce = beside["reproduce"]
 
     def _check_selected(self, name: str, module: nn.Module) -> None:
         if name not in self.selection.convert:

@@ -27,6 +27,8 @@ from .weights import OUTSIDE, LayerWeights
 Binarize = Callable[[str, nn.Module, "torch.Tensor | None", int], "tuple[ARBLinear, float | None]"]
 # (name, float experts, their inputs or None) -> the binarized module and the output errors of its matrices
 BinarizeExperts = Callable[[str, nn.Module, "RoutedInputs | None"], "tuple[ARBExperts, list[float]]"]
+# (name, float module, binarized module, what the layer received); is called after each of the two above
+Measure = Callable[[str, nn.Module, nn.Module, LayerStatistics], None]
 
 
 @dataclass
@@ -89,9 +91,13 @@ class CalibrationWalk:
         progress: is told of layers and linears; a bar or lines on stderr unless given.
         ranks: the processes that do this together; this one alone unless given.
         records: what `binarize` notes of the linears by their names; other ranks' notes are added.
+        held_out: how many batches, the last ones, nothing is fitted to.
+        measure: is called with each module and its binarized form, and with the statistics, where what was held out
+            is apart.
 
     Raises:
-        ValueError: `after_layer` is given and there are several ranks, of which each has a part of the batches.
+        ValueError: `after_layer` or `held_out` is given and there are several ranks, of which each has a
+            part of the batches.
     """
 
     def __init__(
@@ -110,12 +116,20 @@ class CalibrationWalk:
         progress: Progress | None = None,
         ranks: Ranks | None = None,
         records: dict[str, Any] | None = None,
+        held_out: int = 0,
+        measure: Measure | None = None,
     ):
         self.model = model
         self.ranks = ranks or Ranks()
         self.records = {} if records is None else records
         if after_layer is not None and self.ranks.size > 1:
             raise ValueError("Scales cannot be tuned by a layer's output on several ranks: start one process.")
+        if held_out and self.ranks.size > 1:
+            raise ValueError(
+                "Batches cannot be held out on several ranks, of which each has a part: start one process."
+            )
+        self.fitted = len(batches) - held_out
+        self.measure = measure
         self.binarize_experts = binarize_experts
         self.binarize = binarize
         self.batches = batches
@@ -332,6 +346,7 @@ class CalibrationWalk:
                 modules = {target: self.model.get_submodule(target) for target in names}
                 with LayerStatistics(modules) as statistics:
                     for batch, call in enumerate(calls):
+                        statistics.hold_out(self.ranks.size == 1 and batch >= self.fitted)
                         output = call.run(layer, inputs[batch].to(self.device), self.device)
                         statistics.end_batch()
                         if keep:
@@ -392,7 +407,8 @@ class CalibrationWalk:
         handle = last.register_forward_hook(stop) if last is not None else None
         try:
             with LayerStatistics({name: self.model.get_submodule(name) for name in names}) as statistics:
-                for tokens in self.ranks.batches(self.batches):
+                for batch, tokens in enumerate(self.ranks.batches(self.batches)):
+                    statistics.hold_out(self.ranks.size == 1 and batch >= self.fitted)
                     self._run_model(tokens)
                     statistics.end_batch()
         finally:
@@ -422,6 +438,9 @@ class CalibrationWalk:
                 packed, error = self.binarize(name, module, hessian, tokens)
                 errors = [] if error is None else [error]
             self.errors += errors
+            if self.measure is not None and statistics is not None:
+                self.measure(name, module, packed, statistics)
+                statistics.held_out_experts.pop(name, None)
             if name in owners:  # of experts, every rank has them all by now
                 done[name] = packed
             self.model.set_submodule(name, packed)

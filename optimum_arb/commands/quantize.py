@@ -30,6 +30,7 @@ CONFIG_OPTIONS = (
     "split_metric",
     "dataset",
     "num_samples",
+    "held_out_samples",
     "sequence_length",
     "batch_size",
     "seed",
@@ -46,6 +47,9 @@ CONFIG_OPTIONS = (
     "modules_to_not_convert",
     "base_model",
 )
+
+# Errors of a module -> the heads of their columns.
+ERRORS = {"weight_error": "weight error", "output_error": "output error", "held_out_error": "held-out error"}
 
 EXAMPLES = """\
   %(prog)s HuggingFaceTB/SmolLM2-135M-Instruct smollm2-arb --planes 2
@@ -161,6 +165,12 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     calibration = parser.add_argument_group("calibration")
     calibration.add_argument("--dataset", metavar="NAME_OR_PATH", help="text to calibrate on (default: wikitext-2)")
     calibration.add_argument("--num-samples", type=int, metavar="N", help="calibration sequences (default: 128)")
+    calibration.add_argument(
+        "--held-out-samples",
+        type=int,
+        metavar="N",
+        help="how many of them nothing is fitted to: the report tells the errors on them too (default: 0)",
+    )
     calibration.add_argument("--sequence-length", type=int, metavar="TOKENS", help="their length (default: 2048)")
     calibration.add_argument("--batch-size", type=int, metavar="N", help="sequences of a batch")
     calibration.add_argument("--seed", type=int, metavar="N", help="seed where samples are drawn (default: 0)")
@@ -247,7 +257,11 @@ def build_config(args: argparse.Namespace) -> Any:
     choices: dict[str, Any] = {name: getattr(args, name, None) for name in CONFIG_OPTIONS}
     choices = {name: choice for name, choice in choices.items() if choice is not None}
     if args.no_calibration:
-        given = [name for name in ("dataset", "num_samples", "sequence_length", "seed") if name in choices]
+        given = [
+            name
+            for name in ("dataset", "num_samples", "held_out_samples", "sequence_length", "seed")
+            if name in choices
+        ]
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} does nothing with --no-calibration: give one of the two.")
         choices["dataset"] = None
@@ -274,7 +288,7 @@ def parse_overrides(texts: list[str]) -> dict[str, dict[str, Any]]:
 
 def describe(model: str, out: str, report: ModelReport, seconds: float) -> str:
     """The readable form."""
-    from .inspect import kind_of
+    from ..layer_warnings import kind_of
 
     kinds = defaultdict(list)
     for module in report.modules:
@@ -283,9 +297,9 @@ def describe(model: str, out: str, report: ModelReport, seconds: float) -> str:
     for kind, modules in kinds.items():
         weights, count = sum(m.weights for m in modules), sum(m.stored_bytes for m in modules)
         methods = ", ".join(sorted({f"{m.method} ({m.layout})" for m in modules}))
-        errors = [ratio(_mean([getattr(m, key) for m in modules])) for key in ("weight_error", "output_error")]
+        errors = [ratio(mean([getattr(m, key) for m in modules])) for key in ERRORS]
         rows.append([kind, str(len(modules)), methods, f"{count:,}", f"{8 * count / weights:.4f}", *errors])
-    text = table(["binarized", "modules", "method", "bytes", "bits", "weight error", "output error"], rows)
+    text = table(["binarized", "modules", "method", "bytes", "bits", *ERRORS.values()], rows)
     kept = Counter((kind_of(name), reason) for name, reason in report.kept.items())
     if kept:
         lines = [[kind, str(count), reason] for (kind, reason), count in kept.items()]
@@ -296,12 +310,14 @@ def describe(model: str, out: str, report: ModelReport, seconds: float) -> str:
         ("bytes binarized", f"{report.packed_bytes:,} ({size(report.packed_bytes)})"),
         ("bytes of the model", f"{report.model_bytes:,} ({size(report.model_bytes)}), embeddings included"),
         ("mean output error", ratio(report.mean_output_error)),
+        ("mean held-out error", ratio(report.mean_held_out_error)),
         ("seconds", f"{seconds:.1f}"),
+        *(("LOOKS BROKEN", f"{warning.module}: {warning.message}") for warning in report.warnings),
     ]
     return text + "\n\n" + fields(pairs)
 
 
-def _mean(values: list[float | None]) -> float | None:
+def mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
