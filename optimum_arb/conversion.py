@@ -30,16 +30,13 @@ class Record:
         tokens: calibration tokens that reached the module.
         experts: how many matrices it holds, one for each expert; None for a linear.
         starved: experts that too few calibration tokens reached, binarized from their weights alone.
-<<<<<<< HEAD
         refined: of refinement, the loss of its decoder layer before and after on the held-out calibration sequences:
             the mean over the tokens of the squared error over the squared target; None without.
         held_out_error: as `output_error`, on calibration sequences that nothing was fitted to; None without such.
         held_out_tokens: how many of their tokens reached the module.
-=======
         hadamard_gain: by how much a Hadamard transform of the inputs lowers the output error, as far as quick fits
             tell (`optimum_arb.algorithms.hadamard_gain`): the layer has one where this is above 1. None where none
             was asked for.
->>>>>>> wip/planes
     """
 
     method: str
@@ -48,13 +45,10 @@ class Record:
     tokens: int = 0
     experts: int | None = None
     starved: int = 0
-<<<<<<< HEAD
     refined: Sequence[float] | None = None
     held_out_error: float | None = None
     held_out_tokens: int = 0
-=======
     hadamard_gain: float | None = None
->>>>>>> wip/planes
 
 
 @torch.no_grad()

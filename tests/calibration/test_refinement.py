@@ -120,7 +120,7 @@ def test_the_last_pass_measures_the_divergence_from_the_float_model(binarized):
     packed = {name: module for name, module in model.named_modules() if isinstance(module, ARBLinear)}
     signs = {name: module.weight.clone() for name, module in packed.items()}
     head = model.lm_head.weight.detach().clone()
-    settings = RefineSettings(steps=30, learning_rate=0.005, evaluations=6)
+    settings = RefineSettings(steps=30, learning_rate=0.005, sign_learning_rate=0.0, evaluations=6)
     expected = of_held_out(model, original, walk)
     result = refine_model(model, walk.chain, walk.batches, walk.float_outputs, settings)
     assert result.before == pytest.approx(expected, rel=1e-4)
@@ -131,6 +131,15 @@ def test_the_last_pass_measures_the_divergence_from_the_float_model(binarized):
     assert model.lm_head.weight.equal(head)
     assert not model.model.norm.weight.equal(original.model.norm.weight)
     assert all("forward" not in layer.__dict__ for layer in walk.chain.modules)
+
+
+def test_the_last_pass_trains_signs_where_it_is_asked_to(binarized):
+    model, original, walk = binarized
+    settings = RefineSettings(steps=40, learning_rate=0.005, sign_learning_rate=0.1, evaluations=8, patience=8)
+    result = refine_model(model, walk.chain, walk.batches, walk.float_outputs, settings)
+    assert result.flipped > 0
+    assert result.after < result.before
+    assert result.after == pytest.approx(of_held_out(model, original, walk), rel=1e-4)
 
 
 def of_held_out(model, original, walk):
