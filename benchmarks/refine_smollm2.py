@@ -57,7 +57,6 @@ def main() -> None:
     parser.add_argument("--held-out", type=float, default=RefineSettings.held_out)
     parser.add_argument("--model-steps", type=int, default=0, help="steps of the last pass over the whole model")
     parser.add_argument("--model-lr", type=float, default=RefineSettings.learning_rate / 5)
-    parser.add_argument("--model-sign-lr", type=float, default=0.0, help="0: signs stay in the last pass")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--targets",
@@ -120,12 +119,7 @@ def main() -> None:
     if args.model_steps:
         if walk.chain is None:
             parser.error("--model-steps needs --targets float")
-        of_model = replace(
-            settings,
-            steps=args.model_steps,
-            learning_rate=args.model_lr,
-            sign_learning_rate=args.model_sign_lr,
-        )
+        of_model = replace(settings, steps=args.model_steps, learning_rate=args.model_lr)
         last = refine_model(model, walk.chain, batches, walk.float_outputs, of_model, args.device)
         print(
             f"the model: divergence {last.before:.5f} -> {last.after:.5f} in {last.steps} steps, {last.seconds:.1f} s"

@@ -32,7 +32,7 @@ def refine_model(
     settings: RefineSettings,
     device: torch.device | str = "cpu",
 ) -> Refinement:
-    """Tunes all scales, means, norms and biases of a binarized model in place, and its signs if asked.
+    """Tunes all scales, means, norms and biases of a binarized model in place; signs stay.
 
     The loss is the divergence of the model's distributions from the float model's, in nats: the mean over the tokens of
     KL(float || binarized). Layers are computed again for their gradients, so that the activations of one layer are in
@@ -43,8 +43,7 @@ def refine_model(
         chain: its layers, as `CalibrationWalk.chain` has them.
         batches: the calibration batches.
         float_outputs: what came out of the float model's last layer, batch by batch.
-        settings: how; `objective` does not count. Unless `sign_learning_rate` is 0, signs are trained, from latents of
-            +-1, at 16 bytes each.
+        settings: how; `sign_learning_rate` and `objective` do not count.
         device: where the model is trained; it must hold it as a whole.
 
     Raises:
@@ -56,7 +55,7 @@ def refine_model(
     in_layers = {id(p) for layer in chain.modules for p in layer.parameters()}
     move(model, device)
     try:
-        with computing_in_float32(model) as stored, swapped(model, settings.sign_learning_rate > 0) as twins:
+        with computing_in_float32(model) as stored, swapped(model, train_signs=False) as twins:
             outside = [p for p in model.parameters() if p.ndim <= 1 and id(p) not in in_layers]
             of_float = [p.detach().clone() for p in outside]
             last = len(chain.modules) - 1
