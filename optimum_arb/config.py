@@ -285,11 +285,6 @@ class ARBConfig(QuantizationConfigMixin):
         _integer("held_out_samples", self.held_out_samples, 0, self.num_samples - 1)
         if self.held_out_samples and self.dataset is None:
             raise ValueError(f"held_out_samples={self.held_out_samples} needs a dataset, of which they are a part.")
-        if self.held_out_samples and self.refine is not None:
-            raise ValueError(
-                f"held_out_samples={self.held_out_samples} does nothing with refine={self.refine!r}, which tunes "
-                "layers after their linears were measured, and holds out calibration sequences itself."
-            )
         if not isinstance(self.block_size, int) or isinstance(self.block_size, bool):
             raise TypeError(f"block_size={self.block_size!r} is no whole number.")
         check_block_size(self.block_size)

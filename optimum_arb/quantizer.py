@@ -273,7 +273,7 @@ class ARBHfQuantizer(HfQuantizer):
             ranks.check_same(self._facts(model))
         if refiner is not None:
             own |= {"after_layer": refiner, "follow_float": True}
-            refiner.check(model, names, batches)
+            refiner.check(model, names, batches, len(batches) - held_out)
         if self.stream is None:
             walk = CalibrationWalk(model, names, binarize, batches, device, **own)
             walk.run()

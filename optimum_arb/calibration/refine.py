@@ -89,8 +89,8 @@ def refine_layer(turn: LayerTurn, settings: RefineSettings) -> Refinement:
         ValueError: fewer than two calibration batches, or outputs that are not finite.
     """
     start = time.perf_counter()
-    train, held = split_batches(len(turn.inputs), settings.held_out)
-    objective = Objective(turn.references, settings.objective)
+    train, held = split_batches(turn.fitted, settings.held_out)
+    objective = Objective(turn.references[: turn.fitted], settings.objective)
     layer, device = turn.layer, turn.device
 
     def loss(batch: int) -> torch.Tensor:

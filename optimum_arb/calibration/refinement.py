@@ -61,22 +61,32 @@ class Refiner:
         for name in turn.targets:
             packed = turn.layer.get_submodule(name.removeprefix(turn.name + "."))
             if isinstance(packed, ARBLinear) and name in self.records:
-                weight, restored = float_weight(turn.modules[name]), packed.dequantize(torch.float32)
-                hessian = turn.statistics.linears.hessian(name)
-                self.records[name] = replace(
-                    self.records[name],
-                    weight_error=output_error(weight, restored, None),
-                    output_error=None if hessian is None else output_error(weight, restored, hessian),
-                )
+                self._measure(name, packed, turn)
 
-    def check(self, model: PreTrainedModel, targets: Sequence[str], batches: Sequence[Any]) -> None:
+    def _measure(self, name: str, packed: ARBLinear, turn: LayerTurn) -> None:
+        weight, restored = float_weight(turn.modules[name]), packed.dequantize(torch.float32)
+        linears = turn.statistics.linears
+        hessian, (held_out, _) = linears.hessian(name), linears.held_out(name)
+        self.records[name] = replace(
+            self.records[name],
+            weight_error=output_error(weight, restored, None),
+            output_error=None if hessian is None else output_error(weight, restored, hessian),
+            held_out_error=None if held_out is None else output_error(weight, restored, held_out),
+        )
+
+    def check(self, model: PreTrainedModel, targets: Sequence[str], batches: Sequence[Any], fitted: int) -> None:
         """What would stand against refinement, before the work begins.
+
+        Args:
+            model: the float model.
+            targets: what is to be binarized.
+            batches: the calibration batches, of which the first `fitted` may be trained on.
 
         Raises:
             ValueError: fewer than two calibration batches; with the last pass, also a model without logits, or linears
                 to binarize that are in no layer.
         """
-        split_batches(len(batches), self.settings.held_out)
+        split_batches(fitted, self.settings.held_out)
         if self.config.refine != "model" or any(p.is_meta for p in model.parameters()):
             return  # from disk to disk there is no last pass
         layers = [layer for group in find_layers(model, targets) for layer in group.names]
@@ -99,7 +109,8 @@ class Refiner:
             return
         assert walk.chain is not None  # a walk that follows the float model has one
         settings = replace(self.settings, steps=MODEL_STEPS, learning_rate=MODEL_LEARNING_RATE)
-        self.model = refine_model(walk.model, walk.chain, walk.batches, walk.float_outputs, settings, walk.device)
+        batches, outputs = walk.batches[: walk.fitted], walk.float_outputs[: walk.fitted]
+        self.model = refine_model(walk.model, walk.chain, batches, outputs, settings, walk.device)
 
     def summary(self, walk: CalibrationWalk) -> dict[str, Any]:
         """What a saved configuration says of it: mean losses of the layers, and the divergence of the last pass, each

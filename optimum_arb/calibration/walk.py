@@ -46,6 +46,7 @@ class LayerTurn:
         calls: its other arguments, batch by batch.
         modules: name -> float module, of what was binarized.
         statistics: their calibration matrices.
+        fitted: how many batches something may be fitted to; the others follow them.
     """
 
     name: str
@@ -57,6 +58,7 @@ class LayerTurn:
     calls: list[Call]
     modules: dict[str, nn.Module]
     statistics: LayerStatistics
+    fitted: int
 
     def run(self, batch: int) -> torch.Tensor:
         """The layer's output `[B, L, H]` for a batch as it is now, on `device`; with a gradient where that is on."""
@@ -350,7 +352,18 @@ class CalibrationWalk:
                 self._binarize_all(names, statistics)
                 if self.after_layer is not None:
                     self.after_layer(
-                        LayerTurn(name, layer, names, self.device, inputs, references, calls, modules, statistics)
+                        LayerTurn(
+                            name,
+                            layer,
+                            names,
+                            self.device,
+                            inputs,
+                            references,
+                            calls,
+                            modules,
+                            statistics,
+                            self.fitted,
+                        )
                     )
                 del statistics, modules
             if index + 1 < len(group.modules):

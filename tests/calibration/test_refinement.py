@@ -68,6 +68,19 @@ def test_the_records_are_of_the_refined_weights(source, saved):
         assert record.refined[1] <= record.refined[0]
 
 
+def test_sequences_that_are_held_out_are_not_trained_on(source):
+    """Whatever they are, the model is the same; their errors are those of the refined weights."""
+    models = []
+    for seed in (1, 2):
+        ids = torch.cat([IDS[:10], tokens(2, 24, seed=seed)])
+        choices = config(dataset=ids, held_out_samples=2, refine="model", refine_steps=6)
+        models.append(AutoModelForCausalLM.from_pretrained(source, quantization_config=choices))
+    states = [model.state_dict() for model in models]
+    assert all(states[0][name].equal(states[1][name]) for name in states[0])
+    errors = [model.hf_quantizer.records["model.layers.0.mlp.up_proj"].held_out_error for model in models]
+    assert errors[0] != errors[1]
+
+
 def test_from_disk_to_disk_the_bytes_are_the_same_and_an_interrupted_run_goes_on(source, saved, tmp_path):
     class Interrupted(Progress):
         def linear(self, name, seconds, errors):

@@ -90,7 +90,7 @@ def test_every_option_reaches_the_configuration():
     config = build_config(parse("--no-col-scale", "--no-act-order"))
     assert (config.col_scale, config.act_order) == (False, False)
     others = {"planes", "refinement_sweeps", "modules_to_not_convert", "base_model", "col_scale", "act_order", "rank"}
-    others |= {"factor_bits", "scale_bits"}
+    others |= {"factor_bits", "scale_bits", "refine", "refine_steps", "refine_learning_rate", "refine_signs"}
     assert set(given) | others == set(CONFIG_OPTIONS)
     assert build_config(parse("--planes", "3")).planes == 3
     assert build_config(parse("--method", "arb-dbf", "--rank", "7")).rank == 7
@@ -99,6 +99,11 @@ def test_every_option_reaches_the_configuration():
     assert build_config(parse("--refinement-sweeps", "2")).refinement_sweeps == 2
     assert build_config(parse("--method", "arb", "--salient-columns", "search")).salient_columns == "search"
     assert build_config(parse("--no-calibration")).dataset is None
+    refined = build_config(
+        parse("--refine", "model", "--refine-steps", "9", "--refine-learning-rate", "0.01", "--no-refine-signs")
+    )
+    assert (refined.refine, refined.refine_steps) == ("model", 9)
+    assert (refined.refine_learning_rate, refined.refine_signs) == (0.01, False)
 
 
 def test_overrides():
