@@ -157,7 +157,7 @@ class ARBHfQuantizer(HfQuantizer):
             raise self.failure
         for module in model.modules():
             if isinstance(module, ARBLinear):
-                module.decode_scales()  # transformers fills buffers that no file holds with anything
+                module.decode_stored()  # transformers fills buffers that no file holds with anything
         if self.pre_quantized:
             cast_loaded(model, self._dtypes)
             self._prepare_saving(model)

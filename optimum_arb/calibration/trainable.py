@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..factors import FactorizedWeight, pack_factors, unpack_factors
+from ..hadamard import hadamard_transform, rotate
 from ..nn import ARBFactorizedLinear, ARBLinear
 from ..packing import BinarizedWeight, pack, unpack
 
@@ -128,6 +129,8 @@ class TrainablePlanes(Trainable):
         self.col_scale = _parameter(weight.col_scale)
         self.salient_col_scale = _parameter(weight.salient_col_scale)
         self.permutation, self.salient_columns = weight.permutation, weight.salient_columns
+        self.hadamard, self.input_signs = weight.hadamard, weight.input_signs
+        self.input_sign = None if self.input_signs is None else torch.where(self.input_signs, 1.0, -1.0)
 
     def scales(self) -> list[nn.Parameter]:
         return [scale for scale in (self.row_scale, self.col_scale, self.salient_col_scale) if scale is not None]
@@ -135,6 +138,8 @@ class TrainablePlanes(Trainable):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.permutation is not None:
             x = x[..., self.permutation]
+        if self.input_sign is not None:
+            x = hadamard_transform(x * self.input_sign.to(x.dtype), self.hadamard)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.weight().to(x.dtype), bias)
 
@@ -196,11 +201,15 @@ class TrainablePlanes(Trainable):
         slope = weight.to(torch.float32)
         if self.permutation is not None:
             slope = slope[:, self.permutation]
+        metric = None if hessian is None else hessian.to(slope)
+        if metric is not None and self.permutation is not None:
+            metric = metric[self.permutation][:, self.permutation]
+        if self.input_signs is not None:
+            same = torch.eye(self.columns, device=slope.device) if metric is None else metric
+            slope, mixed = rotate(slope, same, self.input_signs, self.hadamard)
+            metric = None if metric is None else mixed
         slope = slope - self.weight()
-        if hessian is not None:
-            metric = hessian.to(slope)
-            if self.permutation is not None:
-                metric = metric[self.permutation][:, self.permutation]
+        if metric is not None:
             slope = slope @ metric / metric.diagonal()
         for index in range(len(self.latents)):
             change = self.weight({index: 1.0}) - self.weight({index: -1.0})
@@ -222,11 +231,13 @@ class TrainablePlanes(Trainable):
             salient_columns=self.salient_columns,
             salient_signs=torch.stack(salient) if salient else None,
             salient_col_scale=None if self.salient_col_scale is None else self.salient_col_scale.detach(),
+            hadamard=self.hadamard,
+            input_signs=self.input_signs,
         )
 
     @torch.no_grad()
     def round_scales(self) -> None:
-        stored = unpack(self._pack(), self.layout, self.columns, self.block_size)
+        stored = unpack(self._pack(), self.layout, self.columns, self.block_size, self.hadamard)
         if self.packed.scale_bits == 8:  # packing makes the scales positive
             for index, signs in enumerate(stored.signs):
                 self._set_signs(index, signs)

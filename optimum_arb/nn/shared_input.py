@@ -18,6 +18,7 @@ from ..ops.shared_input import split_results
 
 if TYPE_CHECKING:
     from ..ops.backends.triton.prepack import Prepacked
+    from .input_transform import InputTransform
     from .product import PackedProduct
 
 # Children of one module that its forward calls with one and the same tensor, in the order in which they are computed.
@@ -44,6 +45,10 @@ class SharedInput:
         self._prepared: Prepacked | None = None
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor | None] = []
+        self._source: torch.Tensor | None = None  # the input that was transformed last, and what it became
+        self._transformed: torch.Tensor | None = None
+        self._uses = 0
+        self._alike = True  # as `share_inputs` found them
 
     def output(self, layer: PackedProduct, x: torch.Tensor) -> torch.Tensor | None:
         """The layer's result for x `[..., K]`; None where the layer has to compute it itself."""
@@ -62,18 +67,40 @@ class SharedInput:
             self._input, self._outputs = None, []
         return out
 
+    def transformed(self, x: torch.Tensor, change: InputTransform) -> torch.Tensor:
+        """What becomes of an input, computed once for all layers that are called with it one after another."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self._still_alike():
+            return change(x)  # what is kept must not outlive its graph
+        if self._source is not x or self._transformed is None:
+            self._source, self._transformed, self._uses = x, change(x), 0
+        result = self._transformed
+        self._uses += 1
+        if self._uses == len(self.layers):
+            self._source = self._transformed = None
+        return result
+
+    def _still_alike(self) -> bool:
+        """Whether the layers still do the same to their input; where they do not, none is computed for another."""
+        if not self._alike:
+            self._alike = _one_transform(self.layers)
+            self.enabled = self.enabled and self._alike
+        return self._alike
+
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
         """The layers' results one after another, a vector."""
         first = self.layers[0]
         biases: list[torch.Tensor] = [layer.bias for layer in self.layers if layer.bias is not None]
         bias = torch.cat(biases) if biases else None
+        change = first.input_transform()
+        if change is not None:
+            x = change(x)
         if self._prepared is not None and not torch.compiler.is_compiling():
             from ..ops.backends.triton.dispatch import run_prepared
 
             return run_prepared(x.reshape(-1, x.shape[-1]), self._prepared, bias, tuple(self._rows))
         tensors: list[list[torch.Tensor]] = []
         for name in packing.TENSOR_NAMES:
-            found = [layer.packed_parameter(name) for layer in self.layers]
+            found = [layer.operand(name) for layer in self.layers]
             tensors.append([tensor for tensor in found if tensor is not None])
         return torch.ops.optimum_arb.shared_input_linear(
             x, *tensors, bias, first.layout.name, first.block_size, first.backend
@@ -85,7 +112,7 @@ class SharedInput:
         from ..ops.backends.triton.dispatch import prepare
 
         weights = [packed_weight(layer) for layer in self.layers]
-        if not self.enabled:
+        if not self._still_alike() or not self.enabled:
             prepack.drop(weights)
         elif any(layer.is_offloaded for layer in self.layers) or len({w.weight.device for w in weights}) > 1:
             self.enabled = False
@@ -96,13 +123,14 @@ class SharedInput:
 
     def forget(self) -> None:
         """Drops what was computed and prepared: a layer's tensors have changed."""
-        self._prepared = self._input = None
+        self._prepared = self._input = self._source = self._transformed = None
         self._outputs = []
+        self._alike = False  # has to be looked at again
 
 
 def packed_weight(layer: PackedProduct) -> PackedWeight:
     """The layer's tensors as a backend takes them."""
-    tensors = {name: layer.packed_parameter(name) for name in packing.TENSOR_NAMES}
+    tensors = {name: layer.operand(name) for name in packing.TENSOR_NAMES}
     return PackedWeight(layer.layout, layer.block_size, layer.columns, **tensors)  # type: ignore[arg-type]
 
 
@@ -137,16 +165,22 @@ def share_inputs(model: nn.Module) -> int:
                     layer.columns,
                     layer.backend,
                     layer.bias is None,
-                    layer.packed_parameter("permutation") is None,
+                    layer.operand("permutation") is None,
                 )
                 for layer in found
             }
-            if len(kinds) == 1:
+            if len(kinds) == 1 and _one_transform(found):
                 shared = SharedInput(found)
                 for index, layer in enumerate(found):
                     layer.shared_input, layer.shared_index = shared, index
                 groups += 1
     return groups
+
+
+def _one_transform(layers: list[PackedProduct]) -> bool:
+    """Whether all do the same to their input before they multiply it."""
+    first, *others = [layer.input_transform() for layer in layers]
+    return all(other is None if first is None else first.equals(other) for other in others)
 
 
 def prepare_layer(layer: PackedProduct) -> Prepacked | None:
