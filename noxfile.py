@@ -24,6 +24,7 @@ TESTS = (
     "tests/test_modules.py",
     "tests/test_bad_input.py",
     "tests/test_quantizer_experts.py",
+    "tests/test_tensor_parallel.py",
     "tests/models",
     "tests/calibration",
     "tests/integrations",

@@ -3,10 +3,10 @@
     python benchmarks/kill_resume.py                 # 20 kills, a table
     python benchmarks/kill_resume.py --kills 3 --json
 
-Each trial binarizes a small random Llama in a process of its own, kills that with SIGKILL at a random instant between its
-start and its end, looks at what it left, runs it again with `resume=True`, and compares every file with those of a run
-that nobody killed. Every second trial keeps the hidden states on disk, and every second pair replaces a model that is
-already there. Exits with 1 if any file differs or anything looked finished that was not.
+Each trial binarizes a small random Llama in a process of its own, kills that with SIGKILL at a random instant between
+its start and its end, looks at what it left, runs it again with `resume=True`, and compares every file with those of a
+run that nobody killed. Every second trial keeps the hidden states on disk, and every second pair replaces a model that
+is already there. Exits with 1 if any file differs or anything looked finished that was not.
 """
 
 from __future__ import annotations

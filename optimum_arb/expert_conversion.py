@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from .algorithms import binarize, squared_errors
-from .calibration.experts import ROWS, RoutedInputs
+from .calibration.distributed import Ranks
+from .calibration.experts import ROWS, LayerStatistics, RoutedInputs
 from .config import ARBConfig
-from .conversion import Record
+from .conversion import Record, linear_output_error
 from .expert_packing import PackedForm, stack_experts
 from .experts import ExpertMatrix, expert_matrices, expert_weight
-from .nn import ARBExperts
+from .nn import ARBExperts, ARBLinear
 from .packing import BinarizedWeight, block_count, pack, unpack
 
 # Experts to which fewer calibration tokens were routed are binarized from their weights alone. In all of 8
@@ -43,6 +44,10 @@ class _Errors:
             lost, total = squared_errors(weight, restored, hessian)
             self.output_lost, self.output_total = self.output_lost + lost, self.output_total + total
 
+    def join(self, other: _Errors) -> None:
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
     def record(self, config: ARBConfig, experts: int, calibrated: bool) -> Record:
         def ratio(lost: float, total: float) -> float:
             return lost / total if total > 0 else 0.0
@@ -64,12 +69,14 @@ class _Fit:
     name: str
     matrix: ExpertMatrix
     config: ARBConfig
-    experts: list[list[dict[str, torch.Tensor]]] = field(default_factory=list)
-    errors: _Errors = field(default_factory=_Errors)
+    experts: dict[int, list[dict[str, torch.Tensor]]] = field(default_factory=dict)
+    errors: dict[int, _Errors] = field(default_factory=dict)
 
-    def add(self, weight: torch.Tensor, hessian: torch.Tensor | None, tokens: int, calibrated: bool) -> None:
-        """Binarizes the weight `[N, K]` of the next expert."""
-        where = f"{self.name}, expert {len(self.experts)}"
+    def add(
+        self, expert: int, weight: torch.Tensor, hessian: torch.Tensor | None, tokens: int, calibrated: bool
+    ) -> None:
+        """Binarizes the weight `[N, K]` of an expert."""
+        where = f"{self.name}, expert {expert}"
         if not torch.isfinite(weight).all():
             raise ValueError(f"{where}: the weight holds NaN or Inf. Check the checkpoint, or skip this module.")
         if hessian is not None and not torch.isfinite(hessian).all():
@@ -78,8 +85,7 @@ class _Fit:
                 "dtype (float32 or bfloat16 instead of float16), or check the checkpoint."
             )
         starved = calibrated and tokens < STARVED_TOKENS
-        self.errors.starved += starved
-        self.errors.tokens += tokens
+        errors = self.errors[expert] = _Errors(starved=int(starved), tokens=tokens)
         parts = []
         for part in weight.float().split(self.matrix.part_features):
             try:
@@ -89,20 +95,30 @@ class _Fit:
             assert isinstance(found, BinarizedWeight)  # `select_modules` refuses factors of experts
             tensors = pack(found)
             stored = unpack(tensors, self.config.layout, part.shape[1], self.config.block_size)
-            self.errors.add(part, stored.dequantize(), hessian)
+            errors.add(part, stored.dequantize(), hessian)
             parts.append(tensors)
-        self.experts.append(parts)
+        self.experts[expert] = parts
 
     def finish(self, packed: ARBExperts, calibrated: bool) -> Record:
         """Puts the matrix into its module."""
         matrix = self.matrix
         try:
-            tensors = stack_experts(self.experts)
+            tensors = stack_experts([self.experts[expert] for expert in range(matrix.experts)])
         except ValueError as error:
             raise ValueError(f"{self.name}: method {self.config.method!r}: {error}.") from error
         form = packed_form(matrix, self.config)
         packed.set_packed(matrix.name, form, tensors)
-        return self.errors.record(self.config, matrix.experts, calibrated)
+        errors = _Errors()
+        for expert in range(matrix.experts):  # in their order, in which one process sums them too
+            errors.join(self.errors[expert])
+        return errors.record(self.config, matrix.experts, calibrated)
+
+    def exchange(self, ranks: Ranks, device: torch.device) -> None:
+        """Gets the experts that other ranks binarized."""
+        own = {e: [{k: t.cpu() for k, t in part.items()} for part in parts] for e, parts in self.experts.items()}
+        merged = ranks.merge(own, f"exchanging the experts of {self.name}")
+        self.experts = {e: [{k: t.to(device) for k, t in part.items()} for part in p] for e, p in merged.items()}
+        self.errors = ranks.merge(self.errors, f"exchanging the experts of {self.name}")
 
 
 def packed_form(matrix: ExpertMatrix, config: ARBConfig) -> PackedForm:
@@ -135,13 +151,17 @@ def binarize_matrix(
     some = range(0, matrix.experts, max(1, matrix.experts // SEARCHED_EXPERTS))
     fit = _Fit(name, matrix, fixed_salient(config, matrix, ((one(e), None) for e in some)))
     for expert in range(matrix.experts):
-        fit.add(one(expert), None, 0, False)
+        fit.add(expert, one(expert), None, 0, False)
     return fit.finish(packed, False)
 
 
 @torch.no_grad()
 def binarize_experts(
-    name: str, module: nn.Module, routed: RoutedInputs | None, configs: Mapping[str, ARBConfig]
+    name: str,
+    module: nn.Module,
+    routed: RoutedInputs | None,
+    configs: Mapping[str, ARBConfig],
+    ranks: Ranks | None = None,
 ) -> tuple[ARBExperts, dict[str, Record]]:
     """Binarizes the experts of a layer, each under the inputs that were routed to it, on the device of their weights.
 
@@ -153,6 +173,7 @@ def binarize_experts(
         module: the float module; it is not changed.
         routed: its inputs in calibration; None to binarize all experts from their weights alone.
         configs: name of a matrix that is to be binarized -> the choices for it; the others stay in float.
+        ranks: the processes that divide the experts; all of them must have the same inputs.
 
     Returns:
         The binarized module, and name of a matrix -> its record.
@@ -180,12 +201,62 @@ def binarize_experts(
                     yield expert_weight(weights, matrix, expert), hessian if counts[expert] >= STARVED_TOKENS else None
 
             fits.append((index, _Fit(f"{name}.{key}", matrix, fixed_salient(configs[key], matrix, samples()))))
-    for expert in range(len(counts)):
+    ranks = ranks or Ranks()
+    for expert in ranks.mine(len(counts)):
         hessians = _hessians(module, routed.rows(expert), expert, [index for index, _ in fits])
         for (_, fit), hessian in zip(fits, hessians, strict=True):
             weights = _parameter(module, fit.matrix.name)
-            fit.add(expert_weight(weights, fit.matrix, expert), hessian, counts[expert], True)
+            fit.add(expert, expert_weight(weights, fit.matrix, expert), hessian, counts[expert], True)
+    if ranks.size > 1:
+        for _, fit in fits:
+            fit.exchange(ranks, _parameter(module, fit.matrix.name).device)
     return packed, {fit.matrix.name: fit.finish(packed, True) for _, fit in fits}
+
+
+@torch.no_grad()
+def expert_output_errors(module: nn.Module, packed: ARBExperts, routed: RoutedInputs) -> dict[str, tuple[float, int]]:
+    """The errors of binarized experts on inputs that nothing was fitted to.
+
+    Args:
+        module: the float experts.
+        packed: their binarized form.
+        routed: the inputs.
+
+    Returns:
+        Name of a binarized matrix -> its relative squared output error over all experts, and the inputs counted.
+    """
+    found = {}
+    for index, (key, matrix) in enumerate(expert_matrices(module).items()):
+        if key not in packed.forms:
+            continue
+        lost, total, tokens = 0.0, 0.0, 0
+        for expert, count in enumerate(routed.tokens()):
+            hessian = _hessians(module, routed.rows(expert), expert, [index])[0] if count else None
+            if hessian is None:
+                continue
+            weight = expert_weight(_parameter(module, key), matrix, expert).float()
+            parts = [packed.binarized(key, expert, part).dequantize() for part in range(matrix.parts)]
+            part_lost, part_total = squared_errors(weight, torch.cat(parts).to(weight.device), hessian)
+            lost, total, tokens = lost + part_lost, total + part_total, tokens + count
+        if tokens:
+            found[key] = (lost / total if total > 0 else 0.0, tokens)
+    return found
+
+
+def held_out_errors(
+    name: str, module: nn.Module, packed: nn.Module, statistics: LayerStatistics
+) -> Iterator[tuple[str, float, int]]:
+    """The errors of a module, linear or experts, on what was held out: (name, relative squared output error, inputs).
+
+    Nothing where no input was held out, or none reached the module.
+    """
+    if isinstance(packed, ARBExperts):
+        for key, (error, tokens) in expert_output_errors(module, packed, statistics.held_out_experts[name]).items():
+            yield f"{name}.{key}", error, tokens
+    elif isinstance(packed, ARBLinear):
+        hessian, tokens = statistics.linears.held_out(name)
+        if hessian is not None:
+            yield name, linear_output_error(module, packed, hessian), tokens
 
 
 def _parameter(module: nn.Module, name: str) -> torch.Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .calibration.distributed import Ranks, local_device
+
 
 def check_no_disk(device_map: Any) -> None:
     """Raises ValueError where a part of the model would be offloaded to disk before it is binarized."""
@@ -17,8 +19,16 @@ def check_no_disk(device_map: Any) -> None:
         )
 
 
-def calibration_device(device_map: Any) -> torch.device:
-    """The accelerator, if the user's device map lets the model use one; else the CPU."""
+def calibration_device(device_map: Any, ranks: Ranks | None = None) -> torch.device:
+    """The accelerator, if the user's device map lets the model use one, else the CPU. Each rank has its own.
+
+    Raises:
+        ValueError: there are fewer accelerators than ranks on this host.
+    """
+    return local_device(_calibration_device(device_map), ranks or Ranks())
+
+
+def _calibration_device(device_map: Any) -> torch.device:
     devices = list(device_map.values()) if isinstance(device_map, dict) else []
     for device in devices:
         if str(device) not in ("cpu", "disk", "meta"):
@@ -31,18 +41,25 @@ def calibration_device(device_map: Any) -> torch.device:
     return torch.device("cpu")
 
 
-def place_model(model: PreTrainedModel, device_map: Any, max_memory: dict | None = None) -> None:
-    """Puts a binarized model, which is on the CPU, where the user's device map says.
+def place_model(
+    model: PreTrainedModel, device_map: Any, max_memory: dict | None = None, ranks: Ranks | None = None
+) -> None:
+    """Puts a binarized model, which is on the CPU, where the user's device map says; of several ranks, each on its own
+    device.
 
     Args:
         model: the model.
         device_map: as given to `from_pretrained`; None leaves the model on the CPU.
         max_memory: as in `from_pretrained`.
+        ranks: the processes that have the model.
 
     Raises:
         ValueError: the model does not fit without offloading to disk.
     """
     if device_map is None:
+        return
+    if ranks is not None and ranks.size > 1:
+        model.to(calibration_device(device_map, ranks))  # type: ignore[arg-type]
         return
     if isinstance(device_map, str):
         from accelerate import infer_auto_device_map

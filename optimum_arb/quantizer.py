@@ -10,21 +10,27 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
-from .calibration import CalibrationWalk, model_tokens, token_batches
-from .calibration.data import calibration_record
-from .calibration.experts import RoutedInputs
+from .calibration import CalibrationWalk, model_tokens
+from .calibration.data import calibration_record, split_batches
+from .calibration.distributed import current_ranks, model_fingerprint
+from .calibration.experts import LayerStatistics, RoutedInputs
+from .calibration.refinement import Refiner, refinement_batch_size
+from .checksums import placeholder, skipped, verify
 from .config import ARBConfig
 from .conversion import Record, binarize_linear, empty_linear, float_linear
 from .custom_data import CalibrationInputs
-from .expert_conversion import binarize_experts, packed_form
+from .expert_conversion import binarize_experts, held_out_errors, packed_form
 from .expert_keys import conversions_for_loading, conversions_for_saving
 from .hub.base_model import base_model_facts
 from .keys import KeyMap
@@ -33,10 +39,21 @@ from .modules import Selection, linear_shape, resolved_skips, select_modules
 from .nn import ARBExperts, ARBLinear, share_inputs
 from .placement import calibration_device, check_no_disk, place_model
 from .report import model_report
+from .reproduce import model_facts, reproduce_block
 from .stored import COMPANIONS, describe, packed_linears, read_headers
-from .stored_checks import check_indices, check_other_tensors, check_permuted
+from .stored_checks import (
+    check_config,
+    check_files,
+    check_indices,
+    check_other_tensors,
+    check_permuted,
+    check_same_kind,
+    check_scales,
+)
 from .stored_experts import describe_experts, packed_experts
+from .stored_report import read_report, restore_records
 from .streaming import BinarizeOnLoad
+from .tensor_parallel import is_divided, localize, prepare, whole_state_dict
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -60,6 +77,7 @@ class ARBHfQuantizer(HfQuantizer):
         selection: which linears are binarized, and why the others are not.
         records: name of a binarized module -> what is known of how it was made.
         kept: name of what stayed in float -> the reason.
+        reproduce: what it takes to repeat the run that binarized the model, as far as that is known.
     """
 
     requires_calibration = False
@@ -74,9 +92,11 @@ class ARBHfQuantizer(HfQuantizer):
         self.selection = Selection()
         self.records: dict[str, Record] = {}
         self.kept: dict[str, str] = {}
+        self.reproduce: dict[str, Any] | None = None
         self.failure: Exception | None = None
         # reads and writes the model layer by layer while it is binarized; then no weights are loaded before
         self.stream: Stream | None = None
+        self._refinement: dict[str, Any] | None = None
         self._device_map: Any = None
         self._dtypes: dict[str, torch.dtype] = {}
         self._tokens: torch.Tensor | CalibrationInputs | None = None
@@ -100,20 +120,24 @@ class ARBHfQuantizer(HfQuantizer):
         self._device_map = device_map
         return {"": torch.device("cpu")}
 
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """As the base class; the last place before the model is built from a configuration that may be anyone's."""
+        if self.pre_quantized:
+            check_config(config)
+        return super().update_attn_implementation(config)
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        if getattr(model.config, "distributed_config", None) is not None:
-            raise ValueError(
-                "A model cannot be binarized, or loaded binarized, in tensor parallel. Load it without "
-                "distributed_config; device_map='auto' spreads it over several devices."
-            )
+        if not self.pre_quantized:
+            prepare(model, pre_quantized=False)
         self.selection = select_modules(model, config, strict=not self.pre_quantized)
         self.kept = dict(self.selection.keep)
         if self.pre_quantized:
             self._expect_stored_modules(model, checkpoint_files)
             self._dtypes = expected_dtypes(model)
+            prepare(model, pre_quantized=True)
             return
         self._leave_out_new_modules(model, checkpoint_files)
         if self.calibrates:
@@ -155,6 +179,8 @@ class ARBHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.failure is not None:
             raise self.failure
+        if self.pre_quantized:
+            localize(model)
         for module in model.modules():
             if isinstance(module, ARBLinear):
                 module.decode_stored()  # transformers fills buffers that no file holds with anything
@@ -175,7 +201,7 @@ class ARBHfQuantizer(HfQuantizer):
         self._prepare_saving(model)
         self._record_run(model)
         if self._tokens is not None and self.stream is None:
-            place_model(model, self._device_map, self.quantization_config.max_memory)
+            place_model(model, self._device_map, self.quantization_config.max_memory, current_ranks())
         self._tokens = None
         if self.stream is None:
             share_inputs(model)
@@ -203,20 +229,64 @@ class ARBHfQuantizer(HfQuantizer):
             return packed, record.output_error
 
         def binarize_layer(name: str, module: nn.Module, routed: RoutedInputs | None):
-            packed, records = binarize_experts(name, module, routed, self.selection.of_experts(name))
-            self.records |= {f"{name}.{key}": record for key, record in records.items()}
+            packed, records = binarize_experts(name, module, routed, self.selection.of_experts(name), ranks)
+            self.records.update({f"{name}.{key}": record for key, record in records.items()})
             return packed, [r.output_error for r in records.values() if r.output_error is not None]
 
-        batches = [] if self._tokens is None else token_batches(self._tokens, self.quantization_config.batch_size)
-        device = calibration_device(self._device_map)
+        def measure(name: str, module: nn.Module, packed: nn.Module, statistics: LayerStatistics):
+            for found, error, count in held_out_errors(name, module, packed, statistics):
+                self.records[found] = replace(self.records[found], held_out_error=error, held_out_tokens=count)
+
+        config = self.quantization_config
+        batches: list[Any] = []
+        held_out = 0
+        if self._tokens is not None:
+            length = self._tokens.shape[1] if isinstance(self._tokens, torch.Tensor) else 1
+            batches, held_out = split_batches(
+                self._tokens, config.held_out_samples, refinement_batch_size(config, length)
+            )
+        ranks = current_ranks()
+        device = calibration_device(self._device_map, ranks)
         model.eval()
         names = self.selection.modules()
+        refiner = None if config.refine is None else Refiner(config, self.records)
+        own: dict[str, Any] = {"binarize_experts": binarize_layer, "ranks": ranks, "records": self.records}
+        own |= {"held_out": held_out, "measure": measure}
+        if ranks.size > 1:
+            if refiner is not None:
+                raise ValueError(
+                    f"refine={config.refine!r} runs in one process, and {ranks.size} were started: each of them sees "
+                    "a part of the calibration samples alone. Start one process, or set refine=None."
+                )
+            ranks.check_same(self._facts(model))
+        if refiner is not None:
+            own |= {"after_layer": refiner, "follow_float": True}
+            refiner.check(model, names, batches)
         if self.stream is None:
-            CalibrationWalk(model, names, binarize, batches, device, binarize_layer).run()
+            walk = CalibrationWalk(model, names, binarize, batches, device, **own)
+            walk.run()
+            if refiner is not None:
+                refiner.finish(walk)
         else:
-            record = None if self._tokens is None else calibration_record(self.quantization_config, self._tokens)
+            record = None if self._tokens is None else calibration_record(config, self._tokens)
             with self.stream.opened(model, self, record) as options:
-                CalibrationWalk(model, names, binarize, batches, binarize_experts=binarize_layer, **options).run()
+                walk = CalibrationWalk(model, names, binarize, batches, **own, **options)
+                walk.run()
+        if refiner is not None:
+            self._refinement = refiner.summary(walk)
+
+    def _facts(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What all processes must have in common that binarize a model together."""
+        config, tokens = self.quantization_config, self._tokens
+        record = {} if tokens is None else calibration_record(config, tokens)
+        choices = {key: value for key, value in config.to_dict().items() if key != "dataset"}
+        return {
+            "version of optimum_arb": __version__,
+            "version of torch": torch.__version__,
+            **choices,
+            "set of calibration tokens (their SHA-256)": record.get("fingerprint"),
+            "model": model_fingerprint(model),
+        }
 
     def _record_run(self, model: PreTrainedModel) -> None:
         config = self.quantization_config
@@ -235,7 +305,16 @@ class ARBHfQuantizer(HfQuantizer):
         if self._tokens is not None:
             unreached = sorted(name for name, record in self.records.items() if not record.tokens)
             config.calibration = {**calibration_record(config, self._tokens), "unreached": unreached}
+            gains = {name: r.hadamard_gain for name, r in self.records.items() if r.hadamard_gain is not None}
+            if gains:
+                config.calibration["untransformed"] = sorted(name for name, gain in gains.items() if gain <= 1)
+            if self._refinement is not None:
+                config.calibration["refinement"] = self._refinement
             config.dataset = config.calibration["dataset"]
+        facts = model_facts(source.name_or_path, getattr(source, "_commit_hash", None)) if source.name_or_path else {}
+        if facts and Path(facts["name"]).is_dir():
+            facts["name"] = Path(facts["name"]).name  # a path of this machine says nothing to others
+        self.reproduce = reproduce_block({"base": facts} if facts else None, None, config.seed, whole_paths=False)
 
     def _leave_out_new_modules(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
         """Leaves out what the checkpoint lacks: transformers initializes it at random, to be trained."""
@@ -275,6 +354,8 @@ class ARBHfQuantizer(HfQuantizer):
     def _expect_stored_modules(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
         if not checkpoint_files or not all(str(f).endswith(".safetensors") for f in checkpoint_files):
             raise ValueError("A binarized model is loaded from safetensors files; this checkpoint has none.")
+        check_config(model.config)  # older versions of transformers do not ask before they build the model
+        check_files(checkpoint_files, model.config.name_or_path or "")
         headers = read_headers(checkpoint_files)
         names = KeyMap(model)
         experts = packed_experts(headers, names, self.selection.experts)
@@ -309,8 +390,26 @@ class ARBHfQuantizer(HfQuantizer):
             model.set_submodule(owner, layer)
             self.records[name] = Record(config.method, experts=found.matrix.experts)
             columns |= dict.fromkeys(found.tensors.get("salient_columns", ()), found.matrix.in_features)
+        if not self.records:
+            check_same_kind(model, names, headers)
         check_indices(checkpoint_files, columns)
+        self._verify(checkpoint_files)
+        check_scales(checkpoint_files)
         self._keep_what_is_not_binarized()
+        beside = read_report(os.path.dirname(os.path.abspath(checkpoint_files[0])))
+        if beside is not None:
+            self.records = restore_records(self.records, beside)
+            self.reproduce = beside["reproduce"]
+
+    def _verify(self, checkpoint_files: list[str]) -> None:
+        if skipped(self.quantization_config.verify_checksums):
+            return
+        if verify(checkpoint_files, self.quantization_config.to_dict()) is None:
+            logger.info(
+                "%s records no checksums: an older optimum-arb saved it, or another tool wrote it anew. Its tensors "
+                "were not verified; saving the model again records them.",
+                checkpoint_files[0],
+            )
 
     def _check_selected(self, name: str, module: nn.Module) -> None:
         if name not in self.selection.convert:
@@ -321,6 +420,14 @@ class ARBHfQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
+        """What is saved, where it is not what this rank holds (see `tensor_parallel.whole_state_dict`), and room for
+        the checksums in the metadata of every file that is written."""
+        single = sum(1 for _ in model.state_dict())
+        experts = (m for m in model.modules() if isinstance(m, ARBExperts))
+        stacked = sum(2 * p.shape[0] for module in experts for p in module.parameters(recurse=False))
+        return whole_state_dict(model), placeholder(single + stacked, self.quantization_config.to_dict())
 
     @property
     def is_trainable(self) -> bool:
@@ -339,6 +446,8 @@ class ARBHfQuantizer(HfQuantizer):
         for name, module in packed:
             if any(p.is_meta for p in module.parameters()):
                 raise ValueError(f"{name} is offloaded: load the model without offloading to dequantize it.")
+            if is_divided(module):
+                raise ValueError(f"{name} is divided over ranks: load it without distributed_config to dequantize it.")
         for name, module in packed:
             plain = module.float_module(dtype) if isinstance(module, ARBExperts) else float_linear(module, dtype)
             hook = getattr(module, "_hf_hook", None)

@@ -10,9 +10,17 @@ from safetensors.torch import load_file, save_file
 from tiny_models import outputs, save_tiny, tokens
 from transformers import AutoModelForCausalLM
 
-from optimum_arb import ARBConfig, model_report
+from optimum_arb import ARBConfig, conversion, model_report
 from optimum_arb.inspection import inspect_model
 from optimum_arb.nn import ARBLinear
+
+
+@pytest.fixture(autouse=True, scope="module")
+def it_pays():
+    """Whatever the quick fits tell: these tests are about what follows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "hadamard_gain", lambda weight, hessian, config: 1.5)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +77,21 @@ def test_what_is_measured_is_what_runs(llama):
     layer = model.model.layers[0].mlp.up_proj
     x = torch.randn(5, 96)
     assert torch.allclose(layer(x), x @ layer.dequantize().T, rtol=1e-3, atol=1e-4)
+
+
+def test_where_it_does_not_pay(llama, tmp_path, monkeypatch):
+    """The linears that go without are listed, so that signs which are missing elsewhere are noticed."""
+    monkeypatch.setattr(conversion, "hadamard_gain", lambda weight, hessian, config: 0.9 if len(weight) > 96 else 1.5)
+    model = binarize(llama)
+    block = model.model.layers[0]
+    assert (block.mlp.up_proj.hadamard, block.self_attn.q_proj.hadamard) == (0, 64)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert len(saved["calibration"]["untransformed"]) == 4
+    assert "model.layers.0.mlp.up_proj" in saved["calibration"]["untransformed"]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(outputs(again, tokens(1, 8)), outputs(model, tokens(1, 8)))
+    assert {module.layout for module in inspect_model(tmp_path).modules} == {"planes-1-col", "planes-1-col-hadamard-64"}
 
 
 def test_without(llama, tmp_path):

@@ -42,6 +42,10 @@ class RoutedInputs:
         self._index.append(top_k_index.detach().flatten(0, -2).to("cpu", copy=True))
         self._sorted = None
 
+    def gathered(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """All inputs `[T, H]` in the order in which they came, and their experts `[T, k]`; None without any."""
+        return (torch.cat(self._inputs), torch.cat(self._index)) if self._inputs else None
+
     def tokens(self) -> list[int]:
         """How many inputs were routed to each expert."""
         if not self._inputs:
@@ -77,7 +81,10 @@ class LayerStatistics:
     def __init__(self, modules: Mapping[str, nn.Module]):
         self._modules = {name: module for name, module in modules.items() if is_experts(module)}
         self.linears = InputStatistics({name: m for name, m in modules.items() if name not in self._modules})
-        self.experts = {name: RoutedInputs(int(module.num_experts)) for name, module in self._modules.items()}  # type: ignore[arg-type]
+        self.experts, self.held_out_experts = (
+            {name: RoutedInputs(int(module.num_experts)) for name, module in self._modules.items()}  # type: ignore[arg-type]
+            for _ in range(2)
+        )
         self._handles: list = []
 
     def __enter__(self) -> LayerStatistics:
@@ -95,9 +102,18 @@ class LayerStatistics:
     def end_batch(self) -> None:
         self.linears.end_batch()
 
+    def device(self) -> torch.device:
+        """Where the modules are."""
+        return next(p.device for m in (*self.linears.modules(), *self._modules.values()) for p in m.parameters())
+
+    def hold_out(self, holding_out: bool) -> None:
+        """Whether what comes is held out: kept apart, to measure errors on inputs that nothing is fitted to."""
+        self.linears.holding_out = holding_out
+
     def _hook(self, name: str):
         def gather(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             given = [*args, *(kwargs[key] for key in ("hidden_states", "top_k_index")[len(args) :])]
-            self.experts[name].add(given[0], given[1])
+            routed = self.held_out_experts if self.linears.holding_out else self.experts
+            routed[name].add(given[0], given[1])
 
         return gather

@@ -21,6 +21,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 
+from ..calibration.distributed import current_ranks
 from ..calibration.layers import find_layers
 from ..calibration.progress import Progress
 from ..config import ARBConfig
@@ -86,6 +87,9 @@ def quantize_checkpoint(
     has done: each finished layer is written there as a whole, and `resume=True` goes on behind the last one. The output
     directory is touched when everything is done.
 
+    Inside `optimum_arb.calibration.distributed.distributed`, all ranks call this and divide the work; the first one
+    writes the model, and each keeps what it has done in a directory of its own, `.NAME.partial-1` and so on.
+
     A model whose layers do not form a chain is binarized with all its weights in memory; a warning says so.
 
     Args:
@@ -114,15 +118,20 @@ def quantize_checkpoint(
     output = Path(output)
     name = os.fspath(model)
     config = ARBConfig() if config is None else config
-    work = WorkDirectory(work_directory(output))
+    ranks = current_ranks()
+    work = WorkDirectory(work_directory(output, ranks.rank))
     if work.exists and not resume:
         raise FileExistsError(
             f"An interrupted run has left its finished layers in {work.path}. Go on with it by resume=True "
             "(--resume), or delete that directory to begin anew."
         )
     staging = work.path / "model"
-    if resume and (done := _finished_before(work, staging, output, config)):
-        return done
+    if resume:
+        before = _finished_before(work, staging, output, config) if ranks.is_first else None
+        if done := ranks.exchange(before, "looking for a finished model")[0]:
+            if not ranks.is_first:
+                work.clear()
+            return done
     check_output_directory(output, overwrite)
     try:
         model_config = AutoConfig.from_pretrained(name)
@@ -140,10 +149,14 @@ def quantize_checkpoint(
                     model_class, name, output, config, dtype, overwrite, device, max_shard_size, processor
                 )
             assert run.weights is not None
-            _write_model(binarized, run.weights, staging, output, name, max_shard_size, processor)
-            files = tuple(sorted(file.relative_to(staging).as_posix() for file in staging.rglob("*") if file.is_file()))
-            work.publish({file: file_digest(staging / file) for file in files})
-            publish(work, staging, output)
+            files: tuple[str, ...] = ()
+            if ranks.is_first:
+                _write_model(binarized, run.weights, staging, output, name, max_shard_size, processor)
+                found = (file.relative_to(staging).as_posix() for file in staging.rglob("*") if file.is_file())
+                files = tuple(sorted(found))
+                work.publish({file: file_digest(staging / file) for file in files})
+                publish(work, staging, output)
+            files = ranks.exchange(files, "writing the model")[0]  # until then, all that is needed to resume is kept
             run.weights.close()
             run.remove_activations()
             work.clear()
@@ -156,10 +169,10 @@ def quantize_checkpoint(
         work.unlock()
 
 
-def work_directory(output: str | os.PathLike) -> Path:
-    """Where an unfinished run into `output` keeps what it has done."""
+def work_directory(output: str | os.PathLike, rank: int = 0) -> Path:
+    """Where an unfinished run into `output` keeps what it has done: each of several ranks in a place of its own."""
     path = Path(output).absolute()
-    return path.parent / f".{path.name}.partial"
+    return path.parent / (f".{path.name}.partial-{rank}" if rank else f".{path.name}.partial")
 
 
 class _Run:
@@ -201,6 +214,11 @@ class _Run:
         self, model: PreTrainedModel, quantizer: ARBHfQuantizer, calibration: dict[str, Any] | None
     ) -> Iterator[dict[str, Any]]:
         """As `optimum_arb.quantizer.Stream` says."""
+        if quantizer.quantization_config.refine == "model":
+            raise NotStreamable("refine='model' tunes all of its layers at once")
+        if quantizer.quantization_config.refine is not None and self._directory is None:
+            # behind a finished layer, the float model's hidden states cannot be computed again
+            self._directory = self.work.path / "activations"
         self.layers = [layer for group in find_layers(model, quantizer.selection.modules()) for layer in group.names]
         source = CheckpointSource(model, self._files, self._load_config, self.layers)
         identity = self._identity(model, quantizer, calibration)
@@ -209,6 +227,9 @@ class _Run:
             self.work.resume(identity)
         else:
             self.work.begin(identity)
+        # of several ranks, one may have been killed before it kept the layer that another one kept last
+        finished = current_ranks().exchange(list(self.work.pieces), "comparing what is finished")
+        self.work.keep(set(finished[0]).intersection(*finished))
         self.resumed = sum(layer in self.work.pieces for layer in self.layers)
         if self._directory is not None:
             self._activations = DiskActivations(self._directory, self.work.activations)
@@ -248,7 +269,9 @@ class _Run:
         own = model.config.to_dict()
         for key in ("quantization_config", "transformers_version", "_name_or_path", "name_or_path"):
             own.pop(key, None)
+        ranks = current_ranks()
         return {
+            **({"ranks": f"{ranks.rank} of {ranks.size}"} if ranks.size > 1 else {}),
             "config": {**config.choices(), "modules_to_not_convert": config.modules_to_not_convert},
             "calibration": calibration,
             "model": {"class": type(model).__name__, "config": _json(own)},
@@ -272,8 +295,8 @@ def _device(device: str | torch.device) -> torch.device:
     """The device of a name; "auto" and the other device maps of accelerate mean the accelerator, if there is one."""
     name = str(device)
     if name in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return calibration_device("auto")
-    return calibration_device({"": int(name) if name.isdigit() else name})
+        return calibration_device("auto", current_ranks())
+    return calibration_device({"": int(name) if name.isdigit() else name}, current_ranks())
 
 
 def _json(value: Any) -> Any:
@@ -358,7 +381,10 @@ def _in_memory(
     began = time.perf_counter()
     model = model_class.from_pretrained(name, quantization_config=config, dtype=dtype, device_map=str(device))
     options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-    save_model(model, _processor(name) if processor is None else processor, output, overwrite, **options)
+    ranks = current_ranks()
+    if ranks.is_first:
+        save_model(model, _processor(name) if processor is None else processor, output, overwrite, **options)
+    ranks.exchange(None, "writing the model")
     quantization: Any = model.config.quantization_config
     files = tuple(sorted(file.name for file in output.iterdir() if file.is_file()))
     return QuantizedCheckpoint(output, model_report(model), quantization, time.perf_counter() - began, 0, files)

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,12 @@ class WorkDirectory:
         """
         self.published = dict(files)
         self._write_manifest()
+
+    def keep(self, parts: Collection[str]) -> None:
+        """Forgets the finished parts that are not among these: another rank of the run has not finished them."""
+        if any(part not in parts for part in self.pieces):
+            self.pieces = {part: piece for part, piece in self.pieces.items() if part in parts}
+            self._write_manifest()
 
     def piece(self, part: str) -> Path:
         """The file of a finished part."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .printing import fields, ratio, size, table
 
 if TYPE_CHECKING:
+    from ..calibration.distributed import Ranks
     from ..report import ModelReport
 
 # Options that go into ARBConfig under their own names.
@@ -29,6 +30,7 @@ CONFIG_OPTIONS = (
     "split_metric",
     "dataset",
     "num_samples",
+    "held_out_samples",
     "sequence_length",
     "batch_size",
     "seed",
@@ -38,15 +40,23 @@ CONFIG_OPTIONS = (
     "rank",
     "factor_bits",
     "scale_bits",
+    "refine",
+    "refine_steps",
+    "refine_learning_rate",
+    "refine_signs",
     "modules_to_not_convert",
     "base_model",
 )
+
+# Errors of a module -> the heads of their columns.
+ERRORS = {"weight_error": "weight error", "output_error": "output error", "held_out_error": "held-out error"}
 
 EXAMPLES = """\
   %(prog)s HuggingFaceTB/SmolLM2-135M-Instruct smollm2-arb --planes 2
   %(prog)s my-model my-model-arb --override down_proj=planes:3 --dataset my-texts.txt
   %(prog)s my-model for-llama-cpp --no-col-scale --no-act-order
-  %(prog)s large-model large-model-arb --device-map cuda --activations-on-disk /scratch --resume"""
+  %(prog)s large-model large-model-arb --device-map cuda --activations-on-disk /scratch --resume
+  torchrun --nproc-per-node 2 -m optimum_arb quantize large-model large-model-arb --device-map cuda"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device-map", default="cpu", metavar="MAP", help="where layers are binarized: cpu (default), cuda, auto"
     )
     other.add_argument("--max-shard-size", metavar="SIZE", help="size of a safetensors file, e.g. 2GB")
+    other.add_argument(
+        "--rank-timeout",
+        type=float,
+        default=3600.0,
+        metavar="SECONDS",
+        help="started by torchrun: how long a process waits for the others (default: 3600)",
+    )
     other.add_argument("--overwrite", action="store_true", help="replace a model that lies in OUT")
     other.add_argument("--resume", action="store_true", help="go on with an interrupted run, if there is one")
     other.add_argument(
@@ -124,6 +141,18 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "exported to GGUF without loss",
     )
     method.add_argument(
+        "--refine",
+        metavar="HOW",
+        help="tune each binarized layer to the float model's outputs (block), and then the whole model (model)",
+    )
+    method.add_argument("--refine-steps", type=int, metavar="N", help="steps of each layer's tuning (default: 400)")
+    method.add_argument(
+        "--refine-learning-rate", type=float, metavar="X", help="of scales and norms, relative (default: 0.005)"
+    )
+    method.add_argument(
+        "--refine-signs", action=argparse.BooleanOptionalAction, help="tune the signs too (default: yes)"
+    )
+    method.add_argument(
         "--modules-to-not-convert", nargs="+", metavar="PATTERN", help="linears to keep in float: suffixes, or re:..."
     )
     method.add_argument(
@@ -136,6 +165,12 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     calibration = parser.add_argument_group("calibration")
     calibration.add_argument("--dataset", metavar="NAME_OR_PATH", help="text to calibrate on (default: wikitext-2)")
     calibration.add_argument("--num-samples", type=int, metavar="N", help="calibration sequences (default: 128)")
+    calibration.add_argument(
+        "--held-out-samples",
+        type=int,
+        metavar="N",
+        help="how many of them nothing is fitted to: the report tells the errors on them too (default: 0)",
+    )
     calibration.add_argument("--sequence-length", type=int, metavar="TOKENS", help="their length (default: 2048)")
     calibration.add_argument("--batch-size", type=int, metavar="N", help="sequences of a batch")
     calibration.add_argument("--seed", type=int, metavar="N", help="seed where samples are drawn (default: 0)")
@@ -143,6 +178,13 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..calibration.distributed import distributed
+
+    with distributed(args.rank_timeout) as ranks:
+        _run(args, ranks)
+
+
+def _run(args: argparse.Namespace, ranks: Ranks) -> None:
     from ..checkpoint.quantize import quantize_checkpoint
     from ..hub import check_access, push_directory
     from ..saving import check_output_directory
@@ -174,6 +216,8 @@ def run(args: argparse.Namespace) -> None:
         max_shard_size=args.max_shard_size,
         processor=load_processor(args.model),
     )
+    if not ranks.is_first:
+        return
     report, seconds = found.report, found.seconds
     if args.push_to_hub:
         options = {"private": args.private or None, "revision": args.revision}
@@ -213,7 +257,11 @@ def build_config(args: argparse.Namespace) -> Any:
     choices: dict[str, Any] = {name: getattr(args, name, None) for name in CONFIG_OPTIONS}
     choices = {name: choice for name, choice in choices.items() if choice is not None}
     if args.no_calibration:
-        given = [name for name in ("dataset", "num_samples", "sequence_length", "seed") if name in choices]
+        given = [
+            name
+            for name in ("dataset", "num_samples", "held_out_samples", "sequence_length", "seed")
+            if name in choices
+        ]
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} does nothing with --no-calibration: give one of the two.")
         choices["dataset"] = None
@@ -240,7 +288,7 @@ def parse_overrides(texts: list[str]) -> dict[str, dict[str, Any]]:
 
 def describe(model: str, out: str, report: ModelReport, seconds: float) -> str:
     """The readable form."""
-    from .inspect import kind_of
+    from ..layer_warnings import kind_of
 
     kinds = defaultdict(list)
     for module in report.modules:
@@ -249,9 +297,9 @@ def describe(model: str, out: str, report: ModelReport, seconds: float) -> str:
     for kind, modules in kinds.items():
         weights, count = sum(m.weights for m in modules), sum(m.stored_bytes for m in modules)
         methods = ", ".join(sorted({f"{m.method} ({m.layout})" for m in modules}))
-        errors = [ratio(_mean([getattr(m, key) for m in modules])) for key in ("weight_error", "output_error")]
+        errors = [ratio(mean([getattr(m, key) for m in modules])) for key in ERRORS]
         rows.append([kind, str(len(modules)), methods, f"{count:,}", f"{8 * count / weights:.4f}", *errors])
-    text = table(["binarized", "modules", "method", "bytes", "bits", "weight error", "output error"], rows)
+    text = table(["binarized", "modules", "method", "bytes", "bits", *ERRORS.values()], rows)
     kept = Counter((kind_of(name), reason) for name, reason in report.kept.items())
     if kept:
         lines = [[kind, str(count), reason] for (kind, reason), count in kept.items()]
@@ -262,12 +310,14 @@ def describe(model: str, out: str, report: ModelReport, seconds: float) -> str:
         ("bytes binarized", f"{report.packed_bytes:,} ({size(report.packed_bytes)})"),
         ("bytes of the model", f"{report.model_bytes:,} ({size(report.model_bytes)}), embeddings included"),
         ("mean output error", ratio(report.mean_output_error)),
+        ("mean held-out error", ratio(report.mean_held_out_error)),
         ("seconds", f"{seconds:.1f}"),
+        *(("LOOKS BROKEN", f"{warning.module}: {warning.message}") for warning in report.warnings),
     ]
     return text + "\n\n" + fields(pairs)
 
 
-def _mean(values: list[float | None]) -> float | None:
+def mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 

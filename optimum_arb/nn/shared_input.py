@@ -6,6 +6,8 @@ take their part when they are called with the same tensor.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,54 +31,80 @@ SHARED_INPUTS = (
 )
 MAX_TOKENS = 4  # of the kernel that computes several weights at once
 
+# Two threads that meet the same layers for the first time would each copy the weights.
+_PREPARING = threading.RLock()
+
 
 class SharedInput:
     """The layers of one input.
 
+    Several threads may run the layers at once: what a thread computed waits for that thread alone. (Compiled code holds
+    what waits within one graph, and shares only where the graph is cut between two of the layers; it then computes each
+    by itself.)
+
     Attributes:
-        layers: at most three, of one layout, block size and number of input features.
-        enabled: False once one of them was called with another input than the first.
+        layers: at most three, of one layout, block size and number of input features; those that still exist.
+        enabled: False once one of them was called with another input than the first, or was replaced.
     """
 
     def __init__(self, layers: list[PackedProduct]):
-        self.layers = layers
+        # weak: the layers hold this object, and a model that is let go of is to free its memory at once, not when
+        # Python's collector of cycles runs next
+        self._layers = [weakref.ref(layer) for layer in layers]
         self.enabled = True
         self._rows = [layer.out_features for layer in layers]
         self._prepared: Prepacked | None = None
-        self._input: torch.Tensor | None = None
-        self._outputs: list[torch.Tensor | None] = []
-        self._source: torch.Tensor | None = None  # the input that was transformed last, and what it became
-        self._transformed: torch.Tensor | None = None
-        self._uses = 0
-        self._alike = True  # as `share_inputs` found them
+        # thread -> the input that it computed for, and the results that its layers have not taken yet
+        self._waiting: dict[int, tuple[torch.Tensor, list[torch.Tensor | None]]] = {}
+        # the same while a graph is traced: reading a thread's number would become a guard of the graph
+        self._traced: tuple[torch.Tensor, list[torch.Tensor | None]] | None = None
+        # thread -> the input that was transformed, what it became, and how many layers have not taken it yet
+        self._transformed: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
+        self._alike = True  # in what the layers do to their input, as `share_inputs` found them
+
+    @property
+    def layers(self) -> list[PackedProduct]:
+        return [layer for layer in [reference() for reference in self._layers] if layer is not None]
 
     def output(self, layer: PackedProduct, x: torch.Tensor) -> torch.Tensor | None:
         """The layer's result for x `[..., K]`; None where the layer has to compute it itself."""
-        if self._input is not None and self._input is not x:
-            self.enabled = False  # cross-attention: key and value have an input of their own
-            self.forget()
-            for each in self.layers:
-                each._looked = False  # for a copy of its own weight alone: the next call that is not compiled
-            return None
-        if self._input is None:
-            self._input = x
-            self._outputs = [*split_results(self._compute(x), x.shape[:-1], self._rows)]
+        tracing = torch.compiler.is_compiling()
+        thread = 0 if tracing else threading.get_ident()
+        waiting = self._traced if tracing else self._waiting.get(thread)
         index = layer.shared_index
-        out, self._outputs[index] = self._outputs[index], None
-        if all(left is None for left in self._outputs):
-            self._input, self._outputs = None, []
+        if waiting is not None and waiting[0] is not x:
+            if waiting[1][index] is not None:  # cross-attention: key and value have an input of their own
+                self._disable()
+                return None
+            waiting = None  # the layer has had its part: what waits is left of a call that an error ended
+        if waiting is None:
+            layers = self.layers
+            if len(layers) < len(self._rows):
+                self._disable()
+                return None
+            waiting = (x, [*split_results(self._compute(x, layers), x.shape[:-1], self._rows)])
+        out, waiting[1][index] = waiting[1][index], None
+        left = None if all(result is None for result in waiting[1]) else waiting
+        if tracing:
+            self._traced = left
+        elif left is not None:
+            self._waiting[thread] = left
+        else:
+            self._waiting.pop(thread, None)
         return out
 
     def transformed(self, x: torch.Tensor, change: InputTransform) -> torch.Tensor:
         """What becomes of an input, computed once for all layers that are called with it one after another."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self._still_alike():
             return change(x)  # what is kept must not outlive its graph
-        if self._source is not x or self._transformed is None:
-            self._source, self._transformed, self._uses = x, change(x), 0
-        result = self._transformed
-        self._uses += 1
-        if self._uses == len(self.layers):
-            self._source = self._transformed = None
+        thread = threading.get_ident()
+        source, result, left = self._transformed.get(thread, (None, None, 0))
+        if result is None or source is not x:
+            result, left = change(x), len(self._rows)
+        if left > 1:
+            self._transformed[thread] = (x, result, left - 1)
+        else:
+            self._transformed.pop(thread, None)
         return result
 
     def _still_alike(self) -> bool:
@@ -86,10 +114,16 @@ class SharedInput:
             self.enabled = self.enabled and self._alike
         return self._alike
 
-    def _compute(self, x: torch.Tensor) -> torch.Tensor:
+    def _disable(self) -> None:
+        self.enabled = False
+        self.forget()
+        for layer in self.layers:
+            layer._looked = False  # for a copy of its own weight alone: the next call that is not compiled
+
+    def _compute(self, x: torch.Tensor, layers: list[PackedProduct]) -> torch.Tensor:
         """The layers' results one after another, a vector."""
-        first = self.layers[0]
-        biases: list[torch.Tensor] = [layer.bias for layer in self.layers if layer.bias is not None]
+        first = layers[0]
+        biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         bias = torch.cat(biases) if biases else None
         change = first.input_transform()
         if change is not None:
@@ -100,7 +134,7 @@ class SharedInput:
             return run_prepared(x.reshape(-1, x.shape[-1]), self._prepared, bias, tuple(self._rows))
         tensors: list[list[torch.Tensor]] = []
         for name in packing.TENSOR_NAMES:
-            found = [layer.operand(name) for layer in self.layers]
+            found = [layer.operand(name) for layer in layers]
             tensors.append([tensor for tensor in found if tensor is not None])
         return torch.ops.optimum_arb.shared_input_linear(
             x, *tensors, bias, first.layout.name, first.block_size, first.backend
@@ -111,10 +145,12 @@ class SharedInput:
         from ..ops.backends.triton import prepack
         from ..ops.backends.triton.dispatch import prepare
 
-        weights = [packed_weight(layer) for layer in self.layers]
+        layers = self.layers
+        weights = [packed_weight(layer) for layer in layers]
+        whole = len(layers) == len(self._rows)
         if not self._still_alike() or not self.enabled:
             prepack.drop(weights)
-        elif any(layer.is_offloaded for layer in self.layers) or len({w.weight.device for w in weights}) > 1:
+        elif not whole or any(layer.is_offloaded for layer in layers) or len({w.weight.device for w in weights}) > 1:
             self.enabled = False
         else:
             self._prepared = prepare(weights)
@@ -123,8 +159,9 @@ class SharedInput:
 
     def forget(self) -> None:
         """Drops what was computed and prepared: a layer's tensors have changed."""
-        self._prepared = self._input = self._source = self._transformed = None
-        self._outputs = []
+        self._prepared = self._traced = None
+        self._waiting.clear()
+        self._transformed.clear()
         self._alike = False  # has to be looked at again
 
 
@@ -194,10 +231,11 @@ def prepare_layer(layer: PackedProduct) -> Prepacked | None:
         return None
     from ..ops.backends.triton.dispatch import prepare
 
-    shared = layer.shared_input
-    if shared is not None and shared.prepare():
-        return None
-    return prepare([weight])
+    with _PREPARING:
+        shared = layer.shared_input
+        if shared is not None and shared.prepare():
+            return None
+        return prepare([weight])
 
 
 def run_prepared_layer(x: torch.Tensor, prepared: Prepacked, bias: torch.Tensor | None) -> torch.Tensor:

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import sys
+import threading
 import types
 import weakref
 
@@ -71,7 +72,7 @@ def test_computed_once():
     together = shared(found)
     times = []
     compute = together._compute
-    together._compute = lambda x: times.append(1) or compute(x)
+    together._compute = lambda *args: times.append(1) or compute(*args)
     for _ in range(2):
         x = torch.randn(1, 300)
         for layer in found:
@@ -85,8 +86,7 @@ def test_nothing_is_kept_when_all_have_theirs():
     x = torch.randn(1, 300)
     kept = weakref.ref(x)
     results = [together.output(layer, x) for layer in found]
-    assert together._input is None
-    assert not together._outputs
+    assert not together._waiting
     kept_result = weakref.ref(results[0])
     del x, results
     gc.collect()
@@ -115,9 +115,69 @@ def test_cross_attention_disables():
     assert torch.equal(together.output(found[0], x), found[0](x))
     assert together.output(found[1], memory) is None
     assert not together.enabled
-    assert together._input is None
-    assert not together._outputs
+    assert not together._waiting
     assert not any(layer._looked for layer in found)
+
+
+def test_a_call_that_an_error_ended_is_forgotten():
+    found = layers()
+    together = shared(found)
+    together.output(found[0], torch.randn(1, 300))
+    x = torch.randn(1, 300)
+    for layer in found:
+        assert torch.equal(together.output(layer, x), layer(x))
+    assert together.enabled
+    assert not together._waiting
+
+
+def test_layers_and_the_object_end_together():
+    """Without the collector of cycles."""
+    found = layers()
+    together = shared(found)
+    together.output(found[0], torch.randn(1, 300))
+    ends = [weakref.ref(together), *(weakref.ref(layer) for layer in found)]
+    gc.disable()
+    try:
+        del together, found
+        assert [end() for end in ends] == [None] * 4
+    finally:
+        gc.enable()
+
+
+def test_a_layer_that_was_replaced():
+    found = layers()
+    together = shared(found)
+    del found[1]
+    assert together.output(found[0], torch.randn(1, 300)) is None
+    assert not together.enabled
+    assert len(together.layers) == 2
+
+
+def test_threads_do_not_meet():
+    """Each between two layers when the other comes: results are of the thread's own input, and sharing goes on."""
+    found = layers(bias=True)
+    together = shared(found)
+    barrier = threading.Barrier(4)
+    failures = []
+
+    def run(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(20):
+            x = torch.randn(1, 300, generator=generator)
+            for layer in found:
+                barrier.wait(10)
+                result = together.output(layer, x)
+                if result is None or not torch.equal(result, layer(x)):
+                    failures.append(seed)
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert together.enabled
+    assert not together._waiting
 
 
 def test_equal_values_are_not_the_same_input():
@@ -138,10 +198,10 @@ def test_changed_tensors_are_forgotten():
     assert together._prepared is None
     together.output(found[0], x)
     found[1].load_state_dict(layers(rows=(7,))[0].state_dict())
-    assert together._input is None
+    assert not together._waiting
     assert torch.equal(together.output(found[1], x), found[1](x))
     found[2].to(torch.bfloat16)
-    assert together._input is None
+    assert not together._waiting
 
 
 class Attention(nn.Module):
@@ -178,7 +238,8 @@ def test_compiles_as_one_graph(backend):
             assert torch.equal(compiled(x), wanted)
     together = model.q_proj.shared_input
     assert together.enabled
-    assert together._input is None
+    assert together._traced is None
+    assert not together._waiting
 
 
 def test_cross_attention_compiles():

@@ -35,8 +35,8 @@ from ...config import ARBConfig
 from ...nn import ARBLinear
 from ...packing import TENSOR_NAMES
 from ...scales import decoded, scale_grids
+from ...slicing import column_obstacle, slice_columns, slice_rows
 from ...stored import StoredLinear, StoredTensor, describe
-from .slicing import column_obstacle, slice_columns, slice_rows
 
 logger = init_logger(f"vllm.{__name__}")
 

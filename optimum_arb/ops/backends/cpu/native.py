@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+import os
 import warnings
 from functools import cache, lru_cache
 from pathlib import Path
@@ -18,8 +19,28 @@ from .plan import Plan, Tiles, full_plan_for, plan_for, tiles_for
 LANES = 16
 # Signs that one thread sums in about 5 microseconds, which is what waking another one costs.
 _SIGNS_PER_THREAD = 2**18
+# In a process that was forked: OpenMP's threads are the parent's and do not exist here, so that waiting for them never
+# ends (torch's own products hang likewise; its data loaders set one thread for that).
+_forked = False
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ZONES = {"all": 0, "rest": 1, "salient": 2}
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _threads(work: int, most: int | None = None) -> int:
+    """Threads for this many signs to sum: those that torch may use, no more than `most`, and not after a fork."""
+    if _forked:
+        return 1
+    available = torch.get_num_threads() if most is None else min(torch.get_num_threads(), most)
+    return max(1, min(available, work // _SIGNS_PER_THREAD))
 
 
 def _fields(kind: type, names: str) -> tuple[tuple[str, type], ...]:
@@ -240,7 +261,7 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, ker
             setattr(problem, field, tensor.data_ptr())
     problem.m = x.shape[0]
     work = problem.m * rows * columns * problem.term_count
-    problem.threads = max(1, min(torch.get_num_threads(), work // _SIGNS_PER_THREAD))
+    problem.threads = _threads(work)
     index = kernels()[best_kernel() if kernel is None else kernel]
     if library.arb_linear(ctypes.byref(problem), index):
         raise MemoryError(f"No memory for the digits of an input of {x.shape[0]} x {columns}: pass fewer rows at once.")
@@ -277,7 +298,7 @@ def dequantize(
     terms = _dequantize_terms(packed.layout.name)
     rows = packed.out_features
     work = rows * tiles.count * tiles.width * len(terms)
-    threads = max(1, min(torch.get_num_threads(), rows, work // _SIGNS_PER_THREAD))
+    threads = _threads(work, rows)
     scales = torch.empty(threads, tiles.blocks * packed.layout.row_scales)
     problem = _Dequantize(
         weight=weight.data_ptr(),

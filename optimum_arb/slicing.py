@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
-from ...layout import Layout
-from ...packing import block_count, pack_bits, packed_bytes, tile_width, unpack_bits
+from .layout import Layout
+from .packing import block_count, pack_bits, packed_bytes, tile_width, unpack_bits
 
 # The tensors that have a row for each output; the others are shared by all outputs.
 ROW_TENSORS = ("weight", "row_scale", "salient_weight")
@@ -23,7 +23,7 @@ def slice_rows(tensors: Mapping[str, torch.Tensor], rows: torch.Tensor) -> dict[
     return {name: tensor.index_select(0, rows) if name in ROW_TENSORS else tensor for name, tensor in tensors.items()}
 
 
-def column_obstacle(tensors: Mapping[str, torch.Tensor], in_features: int, block_size: int, parts: int) -> str | None:
+def column_obstacle(tensors: Collection[str], in_features: int, block_size: int, parts: int) -> str | None:
     """Why a packed weight cannot be cut into `parts` equal ranges of columns; None where it can.
 
     Each part must be a weight of the same layout: whole blocks of columns (whole packing tiles where a block is the

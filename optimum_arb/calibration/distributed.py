@@ -1,0 +1,368 @@
+"""Calibration and fit on several processes, one for each GPU of a host or of several, through torch.distributed.
+
+    torchrun --nproc-per-node 2 -m optimum_arb quantize MODEL OUT --device-map cuda
+
+Every rank walks over the whole model, with its share of the batches: what it computes of a layer are its batches'
+products, which are summed over the ranks, and the fit of its share of the layer's linears, which the ranks exchange
+packed. So every rank ends with the same binarized model, and it is the one that a single process makes.
+
+The ranks meet at the same places, and at each they tell each other of errors first: if one fails, wherever that is, the
+others end with an error that says so, and none waits for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+from ..experts import is_experts
+from .experts import LayerStatistics, RoutedInputs
+from .statistics import Statistic
+
+# Seconds that a rank waits for another one. A layer's fit of a large model takes minutes on one rank while the others
+# have nothing to do.
+TIMEOUT = 3600.0
+
+T = TypeVar("T")
+
+
+class OtherRankFailed(RuntimeError):
+    """Another rank ended with an error, or does not answer."""
+
+
+class Ranks:
+    """The processes of a run; this one alone unless `distributed` says otherwise.
+
+    Attributes:
+        rank: the number of this process.
+        size: how many there are.
+        local_rank: the number of this process on its host.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, timeout: float = TIMEOUT):
+        self.rank = rank
+        self.size = size
+        self.local_rank = local_rank
+        self._timeout = timeout
+        self._groups: dict[str, Any] = {}
+        if size > 1:
+            self._groups["cpu"] = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the one that writes and prints."""
+        return self.rank == 0
+
+    # Who does what
+
+    def batches(self, batches: Sequence[T]) -> Sequence[T]:
+        """This rank's share: whole batches, as one process would run them, neighbours together. Where there are fewer
+        batches than ranks, the last ranks have none."""
+        share, left = divmod(len(batches), self.size)
+        start = self.rank * share + min(self.rank, left)
+        return batches[start : start + share + (self.rank < left)]
+
+    def owners(self, modules: Mapping[str, nn.Module]) -> dict[str, int]:
+        """Name of a linear -> the rank that binarizes it: the largest first, each to the rank with least to do.
+
+        Modules of experts have no owner: `mine` divides their experts.
+        """
+        sizes = {name: _weights(module) for name, module in modules.items() if not is_experts(module)}
+        work = [0] * self.size
+        owners = {}
+        for name in sorted(sizes, key=lambda name: -sizes[name]):
+            owners[name] = min(range(self.size), key=lambda rank: work[rank])
+            work[owners[name]] += sizes[name]
+        return owners
+
+    def mine(self, count: int) -> range:
+        """Which of `count` experts this rank binarizes."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    # Where the ranks meet
+
+    def exchange(self, value: T, doing: str) -> list[T]:
+        """Every rank's value, in the order of the ranks.
+
+        Args:
+            value: anything that can be pickled.
+            doing: what this rank was doing, for the errors.
+
+        Raises:
+            OtherRankFailed: another rank has failed, or does not answer.
+        """
+        if self.size == 1:
+            return [value]
+        return self._exchange(value, None, doing)
+
+    def check_same(self, facts: Mapping[str, Any]) -> None:
+        """Whether all ranks were started alike.
+
+        Args:
+            facts: what a fact is about -> its value, of the first rank's type.
+
+        Raises:
+            ValueError: they differ; the message says in what.
+        """
+        everyone = self.exchange(dict(facts), "comparing how the ranks were started")
+        for rank, other in enumerate(everyone):
+            for name, value in everyone[0].items():
+                if other.get(name) != value:
+                    raise ValueError(
+                        f"Rank {rank} was started with another {name} than rank 0: {_shown(other.get(name))} instead "
+                        f"of {_shown(value)}. Start all ranks with the same command on the same model and versions."
+                    )
+
+    def share(
+        self, modules: dict[str, nn.Module], device: torch.device, records: dict[str, Any]
+    ) -> dict[str, nn.Module]:
+        """The binarized modules of all ranks: those of this one as they are, the others' on `device`.
+
+        Args:
+            modules: of this rank, by their names.
+            device: for the others'.
+            records: what is known of modules by their names; the other ranks' are added.
+        """
+        if self.size == 1:
+            return modules
+        own = {}
+        for name, module in modules.items():
+            file = io.BytesIO()
+            torch.save(module, file)
+            own[name] = (file.getvalue(), records.get(name))
+        result = {}
+        for rank, found in enumerate(self.exchange(own, "exchanging binarized linears")):
+            for name, (data, record) in found.items():
+                if rank != self.rank:
+                    # made by a process of this very run
+                    result[name] = torch.load(io.BytesIO(data), map_location=device, weights_only=False)
+                    if record is not None:
+                        records[name] = record
+        return modules | result
+
+    def merge(self, values: dict[Any, T], doing: str) -> dict[Any, T]:
+        """The entries of all ranks; of equal keys, the first rank's."""
+        merged: dict[Any, T] = {}
+        for found in self.exchange(values, doing):
+            merged = {**found, **merged}
+        return merged
+
+    def sum_statistics(self, statistics: LayerStatistics, owners: Mapping[str, int]) -> None:
+        """Puts the sums over all ranks in the place of this rank's, on the ranks that will need them.
+
+        Args:
+            statistics: what this rank gathered of a layer.
+            owners: as `owners` returned them.
+        """
+        if self.size == 1:
+            return
+        linears = statistics.linears
+        own = {name: (leader, *_about(linears.statistic(name))) for name, leader in linears.leaders().items()}
+        everyone = self.exchange(own, "gathering the statistics of a layer")
+        found: dict[str, tuple[str, int]] = {}
+        tokens: dict[str, int] = {}
+        for other in everyone:
+            for name, (leader, features, count) in other.items():
+                known = found.setdefault(name, (leader, features))
+                if known[0] != leader:
+                    raise RuntimeError(
+                        f"{name} shares its input with {leader} in the batches of one rank and with {known[0]} in "
+                        "those of another: its calibration matrix cannot be gathered. Run it in one process."
+                    )
+                tokens[name] = tokens.get(name, 0) + count
+        sums: dict[str, Statistic] = {}
+        for leader in dict.fromkeys(leader for leader, _ in found.values()):
+            members = [name for name, (other, _) in found.items() if other == leader]
+            statistic = linears.statistic(leader) or Statistic(found[leader][1], statistics.device())
+            needed = sorted({owners[name] for name in members})
+            self._sum(statistic.total, needed, leader)
+            statistic.tokens = tokens[leader]
+            sums |= dict.fromkeys(members, statistic)
+        linears.assign(sums)
+        for name, routed in statistics.experts.items():
+            statistics.experts[name] = self._all_inputs(routed)
+
+    # The collectives
+
+    def _sum(self, total: torch.Tensor, needed: Sequence[int], name: str) -> None:
+        """The sum over the ranks, in place, on the ranks that need it; what the others hold then means nothing."""
+        group = self._group(total.device)
+        with self._answered(f"summing the statistics of {name}"):
+            if len(needed) == 1:
+                dist.reduce(total, needed[0], group=group)
+            else:
+                dist.all_reduce(total, group=group)
+
+    def _all_inputs(self, routed: RoutedInputs) -> RoutedInputs:
+        """The inputs of experts of all ranks in the order of the batches, on every rank."""
+        own = routed.gathered()
+        shapes = self.exchange([(tuple(t.shape), t.dtype) for t in own] if own else None, "gathering inputs of experts")
+        result = RoutedInputs(routed.experts)
+        for rank, described in enumerate(shapes):
+            if described is None:
+                continue
+            tensors = own if rank == self.rank else [torch.empty(shape, dtype=dtype) for shape, dtype in described]
+            assert tensors is not None
+            with self._answered("gathering the inputs of experts"):
+                for tensor in tensors:
+                    if tensor.numel():  # as bytes: gloo does not know every dtype
+                        dist.broadcast(tensor.view(-1).view(torch.uint8), rank, group=self._groups["cpu"])
+            result.add(*tensors)
+        return result
+
+    def _exchange(self, value: T, error: str | None, doing: str) -> list[T]:
+        gathered: list[Any] = [None] * self.size
+        with self._answered(doing):
+            dist.all_gather_object(gathered, (value, error), group=self._groups["cpu"])
+        failed = {rank: said for rank, (_, said) in enumerate(gathered) if said is not None}
+        if failed and error is None:
+            rank = min(failed)
+            raise OtherRankFailed(f"Rank {rank} of {self.size} ended with an error: {failed[rank]}")
+        return [found for found, _ in gathered]
+
+    def _group(self, device: torch.device) -> Any:
+        if device.type != "cpu" and device.type not in self._groups:
+            backend = {"cuda": "nccl", "xpu": "xccl"}.get(device.type, "gloo")
+            self._groups[device.type] = dist.new_group(backend=backend, timeout=timedelta(seconds=self._timeout))
+        return self._groups[device.type]
+
+    @contextmanager
+    def _answered(self, doing: str) -> Iterator[None]:
+        """Says in plain words what it means when a collective fails."""
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, OtherRankFailed):
+                raise
+            raise OtherRankFailed(
+                f"Rank {self.rank} got no answer from another rank while {doing}: it was ended, or took longer than "
+                f"{self._timeout:g} seconds. Look at what the other ranks said, or allow more by a longer timeout. "
+                f"({_first_line(error)})"
+            ) from error
+
+    def _tell(self, error: BaseException) -> None:
+        """Lets the other ranks know that this one ends: they are at their next meeting, or will be."""
+        if self.size > 1 and not isinstance(error, OtherRankFailed):
+            with suppress(RuntimeError):  # where the others are gone, this rank's own error is the one to see
+                self._exchange(None, f"{type(error).__name__}: {_first_line(error)}", "ending")
+
+
+_current: ContextVar[Ranks | None] = ContextVar("optimum_arb_ranks", default=None)
+
+
+def current_ranks() -> Ranks:
+    """The ranks of the `distributed` context that is open; this process alone without one."""
+    return _current.get() or Ranks()
+
+
+def started_by_torchrun() -> int:
+    """How many processes torchrun (or another launcher that sets its variables) started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+@contextmanager
+def distributed(timeout: float = TIMEOUT) -> Iterator[Ranks]:
+    """Inside this context, the processes that torchrun started binarize a model together.
+
+        with distributed() as ranks:
+            model = AutoModelForCausalLM.from_pretrained(name, quantization_config=ARBConfig(), device_map="cuda")
+            if ranks.is_first:
+                model.save_pretrained(out)
+
+    All processes must do the same; each has the whole binarized model at the end. Without torchrun, or with one
+    process, nothing is different.
+
+    Args:
+        timeout: seconds that a rank waits for the others before it gives up.
+
+    Raises:
+        OtherRankFailed: another rank failed; its own error is raised there.
+        ValueError: there are more processes on this host than GPUs, or the timeout is not positive.
+    """
+    if not timeout > 0:
+        raise ValueError(f"timeout={timeout!r} must be a positive number of seconds.")
+    size = started_by_torchrun()
+    if size == 1 or _current.get() is not None:
+        yield _current.get() or Ranks()
+        return
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+    own = not dist.is_initialized()
+    if own:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank, timeout)
+    token = _current.set(ranks)
+    bars = is_progress_bar_enabled()
+    if not ranks.is_first:
+        disable_progress_bar()
+    try:
+        yield ranks
+        ranks.exchange(None, "ending")
+    except BaseException as error:
+        ranks._tell(error)
+        raise
+    finally:
+        _current.reset(token)
+        if bars:
+            enable_progress_bar()
+        if own:
+            dist.destroy_process_group()
+
+
+def local_device(device: torch.device, ranks: Ranks) -> torch.device:
+    """The device of its kind that is this rank's.
+
+    Raises:
+        ValueError: this host has fewer of them than processes.
+    """
+    if ranks.size == 1 or device.type == "cpu":
+        return device
+    count = torch.accelerator.device_count()
+    if ranks.local_rank >= count:
+        raise ValueError(
+            f"Process {ranks.local_rank} of this host has no GPU of its own: there are {count}. Start at most "
+            f"{count} processes: torchrun --nproc-per-node {count}."
+        )
+    return torch.device(device.type, ranks.local_rank)
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Tells models apart: a hash of the names, shapes and dtypes of all tensors, and of the first numbers of each."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            if not tensor.is_meta:
+                first = tensor.detach().reshape(-1)[:64].cpu().contiguous()
+                digest.update(first.view(torch.uint8).numpy().tobytes() if first.numel() else b"")
+    return digest.hexdigest()
+
+
+def _weights(module: nn.Module) -> int:
+    weight = module._parameters.get("weight")
+    return 0 if weight is None else math.prod(weight.shape)
+
+
+def _about(statistic: Statistic | None) -> tuple[int, int]:
+    assert statistic is not None
+    return statistic.total.shape[0], statistic.tokens
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:2000]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."

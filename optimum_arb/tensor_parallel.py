@@ -1,0 +1,419 @@
+"""Packed layers in transformers' tensor parallelism: what a rank keeps of them, and what the ranks exchange.
+
+transformers' styles ("colwise", "rowwise", ...) shard every parameter of a layer along one dimension. A packed layer
+has parameters with a row for each output, others with a column for each input, and lists that belong to the whole
+layer. So the styles are wrapped: for packed layers the rules are those below, for every other module they are
+transformers'. Parameters are marked as `DTensor`s before the checkpoint is read, of which each rank then reads its part
+alone; once they are loaded, each rank has an ordinary `ARBLinear` of its own rows or columns.
+
+| style | packed linear | exchanged |
+|---|---|---|
+| colwise | its rows are divided | nothing |
+| colwise_gather_output | its rows are divided | the outputs are gathered |
+| rowwise | its columns are divided, where these are whole blocks in the order of the inputs | the outputs are summed |
+| rowwise, otherwise | its rows are divided | the inputs are gathered, and so are the outputs |
+| moe_tp_experts | the experts are divided | the outputs are summed |
+
+Of a product of two sign matrices, the rows of the outer or the columns of the inner one are divided, and every rank
+has the other as a whole. "Otherwise" are salient columns, inputs that are mixed by a transform, and columns that are
+stored in order of activation: each block then holds columns of every rank. Against the sum over ranks that costs one
+more gather of the input, and nothing is stored or computed twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
+
+from .nn import ARBExperts, ARBFactorizedLinear, ARBLinear
+from .slicing import ROW_TENSORS, column_obstacle
+
+_STYLES = (
+    "colwise",
+    "colwise_rep",
+    "colwise_gather_output",
+    "rowwise",
+    "rowwise_rep",
+    "rowwise_split_input",
+    "packed_colwise",
+    "packed_rowwise",
+    "moe_tp_experts",
+)
+# Where a packed module remembers what of it other ranks hold: name of a parameter -> mesh, placements, shape, stride.
+_SHARDS = "_arb_shards"
+# Where it notes that its parameters were divided by the rules of this file.
+_RULE = "_arb_rule"
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
+# The parameters that have a row for each output, and those that have a column for each input.
+_ROW_PARAMETERS = frozenset(name if name == "weight" else f"weight_{name}" for name in ROW_TENSORS)
+_COLUMN_PARAMETERS = ("weight", "weight_row_scale", "weight_col_scale")
+# Packed tensors that are columns, or that every rank can have as a whole: not the salient columns, which lie unevenly
+# among the ranks, nor what reorders or mixes the inputs.
+_DIVISIBLE = frozenset(
+    ("weight", "row_scale", "col_scale", "scale_grid", "inner", "inner_row_scale", "inner_col_scale")
+)
+_COLUMN_PARAMETERS_OF_FACTORS = ("weight_inner", "weight_inner_col_scale")
+
+
+def prepare(model: PreTrainedModel, pre_quantized: bool) -> None:
+    """Before a model is divided and loaded: teaches transformers' styles how packed layers are divided.
+
+    Args:
+        model: on the meta device, its packed modules in their places.
+        pre_quantized: whether it is loaded binarized.
+
+    Raises:
+        ValueError: a form of parallelism that packed layers do not have, or a model that is to be binarized.
+    """
+    config = getattr(model.config, "distributed_config", None)
+    sizes = {name: getattr(config, name, None) or 1 for name in ("tp_size", "ep_size", "fsdp_size", "pp_size")}
+    sizes["dp_replicate_size"] = getattr(config, "dp_replicate_size", None) or 1
+    if max(sizes.values()) == 1:
+        return
+    if not pre_quantized:
+        raise ValueError(
+            "A model cannot be binarized while it is divided over several ranks: each would calibrate a part of every "
+            "layer. Binarize it without distributed_config (several GPUs: torchrun -m optimum_arb quantize), save it, "
+            "and load the saved model with distributed_config."
+        )
+    for name in ("fsdp_size", "pp_size", "dp_replicate_size"):
+        if sizes[name] > 1:
+            raise ValueError(
+                f"{name}={sizes[name]}: a binarized model is divided by tp_size (and ep_size) alone. Leave {name} out, "
+                "or load the model with device_map."
+            )
+    follows = hasattr(HfQuantizer, "update_parallel_plan")  # since 5.21 a plan is extended to the companions
+    dispatches = "ep_dispatch_experts" in (getattr(model, "ep_plan", None) or {}).values()
+    if sizes["ep_size"] > 1 and not (follows and dispatches):
+        raise ValueError(
+            f"ep_size={sizes['ep_size']}: {type(model).__name__} has no expert plan that packed experts can follow in "
+            "this version of transformers. Use tp_size alone, which divides the experts too."
+        )
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+    for name in _STYLES:
+        if name in ALL_PARALLEL_STYLES and not isinstance(ALL_PARALLEL_STYLES[name], _PackedStyle):
+            ALL_PARALLEL_STYLES[name] = _PackedStyle(name, ALL_PARALLEL_STYLES[name])
+
+
+def localize(model: nn.Module) -> None:
+    """After a divided model has loaded: each packed module becomes an ordinary one of this rank's part.
+
+    Raises:
+        ValueError: a packed module was divided by a style that is not for packed layers.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (ARBLinear, ARBExperts)):
+            shards = {}
+            parameters: list[tuple[str, Any]] = list(module.named_parameters(recurse=False))
+            for key, parameter in parameters:
+                if not hasattr(parameter, "placements"):
+                    continue
+                mesh, placements = parameter.device_mesh, tuple(parameter.placements)
+                shards[key] = (mesh, placements, tuple(parameter.shape), tuple(parameter.stride()))
+                local = nn.Parameter(parameter.to_local().detach(), requires_grad=parameter.requires_grad)
+                module.register_parameter(key, local)
+            if shards:
+                _check_rule(name, module)
+                module.__dict__[_SHARDS] = shards
+                _shrink(module)
+
+
+def is_divided(module: nn.Module) -> bool:
+    """Whether other ranks hold a part of a packed module."""
+    return _SHARDS in module.__dict__
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, Any] | None:
+    """The state dict of a divided model, in which transformers gathers what other ranks hold; None for any other.
+
+    Every rank must ask for it, and save what it gets.
+    """
+    from torch.distributed.tensor import DTensor
+
+    divided = {name: module for name, module in model.named_modules() if is_divided(module)}
+    if not divided:
+        return None
+    state = model.state_dict()
+    for name, module in divided.items():
+        for key, (mesh, placements, shape, stride) in module.__dict__[_SHARDS].items():
+            whole = f"{name}.{key}" if name else key
+            part = state[whole].detach()
+            short = part.dtype == torch.int16  # neither gloo nor NCCL moves it
+            tensor = DTensor.from_local(
+                part.int() if short else part,
+                mesh,
+                placements,
+                run_check=False,
+                shape=torch.Size(shape),
+                stride=stride,
+            )
+            state[whole] = tensor.full_tensor().to(part.dtype) if short else tensor
+    return state
+
+
+class _PackedStyle:
+    """One of transformers' styles, with the rules of this file for packed modules.
+
+    Args:
+        name: of the style.
+        style: transformers' own, for all other modules.
+    """
+
+    def __init__(self, name: str, style: Any):
+        self.name = name
+        self.style = style
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "style":
+            raise AttributeError(name)
+        return getattr(self.style, name)
+
+    def validate_param(self, module: nn.Module, param: str, mesh: Any, parameter_name: str | None = None) -> None:
+        """Raises ValueError where a packed module cannot be divided by this style among so many ranks."""
+        if not isinstance(module, (ARBLinear, ARBExperts)):
+            self.style.validate_param(module, param, mesh, parameter_name=parameter_name)
+            return
+        where = (parameter_name or param).rpartition(".")[0]
+        if isinstance(module, ARBExperts):
+            if module.num_experts < mesh.size():
+                raise ValueError(f"{where}: {module.num_experts} experts cannot be divided among {mesh.size()} ranks.")
+        elif self.name not in _STYLES[:6]:
+            raise ValueError(
+                f"{where}: a packed linear cannot be divided by the style {self.name!r}. Give it another one, for "
+                f"instance DistributedConfig(tp_plan={{'{where}': 'colwise_gather_output'}}) with * for the layer."
+            )
+        elif module.out_features < mesh.size():
+            raise ValueError(f"{where}: {module.out_features} outputs cannot be divided among {mesh.size()} ranks.")
+
+    def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
+        """Marks a parameter as divided, or leaves it whole."""
+        if isinstance(module, ARBExperts):
+            dim: int | None = 0
+        elif isinstance(module, ARBLinear):
+            if self._by_columns(module, mesh):
+                factors = isinstance(module, ARBFactorizedLinear)
+                whole_row = param == "weight_row_scale" and module.block_size == -1
+                has_columns = param in (_COLUMN_PARAMETERS_OF_FACTORS if factors else _COLUMN_PARAMETERS)
+                dim = 1 if has_columns and not whole_row else None
+            else:
+                dim = 0 if param in _ROW_PARAMETERS or param == "bias" else None
+        else:
+            self.style.shard_param(module, param, mesh)
+            return
+        module.__dict__[_RULE] = self.name
+        parameter = module._parameters.get(param)
+        if dim is None or parameter is None or hasattr(parameter, "placements"):
+            return
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        divided = distribute_tensor(parameter, mesh, [Shard(dim)], src_data_rank=None)
+        module._parameters[param] = nn.Parameter(divided, requires_grad=parameter.requires_grad)
+
+    def install_forward(self, module: nn.Module, mesh: Any, **kwargs: Any) -> nn.Module:
+        """Puts what the ranks exchange around the module's forward."""
+        if isinstance(module, ARBExperts):
+            forward = _divided_experts(module, mesh)
+        elif not isinstance(module, ARBLinear):
+            return self.style.install_forward(module, mesh, **kwargs)
+        elif self.name.startswith("colwise"):
+            forward = _divided_rows(module, mesh, gather_input=False, gather_output=self.name != "colwise")
+        elif self._by_columns(module, mesh):
+            forward = _divided_columns(module, mesh, split_input=self.name != "rowwise")
+        else:
+            forward = _divided_rows(module, mesh, gather_input=self.name == "rowwise", gather_output=True)
+        module.__dict__["forward"] = forward
+        return module
+
+    def _by_columns(self, module: ARBLinear, mesh: Any) -> bool:
+        """Whether the columns are divided: in a rowwise style, where the parts are packed weights themselves."""
+        tensors = module.packed()
+        if self.name.startswith("colwise") or not tensors.keys() <= _DIVISIBLE:
+            return False
+        return column_obstacle(tensors, module.in_features, module.block_size, mesh.size()) is None
+
+
+def _check_rule(name: str, module: nn.Module) -> None:
+    if _RULE not in module.__dict__ and not isinstance(module, ARBExperts):  # of experts, ep_plan divides them too
+        raise ValueError(
+            f"{name}: it is packed, and was divided by a style that is not for packed layers. Use the model's own plan "
+            "(tp_plan='auto'), or one of " + ", ".join(_STYLES[:6]) + "."
+        )
+
+
+def _shrink(module: ARBLinear | ARBExperts) -> None:
+    """Sets a module's sizes to those of this rank's part."""
+    if isinstance(module, ARBLinear):
+        mesh, placements, *_ = next(iter(module.__dict__[_SHARDS].values()))
+        if placements[0].dim == 1:
+            module.in_features //= mesh.size()
+        module.out_features = module.weight.shape[0]
+        return
+    experts = next(len(module.get_parameter(name)) for name in module.float_matrices)
+    module.num_experts = experts
+    module.__dict__["_is_expert_parallel"] = True  # transformers' own forward, of backend="dequantize", asks for it
+    module.forms = {name: dataclasses.replace(form, experts=experts) for name, form in module.forms.items()}
+    module.float_matrices = {
+        name: dataclasses.replace(matrix, experts=experts) for name, matrix in module.float_matrices.items()
+    }
+
+
+# What the ranks exchange around a forward
+
+
+class _SumGradients(torch.autograd.Function):
+    """x as it is; its gradient is the sum of the ranks'."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple:
+        grad = grads[0].contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of the ranks' x; every rank has the same gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
+        out = x.clone()
+        dist.all_reduce(out, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple:
+        return grads[0], None
+
+
+class _Gather(torch.autograd.Function):
+    """The ranks' x side by side along the last dimension; the gradient is cut again, summed over the ranks if asked."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Any, size: int, sum_gradients: bool) -> torch.Tensor:
+        ctx.group, ctx.width, ctx.sum_gradients = group, _width(size, group), sum_gradients
+        return _gathered(x, group, size)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple:
+        grad = grads[0]
+        if ctx.sum_gradients:
+            grad = grad.contiguous()
+            dist.all_reduce(grad, group=ctx.group)
+        start = min(ctx.width * dist.get_rank(ctx.group), grad.shape[-1])
+        return grad[..., start : start + ctx.width].contiguous(), None, None, None
+
+
+def _width(size: int, group: Any) -> int:
+    """How many of `size` a rank holds; the last ranks may hold fewer. As `DTensor` divides."""
+    return -(-size // dist.get_world_size(group))
+
+
+def _gathered(x: torch.Tensor, group: Any, size: int) -> torch.Tensor:
+    """The ranks' x side by side, `[..., size]`."""
+    ranks, width = dist.get_world_size(group), _width(size, group)
+    if x.shape[-1] < width:
+        x = nn.functional.pad(x, (0, width - x.shape[-1]))
+    x = x.contiguous()
+    out = x.new_empty(ranks * x.shape[0], *x.shape[1:]) if x.dim() > 1 else x.new_empty(ranks * x.shape[0])
+    _all_gather(out, x, group=group)
+    out = out.view(ranks, *x.shape).movedim(0, -2).flatten(-2)
+    # the padding lies at the end of each rank's part, and only the last parts have any
+    if ranks * width != size:
+        parts = [out[..., rank * width : min((rank + 1) * width, size)] for rank in range(ranks)]
+        out = torch.cat([part for part in parts if part.shape[-1]], -1)
+    return out
+
+
+def _has_grad(x: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _plain(x: torch.Tensor, size: int) -> tuple[torch.Tensor, bool]:
+    """A module's input as a plain tensor, and whether it is this rank's part alone."""
+    if hasattr(x, "placements"):
+        from torch.distributed.tensor import Replicate
+
+        x = x.redistribute(placements=[Replicate()] * x.device_mesh.ndim).to_local()  # type: ignore[attr-defined]
+    return x, x.shape[-1] != size
+
+
+def _divided_rows(module: ARBLinear, mesh: Any, gather_input: bool, gather_output: bool) -> Callable[..., torch.Tensor]:
+    """The forward of a linear of which each rank has some rows."""
+    own, group = module.forward, mesh.get_group()
+    inputs, outputs = module.in_features, module.out_features
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        x, part = _plain(x, inputs)
+        if gather_input and part:
+            x = _Gather.apply(x, group, inputs, True) if _has_grad(x) else _gathered(x, group, inputs)
+        elif _has_grad(x):
+            x = _SumGradients.apply(x, group)
+        out = own(x)
+        if not gather_output:
+            return out
+        return _Gather.apply(out, group, outputs, False) if _has_grad(out) else _gathered(out, group, outputs)
+
+    return forward
+
+
+def _divided_columns(module: ARBLinear, mesh: Any, split_input: bool) -> Callable[..., torch.Tensor]:
+    """The forward of a linear of which each rank has some columns. The bias is added once, to the sum."""
+    own, group = module.forward, mesh.get_group()
+    inputs = module.in_features
+    width = inputs // mesh.size()
+    start = width * mesh.get_local_rank()
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        x, part = _plain(x, inputs)
+        if not part and (split_input or width != inputs):
+            x = _SumGradients.apply(x, group) if _has_grad(x) else x
+            x = x[..., start : start + width]
+        bias = module._parameters["bias"]
+        module._parameters["bias"] = None
+        try:
+            out = own(x)
+        finally:
+            module._parameters["bias"] = bias
+        if _has_grad(out):
+            out = _Sum.apply(out, group)
+        else:
+            out = out.contiguous()
+            dist.all_reduce(out, group=group)
+        return out if bias is None else out + bias.to(out.dtype)
+
+    return forward
+
+
+def _divided_experts(module: ARBExperts, mesh: Any) -> Callable[..., torch.Tensor]:
+    """The forward of experts of which each rank has some, whole ones."""
+    own, group = module.forward, mesh.get_group()
+    width = -(-module.num_experts // mesh.size())
+    start = width * mesh.get_local_rank()
+    count = max(0, min(width, module.num_experts - start))
+
+    def forward(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if _has_grad(hidden):
+            hidden = _SumGradients.apply(hidden, group)
+        if _has_grad(weights):
+            weights = _SumGradients.apply(weights, group)
+        elsewhere = (index < start) | (index >= start + count)
+        out = own(hidden, (index - start).masked_fill(elsewhere, count), weights.masked_fill(elsewhere, 0.0))
+        if _has_grad(out):
+            return _Sum.apply(out, group)
+        out = out.contiguous()
+        dist.all_reduce(out, group=group)
+        return out
+
+    return forward

@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from optimum_arb.algorithms import output_error
+from optimum_arb.algorithms.admm import _Terms, admm_planes
+from optimum_arb.algorithms.compensation import binarize_blocks
+from optimum_arb.algorithms.hessian import prepare_hessian
+from optimum_arb.algorithms.planes import fit_planes
+from optimum_arb.algorithms.refinement import refine_blocks
+
+
+def total(fits):
+    return torch.cat([fit.reconstruction() for fit in fits], 1)
+
+
+@pytest.fixture
+def prepared(hessian):
+    return prepare_hessian(hessian, 0.01, act_order=False)
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3])
+@pytest.mark.parametrize("block_size", [128, 320])
+def test_beats_the_block_loop(weight, prepared, planes, block_size):
+    def fit_block(block, start, stop):
+        fit = fit_planes(block, prepared.factor[start:stop, start:stop], planes, 2)
+        return fit.reconstruction(), fit
+
+    loop = binarize_blocks(weight.clone(), prepared, block_size, "exact", fit_block)
+    search = admm_planes(weight, prepared.damped, block_size, planes, 20)
+    errors = []
+    for fits in (loop, search):
+        refine_blocks(weight, prepared, block_size, fits, 2)
+        errors.append(output_error(weight, total(fits), prepared.damped))
+    assert errors[1] < 0.97 * errors[0]
+
+
+@pytest.mark.parametrize("col_scale", [True, False])
+@pytest.mark.parametrize("planes", [1, 2])
+def test_a_weight_of_the_form_is_found_again(planes, col_scale):
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.where(torch.rand(planes, 40, 192, generator=generator) < 0.5, 1.0, -1.0)
+    row = (torch.rand(planes, 40, generator=generator) + 0.5) * torch.tensor([1.0, 0.3])[:planes, None]
+    col = torch.rand(planes, 192, generator=generator) + 0.5 if col_scale else torch.ones(planes, 192)
+    weight = torch.einsum("pnk,pn,pk->nk", bits, row, col)
+    fits = admm_planes(weight, torch.eye(192), 192, planes, 40, col_scale)
+    assert output_error(weight, total(fits), None) < 1e-3
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 7, 25])
+def test_any_number_of_iterations(weight, prepared, iterations):
+    fits = admm_planes(weight, prepared.damped, 128, 1, iterations)
+    assert [fit.signs.shape for fit in fits] == [(1, 48, 128), (1, 48, 128), (1, 48, 64)]
+    assert [fit.row.shape for fit in fits] == [(1, 48)] * 3
+    assert all(set(fit.signs.unique().tolist()) == {-1.0, 1.0} for fit in fits)
+    assert output_error(weight, total(fits), prepared.damped) < 1
+    with pytest.raises(ValueError, match="iterations=0"):
+        admm_planes(weight, prepared.damped, 128, 1, 0)
+
+
+def test_without_column_scales_they_stay_one(weight, prepared):
+    fits = admm_planes(weight, prepared.damped, 128, 2, 5, col_scale=False)
+    assert all(torch.equal(fit.col, torch.ones_like(fit.col)) for fit in fits)
+    refine_blocks(weight, prepared, 128, fits, 1, col_scale=False)
+    assert output_error(weight, total(fits), prepared.damped) < 0.2
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_nearest_signs_are_the_nearest(planes):
+    generator = torch.Generator().manual_seed(1)
+    wanted = torch.randn(7, 20, generator=generator)
+    terms = _Terms(wanted, 8, planes, True)
+    terms.row = [row * torch.randn(row.shape, generator=generator) for row in terms.row]  # of any sign
+    terms._nearest_signs(wanted)
+    sizes = torch.stack([terms._size(plane) for plane in range(planes)])
+    patterns = torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * planes).view(-1, planes)
+    best = (torch.einsum("qp,pnk->qnk", patterns, sizes) - wanted).abs().min(0).values
+    torch.testing.assert_close((terms.reconstruction() - wanted).abs(), best)
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_projection_never_moves_away(planes):
+    """Signs, then scales: each step of `nearest` lowers the distance to what is wanted."""
+    generator = torch.Generator().manual_seed(2)
+    wanted = torch.randn(30, 200, generator=generator)
+    terms = _Terms(torch.randn(30, 200, generator=generator), 128, planes, True)
+    last = (wanted - terms.reconstruction()).norm()
+    for _ in range(4):
+        now = (wanted - terms.nearest(wanted)).norm()
+        assert now <= last * (1 + 1e-6)
+        torch.testing.assert_close(now, (wanted - terms.reconstruction()).norm())
+        last = now
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_degenerate_weights_stay_finite(planes):
+    matrix = torch.eye(16) + 0.1
+    for weight in (torch.zeros(4, 16), torch.ones(4, 16), torch.eye(16)[:4]):
+        assert torch.isfinite(total(admm_planes(weight, matrix, 8, planes, 6))).all()
+    assert not total(admm_planes(torch.zeros(4, 16), matrix, 8, planes, 6)).any()

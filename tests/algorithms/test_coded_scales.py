@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from optimum_arb.algorithms import binarize, output_error
+from optimum_arb.algorithms.admm import admm_planes
+from optimum_arb.algorithms.coded_scales import GridRounding, code_scales
+from optimum_arb.algorithms.hessian import prepare_hessian
+from optimum_arb.algorithms.planes import PlanesFit, normalize
+from optimum_arb.algorithms.refinement import refine_blocks
+from optimum_arb.config import ARBConfig
+from optimum_arb.packing import pack, unpack
+from optimum_arb.scales import round_scales
+
+
+def fitted(weight, hessian, planes, col_scale=True):
+    prepared = prepare_hessian(hessian, 0.01, act_order=False)
+    fits = admm_planes(weight, prepared.damped, 128, planes, 8, col_scale)
+    refine_blocks(weight, prepared, 128, fits, 1, col_scale)
+    return prepared, fits
+
+
+def error(weight, prepared, fits):
+    return output_error(weight, torch.cat([fit.reconstruction() for fit in fits], 1), prepared.damped)
+
+
+@pytest.mark.parametrize("col_scale", [True, False])
+@pytest.mark.parametrize("planes", [1, 2])
+def test_scales_are_on_grids_and_the_fit_is_better_than_rounding_alone(weight, hessian, planes, col_scale):
+    prepared, fits = fitted(weight, hessian, planes, col_scale)
+    for fit in fits:
+        normalize(fit)
+    rounding = GridRounding.of(fits, col_scale)
+    rounded = [PlanesFit(fit.signs.clone(), rounding.row(fit.row), rounding.col(fit.col)) for fit in fits]
+    assert error(weight, prepared, rounded) < 1.01 * error(weight, prepared, fits)
+    code_scales(weight, prepared, 128, fits, col_scale)
+    assert error(weight, prepared, fits) < error(weight, prepared, rounded)
+    for fit in fits:
+        assert torch.equal(rounding.row(fit.row), fit.row)
+        assert torch.equal(rounding.col(fit.col), fit.col)
+
+
+def test_rounding_is_that_of_the_file_format(weight, hessian):
+    _, fits = fitted(weight, hessian, 2)
+    for fit in fits:
+        normalize(fit)
+    rounding = GridRounding.of(fits, True)
+    for plane in range(2):
+        row, col = torch.cat([fit.row[plane] for fit in fits]), torch.cat([fit.col[plane] for fit in fits])
+        assert torch.equal(torch.cat([rounding.row(fit.row)[plane] for fit in fits]), round_scales(row))
+        assert torch.equal(torch.cat([rounding.col(fit.col)[plane] for fit in fits]), round_scales(col))
+    some = torch.tensor([[0.0, -0.01], [0.02, 0.0]])
+    assert torch.equal(rounding.row(-some), -rounding.row(some))
+
+
+@pytest.mark.parametrize("block_size", [128, -1])
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_eight_bits_lose_nothing(weight, hessian, planes, block_size):
+    errors, stored = [], []
+    for bits in (16, 8):
+        config = ARBConfig(planes=planes, block_size=block_size, scale_bits=bits)
+        packed = pack(binarize(weight, hessian, config), bits)
+        restored = unpack(packed, config.layout, weight.shape[1], block_size).dequantize()
+        errors.append(output_error(weight, restored, hessian))
+        stored.append(sum(tensor.nbytes for tensor in packed.values()))
+    assert errors[1] < 1.01 * errors[0]
+    assert stored[1] < stored[0]
+
+
+def test_zero_rows_stay_zero(weight, hessian):
+    weight[5] = 0
+    config = ARBConfig(scale_bits=8)
+    packed = pack(binarize(weight, hessian, config), 8)
+    assert not unpack(packed, config.layout, weight.shape[1], 128).dequantize()[5].any()
+
+
+def test_scales_that_no_grid_holds_stay():
+    weight = torch.full((3, 128), 1e-30)
+    prepared = prepare_hessian(torch.eye(128), 0.01, act_order=False)
+    fits = [PlanesFit(torch.ones(1, 3, 128), torch.full((1, 3), 1e-30), torch.ones(1, 128))]
+    code_scales(weight, prepared, 128, fits)
+    torch.testing.assert_close(fits[0].reconstruction(), weight)

@@ -1,0 +1,355 @@
+"""Binarizing one model in several processes (gloo on the CPU)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import check, environment, run_ranks
+from safetensors.torch import load_file
+from tiny_experts import save_moe
+from tiny_models import save_tiny, text, tiny_model, tokens
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from optimum_arb import ARBConfig, model_report
+from optimum_arb.calibration.distributed import (
+    OtherRankFailed,
+    Ranks,
+    current_ranks,
+    distributed,
+    local_device,
+    model_fingerprint,
+)
+from optimum_arb.calibration.statistics import Statistic
+
+# name -> (family, ARBConfig); 8 sequences
+CASES = {
+    "llama": ("LlamaForCausalLM", {"batch_size": 2}),
+    "planes": ("GPT2LMHeadModel", {"batch_size": 3, "planes": 2, "block_size": 64}),
+    # one batch: the second rank only binarizes
+    "one batch": ("LlamaForCausalLM", {"batch_size": 8, "method": "arb-rc", "num_iterations": 2}),
+    "experts": ("MixtralForCausalLM", {"batch_size": 2, "block_size": 64}),
+    # no chain of layers: whole runs of the model
+    "whole runs": ("T5ForConditionalGeneration", {"batch_size": 4}),
+    "data-free": ("LlamaForCausalLM", {"dataset": None}),
+}
+FAILURES = ("start", "forward", "fit", "end", "seed", "tokens", "model")
+
+
+def config(**choices) -> ARBConfig:
+    return ARBConfig(**{"dataset": tokens(8, 24), "num_samples": 8, **choices})
+
+
+def binarize(path, family="LlamaForCausalLM", **choices):
+    kind = AutoModelForSeq2SeqLM if family.startswith("T5") else AutoModelForCausalLM
+    return kind.from_pretrained(path, quantization_config=config(**choices))
+
+
+def worker(folder: str) -> None:
+    """One rank: binarizes every case, then fails in every way."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    reports = {}
+    with distributed() as ranks:
+        assert (ranks.rank, ranks.size) == (rank, 2)
+        assert current_ranks() is ranks
+        for name, (family, choices) in CASES.items():
+            model = binarize(Path(folder) / name / "float", family, **choices)
+            model.save_pretrained(Path(folder) / name / f"rank{rank}", is_main_process=True)
+            if rank:  # transformers lets the first process alone write
+                torch.save(dict(model.state_dict()), Path(folder) / name / "rank1.pt")
+            reports[name] = [(m.name, m.weight_error, m.output_error) for m in model_report(model).modules]
+    assert current_ranks().size == 1
+    errors = {}
+    for failure in FAILURES:
+        start = time.monotonic()
+        with pytest.raises((ValueError, OtherRankFailed, ZeroDivisionError)) as raised:
+            fail(Path(folder) / "llama" / "float", failure, rank)
+        errors[failure] = (raised.type.__name__, str(raised.value), time.monotonic() - start)
+    with pytest.raises((OtherRankFailed, KeyError)) as raised:
+        hang(Path(folder) / "llama" / "float", rank)
+    errors["timeout"] = (raised.type.__name__, str(raised.value), 0)
+    (Path(folder) / f"rank{rank}.json").write_text(json.dumps({"reports": reports, "errors": errors}))
+
+
+def fail(path: Path, failure: str, rank: int) -> None:
+    """Binarizes a model, and the second rank fails on the way, or differs."""
+    from optimum_arb import quantizer
+
+    with distributed(), pytest.MonkeyPatch.context() as patch:
+        if failure == "start" and rank:
+            raise ZeroDivisionError("no start")
+        choices = {"batch_size": 2}
+        if failure == "forward" and rank:
+
+            def forward(*args, **kwargs):
+                raise ZeroDivisionError("no forward")
+
+            from transformers.models.llama.modeling_llama import LlamaMLP
+
+            patch.setattr(LlamaMLP, "forward", forward)
+        elif failure == "fit" and rank:
+
+            def fit(name, *args):
+                raise ValueError(f"{name} is broken")
+
+            patch.setattr(quantizer, "binarize_linear", fit)
+        elif failure == "seed":
+            choices["seed"] = rank
+        elif failure == "tokens":
+            choices["dataset"] = tokens(8, 24, seed=rank)
+        elif failure == "model" and rank:
+            path = path.parents[1] / "one batch" / "float"
+        binarize(path, **choices)
+        if failure == "end" and rank:
+            raise ZeroDivisionError("no end")
+
+
+def hang(path: Path, rank: int) -> None:
+    """Binarizes a model, and the second rank comes too late."""
+    with distributed(timeout=3):
+        if rank:
+            time.sleep(6)
+            raise KeyError("late")
+        binarize(path)
+
+
+def killed(folder: str) -> None:
+    """One rank, of which the second is ended without a word."""
+    from optimum_arb import quantizer
+
+    if os.environ["RANK"] == "1":
+        quantizer.binarize_linear = lambda *args: os._exit(9)
+    with pytest.raises(OtherRankFailed, match=r"got no answer from another rank while .*: it was ended"), distributed():
+        binarize(Path(folder) / "llama" / "float")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    for name, (family, _) in CASES.items():
+        save = save_moe if family.startswith("Mixtral") else save_tiny
+        save(folder / name / "float", family, **({"seed": 1} if name == "one batch" else {}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(sources) -> Path:
+    check(run_ranks(__file__, "worker", sources))
+    return sources
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_make_the_bits_of_one(folder, name):
+    family, choices = CASES[name]
+    alone = binarize(folder / name / "float", family, **choices)
+    alone.save_pretrained(folder / name / "alone")
+    expected = load_file(folder / name / "alone" / "model.safetensors")
+    found = load_file(folder / name / "rank0" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+    files = [(folder / name / kind / "config.json").read_text() for kind in ("alone", "rank0")]
+    assert files[0] == files[1]
+    second = torch.load(folder / name / "rank1.pt")
+    state = alone.state_dict()
+    assert second.keys() == state.keys()
+    assert all(torch.equal(second[key], state[key]) for key in state)
+    report = [[m.name, m.weight_error, m.output_error] for m in model_report(alone).modules]
+    for rank in (0, 1):
+        assert json.loads((folder / f"rank{rank}.json").read_text())["reports"][name] == report
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        ("start", "ZeroDivisionError: no start"),
+        ("forward", "ZeroDivisionError: no forward"),
+        ("fit", "ValueError: model.layers.0."),
+        ("end", "ZeroDivisionError: no end"),
+    ],
+)
+def test_an_error_of_one_rank_ends_all(folder, failure, said):
+    first, second = (json.loads((folder / f"rank{rank}.json").read_text())["errors"][failure] for rank in (0, 1))
+    assert first[0] == "OtherRankFailed"
+    assert first[1].startswith(f"Rank 1 of 2 ended with an error: {said}")
+    kind, _, text = said.partition(": ")
+    assert second[0] == kind
+    assert second[1].startswith(text)
+    assert max(first[2], second[2]) < 60  # nobody waited for anybody
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        ("seed", "Rank 1 was started with another seed than rank 0: 1 instead of 0."),
+        ("tokens", "another set of calibration tokens"),
+        ("model", "another model than rank 0"),
+    ],
+)
+def test_ranks_that_were_started_differently_are_refused(folder, failure, said):
+    for rank in (0, 1):
+        kind, message, _ = json.loads((folder / f"rank{rank}.json").read_text())["errors"][failure]
+        assert kind == "ValueError"
+        assert said in message
+
+
+def test_a_rank_that_does_not_answer_ends_the_others(folder):
+    kind, message, _ = json.loads((folder / "rank0.json").read_text())["errors"]["timeout"]
+    assert kind == "OtherRankFailed"
+    assert "took longer than 3 seconds" in message
+    assert json.loads((folder / "rank1.json").read_text())["errors"]["timeout"][:2] == ["KeyError", "'late'"]
+
+
+def test_a_rank_that_is_killed_ends_the_others(sources):
+    start = time.monotonic()
+    first, second = run_ranks(__file__, "killed", sources)
+    assert first.returncode == 0, first.stderr[-4000:]
+    assert second.returncode == 9
+    assert time.monotonic() - start < 120
+
+
+def test_the_command_under_torchrun(tmp_path):
+    """Three processes for two sequences: one has no batch at all. The first alone writes and prints."""
+    source = save_tiny(tmp_path / "float", "LlamaForCausalLM", tokenizer=True)
+    (tmp_path / "text.txt").write_text(text(200))
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    options = ["--dataset", tmp_path / "text.txt", "--num-samples", 2, "--sequence-length", 24, "--batch-size", 1]
+    command = ["-m", "optimum_arb", "quantize", source, tmp_path / "packed", *options, "--json"]
+    done = subprocess.run(
+        [*run, *map(str, command)], env=environment(), capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(done.stdout)["config"]["calibration"]["samples"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "packed", "text.txt"]
+    choices = {"num_samples": 2, "sequence_length": 24, "batch_size": 1}
+    alone = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=ARBConfig(dataset=str(tmp_path / "text.txt"), **choices)
+    )
+    found = load_file(tmp_path / "packed" / "model.safetensors")
+    state = {key: tensor for key, tensor in alone.state_dict().items() if key in found}
+    assert len(state) == len(found)
+    assert all(torch.equal(found[key], state[key]) for key in found)
+
+
+@pytest.mark.parametrize("batches", [1, 2, 5, 8])
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_every_batch_has_one_rank_and_the_first_rank_has_some(batches, size):
+    ranks = [Ranks() for _ in range(size)]
+    for number, each in enumerate(ranks):
+        each.rank, each.size = number, size
+    shares = [each.batches(list(range(batches))) for each in ranks]
+    assert [batch for share in shares for batch in share] == list(range(batches))
+    assert shares[0]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert [expert for each in ranks for expert in each.mine(batches)] == list(range(batches))
+
+
+def test_linears_are_divided_by_their_size():
+    ranks = Ranks()
+    ranks.size = 2
+    layer = {"q": (64, 64), "k": (32, 64), "v": (32, 64), "o": (64, 64), "gate": (160, 64), "up": (160, 64)}
+    modules = {name: nn.Linear(columns, rows) for name, (rows, columns) in layer.items()}
+    owners = ranks.owners({**modules, "down": nn.Linear(160, 64)})
+    work = [sum(m.weight.numel() for name, m in modules.items() if owners[name] == rank) for rank in (0, 1)]
+    work[owners["down"]] += 64 * 160
+    assert max(work) <= 1.15 * sum(work) / 2
+    assert Ranks().owners(modules) == dict.fromkeys(owners.keys() - {"down"}, 0)
+
+
+def test_one_process_is_alone(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with distributed() as ranks:
+        assert (ranks.size, ranks.is_first) == (1, True)
+        assert ranks.exchange(3, "testing") == [3]
+        assert ranks.merge({"a": 1}, "testing") == {"a": 1}
+        ranks.check_same({"a": 1})
+        assert ranks.batches([1, 2]) == [1, 2]
+    with pytest.raises(ValueError, match="timeout=0 must be"), distributed(timeout=0):
+        pass
+
+
+def test_more_processes_than_accelerators_are_refused(monkeypatch):
+    ranks = Ranks(rank=2, local_rank=2)
+    ranks.size = 3
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert local_device(torch.device("cpu"), ranks) == torch.device("cpu")
+    with pytest.raises(ValueError, match="Process 2 of this host has no GPU of its own: there are 2"):
+        local_device(torch.device("cuda"), ranks)
+    ranks.local_rank = 1
+    assert local_device(torch.device("cuda:0"), ranks) == torch.device("cuda:1")
+
+
+def test_the_fingerprint_tells_models_apart():
+    model = tiny_model("LlamaForCausalLM")
+    assert model_fingerprint(model) == model_fingerprint(tiny_model("LlamaForCausalLM"))
+    assert model_fingerprint(model) != model_fingerprint(tiny_model("LlamaForCausalLM", seed=1))
+
+
+def test_sums_do_not_depend_on_the_order_of_the_batches():
+    """Rounded to float32, sums in float64 of 32 batches in 20 orders are equal; in float32 they are not."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.logspace(-3, 1, 96)  # channels of very different sizes
+    batches = [torch.randn(64, 96, generator=generator) * scale for _ in range(32)]
+
+    def summed(order) -> torch.Tensor:
+        statistic = Statistic(96, torch.device("cpu"))
+        for index in order:
+            statistic.add(batches[index])
+        return statistic.hessian
+
+    first = summed(range(32))
+    orders = [torch.randperm(32, generator=generator).tolist() for _ in range(20)]
+    assert all(torch.equal(summed(order), first) for order in orders)
+    plain = [sum((batches[index].T @ batches[index] for index in order), torch.zeros(96, 96)) for order in orders]
+    assert not torch.equal(plain[0], plain[1])
+
+
+def streamed(folder: str) -> None:
+    """One rank of a run from disk to disk that is interrupted once: the second rank stops a layer later."""
+    import torch.distributed as dist
+
+    from optimum_arb.checkpoint.quantize import quantize_checkpoint
+    from optimum_arb.checkpoint.streamed import StreamedWeights
+
+    dist.init_process_group("gloo")
+    source, out = Path(folder) / "deep", Path(folder) / "streamed"
+    choices = {"config": config(batch_size=2), "activations_on_disk": True}
+    write = StreamedWeights._write
+
+    def stop(self, part):
+        if part == f"model.layers.{1 + dist.get_rank()}":
+            raise ZeroDivisionError("interrupted")
+        write(self, part)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(StreamedWeights, "_write", stop)
+    with pytest.raises((ZeroDivisionError, OtherRankFailed)), distributed():
+        quantize_checkpoint(source, out, **choices)
+    patch.undo()
+    assert not out.exists()
+    with distributed():
+        done = quantize_checkpoint(source, out, **choices, resume=True)
+        again = quantize_checkpoint(source, out, **choices, resume=True)
+    assert done.resumed_layers == 1
+    assert again.files == done.files
+    assert "model.safetensors" in done.files
+
+
+def test_from_disk_to_disk_and_resumed(sources):
+    save_tiny(sources / "deep", "LlamaForCausalLM", num_hidden_layers=3)
+    check(run_ranks(__file__, "streamed", sources))
+    alone = binarize(sources / "deep", batch_size=2).state_dict()
+    found = load_file(sources / "streamed" / "model.safetensors")
+    assert found.keys() <= alone.keys()
+    assert [key for key in found if not torch.equal(found[key], alone[key])] == []
+    left = {path.name for path in sources.iterdir()} - set(CASES)
+    assert left <= {"deep", "streamed", "rank0.json", "rank1.json"}

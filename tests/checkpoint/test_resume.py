@@ -1,0 +1,329 @@
+"""Interrupted runs: what they leave, how they go on, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_quantize_checkpoint import assert_same_files, save
+from tiny_models import save_tiny, tokens
+
+from optimum_arb import ARBConfig, quantize_checkpoint
+from optimum_arb import quantizer as quantizer_module
+from optimum_arb.checkpoint import quantize as quantize_module
+from optimum_arb.checkpoint.quantize import work_directory
+from optimum_arb.checkpoint.work import WorkDirectory
+
+CONFIG = {"block_size": 64, "batch_size": 2}
+LAYERS = 3
+
+
+def config(**choices):
+    return ARBConfig(**{"dataset": tokens(6), **CONFIG, **choices})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A float model, and what an uninterrupted run makes of it."""
+    folder = tmp_path_factory.mktemp("finished")
+    save_tiny(folder / "float", "LlamaForCausalLM", num_hidden_layers=LAYERS)
+    quantize_checkpoint(folder / "float", folder / "out", config())
+    return folder
+
+
+class Interruption:
+    """Raises KeyboardInterrupt when so many modules have been binarized."""
+
+    def __init__(self, monkeypatch, after):
+        self.count = 0
+        for name in ("binarize_linear", "binarize_experts"):
+            original = getattr(quantizer_module, name)
+
+            def counted(*args, original=original):
+                self.count += 1
+                if self.count > after:
+                    raise KeyboardInterrupt
+                return original(*args)
+
+            monkeypatch.setattr(quantizer_module, name, counted)
+
+
+def interrupt(monkeypatch, after, *args, **options):
+    """A run that ends after so many modules; what its interruption says."""
+    with monkeypatch.context() as patch:
+        Interruption(patch, after)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            quantize_checkpoint(*args, **options)
+    return str(caught.value)
+
+
+def count_binarized(monkeypatch, *args, **options):
+    with monkeypatch.context() as patch:
+        counter = Interruption(patch, 10**6)
+        result = quantize_checkpoint(*args, **options)
+    return counter.count, result
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize(("after", "layers"), [(3, 0), (9, 1), (20, 2)])
+def test_goes_on_behind_the_last_finished_layer(tmp_path, monkeypatch, finished, after, layers, on_disk):
+    out = tmp_path / "out"
+    message = interrupt(monkeypatch, after, finished / "float", out, config(), activations_on_disk=on_disk)
+    assert not out.exists()
+    if not layers:
+        assert message == "interrupted before a layer was finished"
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert message.startswith(f"interrupted: {layers} of {LAYERS} layers are finished and kept in ")
+        assert "--resume" in message
+    count, result = count_binarized(
+        monkeypatch, finished / "float", out, config(), resume=True, activations_on_disk=on_disk
+    )
+    assert count == 7 * (LAYERS - layers)
+    assert result.resumed_layers == layers
+    assert_same_files(out, finished / "out")
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    ("family", "after"),
+    [("MixtralForCausalLM", 6), ("GptOssForCausalLM", 7), ("OPTForCausalLM", 13)],
+)
+def test_of_other_families(tmp_path, monkeypatch, family, after):
+    """Packed experts, transposed experts with biases, linears outside of the layers."""
+    save(tmp_path / "float", family)
+    choices = ARBConfig(dataset=tokens(4), block_size=64)
+    quantize_checkpoint(tmp_path / "float", tmp_path / "expected", choices)
+    interrupt(monkeypatch, after, tmp_path / "float", tmp_path / "out", choices)
+    result = quantize_checkpoint(tmp_path / "float", tmp_path / "out", choices, resume=True)
+    assert result.resumed_layers == (2 if family == "OPTForCausalLM" else 1)
+    assert_same_files(tmp_path / "out", tmp_path / "expected")
+
+
+def test_interrupted_again_and_again(tmp_path, monkeypatch, finished):
+    for _ in range(LAYERS - 1):
+        interrupt(monkeypatch, 10, finished / "float", tmp_path / "out", config(), resume=True)
+    count, result = count_binarized(monkeypatch, finished / "float", tmp_path / "out", config(), resume=True)
+    assert (count, result.resumed_layers) == (7, LAYERS - 1)
+    assert_same_files(tmp_path / "out", finished / "out")
+
+
+def test_hidden_states_in_memory_and_on_disk_can_change(tmp_path, monkeypatch, finished):
+    interrupt(monkeypatch, 15, finished / "float", tmp_path / "a", config(), activations_on_disk=True)
+    quantize_checkpoint(finished / "float", tmp_path / "a", config(), resume=True)
+    interrupt(monkeypatch, 15, finished / "float", tmp_path / "b", config())
+    quantize_checkpoint(finished / "float", tmp_path / "b", config(), resume=True, activations_on_disk=True)
+    for out in (tmp_path / "a", tmp_path / "b"):
+        assert_same_files(out, finished / "out")
+
+
+def test_damaged_hidden_states_are_computed_again(tmp_path, monkeypatch, finished):
+    out = tmp_path / "out"
+    interrupt(monkeypatch, 15, finished / "float", out, config(), activations_on_disk=True)
+    (kept,) = (work_directory(out) / "activations").glob("*.hidden")
+    data = bytearray(kept.read_bytes())
+    data[len(data) // 2] ^= 1
+    kept.write_bytes(bytes(data))
+    quantize_checkpoint(finished / "float", out, config(), resume=True, activations_on_disk=True)
+    assert_same_files(out, finished / "out")
+
+
+def test_an_interrupted_run_is_not_overrun(tmp_path, monkeypatch, finished):
+    interrupt(monkeypatch, 9, finished / "float", tmp_path / "out", config())
+    with pytest.raises(FileExistsError, match=r"Go on with it by resume=True \(--resume\), or delete"):
+        quantize_checkpoint(finished / "float", tmp_path / "out", config(), overwrite=True)
+    assert WorkDirectory(work_directory(tmp_path / "out")).exists
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"planes": 2}, "config.planes was 1 and is 2 now"),
+        ({"dataset": tokens(6, seed=1)}, "calibration.fingerprint was "),
+        ({"dataset": None}, "calibration was {"),
+    ],
+)
+def test_other_choices_are_refused(tmp_path, monkeypatch, finished, change, message):
+    out = tmp_path / "out"
+    interrupt(monkeypatch, 9, finished / "float", out, config())
+    before = (work_directory(out) / "manifest.json").read_bytes()
+    with pytest.raises(ValueError, match="cannot be continued: ") as caught:
+        quantize_checkpoint(finished / "float", out, config(**change), resume=True)
+    assert message in str(caught.value)
+    # nothing is lost by trying
+    assert (work_directory(out) / "manifest.json").read_bytes() == before
+    quantize_checkpoint(finished / "float", out, config(), resume=True)
+    assert_same_files(out, finished / "out")
+
+
+def test_another_version_machine_or_dtype_is_refused(tmp_path, monkeypatch, finished):
+    out = tmp_path / "out"
+    interrupt(monkeypatch, 9, finished / "float", out, config())
+    for target, name, value, message in (
+        (quantize_module, "__version__", "9.9", 'versions.optimum_arb was "'),
+        (quantize_module.transformers, "__version__", "9.9", "versions.transformers was "),
+        (quantize_module.torch, "get_num_threads", lambda: 77, "machine.threads was "),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, value)
+            with pytest.raises(ValueError, match="cannot be continued") as caught:
+                quantize_checkpoint(finished / "float", out, config(), resume=True)
+        assert message in str(caught.value)
+    with pytest.raises(ValueError, match='dtype was "auto" and is "bfloat16" now'):
+        quantize_checkpoint(finished / "float", out, config(), resume=True, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "part"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", "model.layers.0"),
+        ("model.embed_tokens.weight", "the embeddings or the head"),
+    ],
+)
+def test_another_input_is_refused(tmp_path, monkeypatch, tensor, part):
+    from safetensors.torch import load_file, save_file
+
+    save_tiny(tmp_path / "float", "LlamaForCausalLM")
+    interrupt(monkeypatch, 9, tmp_path / "float", tmp_path / "out", config())
+    stored = load_file(tmp_path / "float" / "model.safetensors")
+    stored[tensor][1, 2] += 1
+    save_file(stored, tmp_path / "float" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"the float weights of {part} are not those that it began with"):
+        quantize_checkpoint(tmp_path / "float", tmp_path / "out", config(), resume=True)
+
+
+def test_a_damaged_piece_is_found(tmp_path, monkeypatch, finished):
+    out = tmp_path / "out"
+    interrupt(monkeypatch, 9, finished / "float", out, config())
+    piece = work_directory(out) / "model.layers.0.safetensors"
+    data = bytearray(piece.read_bytes())
+    data[-5] ^= 1
+    piece.write_bytes(bytes(data))
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.0\.safetensors, which an interrupted run finished, is damaged"
+    ):
+        quantize_checkpoint(finished / "float", out, config(), resume=True)
+    (work_directory(out) / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json is no manifest of an interrupted run"):
+        quantize_checkpoint(finished / "float", out, config(), resume=True)
+
+
+def test_two_processes_do_not_work_on_one(tmp_path, monkeypatch, finished):
+    out = tmp_path / "out"
+    interrupt(monkeypatch, 9, finished / "float", out, config())
+    other = WorkDirectory(work_directory(out))
+    other.lock()
+    try:
+        with pytest.raises(RuntimeError, match="Another process is binarizing into"):
+            quantize_checkpoint(finished / "float", out, config(), resume=True)
+    finally:
+        other.unlock()
+    quantize_checkpoint(finished / "float", out, config(), resume=True)
+    assert_same_files(out, finished / "out")
+
+
+def test_a_full_disk_leaves_what_is_finished(tmp_path, monkeypatch, finished):
+    from optimum_arb.checkpoint import work as work_module
+
+    out = tmp_path / "out"
+    saved = []
+    save_file = work_module.save_file
+
+    def fill(tensors, path):
+        if len(saved) == 1:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        saved.append(path)
+        save_file(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work_module, "save_file", fill)
+        with pytest.raises(OSError, match="No space left"):
+            quantize_checkpoint(finished / "float", out, config())
+    assert not out.exists()
+    result = quantize_checkpoint(finished / "float", out, config(), resume=True)
+    assert result.resumed_layers == 1
+    assert_same_files(out, finished / "out")
+
+
+def test_the_previous_model_stays_until_the_new_one_is_whole(tmp_path, monkeypatch, finished):
+    out = tmp_path / "out"
+    quantize_checkpoint(finished / "float", out, config(planes=2))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "notes.txt").write_text("mine")
+    interrupt(monkeypatch, 15, finished / "float", out, config(), overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {**before, "notes.txt": b"mine"}
+    quantize_checkpoint(finished / "float", out, config(), overwrite=True, resume=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    assert_same_files(out, finished / "out")
+
+
+def test_cut_short_while_the_model_takes_its_place(tmp_path, monkeypatch, finished):
+    """The model is whole then: resuming needs neither the layers nor the float model."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize_module, "publish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            quantize_checkpoint(finished / "float", out, config())
+    assert not out.exists()
+    count, result = count_binarized(monkeypatch, finished / "float", out, config(), resume=True)
+    assert count == 0
+    assert result.report.bits_per_weight == result.config.bits_per_weight
+    assert_same_files(out, finished / "out")
+    # and once more: there is nothing to do
+    assert quantize_checkpoint(finished / "float", out, config(), resume=True).report == result.report
+    with pytest.raises(FileExistsError, match="already holds a model"):
+        quantize_checkpoint(finished / "float", out, config(planes=2), resume=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_leave_a_state_that_can_be_resumed(tmp_path, finished, number):
+    """Through the command line, in a process of its own: it says how to go on, and exits with 130."""
+    out = tmp_path / "out"
+    code = f"""
+import os, sys, torch
+from optimum_arb import quantizer
+from optimum_arb.commands.main import main
+original, count = quantizer.binarize_linear, [0]
+def signalled(*args):
+    count[0] += 1
+    if count[0] == 10:
+        os.kill(os.getpid(), {int(number)})
+    return original(*args)
+quantizer.binarize_linear = signalled
+sys.exit(main(["quantize", {str(finished / "float")!r}, {str(out)!r}, "--block-size", "64", "--no-calibration"]))
+"""
+    save_tokenizer(finished / "float")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 130, run.stderr
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"optimum-arb: interrupted: 1 of {LAYERS} layers are finished and kept in ")
+    assert "--resume" in last
+    assert not out.exists()
+    result = quantize_checkpoint(finished / "float", out, ARBConfig(block_size=64, dataset=None), resume=True)
+    assert result.resumed_layers == 1
+
+
+def save_tokenizer(path):
+    from tiny_models import tiny_tokenizer
+
+    tiny_tokenizer().save_pretrained(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes that are killed are forked")
+def test_killed_at_random_instants():
+    script = Path(__file__).parents[2] / "benchmarks" / "kill_resume.py"
+    command = [sys.executable, str(script), "--kills", "4", "--layers", "2", "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    trials = json.loads(run.stdout.strip().splitlines()[-1])["trials"]
+    assert len(trials) == 4
+    assert all(trial["resumed"] and trial["identical"] for trial in trials)
+    assert all(trial["left"] in ("no model", "the old model", "the new model") for trial in trials)

@@ -1,0 +1,175 @@
+"""Packed models on one and two GPUs, and tensor parallel and joint calibration on two; `pytest -m gpu` where they are.
+
+The tests of two GPUs start their processes themselves: `python -m pytest -m gpu tests/test_devices_gpu.py` is enough.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import check, run_ranks
+from safetensors.torch import load_file
+from tiny_experts import save_moe
+from tiny_models import outputs, save_tiny, tokens
+from transformers import AutoModelForCausalLM
+
+from optimum_arb import ARBConfig, model_report
+from optimum_arb.nn import ARBExperts, ARBLinear
+
+GPUS = torch.cuda.device_count()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 1, reason="needs a CUDA device")]
+two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")
+FAMILIES = ("LlamaForCausalLM", "MixtralForCausalLM")
+BIG = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+IDS = tokens(2, 9)
+
+
+def save(path: Path, family: str) -> Path:
+    return (save_tiny if family.startswith("Llama") else save_moe)(path, family, **BIG)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def packed(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    save(folder / "float", request.param)
+    config = ARBConfig(dataset=tokens(8, 24), num_samples=8)
+    AutoModelForCausalLM.from_pretrained(folder / "float", quantization_config=config).save_pretrained(
+        folder / "packed"
+    )
+    return folder / "packed"
+
+
+def check_outputs(model, packed, dtype=torch.float32):
+    expected = outputs(AutoModelForCausalLM.from_pretrained(packed, dtype=dtype), IDS).float()
+    found = outputs(model, IDS.cuda()).cpu().float()
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    assert model.generate(IDS.cuda(), max_new_tokens=4, do_sample=False).shape == (2, 13)
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_layers_beside_the_gpu(packed, tmp_path, where):
+    names = ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head", "model.layers.0", "model.layers.2")
+    device_map = {**dict.fromkeys(names, 0), "model.layers.1": where, "model.layers.3": where}
+    model = AutoModelForCausalLM.from_pretrained(packed, device_map=device_map, offload_folder=tmp_path / "offload")
+    away = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, (ARBLinear, ARBExperts)) and name.startswith(("model.layers.1.", "model.layers.3."))
+    ]
+    check_outputs(model, packed)
+    check_outputs(model, packed)
+    assert all(p.is_meta for module in away for p in module.parameters(recurse=False))
+    model.save_pretrained(tmp_path / "again")
+    before, after = (load_file(path / "model.safetensors") for path in (packed, tmp_path / "again"))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_limit_of_gpu_memory(packed, tmp_path):
+    size = sum(p.numel() * p.element_size() for p in AutoModelForCausalLM.from_pretrained(packed).parameters())
+    limits = {0: size * 2 // 3, "cpu": size * 4}
+    model = AutoModelForCausalLM.from_pretrained(packed, device_map="auto", max_memory=limits)
+    assert set(model.hf_device_map.values()) == {0, "cpu"}
+    check_outputs(model, packed)
+
+
+@two_gpus
+@pytest.mark.parametrize("device_map", ["auto", "balanced", "sequential", "explicit"])
+def test_layers_on_two_gpus(packed, device_map):
+    size = sum(p.numel() * p.element_size() for p in AutoModelForCausalLM.from_pretrained(packed).parameters())
+    limits = {"max_memory": {0: size * 2 // 3, 1: size * 2}}
+    if device_map == "explicit":
+        names = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.2")
+        others = ("model.layers.1", "model.layers.3", "model.norm", "lm_head")
+        device_map, limits = {**dict.fromkeys(names, 0), **dict.fromkeys(others, 1)}, {}
+    model = AutoModelForCausalLM.from_pretrained(packed, device_map=device_map, **limits)
+    assert set(model.hf_device_map.values()) == {0, 1}
+    assert {p.device.index for p in model.parameters()} == {0, 1}
+    check_outputs(model, packed)
+
+
+@two_gpus
+def test_binarized_on_load_onto_two_gpus(tmp_path):
+    source = save(tmp_path / "float", "LlamaForCausalLM")
+    config = ARBConfig(dataset=tokens(8, 24), num_samples=8)
+    names = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.2")
+    others = ("model.layers.1", "model.layers.3", "model.norm", "lm_head")
+    device_map = {**dict.fromkeys(names, 0), **dict.fromkeys(others, 1)}
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, device_map=device_map)
+    assert {p.device.index for p in model.parameters()} == {0, 1}
+    model.save_pretrained(tmp_path / "packed")
+    check_outputs(model, tmp_path / "packed")
+
+
+def divided(folder: str) -> None:
+    """One rank of a tensor-parallel run over NCCL."""
+    import torch.distributed as dist
+    from transformers.distributed import DistributedConfig
+
+    results = {}
+    for family in FAMILIES:
+        path = Path(folder) / family / "packed"
+        for dtype in (torch.float32, torch.bfloat16):
+            config = DistributedConfig(tp_size=2)
+            model = AutoModelForCausalLM.from_pretrained(path, distributed_config=config, dtype=dtype)
+            whole = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).cuda()
+            assert {p.device.index for p in model.parameters()} == {dist.get_rank()}
+            ids = IDS.cuda()
+            difference = (outputs(model, ids).float() - outputs(whole, ids).float()).abs().max()
+            answers = [each.generate(ids, max_new_tokens=8, do_sample=False).tolist() for each in (model, whole)]
+            results[f"{family} {dtype}"] = [float(difference), answers[0] == answers[1]]
+        model.save_pretrained(Path(folder) / family / "again")
+    (Path(folder) / f"divided{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@two_gpus
+def test_tensor_parallel_over_nccl(tmp_path):
+    for family in FAMILIES:
+        source = save(tmp_path / family / "float", family)
+        config = ARBConfig(dataset=tokens(8, 24), num_samples=8)
+        model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+        model.save_pretrained(tmp_path / family / "packed")
+    check(run_ranks(__file__, "divided", tmp_path))
+    for rank in (0, 1):
+        for name, (difference, same) in json.loads((tmp_path / f"divided{rank}.json").read_text()).items():
+            assert difference < (0.2 if "bfloat16" in name else 1e-3), name
+            assert same or "bfloat16" in name, name
+    for family in FAMILIES:
+        before, after = (load_file(tmp_path / family / kind / "model.safetensors") for kind in ("packed", "again"))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def together(folder: str) -> None:
+    """One rank of a joint calibration over NCCL."""
+    from optimum_arb.calibration.distributed import distributed
+
+    with distributed(timeout=120) as ranks:
+        for family in FAMILIES:
+            path = Path(folder) / family
+            config = ARBConfig(dataset=tokens(8, 24), num_samples=8, batch_size=2)
+            model = AutoModelForCausalLM.from_pretrained(path / "float", quantization_config=config, device_map="cuda")
+            assert {p.device.index for p in model.parameters()} == {ranks.rank}
+            model.save_pretrained(path / "together")
+
+
+@two_gpus
+def test_two_gpus_make_the_bits_of_one(tmp_path):
+    for family in FAMILIES:
+        save(tmp_path / family / "float", family)
+    check(run_ranks(__file__, "together", tmp_path))
+    for family in FAMILIES:
+        config = ARBConfig(dataset=tokens(8, 24), num_samples=8, batch_size=2)
+        alone = AutoModelForCausalLM.from_pretrained(
+            tmp_path / family / "float", quantization_config=config, device_map="cuda:0"
+        )
+        alone.save_pretrained(tmp_path / family / "alone")
+        expected, found = (load_file(tmp_path / family / kind / "model.safetensors") for kind in ("alone", "together"))
+        assert expected.keys() == found.keys()
+        assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+        assert model_report(alone).mean_output_error is not None
