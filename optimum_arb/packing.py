@@ -228,8 +228,6 @@ def pack(weight: BinarizedWeight, scale_bits: int = 16) -> dict[str, torch.Tenso
     """
     if scale_bits not in SCALE_BITS or (scale_bits == 8 and not weight.layout.is_planes):
         raise ValueError(f"scale_bits={scale_bits} cannot be packed with the layout {weight.layout.name}.")
-    if weight.hadamard:
-        raise ValueError("a weight of inputs that go through a Hadamard transform cannot be packed: use hadamard=0.")
     if scale_bits == 8:
         weight = weight.with_positive_scales()
     columns = weight.shape[1]
