@@ -100,7 +100,7 @@ class ARBConfig(QuantizationConfigMixin):
         shrinkage: how much smaller the entries of the calibration matrix beside its diagonal are made, as a fraction;
             None is 0.05 for "arb-hrc", 0 for the others.
         hadamard: of "arb-hrc": columns of the blocks of a Hadamard transform with random signs, which the inputs go
-            through before they meet the sign planes: 64, 128 or 256, or 0 for none.
+            through before they meet the sign planes: 64, 128 or 256, or 0 for none. Experts go without.
         rank: of "arb-dbf": columns of the first sign matrix and rows of the second, the same for every linear; None
             goes by `factor_bits`.
         factor_bits: of "arb-dbf": true bits a weight, scales included, of which each linear's rank follows; None is 1.
@@ -471,8 +471,12 @@ class ARBConfig(QuantizationConfigMixin):
     @property
     def format_version(self) -> int:
         """The format of the files that these choices make: the oldest that holds them."""
-        every = [{"method": self.method, "scale_bits": self.resolved_scale_bits}, *self.overrides.values()]
-        return 2 if any(one.get("method") == "arb-dbf" or one.get("scale_bits") == 8 for one in every) else 1
+        every = [
+            {"method": self.method, "scale_bits": self.resolved_scale_bits, "hadamard": self.hadamard},
+            *self.overrides.values(),
+        ]
+        new = (one.get("method") == "arb-dbf" or one.get("scale_bits") == 8 or one.get("hadamard") for one in every)
+        return 2 if any(new) else 1
 
     @property
     def factorized(self) -> bool:
@@ -536,8 +540,10 @@ class ARBConfig(QuantizationConfigMixin):
         if self.factorized:
             rank = self.resolved_rank(out_features, in_features)
             return factor_shapes(out_features, in_features, rank, self.resolved_scale_bits)
+        transform = self.hadamard if self.dataset is not None else 0
+        bits = self.resolved_scale_bits
         return packed_shapes(
-            self.layout, out_features, in_features, self.block_size, permuted, salient, self.resolved_scale_bits
+            self.layout, out_features, in_features, self.block_size, permuted, salient, bits, transform
         )
 
     def for_module(self, *names: str) -> ARBConfig | None:
@@ -605,7 +611,8 @@ class ARBConfig(QuantizationConfigMixin):
         elif isinstance(result["dataset"], (CalibrationTexts, CalibrationTokens, CalibrationInputs)):
             result["dataset"] = "custom"
         del result["verify_checksums"]  # of one load, no property of the model
-        for key, empty in (("overrides", {}), ("held_out_samples", 0)):
+        # older versions do not know all of them
+        for key, empty in (("overrides", {}), ("held_out_samples", 0), ("hadamard", 0)):
             if result.get(key) == empty:
                 del result[key]
         result["format_version"] = self.format_version

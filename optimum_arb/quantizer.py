@@ -193,7 +193,7 @@ class ARBHfQuantizer(HfQuantizer):
             localize(model)
         for module in model.modules():
             if isinstance(module, ARBLinear):
-                module.decode_scales()  # transformers fills buffers that no file holds with anything
+                module.decode_stored()  # transformers fills buffers that no file holds with anything
         if self.pre_quantized:
             if not any(is_divided(module) for module in model.modules()):  # a device has a part of a shape
                 check_shapes(model, self._shapes)
@@ -317,6 +317,9 @@ class ARBHfQuantizer(HfQuantizer):
         if self._tokens is not None:
             unreached = sorted(name for name, record in self.records.items() if not record.tokens)
             config.calibration = {**calibration_record(config, self._tokens), "unreached": unreached}
+            gains = {name: r.hadamard_gain for name, r in self.records.items() if r.hadamard_gain is not None}
+            if gains:
+                config.calibration["untransformed"] = sorted(name for name, gain in gains.items() if gain <= 1)
             if self._refinement is not None:
                 config.calibration["refinement"] = self._refinement
             config.dataset = config.calibration["dataset"]

@@ -170,7 +170,8 @@ def _check_float(
 
 
 def check_permuted(linear: StoredLinear, name: str, config: ARBConfig, calibration: Mapping | None) -> None:
-    """Whether a linear whose columns were ordered by activation has its permutation.
+    """Whether a linear whose columns were ordered by activation has its permutation, and one whose inputs go through a
+    Hadamard transform the signs of it.
 
     Without one its columns would be taken for those of the weight. Older checkpoints do not say which linears were
     never reached in calibration, and so have none.
@@ -186,15 +187,26 @@ def check_permuted(linear: StoredLinear, name: str, config: ARBConfig, calibrati
         ValueError: it is missing.
     """
     unreached = (calibration or {}).get("unreached")
-    if not config.resolved_act_order or not isinstance(unreached, list):
+    if not isinstance(unreached, list):
         return
-    if "permutation" in linear.tensors:
+    untransformed = (calibration or {}).get("untransformed")  # where the transform did not pay
+    transformed = isinstance(untransformed, list) and not _among([*unreached, *untransformed], linear.key, name)
+    if config.hadamard and "input_signs" not in linear.tensors and transformed:
+        raise ValueError(
+            f"{linear.key}: the tensor '{linear.key}.weight_input_signs' is missing in the checkpoint, though its "
+            "inputs go through a Hadamard transform. Save or download the model again."
+        )
+    if not config.resolved_act_order or "permutation" in linear.tensors:
         return
-    if not any(_same_module(known, other) for known in unreached for other in (linear.key, name)):
+    if not _among(unreached, linear.key, name):
         raise ValueError(
             f"{linear.key}: the tensor '{linear.key}.weight_permutation' is missing in the checkpoint, though its "
             "columns were ordered by activation. Save or download the model again."
         )
+
+
+def _among(unreached: list, *names: str) -> bool:
+    return any(_same_module(known, name) for known in unreached for name in names)
 
 
 def _same_module(name: str, other: str) -> bool:

@@ -125,7 +125,7 @@ class _Shape:
 def _nbytes(name: str, shape: tuple[int, int], columns: int, scale_bits: int) -> int:
     """Bytes of a packed tensor: signs are bytes, scales float16 or codes with float32 grids, indices int16 up to 32768
     columns, else int32."""
-    if name.endswith("weight") or name == "inner":
+    if name.endswith("weight") or name in ("inner", "input_signs"):
         return math.prod(shape)
     if name == "scale_grid":
         return math.prod(shape) * 4 if scale_bits == 8 else 0
