@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_arb import ARBConfig
 from optimum_arb.calibration import CalibrationWalk, token_batches
-from optimum_arb.calibration.refine import OBJECTIVES, LayerRefiner, RefineSettings
+from optimum_arb.calibration.refine import OBJECTIVES, Refinement, RefineSettings, refine_layer
+from optimum_arb.calibration.refine_model import refine_model
 from optimum_arb.calibration.walk import LayerTurn
 from optimum_arb.conversion import binarize_linear, float_linear
 from optimum_arb.data import bundled_text
@@ -54,6 +55,8 @@ def main() -> None:
     parser.add_argument("--patience", type=int, default=RefineSettings.patience)
     parser.add_argument("--evaluations", type=int, default=RefineSettings.evaluations)
     parser.add_argument("--held-out", type=float, default=RefineSettings.held_out)
+    parser.add_argument("--model-steps", type=int, default=0, help="steps of the last pass over the whole model")
+    parser.add_argument("--model-lr", type=float, default=RefineSettings.learning_rate / 5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--targets",
@@ -96,12 +99,11 @@ def main() -> None:
         packed, record = binarize_linear(name, module, selection.convert[name], hessian, count)
         return packed, record.output_error
 
-    refiner = LayerRefiner(settings)
+    results: dict[str, Refinement] = {}
 
     def after_layer(turn: LayerTurn) -> None:
         if args.steps:
-            refiner(turn)
-            result = refiner.results[turn.name]
+            result = results[turn.name] = refine_layer(turn, settings)
             print(
                 f"{turn.name}: loss {result.before:.5f} -> {result.after:.5f} in {result.steps} steps, "
                 f"{result.flipped:.2%} of the signs turned, {result.seconds:.1f} s",
@@ -111,7 +113,17 @@ def main() -> None:
     batches = token_batches(tokens.view(args.samples, args.length), args.batch_size)
     start = time.perf_counter()
     follow = args.targets == "float"
-    CalibrationWalk(model, targets, binarize, batches, args.device, after_layer=after_layer, follow_float=follow).run()
+    walk = CalibrationWalk(model, targets, binarize, batches, args.device, after_layer=after_layer, follow_float=follow)
+    walk.run()
+    last = None
+    if args.model_steps:
+        if walk.chain is None:
+            parser.error("--model-steps needs --targets float")
+        of_model = replace(settings, steps=args.model_steps, learning_rate=args.model_lr)
+        last = refine_model(model, walk.chain, batches, walk.float_outputs, of_model, args.device)
+        print(
+            f"the model: divergence {last.before:.5f} -> {last.after:.5f} in {last.steps} steps, {last.seconds:.1f} s"
+        )
     seconds = time.perf_counter() - start
     packed = {name: module for name, module in model.named_modules() if isinstance(module, ARBLinear)}
     bits = sum(stored_bytes(module.packed()) * 8 for module in packed.values())
@@ -123,10 +135,11 @@ def main() -> None:
     figures = {
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "settings": asdict(settings),
-        "layers": {name: result.to_dict() for name, result in refiner.results.items()},
+        "layers": {name: result.to_dict() for name, result in results.items()},
+        "model": None if last is None else last.to_dict(),
         "bits_per_weight": bits_per_weight,
         "seconds": seconds,
-        "refinement_seconds": sum(result.seconds for result in refiner.results.values()),
+        "refinement_seconds": sum(result.seconds for result in results.values()),
         "gpu_bytes": torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else None,
         "perplexity": measured.to_dict(),
     }

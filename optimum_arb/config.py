@@ -26,6 +26,7 @@ BACKENDS = ("auto", "triton", "cpu", "reference", "dequantize", "auto:batch-inva
 HADAMARD_BLOCKS = (0, 64, 128, 256)
 COMPENSATIONS = ("exact", "diagonal")
 SPLIT_METRICS = ("weight", "score")
+REFINEMENTS = ("block", "model")
 # What an entry of `overrides` may change for the modules that its pattern matches.
 OVERRIDABLE = (
     "method",
@@ -80,6 +81,8 @@ class ARBConfig(QuantizationConfigMixin):
             `optimum.gptq.data` knows ("c4", ...), or None for none: then each weight is binarized by itself while the
             checkpoint loads.
         num_samples: calibration sequences.
+        held_out_samples: how many of them, the last ones, are put aside: nothing is fitted to them, and the report
+            tells each layer's error on them beside the one on the others.
         sequence_length: tokens of a calibration sequence (at most what the model takes).
         batch_size: sequences of a calibration batch; None lets the sequence length choose.
         seed: of every random choice.
@@ -90,7 +93,7 @@ class ARBConfig(QuantizationConfigMixin):
         col_scale: of "arb-hrc": whether the planes have column scales; None is True. Without, and without `act_order`,
             one plane is exactly what llama.cpp's type Q1_0 stores (see `for_gguf`).
         admm_iterations: of "arb-hrc": iterations of the search that fits all blocks at once (see
-            `optimum_arb.algorithms.admm`); 0 fits block after block with compensation; None is 20, and 0 without
+            `optimum_arb.algorithms.admm`); 0 fits block after block with compensation; None is 25, and 0 without
             calibration.
         shrinkage: how much smaller the entries of the calibration matrix beside its diagonal are made, as a fraction;
             None is 0.05 for "arb-hrc", 0 for the others.
@@ -101,6 +104,12 @@ class ARBConfig(QuantizationConfigMixin):
         factor_bits: of "arb-dbf": true bits a weight, scales included, of which each linear's rank follows; None is 1.
         scale_bits: of a stored scale: 16 (float16), or 8 (codes on a logarithmic grid), which "rtn", "arb-hrc" and
             "arb-dbf" may have; None is 16. The scales of experts have 16.
+        refine: whether the binarized model is tuned to what the float model puts out, on the calibration text: "block"
+            tunes each decoder layer, its norms and biases included, once it is binarized; "model" then also tunes
+            scales and norms of the whole model, which must fit into memory; None (the default) does neither.
+        refine_steps: steps of each layer's tuning; None is 400.
+        refine_learning_rate: of scales, norms and biases, relative to their size; None is 0.005.
+        refine_signs: whether the signs are tuned too; None is True.
         modules_to_not_convert: modules that stay in float besides those that transformers keeps (the output embedding
             and tied weights): suffixes of module names at a dot, or patterns that begin with "re:" and match the
             whole name. A pattern that matches nothing is an error.
@@ -157,6 +166,10 @@ class ARBConfig(QuantizationConfigMixin):
         rank: int | None = None,
         factor_bits: float | None = None,
         scale_bits: int | None = None,
+        refine: str | None = None,
+        refine_steps: int | None = None,
+        refine_learning_rate: float | None = None,
+        refine_signs: bool | None = None,
         modules_to_not_convert: list[str] | None = None,
         other_modalities: bool = False,
         overrides: dict[str, dict[str, Any]] | None = None,
@@ -168,6 +181,7 @@ class ARBConfig(QuantizationConfigMixin):
         calibration: dict[str, Any] | None = None,
         base_model: str | dict[str, Any] | None = None,
         perplexity: dict[str, Any] | None = None,
+        held_out_samples: int = 0,
         requires: str | None = None,
         **kwargs: Any,
     ):
@@ -199,6 +213,7 @@ class ARBConfig(QuantizationConfigMixin):
         else:
             self.dataset = dataset
         self.num_samples = num_samples
+        self.held_out_samples = held_out_samples
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.seed = seed
@@ -211,6 +226,10 @@ class ARBConfig(QuantizationConfigMixin):
         self.rank = rank
         self.factor_bits = factor_bits
         self.scale_bits = scale_bits
+        self.refine = refine
+        self.refine_steps = refine_steps
+        self.refine_learning_rate = refine_learning_rate
+        self.refine_signs = refine_signs
         self.modules_to_not_convert = modules_to_not_convert
         self.other_modalities = other_modalities
         self.overrides = overrides or {}
@@ -251,6 +270,14 @@ class ARBConfig(QuantizationConfigMixin):
         for name in ("num_iterations", "batch_size"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 1)
+        _integer("held_out_samples", self.held_out_samples, 0, self.num_samples - 1)
+        if self.held_out_samples and self.dataset is None:
+            raise ValueError(f"held_out_samples={self.held_out_samples} needs a dataset, of which they are a part.")
+        if self.held_out_samples and self.refine is not None:
+            raise ValueError(
+                f"held_out_samples={self.held_out_samples} does nothing with refine={self.refine!r}, which tunes "
+                "layers after their linears were measured, and holds out calibration sequences itself."
+            )
         if not isinstance(self.block_size, int) or isinstance(self.block_size, bool):
             raise TypeError(f"block_size={self.block_size!r} is no whole number.")
         check_block_size(self.block_size)
@@ -300,6 +327,7 @@ class ARBConfig(QuantizationConfigMixin):
                 f"scale_bits=8 needs method 'rtn', 'arb-hrc' or 'arb-dbf': the scales of {self.method!r} may be "
                 "negative, or are means."
             )
+        self._check_refine()
         if self.planes > 1 and self.method != "arb-hrc":
             raise ValueError(f"planes={self.planes} needs method='arb-hrc': {self.method!r} has a fixed form.")
         for name in ("overrides", "calibration", "base_model", "perplexity"):
@@ -334,6 +362,24 @@ class ARBConfig(QuantizationConfigMixin):
                 raise ValueError(f"{name}={getattr(self, name)} needs method='arb-hrc': {self.method!r} has none.")
         if self.hadamard and self.dataset is None:
             raise ValueError(f"hadamard={self.hadamard} does nothing without calibration: give a dataset.")
+
+    def _check_refine(self) -> None:
+        """The choices of refinement by output."""
+        for name in ("refine_steps", "refine_learning_rate", "refine_signs"):
+            if getattr(self, name) is not None and self.refine is None:
+                raise ValueError(f"{name}={getattr(self, name)!r} does nothing without refine='block' or 'model'.")
+        if self.refine is None:
+            return
+        _one_of("refine", self.refine, REFINEMENTS)
+        if self.dataset is None:
+            raise ValueError(f"refine={self.refine!r} needs a calibration text: give a dataset.")
+        if self.refine_steps is not None:
+            _integer("refine_steps", self.refine_steps, 1)
+        rate = self.refine_learning_rate
+        if rate is not None and (not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 < rate < 1):
+            raise ValueError(f"refine_learning_rate={rate!r} must be a number between 0 and 1; 0.005 is usual.")
+        if not isinstance(self.refine_signs, (bool, type(None))):
+            raise TypeError(f"refine_signs={self.refine_signs!r} must be True, False or None.")
 
     def _check_factors(self) -> None:
         """The choices of "arb-dbf"."""
@@ -386,7 +432,7 @@ class ARBConfig(QuantizationConfigMixin):
     def resolved_admm_iterations(self) -> int:
         if self.method != "arb-hrc" or self.dataset is None:
             return 0
-        return 20 if self.admm_iterations is None else self.admm_iterations
+        return 25 if self.admm_iterations is None else self.admm_iterations
 
     @property
     def resolved_shrinkage(self) -> float:
@@ -550,8 +596,9 @@ class ARBConfig(QuantizationConfigMixin):
             result["dataset"] = None
         elif isinstance(result["dataset"], (CalibrationTexts, CalibrationTokens, CalibrationInputs)):
             result["dataset"] = "custom"
-        if result.get("overrides") == {}:
-            del result["overrides"]
+        for key, empty in (("overrides", {}), ("held_out_samples", 0)):
+            if result.get(key) == empty:
+                del result[key]
         result["format_version"] = self.format_version
         result["requires"] = self.requirement
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,9 +30,13 @@ class Record:
         tokens: calibration tokens that reached the module.
         experts: how many matrices it holds, one for each expert; None for a linear.
         starved: experts that too few calibration tokens reached, binarized from their weights alone.
-        hadamard_gain: by how much a Hadamard transform of the inputs lowers the output error, as far as quick fits
-            tell (`optimum_arb.algorithms.hadamard_gain`): the layer has one where this is above 1. None where none
-            was asked for.
+        refined: of refinement, the loss of its decoder layer before and after on the held-out calibration sequences:
+            the mean over the tokens of the squared error over the squared target; None without.
+        held_out_error: as `output_error`, on calibration sequences that nothing was fitted to; None without such.
+        held_out_tokens: how many of their tokens reached the module.
+        hadamard_gain: by how much a Hadamard transform of the inputs lowers the output error, as far as fits of some
+            rows tell (`optimum_arb.algorithms.hadamard_gain`): the module has one where this is above 1. None where
+            none was asked for.
     """
 
     method: str
@@ -40,6 +45,9 @@ class Record:
     tokens: int = 0
     experts: int | None = None
     starved: int = 0
+    refined: Sequence[float] | None = None
+    held_out_error: float | None = None
+    held_out_tokens: int = 0
     hadamard_gain: float | None = None
 
 
@@ -89,6 +97,20 @@ def binarize_linear(
     weight_error = output_error(weight, restored, None)
     errors = None if hessian is None else output_error(weight, restored, hessian)
     return packed, Record(config.method, weight_error, errors, tokens, hadamard_gain=gain)
+
+
+@torch.no_grad()
+def linear_output_error(module: nn.Module, packed: ARBLinear, hessian: torch.Tensor) -> float:
+    """The relative squared error of a binarized linear's outputs on inputs of its own, given by their X^T X.
+
+    Args:
+        module: the float `nn.Linear` or `Conv1D`.
+        packed: its binarized form.
+        hessian: float32 `[K, K]`.
+    """
+    weight = _tensors(module)[0].detach()
+    weight = weight.T if type(module) is Conv1D else weight
+    return output_error(weight.to(torch.float32), packed.dequantize(torch.float32), hessian)
 
 
 def empty_linear(module: nn.Module, **description) -> ARBLinear:

@@ -11,12 +11,12 @@ from torch import nn
 
 from .algorithms import binarize, squared_errors
 from .calibration.distributed import Ranks
-from .calibration.experts import ROWS, RoutedInputs
+from .calibration.experts import ROWS, LayerStatistics, RoutedInputs
 from .config import ARBConfig
-from .conversion import Record
+from .conversion import Record, linear_output_error
 from .expert_packing import PackedForm, stack_experts
 from .experts import ExpertMatrix, expert_matrices, expert_weight
-from .nn import ARBExperts
+from .nn import ARBExperts, ARBLinear
 from .packing import BinarizedWeight, block_count, pack, unpack
 
 # Experts to which fewer calibration tokens were routed are binarized from their weights alone. In all of 8
@@ -211,6 +211,52 @@ def binarize_experts(
         for _, fit in fits:
             fit.exchange(ranks, _parameter(module, fit.matrix.name).device)
     return packed, {fit.matrix.name: fit.finish(packed, True) for _, fit in fits}
+
+
+@torch.no_grad()
+def expert_output_errors(module: nn.Module, packed: ARBExperts, routed: RoutedInputs) -> dict[str, tuple[float, int]]:
+    """The errors of binarized experts on inputs that nothing was fitted to.
+
+    Args:
+        module: the float experts.
+        packed: their binarized form.
+        routed: the inputs.
+
+    Returns:
+        Name of a binarized matrix -> its relative squared output error over all experts, and the inputs counted.
+    """
+    found = {}
+    for index, (key, matrix) in enumerate(expert_matrices(module).items()):
+        if key not in packed.forms:
+            continue
+        lost, total, tokens = 0.0, 0.0, 0
+        for expert, count in enumerate(routed.tokens()):
+            hessian = _hessians(module, routed.rows(expert), expert, [index])[0] if count else None
+            if hessian is None:
+                continue
+            weight = expert_weight(_parameter(module, key), matrix, expert).float()
+            parts = [packed.binarized(key, expert, part).dequantize() for part in range(matrix.parts)]
+            part_lost, part_total = squared_errors(weight, torch.cat(parts).to(weight.device), hessian)
+            lost, total, tokens = lost + part_lost, total + part_total, tokens + count
+        if tokens:
+            found[key] = (lost / total if total > 0 else 0.0, tokens)
+    return found
+
+
+def held_out_errors(
+    name: str, module: nn.Module, packed: nn.Module, statistics: LayerStatistics
+) -> Iterator[tuple[str, float, int]]:
+    """The errors of a module, linear or experts, on what was held out: (name, relative squared output error, inputs).
+
+    Nothing where no input was held out, or none reached the module.
+    """
+    if isinstance(packed, ARBExperts):
+        for key, (error, tokens) in expert_output_errors(module, packed, statistics.held_out_experts[name]).items():
+            yield f"{name}.{key}", error, tokens
+    elif isinstance(packed, ARBLinear):
+        hessian, tokens = statistics.linears.held_out(name)
+        if hessian is not None:
+            yield name, linear_output_error(module, packed, hessian), tokens
 
 
 def _parameter(module: nn.Module, name: str) -> torch.Tensor:

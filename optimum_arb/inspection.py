@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from dataclasses import asdict, dataclass, field
@@ -16,10 +17,15 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .config import ARBConfig
 from .keys import KeyMap
+from .layer_warnings import LayerWarning, layer_warnings
 from .modules import linear_shape, select_modules
 from .packing import STORED_NAMES
+from .report import ModuleReport
 from .stored import StoredTensor, describe, packed_linears, read_headers
 from .stored_experts import describe_experts, packed_experts
+from .stored_report import find_report, matching_modules, read_report
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,8 @@ class Inspection:
         stored_bytes: bytes of all tensors.
         file_bytes: bytes of the safetensors files, which is `stored_bytes` and the headers (of a model on the Hub:
             without the headers).
+        report: the errors of the modules, from the report that lies beside the model; None without one.
+        reproduce: what that report says of the run that binarized the model.
     """
 
     config: ARBConfig
@@ -63,6 +71,13 @@ class Inspection:
     float_tensors: dict[str, int] = field(default_factory=dict)
     stored_bytes: int = 0
     file_bytes: int = 0
+    report: list[ModuleReport] | None = None
+    reproduce: dict[str, Any] | None = None
+
+    @property
+    def warnings(self) -> list[LayerWarning]:
+        """What looks broken, see `optimum_arb.layer_warnings`; nothing without a report."""
+        return layer_warnings(self.report or [])
 
     @property
     def weights(self) -> int:
@@ -85,6 +100,9 @@ class Inspection:
             "modules": [asdict(module) for module in self.modules],
             "kept": self.kept,
             "float_tensors": self.float_tensors,
+            "report": None if self.report is None else [asdict(module) for module in self.report],
+            "warnings": [asdict(warning) for warning in self.warnings],
+            "reproduce": self.reproduce,
         }
 
 
@@ -140,7 +158,21 @@ def inspect_model(name: str | Path) -> Inspection:
     packed |= {key for stored in experts.values() for key in stored.keys()}  # noqa: SIM118
     result.float_tensors = {key: tensor_bytes(tensor) for key, tensor in tensors.items() if key not in packed}
     result.stored_bytes = sum(tensor_bytes(tensor) for tensor in tensors.values())
+    _add_report(name, result)
     return result
+
+
+def _add_report(name: str | Path, result: Inspection) -> None:
+    """What the report beside the model knows, if it is of this model."""
+    path = find_report(name)
+    report = None if path is None else read_report(path)
+    if report is None:
+        return
+    result.report = matching_modules(report, {m.name: (m.layout, m.stored_bytes) for m in result.modules})
+    if result.report is None:
+        logger.warning("%s is of another model than the one that lies beside it, and is not read.", path)
+        return
+    result.reproduce = report["reproduce"]
 
 
 def tensor_bytes(tensor: StoredTensor) -> int:

@@ -10,7 +10,10 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,14 +21,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
-from .calibration import CalibrationWalk, model_tokens, token_batches
-from .calibration.data import calibration_record
+from .calibration import CalibrationWalk, model_tokens
+from .calibration.data import calibration_record, split_batches
 from .calibration.distributed import current_ranks, model_fingerprint
-from .calibration.experts import RoutedInputs
+from .calibration.experts import LayerStatistics, RoutedInputs
+from .calibration.refinement import Refiner, refinement_batch_size
 from .config import ARBConfig
 from .conversion import Record, binarize_linear, empty_linear, float_linear
 from .custom_data import CalibrationInputs
-from .expert_conversion import binarize_experts, packed_form
+from .expert_conversion import binarize_experts, held_out_errors, packed_form
 from .expert_keys import conversions_for_loading, conversions_for_saving
 from .hub.base_model import base_model_facts
 from .keys import KeyMap
@@ -34,9 +38,11 @@ from .modules import Selection, linear_shape, resolved_skips, select_modules
 from .nn import ARBExperts, ARBLinear, share_inputs
 from .placement import calibration_device, check_no_disk, place_model
 from .report import model_report
+from .reproduce import model_facts, reproduce_block
 from .stored import COMPANIONS, describe, packed_linears, read_headers
 from .stored_checks import check_indices, check_other_tensors, check_permuted
 from .stored_experts import describe_experts, packed_experts
+from .stored_report import read_report, restore_records
 from .streaming import BinarizeOnLoad
 from .tensor_parallel import is_divided, localize, prepare, whole_state_dict
 from .version import __version__
@@ -62,6 +68,7 @@ class ARBHfQuantizer(HfQuantizer):
         selection: which linears are binarized, and why the others are not.
         records: name of a binarized module -> what is known of how it was made.
         kept: name of what stayed in float -> the reason.
+        reproduce: what it takes to repeat the run that binarized the model, as far as that is known.
     """
 
     requires_calibration = False
@@ -76,9 +83,11 @@ class ARBHfQuantizer(HfQuantizer):
         self.selection = Selection()
         self.records: dict[str, Record] = {}
         self.kept: dict[str, str] = {}
+        self.reproduce: dict[str, Any] | None = None
         self.failure: Exception | None = None
         # reads and writes the model layer by layer while it is binarized; then no weights are loaded before
         self.stream: Stream | None = None
+        self._refinement: dict[str, Any] | None = None
         self._device_map: Any = None
         self._dtypes: dict[str, torch.dtype] = {}
         self._tokens: torch.Tensor | CalibrationInputs | None = None
@@ -155,12 +164,13 @@ class ARBHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.failure is not None:
             raise self.failure
+        if self.pre_quantized:
+            localize(model)
         for module in model.modules():
             if isinstance(module, ARBLinear):
                 module.decode_scales()  # transformers fills buffers that no file holds with anything
         if self.pre_quantized:
             cast_loaded(model, self._dtypes)
-            localize(model)
             self._prepare_saving(model)
             for module in model.modules():
                 if isinstance(module, (ARBLinear, ARBExperts)):
@@ -208,21 +218,47 @@ class ARBHfQuantizer(HfQuantizer):
             self.records.update({f"{name}.{key}": record for key, record in records.items()})
             return packed, [r.output_error for r in records.values() if r.output_error is not None]
 
-        batches = [] if self._tokens is None else token_batches(self._tokens, self.quantization_config.batch_size)
+        def measure(name: str, module: nn.Module, packed: nn.Module, statistics: LayerStatistics):
+            for found, error, count in held_out_errors(name, module, packed, statistics):
+                self.records[found] = replace(self.records[found], held_out_error=error, held_out_tokens=count)
+
+        config = self.quantization_config
+        batches: list[Any] = []
+        held_out = 0
+        if self._tokens is not None:
+            length = self._tokens.shape[1] if isinstance(self._tokens, torch.Tensor) else 1
+            batches, held_out = split_batches(
+                self._tokens, config.held_out_samples, refinement_batch_size(config, length)
+            )
         ranks = current_ranks()
         device = calibration_device(self._device_map, ranks)
         model.eval()
         names = self.selection.modules()
-        together: dict[str, Any] = {"ranks": ranks, "records": self.records}
+        refiner = None if config.refine is None else Refiner(config, self.records)
+        own: dict[str, Any] = {"binarize_experts": binarize_layer, "ranks": ranks, "records": self.records}
+        own |= {"held_out": held_out, "measure": measure}
         if ranks.size > 1:
+            if refiner is not None:
+                raise ValueError(
+                    f"refine={config.refine!r} runs in one process, and {ranks.size} were started: each of them sees "
+                    "a part of the calibration samples alone. Start one process, or set refine=None."
+                )
             ranks.check_same(self._facts(model))
+        if refiner is not None:
+            own |= {"after_layer": refiner, "follow_float": True}
+            refiner.check(model, names, batches)
         if self.stream is None:
-            CalibrationWalk(model, names, binarize, batches, device, binarize_layer, **together).run()
+            walk = CalibrationWalk(model, names, binarize, batches, device, **own)
+            walk.run()
+            if refiner is not None:
+                refiner.finish(walk)
         else:
-            record = None if self._tokens is None else calibration_record(self.quantization_config, self._tokens)
+            record = None if self._tokens is None else calibration_record(config, self._tokens)
             with self.stream.opened(model, self, record) as options:
-                options |= together
-                CalibrationWalk(model, names, binarize, batches, binarize_experts=binarize_layer, **options).run()
+                walk = CalibrationWalk(model, names, binarize, batches, **own, **options)
+                walk.run()
+        if refiner is not None:
+            self._refinement = refiner.summary(walk)
 
     def _facts(self, model: PreTrainedModel) -> dict[str, Any]:
         """What all processes must have in common that binarize a model together."""
@@ -254,7 +290,13 @@ class ARBHfQuantizer(HfQuantizer):
         if self._tokens is not None:
             unreached = sorted(name for name, record in self.records.items() if not record.tokens)
             config.calibration = {**calibration_record(config, self._tokens), "unreached": unreached}
+            if self._refinement is not None:
+                config.calibration["refinement"] = self._refinement
             config.dataset = config.calibration["dataset"]
+        facts = model_facts(source.name_or_path, getattr(source, "_commit_hash", None)) if source.name_or_path else {}
+        if facts and Path(facts["name"]).is_dir():
+            facts["name"] = Path(facts["name"]).name  # a path of this machine says nothing to others
+        self.reproduce = reproduce_block({"base": facts} if facts else None, None, config.seed, whole_paths=False)
 
     def _leave_out_new_modules(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
         """Leaves out what the checkpoint lacks: transformers initializes it at random, to be trained."""
@@ -330,6 +372,10 @@ class ARBHfQuantizer(HfQuantizer):
             columns |= dict.fromkeys(found.tensors.get("salient_columns", ()), found.matrix.in_features)
         check_indices(checkpoint_files, columns)
         self._keep_what_is_not_binarized()
+        beside = read_report(os.path.dirname(os.path.abspath(checkpoint_files[0])))
+        if beside is not None:
+            self.records = restore_records(self.records, beside)
+            self.reproduce = beside["reproduce"]
 
     def _check_selected(self, name: str, module: nn.Module) -> None:
         if name not in self.selection.convert:

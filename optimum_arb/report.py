@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from .conversion import Record
+from .layer_warnings import LayerWarning, layer_warnings
 from .modules import parameter_bytes
 from .nn import ARBExperts, ARBLinear
 from .packing import stored_bytes
+
+SHOWN_WARNINGS = 10
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,13 @@ class ModuleReport:
         experts: of experts, how many there are; None for a linear.
         starved: of experts, how many were binarized from their weights alone, since fewer calibration tokens than
             `expert_conversion.STARVED_TOKENS` were routed to them.
+        planes: sign planes of all columns.
+        block_size: columns that share a row scale.
+        tokens: calibration tokens that reached it (of experts: summed over them).
+        held_out_error: as `output_error`, on the calibration sequences that nothing was fitted to; None without such.
+        held_out_tokens: how many of their tokens reached it.
+        hadamard_gain: by how much a Hadamard transform of its inputs lowers the output error, as far as fits of some of
+            its rows tell: it has one where this is above 1. None where none was asked for.
     """
 
     name: str
@@ -43,6 +54,12 @@ class ModuleReport:
     output_error: float | None
     experts: int | None = None
     starved: int = 0
+    planes: int = 1
+    block_size: int = 128
+    tokens: int = 0
+    held_out_error: float | None = None
+    held_out_tokens: int = 0
+    hadamard_gain: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,8 +82,16 @@ class ModelReport:
 
     @property
     def mean_output_error(self) -> float | None:
-        errors = [module.output_error for module in self.modules if module.output_error is not None]
-        return sum(errors) / len(errors) if errors else None
+        return _mean(module.output_error for module in self.modules)
+
+    @property
+    def mean_held_out_error(self) -> float | None:
+        return _mean(module.held_out_error for module in self.modules)
+
+    @property
+    def warnings(self) -> list[LayerWarning]:
+        """What looks broken, see `optimum_arb.layer_warnings`."""
+        return layer_warnings(self.modules)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -79,6 +104,8 @@ class ModelReport:
         ]
         if self.mean_output_error is not None:
             lines[0] += f" Mean relative output error {self.mean_output_error:.4f}."
+        if self.mean_held_out_error is not None:
+            lines[0] += f" On held-out sequences {self.mean_held_out_error:.4f}."
         if experts := [module for module in self.modules if module.experts is not None]:
             counts = " or ".join(map(str, sorted({module.experts or 0 for module in experts})))
             starved = sum(module.starved for module in experts)
@@ -96,6 +123,10 @@ class ModelReport:
                 f"Without calibration ({len(unseen)}): {', '.join(unseen[:3])}{', ...' * (len(unseen) > 3)}: no "
                 "calibration input reached them."
             )
+        warnings = self.warnings
+        lines += [f"LOOKS BROKEN: {warning.module}: {warning.message}." for warning in warnings[:SHOWN_WARNINGS]]
+        if len(warnings) > SHOWN_WARNINGS:
+            lines.append(f"{len(warnings) - SHOWN_WARNINGS} more modules look broken.")
         for reason, count in Counter(self.kept.values()).items():
             names = [name for name, why in self.kept.items() if why == reason]
             shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")
@@ -127,6 +158,12 @@ def model_report(model: nn.Module) -> ModelReport:
                     stored_bytes=stored_bytes(module.packed()),
                     weight_error=record.weight_error,
                     output_error=record.output_error,
+                    planes=module.layout.planes,
+                    block_size=module.block_size,
+                    tokens=record.tokens,
+                    held_out_error=record.held_out_error,
+                    held_out_tokens=record.held_out_tokens,
+                    hadamard_gain=record.hadamard_gain,
                 )
             )
         elif isinstance(module, ARBExperts):
@@ -144,6 +181,11 @@ def model_report(model: nn.Module) -> ModelReport:
                         output_error=record.output_error,
                         experts=form.experts,
                         starved=record.starved,
+                        planes=form.layout.planes,
+                        block_size=form.block_size,
+                        tokens=record.tokens,
+                        held_out_error=record.held_out_error,
+                        held_out_tokens=record.held_out_tokens,
                     )
                 )
     if not modules:
@@ -158,3 +200,8 @@ def model_report(model: nn.Module) -> ModelReport:
         packed_bytes=packed,
         model_bytes=parameter_bytes(model),
     )
+
+
+def _mean(errors: Iterable[float | None]) -> float | None:
+    known = [error for error in errors if error is not None]
+    return sum(known) / len(known) if known else None

@@ -15,9 +15,9 @@ alone; once they are loaded, each rank has an ordinary `ARBLinear` of its own ro
 | moe_tp_experts | the experts are divided | the outputs are summed |
 
 Of a product of two sign matrices, the rows of the outer or the columns of the inner one are divided, and every rank
-has the other as a whole. "Otherwise" is the usual case of arb-hrc, which stores columns in order of activation: each
-block then holds columns of every rank. Against the sum over ranks that costs one more gather of the input, and nothing
-is stored or computed twice.
+has the other as a whole. "Otherwise" are salient columns, inputs that are mixed by a transform, and columns that are
+stored in order of activation: each block then holds columns of every rank. Against the sum over ranks that costs one
+more gather of the input, and nothing is stored or computed twice.
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 # The parameters that have a row for each output, and those that have a column for each input.
 _ROW_PARAMETERS = frozenset(name if name == "weight" else f"weight_{name}" for name in ROW_TENSORS)
 _COLUMN_PARAMETERS = ("weight", "weight_row_scale", "weight_col_scale")
+# Packed tensors that are columns, or that every rank can have as a whole: not the salient columns, which lie unevenly
+# among the ranks, nor what reorders or mixes the inputs.
+_DIVISIBLE = frozenset(
+    ("weight", "row_scale", "col_scale", "scale_grid", "inner", "inner_row_scale", "inner_col_scale")
+)
 _COLUMN_PARAMETERS_OF_FACTORS = ("weight_inner", "weight_inner_col_scale")
 
 
@@ -229,9 +234,9 @@ class _PackedStyle:
 
     def _by_columns(self, module: ARBLinear, mesh: Any) -> bool:
         """Whether the columns are divided: in a rowwise style, where the parts are packed weights themselves."""
-        if self.name.startswith("colwise") or module.layout.salient:
-            return False  # salient columns lie unevenly among the ranks
-        tensors = {name for name in ("permutation",) if module.packed_parameter(name) is not None}
+        tensors = module.packed()
+        if self.name.startswith("colwise") or not tensors.keys() <= _DIVISIBLE:
+            return False
         return column_obstacle(tensors, module.in_features, module.block_size, mesh.size()) is None
 
 

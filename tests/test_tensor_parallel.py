@@ -26,7 +26,7 @@ DOWN = "model.layers.0.mlp.down_proj"
 # name -> (family, changes of its sizes, ARBConfig, how down_proj of the first layer is divided: its shape on rank 1)
 CASES = {
     # columns in order of activation: rows are divided, inputs gathered
-    "permuted": ("LlamaForCausalLM", BIG, {"dataset": DATA}, (128, 512)),
+    "permuted": ("LlamaForCausalLM", BIG, {"dataset": DATA, "act_order": True}, (128, 512)),
     "columns": ("LlamaForCausalLM", BIG, {"dataset": None}, (256, 256)),
     "whole rows": ("LlamaForCausalLM", BIG, {"dataset": None, "block_size": -1, "planes": 2}, (256, 256)),
     # 160 columns in two parts are no whole blocks
@@ -41,7 +41,7 @@ CASES = {
         (256, 256),
     ),
     "bias": ("PhiForCausalLM", BIG, {"dataset": None}, None),
-    "experts": ("MixtralForCausalLM", {}, {"dataset": DATA, "block_size": 64}, None),
+    "experts": ("MixtralForCausalLM", {}, {"dataset": DATA, "block_size": 64, "act_order": True}, None),
     "float experts": (
         "MixtralForCausalLM",
         {},
@@ -53,7 +53,8 @@ CASES = {
         None,
     ),
     "factors": ("LlamaForCausalLM", BIG, {"dataset": None, "method": "arb-dbf"}, (256, 256)),
-    "dequantize": ("LlamaForCausalLM", BIG, {"dataset": DATA}, (128, 512)),
+    "8-bit scales": ("LlamaForCausalLM", BIG, {"dataset": None, "scale_bits": 8}, (256, 256)),
+    "dequantize": ("LlamaForCausalLM", BIG, {"dataset": DATA, "act_order": True, "scale_bits": 8}, (128, 512)),
 }
 if hasattr(HfQuantizer, "update_parallel_plan"):  # since 5.21
     CASES["expert parallel"] = ("Qwen3MoeForCausalLM", {}, {"dataset": None, "block_size": 64}, None)

@@ -83,7 +83,7 @@ def binarize(
 def hadamard_gain(weight: torch.Tensor, hessian: torch.Tensor, config: ARBConfig) -> float:
     """What the Hadamard transform of `config` does to the output error of one weight, by fits of some of its rows.
 
-    Fits with fewer iterations would not do: of 12 matrices of SmolLM2-135M, all of which gain in the end, by 3 % and more,
+    Fits with fewer iterations would not do: of 12 matrices of SmolLM2-135M, all of which gain 3 % or more in the end,
     3 seem to lose after 4 iterations and 4 block by block.
 
     Args:

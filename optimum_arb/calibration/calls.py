@@ -55,6 +55,13 @@ def hidden_states(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor | None
     return hidden if isinstance(hidden, torch.Tensor) else None
 
 
+def like(output: Any, hidden: torch.Tensor | None) -> Any:
+    """What a layer would return if it handed on its hidden states: of the form of an output."""
+    if isinstance(output, (tuple, list)):
+        return type(output)((hidden, *[None] * (len(output) - 1)))
+    return hidden
+
+
 @contextmanager
 def replaced_forwards(modules: list[nn.Module], forwards: list[Callable]) -> Iterator[None]:
     """Gives each module another `forward` for a while. The modules stay, and with them what the model reads of them."""

@@ -138,14 +138,36 @@ def token_batches(tokens: torch.Tensor | CalibrationInputs, batch_size: int | No
     return list(tokens.split(batch_size))
 
 
+def split_batches(
+    tokens: torch.Tensor | CalibrationInputs, held_out_samples: int, batch_size: int | None = None
+) -> tuple[list[Any], int]:
+    """All batches, those that nothing is fitted to at the end, and how many these are.
+
+    Raises:
+        ValueError: there are no more samples than are to be held out.
+    """
+    fitted = len(tokens) - held_out_samples
+    if fitted < 1:
+        raise ValueError(
+            f"held_out_samples={held_out_samples} leaves nothing to calibrate on: the calibration set has only "
+            f"{len(tokens)} sequences. Give more text, or hold out fewer."
+        )
+    if isinstance(tokens, CalibrationInputs):
+        return list(tokens), held_out_samples
+    held_out = token_batches(tokens[fitted:], batch_size) if held_out_samples else []
+    return [*token_batches(tokens[:fitted], batch_size), *held_out], len(held_out)
+
+
 def calibration_record(config: ARBConfig, tokens: torch.Tensor | CalibrationInputs) -> dict[str, Any]:
     """What a saved configuration says of its calibration: the set's name (of a file without its directory), its size
     and the SHA-256 of its tokens or other inputs."""
+    held_out = {"held_out_samples": config.held_out_samples} if config.held_out_samples else {}
     if isinstance(tokens, CalibrationInputs):
-        return {"dataset": "custom", "samples": len(tokens), "fingerprint": tokens.fingerprint()}
+        return {"dataset": "custom", "samples": len(tokens), **held_out, "fingerprint": tokens.fingerprint()}
     return {
         "dataset": Path(config.dataset).name if isinstance(config.dataset, str) else "custom",
         "samples": tokens.shape[0],
+        **held_out,
         "sequence_length": tokens.shape[1],
         "fingerprint": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
     }

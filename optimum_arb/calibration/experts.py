@@ -81,7 +81,10 @@ class LayerStatistics:
     def __init__(self, modules: Mapping[str, nn.Module]):
         self._modules = {name: module for name, module in modules.items() if is_experts(module)}
         self.linears = InputStatistics({name: m for name, m in modules.items() if name not in self._modules})
-        self.experts = {name: RoutedInputs(int(module.num_experts)) for name, module in self._modules.items()}  # type: ignore[arg-type]
+        self.experts, self.held_out_experts = (
+            {name: RoutedInputs(int(module.num_experts)) for name, module in self._modules.items()}  # type: ignore[arg-type]
+            for _ in range(2)
+        )
         self._handles: list = []
 
     def __enter__(self) -> LayerStatistics:
@@ -103,9 +106,14 @@ class LayerStatistics:
         """Where the modules are."""
         return next(p.device for m in (*self.linears.modules(), *self._modules.values()) for p in m.parameters())
 
+    def hold_out(self, holding_out: bool) -> None:
+        """Whether what comes is held out: kept apart, to measure errors on inputs that nothing is fitted to."""
+        self.linears.holding_out = holding_out
+
     def _hook(self, name: str):
         def gather(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             given = [*args, *(kwargs[key] for key in ("hidden_states", "top_k_index")[len(args) :])]
-            self.experts[name].add(given[0], given[1])
+            routed = self.held_out_experts if self.linears.holding_out else self.experts
+            routed[name].add(given[0], given[1])
 
         return gather

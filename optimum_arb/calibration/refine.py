@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from .calls import Call
 from .trainable import Trainable, trainable
 from .walk import LayerTurn
 
-OBJECTIVES = ("token", "total")
+OBJECTIVES = ("token", "channel", "total")
 WARMUP = 10  # steps in which the learning rates rise: Adam's first steps know the gradient's size from one batch
 LEAST_SIZE = 1e-3  # of a tensor, for its learning rate: biases may begin at zero
 BETAS = (0.9, 0.95)
@@ -45,8 +45,7 @@ class RefineSettings:
         evaluations: how often the held-out loss is looked at.
         patience: evaluations without a new best after which a layer is left.
         held_out: fraction of the calibration batches that are not trained on, at least one.
-        objective: "token" divides the squared error of each token by its target's square, "total" the whole by the
-            whole.
+        objective: see `Objective`.
         seed: of the order of the batches.
     """
 
@@ -83,39 +82,20 @@ class Refinement:
         return asdict(self)
 
 
-class LayerRefiner:
-    """Tunes each layer that a `CalibrationWalk` has binarized; give it to the walk as `after_layer`.
-
-    Args:
-        settings: how.
-
-    Attributes:
-        results: name of a layer -> what tuning did to it.
-    """
-
-    def __init__(self, settings: RefineSettings):
-        self.settings = settings
-        self.results: dict[str, Refinement] = {}
-
-    def __call__(self, turn: LayerTurn) -> None:
-        """Tunes the layer in place.
-
-        Raises:
-            ValueError: fewer than two calibration batches, or outputs that are not finite.
-        """
-        self.results[turn.name] = refine_layer(turn, self.settings)
-
-
 def refine_layer(turn: LayerTurn, settings: RefineSettings) -> Refinement:
-    """Tunes one layer in place, as `LayerRefiner` does."""
+    """Tunes a layer that a walk has binarized, in place.
+
+    Raises:
+        ValueError: fewer than two calibration batches, or outputs that are not finite.
+    """
     start = time.perf_counter()
     train, held = split_batches(len(turn.inputs), settings.held_out)
-    size = mean_square(turn.references[batch] for batch in range(len(turn.references)))
+    objective = Objective(turn.references, settings.objective)
     layer, device = turn.layer, turn.device
 
     def loss(batch: int) -> torch.Tensor:
         output = in_float32(turn.calls[batch]).run(layer, turn.inputs[batch].to(device, torch.float32), device)
-        return output_loss(output, turn.references[batch].to(device), size, settings.objective)
+        return objective(output, turn.references[batch].to(device))
 
     with computing_in_float32(layer) as stored, swapped(layer, settings.sign_learning_rate > 0) as twins:
         for name, twin in twins.items():
@@ -188,7 +168,8 @@ def tune(
                 value = loss(order.pop())
                 # None for a parameter that no token of the batch reached
                 gradients = torch.autograd.grad(value, trained, allow_unused=True)
-            if not all(bool(torch.isfinite(g).all()) for g in gradients if g is not None):
+            reached = [gradient for gradient in gradients if gradient is not None]
+            if not reached or not math.isfinite(float(torch.nn.utils.get_total_norm(reached))):
                 break  # what was best so far stays
             for parameter, gradient in zip(trained, gradients, strict=True):
                 parameter.grad = gradient
@@ -243,31 +224,44 @@ def split_batches(count: int, fraction: float) -> tuple[list[int], list[int]]:
     return [batch for batch in range(count) if batch not in held], held
 
 
-def mean_square(states: Iterable[torch.Tensor]) -> float:
-    """The squared norm of a token's hidden states, mean over all tokens of tensors `[..., H]`."""
-    total, tokens = 0.0, 0
-    for state in states:
-        total += float(state.double().square().sum())
-        tokens += state.numel() // state.shape[-1]
-    return total / max(tokens, 1)
+class Objective:
+    """The squared error of hidden states `[..., H]`, relative to the target's square.
 
-
-def output_loss(output: torch.Tensor, target: torch.Tensor, size: float, objective: str) -> torch.Tensor:
-    """The squared error of hidden states `[..., H]`, relative to the target's square, a float32 scalar.
+    A few tokens have a thousand times the size of the others, and a few channels too, while what reads hidden states
+    normalizes each token by its size and each channel by a weight of its own.
 
     Args:
-        output, target: hidden states.
-        size: `mean_square` of all targets.
-        objective: as `RefineSettings.objective`. What reads hidden states normalizes each token by its size, and a few
-            tokens have a thousand times the size of the others: "token" follows what is read.
+        targets: all targets.
+        kind: "total" divides the whole error by the whole square, "token" that of each token by the token's own,
+            "channel" also that of each channel by the channel's, of tokens divided so.
     """
-    target = target.float()
-    error = (output.float() - target).square().sum(-1)
-    floor = max(size, torch.finfo(torch.float32).tiny)
-    if objective == "total":
-        return error.mean() / floor
-    # a token whose target is all but zero would outweigh all others
-    return (error / target.square().sum(-1).clamp_min(1e-6 * floor)).mean()
+
+    def __init__(self, targets: Sequence[torch.Tensor], kind: str):
+        self.kind = kind
+        total, tokens = 0.0, 0
+        for target in targets:
+            total += float(target.double().square().sum())
+            tokens += target.numel() // target.shape[-1]
+        self.size = max(total / max(tokens, 1), torch.finfo(torch.float32).tiny)  # of a token, the mean
+        if kind == "channel":
+            rows = [(t.double() / self._sizes(t.double()).sqrt()[..., None]).flatten(0, -2) for t in targets]
+            square = sum(row.square().sum(0) for row in rows) / max(tokens, 1)  # its sum is 1
+            assert isinstance(square, torch.Tensor)
+            self.channels = square.clamp_min(1e-3 / len(square)).float() * len(square)
+
+    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """A float32 scalar."""
+        target = target.float()
+        error = (output.float() - target).square()
+        if self.kind == "channel":
+            error = error / self.channels.to(error.device)
+        if self.kind == "total":
+            return error.sum(-1).mean() / self.size
+        return (error.sum(-1) / self._sizes(target)).mean()
+
+    def _sizes(self, target: torch.Tensor) -> torch.Tensor:
+        # a token whose target is all but zero would outweigh all others
+        return target.square().sum(-1).clamp_min(1e-6 * self.size)
 
 
 def float_weight(module: nn.Module) -> torch.Tensor:
@@ -352,4 +346,4 @@ def _size(parameter: torch.Tensor) -> float:
 
 def _rate(step: int, steps: int) -> float:
     """The learning rate of a step over the highest: a linear rise, then half a cosine."""
-    return min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))

@@ -21,6 +21,7 @@ class Statistic:
     Attributes:
         tokens: how many inputs were summed.
         seen: the inputs of the batch that is running.
+        held_out: the same of the inputs that nothing is fitted to; None where there were none.
     """
 
     def __init__(self, features: int, device: torch.device):
@@ -29,6 +30,7 @@ class Statistic:
         self._hessian: torch.Tensor | None = None
         self.tokens = 0
         self.seen: torch.Tensor | None = None
+        self.held_out: Statistic | None = None
 
     def add(self, inputs: torch.Tensor) -> None:
         """Adds inputs `[..., K]`."""
@@ -52,6 +54,12 @@ class Statistic:
             self._hessian, self._total = self.total.to(torch.float32), None
         return self._hessian
 
+    def hold_out(self, inputs: torch.Tensor) -> None:
+        """Adds inputs to those that nothing is fitted to."""
+        if self.held_out is None:
+            self.held_out = Statistic(inputs.shape[-1], inputs.device)
+        self.held_out.add(inputs)
+
 
 class InputStatistics:
     """Gathers the calibration matrices of some linears while the model runs inside this context.
@@ -61,9 +69,13 @@ class InputStatistics:
 
     Args:
         linears: name -> module, `nn.Linear` or `Conv1D`.
+
+    Attributes:
+        holding_out: while it is True, inputs go into a second matrix, on which nothing is fitted.
     """
 
     def __init__(self, linears: Mapping[str, nn.Module]):
+        self.holding_out = False
         self._linears = linears
         self._statistics: dict[str, Statistic] = {}
         self._leaders: dict[str, bool] = {}
@@ -110,6 +122,13 @@ class InputStatistics:
         """Replaces the sums: by name of a linear, those with the same input share one."""
         self._statistics = dict(statistics)
 
+    def held_out(self, name: str) -> tuple[torch.Tensor | None, int]:
+        """The same of the inputs that were held out, and how many there were."""
+        statistic = self._statistics.get(name)
+        if statistic is None or statistic.held_out is None:
+            return None, 0
+        return statistic.held_out.hessian, statistic.held_out.tokens
+
     def _hook(self, name: str):
         def gather(module: nn.Module, args: tuple) -> None:
             inputs = args[0]
@@ -120,7 +139,7 @@ class InputStatistics:
                 self._statistics[name] = statistic
                 self._leaders[name] = shared is None
             if self._leaders[name]:
-                statistic.add(inputs)
+                (statistic.hold_out if self.holding_out else statistic.add)(inputs)
                 statistic.seen = inputs
             elif statistic.seen is not inputs:
                 raise RuntimeError(

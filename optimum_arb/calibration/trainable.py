@@ -9,12 +9,14 @@ far from zero as turning its sign round would cost.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..factors import FactorizedWeight, pack_factors, unpack_factors
+from ..hadamard import hadamard_transform, rotate
 from ..nn import ARBFactorizedLinear, ARBLinear
 from ..packing import BinarizedWeight, pack, unpack
 
@@ -122,6 +124,7 @@ class TrainablePlanes(Trainable):
     def __init__(self, packed: ARBLinear, train_signs: bool = False):
         weight = packed.binarized()
         super().__init__(packed, [*weight.signs, *_each(weight.salient_signs)], train_signs)
+        self.unpacked = weight
         self.layout, self.block_size = weight.layout, weight.block_size
         self.rows, self.columns = weight.shape
         self.row_scale = nn.Parameter(weight.row_scale.float())
@@ -135,11 +138,17 @@ class TrainablePlanes(Trainable):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.permutation is not None:
             x = x[..., self.permutation]
+        if self.unpacked.hadamard:
+            x = hadamard_transform(x * self._input_signs().to(x.dtype), self.unpacked.hadamard)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.weight().to(x.dtype), bias)
 
+    def _input_signs(self) -> torch.Tensor:
+        assert self.unpacked.input_signs is not None  # there are some where there is a transform
+        return torch.where(self.unpacked.input_signs, 1.0, -1.0)
+
     def weight(self, fixed: Mapping[int, float] | None = None) -> torch.Tensor:
-        """float32 `[N, K]`, columns in the stored order, with gradients for scales and latents.
+        """float32 `[N, K]` as it is stored, for transformed inputs, with gradients for scales and latents.
 
         Args:
             fixed: number of a plane -> a value that stands for all its signs.
@@ -193,14 +202,17 @@ class TrainablePlanes(Trainable):
     @torch.no_grad()
     def set_confidence(self, weight: torch.Tensor, hessian: torch.Tensor | None) -> None:
         # V has one entry: <E, V> = (E H)_nk V_nk and <V, V> = V_nk^2 H_kk
-        slope = weight.to(torch.float32)
+        target = weight.to(torch.float32)
+        metric = None if hessian is None else hessian.to(target)
         if self.permutation is not None:
-            slope = slope[:, self.permutation]
-        slope = slope - self.weight()
-        if hessian is not None:
-            metric = hessian.to(slope)
-            if self.permutation is not None:
-                metric = metric[self.permutation][:, self.permutation]
+            target = target[:, self.permutation]
+            metric = None if metric is None else metric[self.permutation][:, self.permutation]
+        if self.unpacked.hadamard:
+            metric = torch.eye(self.columns, device=target.device) if metric is None else metric
+            assert self.unpacked.input_signs is not None
+            target, metric = rotate(target, metric, self.unpacked.input_signs, self.unpacked.hadamard)
+        slope = target - self.weight()
+        if metric is not None:
             slope = slope @ metric / metric.diagonal()
         for index in range(len(self.latents)):
             change = self.weight({index: 1.0}) - self.weight({index: -1.0})
@@ -212,14 +224,11 @@ class TrainablePlanes(Trainable):
         """What the twin has become, scales in float32."""
         planes = self.current_signs()
         salient = planes[self.layout.planes :]
-        return BinarizedWeight(
-            layout=self.layout,
-            block_size=self.block_size,
+        return replace(
+            self.unpacked,
             signs=torch.stack(planes[: self.layout.planes]),
             row_scale=self.row_scale.detach(),
             col_scale=None if self.col_scale is None else self.col_scale.detach(),
-            permutation=self.permutation,
-            salient_columns=self.salient_columns,
             salient_signs=torch.stack(salient) if salient else None,
             salient_col_scale=None if self.salient_col_scale is None else self.salient_col_scale.detach(),
         )

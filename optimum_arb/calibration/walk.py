@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..experts import is_experts
 from ..nn import ARBExperts, ARBLinear
 from .activations import INPUTS, Activations
-from .calls import Call, Stop, hidden_states, replaced_forwards
+from .calls import Call, Stop, hidden_states, like, replaced_forwards
 from .distributed import Ranks
 from .experts import LayerStatistics, RoutedInputs
 from .layers import Layers, find_layers
@@ -27,6 +27,8 @@ from .weights import OUTSIDE, LayerWeights
 Binarize = Callable[[str, nn.Module, "torch.Tensor | None", int], "tuple[ARBLinear, float | None]"]
 # (name, float experts, their inputs or None) -> the binarized module and the output errors of its matrices
 BinarizeExperts = Callable[[str, nn.Module, "RoutedInputs | None"], "tuple[ARBExperts, list[float]]"]
+# (name, float module, binarized module, what the layer received); is called after each of the two above
+Measure = Callable[[str, nn.Module, nn.Module, LayerStatistics], None]
 
 
 @dataclass
@@ -89,9 +91,13 @@ class CalibrationWalk:
         progress: is told of layers and linears; a bar or lines on stderr unless given.
         ranks: the processes that do this together; this one alone unless given.
         records: what `binarize` notes of the linears by their names; other ranks' notes are added.
+        held_out: how many batches, the last ones, nothing is fitted to.
+        measure: is called with each module and its binarized form, and with the statistics, where what was held out
+            is apart.
 
     Raises:
-        ValueError: `after_layer` is given and there are several ranks, of which each has a part of the batches.
+        ValueError: `after_layer` or `held_out` is given and there are several ranks, of which each has a
+            part of the batches.
     """
 
     def __init__(
@@ -110,12 +116,20 @@ class CalibrationWalk:
         progress: Progress | None = None,
         ranks: Ranks | None = None,
         records: dict[str, Any] | None = None,
+        held_out: int = 0,
+        measure: Measure | None = None,
     ):
         self.model = model
         self.ranks = ranks or Ranks()
         self.records = {} if records is None else records
         if after_layer is not None and self.ranks.size > 1:
             raise ValueError("Scales cannot be tuned by a layer's output on several ranks: start one process.")
+        if held_out and self.ranks.size > 1:
+            raise ValueError(
+                "Batches cannot be held out on several ranks, of which each has a part: start one process."
+            )
+        self.fitted = len(batches) - held_out
+        self.measure = measure
         self.binarize_experts = binarize_experts
         self.binarize = binarize
         self.batches = batches
@@ -126,6 +140,7 @@ class CalibrationWalk:
         self.follow_float = follow_float
         # with `follow_float`, what comes out of the float model's last layer, batch by batch, once the walk is over
         self.float_outputs: list[torch.Tensor] = []
+        self.chain: Layers | None = None  # with `follow_float`, the layers
         self.progress = progress or Progress()
         self.errors: list[float] = []
         self._targets = list(targets)
@@ -146,6 +161,7 @@ class CalibrationWalk:
                 self._probe(groups)
             if self.follow_float:
                 self._check_one_chain(groups)
+                self.chain = groups[0]
             total = sum(len(group.modules) for group in groups) + bool(outside)
             with self.progress.running(total):
                 for index, group in enumerate(groups):
@@ -253,7 +269,7 @@ class CalibrationWalk:
                 if kind != index:
 
                     def hand_on(*args, seen=group.seen[kind], **kwargs):
-                        return _like(seen[0][1], hidden_states(args, kwargs)) if seen else None
+                        return like(seen[0][1], hidden_states(args, kwargs)) if seen else None
 
                     modules.append(group.modules[index])
                     forwards.append(hand_on)
@@ -278,7 +294,7 @@ class CalibrationWalk:
                 calls[index].append(Call(kept, rest).sharing(calls[index][0] if batch else None))
                 if index == len(group.modules) - 1:
                     raise Stop
-                return _like(group.seen[index][0][1], hidden)
+                return like(group.seen[index][0][1], hidden)
 
             return forward
 
@@ -330,6 +346,7 @@ class CalibrationWalk:
                 modules = {target: self.model.get_submodule(target) for target in names}
                 with LayerStatistics(modules) as statistics:
                     for batch, call in enumerate(calls):
+                        statistics.hold_out(self.ranks.size == 1 and batch >= self.fitted)
                         output = call.run(layer, inputs[batch].to(self.device), self.device)
                         statistics.end_batch()
                         if keep:
@@ -390,7 +407,8 @@ class CalibrationWalk:
         handle = last.register_forward_hook(stop) if last is not None else None
         try:
             with LayerStatistics({name: self.model.get_submodule(name) for name in names}) as statistics:
-                for tokens in self.ranks.batches(self.batches):
+                for batch, tokens in enumerate(self.ranks.batches(self.batches)):
+                    statistics.hold_out(self.ranks.size == 1 and batch >= self.fitted)
                     self._run_model(tokens)
                     statistics.end_batch()
         finally:
@@ -420,6 +438,9 @@ class CalibrationWalk:
                 packed, error = self.binarize(name, module, hessian, tokens)
                 errors = [] if error is None else [error]
             self.errors += errors
+            if self.measure is not None and statistics is not None:
+                self.measure(name, module, packed, statistics)
+                statistics.held_out_experts.pop(name, None)
             if name in owners:  # of experts, every rank has them all by now
                 done[name] = packed
             self.model.set_submodule(name, packed)
@@ -440,10 +461,3 @@ class _EveryOther(Activations):
 
     def __getitem__(self, batch: int) -> torch.Tensor:
         return self._both[2 * batch + 1]
-
-
-def _like(output: Any, hidden: torch.Tensor | None) -> Any:
-    """What a layer would return if it handed on its hidden states: of the form of an output."""
-    if isinstance(output, (tuple, list)):
-        return type(output)((hidden, *[None] * (len(output) - 1)))
-    return hidden

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
 
 def describe(model: str, report: GGUFReport) -> str:
     """The readable form."""
-    from .inspect import kind_of
+    from ..layer_warnings import kind_of
 
     groups = defaultdict(list)
     for tensor in report.tensors:

@@ -1,4 +1,4 @@
-"""Show what a binarized model holds: true bits, bytes, what stayed in float. No weights are loaded."""
+"""Show what a binarized model holds: true bits, bytes, errors, what stayed in float. No weights are loaded."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .printing import fields, size, table
+from ..layer_warnings import kind_of
+from .printing import fields, ratio, size, table
+from .quantize import ERRORS, mean
 
 if TYPE_CHECKING:
     from ..inspection import Inspection, StoredModule
@@ -17,12 +20,14 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
   %(prog)s smollm2-arb
-  %(prog)s smollm2-arb --modules"""
+  %(prog)s smollm2-arb --modules
+  %(prog)s smollm2-arb --plot errors.svg"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="directory or Hub name of a binarized model")
     parser.add_argument("--modules", action="store_true", help="one line for each module instead of each kind")
+    parser.add_argument("--plot", metavar="FILE", help="draw the error of each layer into this .svg, .png or .pdf")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -31,6 +36,12 @@ def run(args: argparse.Namespace) -> None:
 
     check_model(args.model)
     result = inspect_model(args.model)
+    if args.plot:
+        from ..evaluate.plot import plot_layers
+
+        if result.report is None:
+            raise ValueError(f"--plot needs arb_report.json beside the model, and {args.model} has none that fits it.")
+        plot_layers(result.report, args.plot, Path(args.model).name)
     print(json.dumps(result.to_dict()) if args.json else describe(args.model, result, args.modules))
 
 
@@ -54,11 +65,17 @@ def describe(model: str, result: Inspection, every_module: bool = False) -> str:
         ]
     )
     headers = ["binarized", "modules", "layout", "weights", "bytes", "bits"]
-    if every_module:
-        rows = [_row(module.name, [module]) for module in result.modules]
-    else:
-        rows = [_row(kind, modules) for kind, modules in by_kind(result.modules).items()]
+    groups = {m.name: [m] for m in result.modules} if every_module else by_kind(result.modules)
+    rows = [_row(name, modules) for name, modules in groups.items()]
+    if result.report is not None:
+        reports = {module.name: module for module in result.report}
+        known = [key for key in ERRORS if any(getattr(module, key) is not None for module in result.report)]
+        headers += [ERRORS[key] for key in known]
+        for row, modules in zip(rows, groups.values(), strict=True):
+            row += [ratio(mean([getattr(reports[m.name], key) for m in modules])) for key in known]
     text += "\n\n" + table(headers, rows)
+    for warning in result.warnings:
+        text += f"\nLOOKS BROKEN  {warning.module}: {warning.message}"
     return text + "\n\n" + table(["stayed in float", "bytes", "why"], _float_rows(result))
 
 
@@ -68,11 +85,6 @@ def by_kind(modules: Iterable[StoredModule]) -> dict[str, list[StoredModule]]:
     for module in modules:
         kinds[kind_of(module.name)].append(module)
     return dict(kinds)
-
-
-def kind_of(name: str) -> str:
-    """A module's name with its numbers replaced by a star."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _row(name: str, modules: list[StoredModule]) -> list[str]:

@@ -51,7 +51,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(name)
 
 
-def load_processor(name: str) -> PreTrainedTokenizerBase | ProcessorMixin:
+def load_processor(name: str, revision: str | None = None) -> PreTrainedTokenizerBase | ProcessorMixin:
     """What a model reads its inputs with: the processor of a model of several modalities, otherwise the tokenizer.
 
     Raises:
@@ -61,9 +61,9 @@ def load_processor(name: str) -> PreTrainedTokenizerBase | ProcessorMixin:
     check_model(name)
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     for file in ("processor_config.json", "preprocessor_config.json"):
-        if cached_file(name, file, **quietly) is not None:
-            return AutoProcessor.from_pretrained(name)
-    return AutoTokenizer.from_pretrained(name)
+        if cached_file(name, file, revision=revision, **quietly) is not None:
+            return AutoProcessor.from_pretrained(name, revision=revision or "main")
+    return AutoTokenizer.from_pretrained(name, revision=revision or "main")
 
 
 def load_model(name: str, dtype: str = "auto", device_map: str = "cpu", backend: str | None = None) -> PreTrainedModel:

@@ -6,9 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import compare, completion, estimate, evaluate, export, inspect, push, quantize, tune
+from . import compare, completion, estimate, evaluate, export, inspect, push, quantize, requantize, tune, verify
 
-COMMANDS = (quantize, evaluate, inspect, compare, estimate, export, push, tune, completion)
+COMMANDS = (
+    quantize, requantize, evaluate, verify, inspect, compare, estimate, export, push, tune, completion,
+)  # fmt: skip
 EXIT_CODES = """\
 exit codes:
   0    done

@@ -30,18 +30,28 @@ CONFIG_OPTIONS = (
     "split_metric",
     "dataset",
     "num_samples",
+    "held_out_samples",
     "sequence_length",
     "batch_size",
     "seed",
     "damp_percent",
     "act_order",
     "col_scale",
+    "hadamard",
+    "admm_iterations",
     "rank",
     "factor_bits",
     "scale_bits",
+    "refine",
+    "refine_steps",
+    "refine_learning_rate",
+    "refine_signs",
     "modules_to_not_convert",
     "base_model",
 )
+
+# Errors of a module -> the heads of their columns.
+ERRORS = {"weight_error": "weight error", "output_error": "output error", "held_out_error": "held-out error"}
 
 EXAMPLES = """\
   %(prog)s HuggingFaceTB/SmolLM2-135M-Instruct smollm2-arb --planes 2
@@ -114,7 +124,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "--refinement-sweeps",
         type=int,
         metavar="N",
-        help="how often arb-hrc fits all blocks again: 1 for several planes, 0 for one",
+        help="how often arb-hrc fits all blocks again (default: 2)",
     )
     method.add_argument("--compensation", metavar="KIND", help="exact (default) or diagonal (as published)")
     method.add_argument("--split-metric", metavar="KIND", help="weight (default) or score (as published)")
@@ -124,13 +134,37 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--act-order",
         action=argparse.BooleanOptionalAction,
-        help="binarize columns in the order of their activations (default: arb-hrc with calibration)",
+        help="binarize columns in the order of their activations (default: arb-hrc block after block)",
     )
     method.add_argument(
         "--col-scale",
         action=argparse.BooleanOptionalAction,
         help="column scales of arb-hrc (default: yes); without them and without the order, a model of one plane is "
         "exported to GGUF without loss",
+    )
+    method.add_argument(
+        "--hadamard",
+        type=int,
+        metavar="N",
+        help="columns of the blocks of a Hadamard transform of arb-hrc's inputs: 64, 128, 256; 0 for none (default)",
+    )
+    method.add_argument(
+        "--admm-iterations",
+        type=int,
+        metavar="N",
+        help="iterations of arb-hrc's search of all blocks at once (default: 25; 0: block after block)",
+    )
+    method.add_argument(
+        "--refine",
+        metavar="HOW",
+        help="tune each binarized layer to the float model's outputs (block), and then the whole model (model)",
+    )
+    method.add_argument("--refine-steps", type=int, metavar="N", help="steps of each layer's tuning (default: 400)")
+    method.add_argument(
+        "--refine-learning-rate", type=float, metavar="X", help="of scales and norms, relative (default: 0.005)"
+    )
+    method.add_argument(
+        "--refine-signs", action=argparse.BooleanOptionalAction, help="tune the signs too (default: yes)"
     )
     method.add_argument(
         "--modules-to-not-convert", nargs="+", metavar="PATTERN", help="linears to keep in float: suffixes, or re:..."
@@ -145,6 +179,12 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     calibration = parser.add_argument_group("calibration")
     calibration.add_argument("--dataset", metavar="NAME_OR_PATH", help="text to calibrate on (default: wikitext-2)")
     calibration.add_argument("--num-samples", type=int, metavar="N", help="calibration sequences (default: 128)")
+    calibration.add_argument(
+        "--held-out-samples",
+        type=int,
+        metavar="N",
+        help="how many of them nothing is fitted to: the report tells the errors on them too (default: 0)",
+    )
     calibration.add_argument("--sequence-length", type=int, metavar="TOKENS", help="their length (default: 2048)")
     calibration.add_argument("--batch-size", type=int, metavar="N", help="sequences of a batch")
     calibration.add_argument("--seed", type=int, metavar="N", help="seed where samples are drawn (default: 0)")
@@ -231,7 +271,11 @@ def build_config(args: argparse.Namespace) -> Any:
     choices: dict[str, Any] = {name: getattr(args, name, None) for name in CONFIG_OPTIONS}
     choices = {name: choice for name, choice in choices.items() if choice is not None}
     if args.no_calibration:
-        given = [name for name in ("dataset", "num_samples", "sequence_length", "seed") if name in choices]
+        given = [
+            name
+            for name in ("dataset", "num_samples", "held_out_samples", "sequence_length", "seed")
+            if name in choices
+        ]
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} does nothing with --no-calibration: give one of the two.")
         choices["dataset"] = None
@@ -258,7 +302,7 @@ def parse_overrides(texts: list[str]) -> dict[str, dict[str, Any]]:
 
 def describe(model: str, out: str, report: ModelReport, seconds: float) -> str:
     """The readable form."""
-    from .inspect import kind_of
+    from ..layer_warnings import kind_of
 
     kinds = defaultdict(list)
     for module in report.modules:
@@ -267,9 +311,9 @@ def describe(model: str, out: str, report: ModelReport, seconds: float) -> str:
     for kind, modules in kinds.items():
         weights, count = sum(m.weights for m in modules), sum(m.stored_bytes for m in modules)
         methods = ", ".join(sorted({f"{m.method} ({m.layout})" for m in modules}))
-        errors = [ratio(_mean([getattr(m, key) for m in modules])) for key in ("weight_error", "output_error")]
+        errors = [ratio(mean([getattr(m, key) for m in modules])) for key in ERRORS]
         rows.append([kind, str(len(modules)), methods, f"{count:,}", f"{8 * count / weights:.4f}", *errors])
-    text = table(["binarized", "modules", "method", "bytes", "bits", "weight error", "output error"], rows)
+    text = table(["binarized", "modules", "method", "bytes", "bits", *ERRORS.values()], rows)
     kept = Counter((kind_of(name), reason) for name, reason in report.kept.items())
     if kept:
         lines = [[kind, str(count), reason] for (kind, reason), count in kept.items()]
@@ -280,12 +324,14 @@ def describe(model: str, out: str, report: ModelReport, seconds: float) -> str:
         ("bytes binarized", f"{report.packed_bytes:,} ({size(report.packed_bytes)})"),
         ("bytes of the model", f"{report.model_bytes:,} ({size(report.model_bytes)}), embeddings included"),
         ("mean output error", ratio(report.mean_output_error)),
+        ("mean held-out error", ratio(report.mean_held_out_error)),
         ("seconds", f"{seconds:.1f}"),
+        *(("LOOKS BROKEN", f"{warning.module}: {warning.message}") for warning in report.warnings),
     ]
     return text + "\n\n" + fields(pairs)
 
 
-def _mean(values: list[float | None]) -> float | None:
+def mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 

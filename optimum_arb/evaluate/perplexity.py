@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..data import BUNDLED_TEXTS, bundled_text
 
 # Rows of logits that are cast to float32 at a time: with a vocabulary of 256,000 this is a quarter of a gigabyte.
-_ROWS = 256
+ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,57 @@ def perplexity(
             is out of range, or the model returns logits that are not finite.
         FileNotFoundError: `text` is neither a bundled text nor a file.
     """
-    for name, value, low in (
-        ("context_length", context_length, 2),
-        ("max_windows", max_windows, 1),
-        ("batch_size", batch_size, 1),
-    ):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
-            raise ValueError(f"{name}={value!r} must be a whole number of at least {low}.")
+    check_whole("batch_size", batch_size, 1)
+    name, tokens = text_windows(model, tokenizer_or_token_ids, text, context_length, max_windows)
+    windows = len(tokens)
+    batches = tokens.split(batch_size)
+    options = forward_options(model)
+    device = input_device(model)
+    total = torch.zeros((), dtype=torch.float64)
+    training = model.training
+    model.eval()
+    start = time.perf_counter()
+    try:
+        with torch.no_grad():
+            for index, batch in enumerate(tqdm(batches, desc="perplexity", disable=not progress)):
+                batch = batch.to(device)
+                losses = negative_log_likelihoods(model(input_ids=batch, **options).logits, batch)
+                finite = losses.isfinite()
+                if not finite.all():
+                    window = index * batch_size + int((~finite).nonzero()[0])
+                    raise not_finite(window, name)
+                total += losses.sum().cpu()
+    finally:
+        model.train(training)
+    count = windows * (context_length - 1)
+    mean = float(total) / count
+    return PerplexityResult(
+        # exp overflows a float above 709 nats
+        perplexity=math.exp(mean) if mean < 709 else math.inf,
+        negative_log_likelihood=mean,
+        tokens=count,
+        context_length=context_length,
+        windows=windows,
+        text=name,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def text_windows(
+    model: torch.nn.Module,
+    tokenizer_or_token_ids: Any,
+    text: str | Path | Sequence[str],
+    context_length: int,
+    max_windows: int | None = None,
+) -> tuple[str, torch.Tensor]:
+    """The windows of a text, as `perplexity` takes them: its name, and token ids int64 `[windows, context_length]`.
+
+    Raises:
+        ValueError, FileNotFoundError: as `perplexity`.
+    """
+    check_whole("context_length", context_length, 2)
+    if max_windows is not None:
+        check_whole("max_windows", max_windows, 1)
     positions = model_positions(model)
     if positions is not None and context_length > positions:
         raise ValueError(
@@ -111,41 +155,22 @@ def perplexity(
             "use a longer text or a smaller context_length."
         )
     windows = min(windows, max_windows or windows)
-    batches = tokens[: windows * context_length].view(windows, context_length).split(batch_size)
-    # A key-value cache is of no use here and costs memory; some models do not know the argument.
-    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    device = _input_device(model)
-    total = torch.zeros((), dtype=torch.float64)
-    training = model.training
-    model.eval()
-    start = time.perf_counter()
-    try:
-        with torch.no_grad():
-            for index, batch in enumerate(tqdm(batches, desc="perplexity", disable=not progress)):
-                batch = batch.to(device)
-                losses = _negative_log_likelihood(model(input_ids=batch, **options).logits, batch)
-                finite = losses.isfinite()
-                if not finite.all():
-                    window = index * batch_size + int((~finite).nonzero()[0])
-                    raise ValueError(
-                        f"The model's logits are not finite in window {window} of {name!r} (counted from 0): its "
-                        "weights hold NaN or Inf, or its activations overflow; load it with a wider dtype."
-                    )
-                total += losses.sum().cpu()
-    finally:
-        model.train(training)
-    count = windows * (context_length - 1)
-    mean = float(total) / count
-    return PerplexityResult(
-        # exp overflows a float above 709 nats
-        perplexity=math.exp(mean) if mean < 709 else math.inf,
-        negative_log_likelihood=mean,
-        tokens=count,
-        context_length=context_length,
-        windows=windows,
-        text=name,
-        seconds=time.perf_counter() - start,
-    )
+    return name, tokens[: windows * context_length].view(windows, context_length)
+
+
+def check_whole(name: str, value: Any, low: int) -> None:
+    """Whether a value is a whole number of at least `low`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {low}.")
+
+
+def forward_options(model: Any) -> dict[str, Any]:
+    """What a model is called with besides its tokens: a key-value cache is of no use and costs memory."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def read_text(text: str | Path | Sequence[str]) -> tuple[str, str]:
@@ -174,12 +199,20 @@ def read_text(text: str | Path | Sequence[str]) -> tuple[str, str]:
     return name, content
 
 
-def _negative_log_likelihood(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def not_finite(window: int, text: str) -> ValueError:
+    """The error of a model whose logits cannot be measured."""
+    return ValueError(
+        f"The model's logits are not finite in window {window} of {text!r} (counted from 0): its weights hold NaN or "
+        "Inf, or its activations overflow; load it with a wider dtype."
+    )
+
+
+def negative_log_likelihoods(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """float64 `[batch]`, summed over each window: of logits `[batch, length, vocabulary]`, tokens `[batch, length]`."""
     sums = torch.zeros(len(tokens), dtype=torch.float64, device=logits.device)
     tokens = tokens.to(logits.device)
-    for start in range(0, tokens.shape[1] - 1, _ROWS):
-        stop = min(start + _ROWS, tokens.shape[1] - 1)
+    for start in range(0, tokens.shape[1] - 1, ROWS):
+        stop = min(start + ROWS, tokens.shape[1] - 1)
         losses = torch.nn.functional.cross_entropy(
             logits[:, start:stop].float().flatten(0, 1), tokens[:, start + 1 : stop + 1].flatten(), reduction="none"
         )
@@ -196,7 +229,7 @@ def model_positions(model: torch.nn.Module) -> int | None:
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
-def _input_device(model: Any) -> torch.device:
+def input_device(model: Any) -> torch.device:
     """Where the token ids belong: a model that is spread over devices begins with its embedding."""
     first = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model
     parameter = next(first.parameters(), None)

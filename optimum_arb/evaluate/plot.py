@@ -1,13 +1,42 @@
-"""Perplexity against true bits, as a picture."""
+"""Pictures in files of their own: perplexity against true bits, the errors of the layers."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..layer_warnings import layer_warnings
+from ..report import ModuleReport
+from .figures import layer_figure, save_plain
+
 FORMATS = ("png", "svg")
+PLOT_SUFFIXES = (".svg", ".png", ".pdf")
+
+
+def plot_layers(modules: Sequence[ModuleReport], path: str | os.PathLike[str], title: str) -> Path:
+    """Draws the error of each layer, a line for each kind of linear; held-out errors dotted, what looks broken ringed.
+
+    Args:
+        modules: of the report.
+        path: a file, .svg, .png or .pdf.
+        title: above the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: another suffix.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in PLOT_SUFFIXES:
+        raise ValueError(f"{path}: the picture is written as {', '.join(PLOT_SUFFIXES)}.")
+    flagged = [warning.module for warning in layer_warnings(modules)]
+    figure = layer_figure([asdict(module) for module in modules], flagged)
+    figure.suptitle(title, fontsize=10)
+    save_plain(figure, path)
+    return path
 
 
 def plot_comparison(rows: dict[str, dict[str, Any]], out: str | os.PathLike[str], title: str) -> list[Path]:

@@ -67,6 +67,7 @@ def _wrap_save_pretrained(original: Any) -> Any:
         if not main or not path.is_dir():
             return result
         _describe(path, self.model_tags or ())
+        _report(path, self)
         if push:
             new = {name for name, stamp in _stamps(path).items() if before.get(name) != stamp} | {CARD}
             push_directory(path, repo_id, files=new, tags=self.model_tags or (), **options)
@@ -98,6 +99,16 @@ def _stamps(path: Path) -> dict[str, tuple[int, int]]:
         return {}
     found = ((entry.name, entry.stat()) for entry in os.scandir(path) if entry.is_file())
     return {name: (stat.st_mtime_ns, stat.st_ino) for name, stat in found}
+
+
+def _report(path: Path, model: PreTrainedModel) -> None:
+    """Writes the report of the run beside a model that is already saved, which must not fail with it."""
+    from ..stored_report import write_report
+
+    try:
+        write_report(path, model)
+    except Exception as error:
+        logger.warning("The model is saved in %s, but the report of its layers could not be written: %s", path, error)
 
 
 def _describe(path: Path, tags: Any) -> None:

@@ -76,6 +76,7 @@ def test_every_option_reaches_the_configuration():
         "split_metric": "score",
         "dataset": "some.txt",
         "num_samples": 7,
+        "held_out_samples": 2,
         "sequence_length": 9,
         "batch_size": 2,
         "seed": 4,

@@ -1,0 +1,163 @@
+"""What it takes to repeat a measurement or a run: versions, machine, threads, seed, fingerprints, the command."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .version import __version__
+
+LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "accelerate", "optimum", "numpy", "triton")
+# Variables that change what is computed or how fast; those of the Hub's client may hold a token and stay out.
+_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "TRITON_INTERPRET",
+)
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
+_CHUNK = 1 << 24
+
+
+def reproduce_block(
+    models: dict[str, dict[str, Any]] | None = None,
+    datasets: dict[str, str] | None = None,
+    seed: int | None = None,
+    whole_paths: bool = True,
+) -> dict[str, Any]:
+    """What a report says of how it came about.
+
+    Args:
+        models: role -> what `model_facts` knows of the model.
+        datasets: name of a text -> its fingerprint, see `text_fingerprint`.
+        seed: of random choices.
+        whole_paths: False cuts absolute paths in the command to their last name: for what is uploaded with a model.
+
+    Returns:
+        Plain JSON values: `command`, `versions`, `python`, `platform`, `cpu`, `cpu_count`, `threads`, `gpus`, `cuda`,
+        `environment`, `deterministic_algorithms`, and `models`, `datasets` and `seed` as given.
+    """
+    block: dict[str, Any] = {
+        "command": command_line(whole_paths),
+        "versions": versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpu_names(),
+        "cuda": torch.version.cuda,
+        "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
+    given = {"models": models, "datasets": datasets, "seed": seed}
+    return {**block, **{key: value for key, value in given.items() if value is not None}}
+
+
+def versions() -> dict[str, str]:
+    """Package -> version, of those that are installed."""
+    found = {"optimum_arb": __version__}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def command_line(whole_paths: bool = True) -> str:
+    """The command that this process runs, as a shell takes it."""
+    words = list(sys.orig_argv)
+    words[0] = Path(words[0]).name
+    if not whole_paths:
+        words = [re.sub(r"(^|=)/\S*?([^/\s]+)/?$", r"\1\2", word) for word in words]
+    return shlex.join(words)
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        match = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", info.read_text(errors="replace"), re.MULTILINE)
+        if match:
+            return match.group(1).strip()
+    return platform.processor() or platform.machine()
+
+
+def gpu_names() -> list[str]:
+    """The GPUs that torch sees."""
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def model_facts(name: str, revision: str | None = None) -> dict[str, Any]:
+    """What identifies a model: its name, its revision on the Hub, and the fingerprint of its files.
+
+    Args:
+        name: directory or Hub name. Of a name, the files in the cache are looked at, nothing is downloaded.
+        revision: the commit that was loaded.
+    """
+    facts: dict[str, Any] = {"name": name}
+    if revision is not None:
+        facts["revision"] = revision
+    directory = model_directory(name, revision)
+    if directory is not None:
+        facts["fingerprint"] = model_fingerprint(directory)
+    return facts
+
+
+def model_directory(name: str, revision: str | None = None) -> Path | None:
+    """Where the files of a model lie: its directory, or its snapshot in the cache of the Hub; None if neither."""
+    if Path(name).is_dir():
+        return Path(name)
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        name,
+        "config.json",
+        revision=revision,
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found).parent
+
+
+def model_fingerprint(directory: str | Path) -> str:
+    """SHA-256 over the names and contents of a model's `config.json` and weights, as "sha256:...".
+
+    Every byte counts. A file in the cache of the Hub carries the SHA-256 of its content in the name of its blob, which
+    is taken as it is.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(Path(directory).iterdir()):
+        if file.name == "config.json" or file.suffix in _WEIGHTS:
+            digest.update(f"{file.name} {_content_digest(file)}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _content_digest(file: Path) -> str:
+    blob = file.resolve()
+    if file.is_symlink() and blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return blob.name
+    digest = hashlib.sha256()
+    with open(blob, "rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def text_fingerprint(content: str) -> str:
+    """SHA-256 of a text in UTF-8, as "sha256:..."."""
+    return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
