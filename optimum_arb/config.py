@@ -69,8 +69,8 @@ class ARBConfig(QuantizationConfigMixin):
         salient_columns: of the papers' methods, for each block: "search" (their default), a number, or 0 for none.
         num_iterations: rounds of the alternating refinement of "arb", "arb-x", "arb-rc" (the paper's 15), outer rounds
             of "arb-hrc" (2), rounds of ADMM of "arb-dbf" (60; more go on paying).
-        refinement_sweeps: of "arb-hrc": how often all blocks are fitted again once the last one is known; None is 1
-            for several planes, 0 for one.
+        refinement_sweeps: of "arb-hrc": how often all blocks are fitted again once the last one is known; None is 2
+            after the search of all blocks at once; else 1 for several planes, 0 for one.
         compensation: how the error of a block moves into the columns that follow: "exact" (a triangular solve) or
             "diagonal" (as BiLLM and ARB-LLM published it).
         split_metric: what the search for salient columns and groups looks at: "weight" (the error of the weights) or

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from .hub.card import NAME as CARD
 from .hub.card import is_users_own, write_card
 from .hub.upload import push_directory
+from .stored_report import NAME as REPORT
 
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf")
 
@@ -118,9 +119,9 @@ def _model_files(path: Path) -> list[Path]:
 def _replace_files(source: Path, target: Path) -> None:
     """Moves every file of `source` to `target`, in place of the model that is there; its config comes last."""
     new = sorted(source.iterdir(), key=lambda f: f.name == "config.json")
-    for stale in _model_files(target):
+    for stale in (*_model_files(target), target / REPORT):
         if stale.name not in {f.name for f in new}:
-            stale.unlink()
+            stale.unlink(missing_ok=True)
     for file in new:
         if file.name == CARD and is_users_own(target / CARD):
             continue

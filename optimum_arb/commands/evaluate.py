@@ -30,9 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--measure",
         metavar="LIST",
-        help="of perplexity, divergence, generation, memory, latency, energy; or all, or -energy for all but that "
-        "(default: perplexity; with --baseline all)",
+        help="of perplexity, divergence, generation, memory, latency, energy; or all (default: perplexity; with "
+        "--baseline all)",
     )
+    parser.add_argument("--leave-out", metavar="LIST", help="of these, what not to measure")
     parser.add_argument(
         "--report",
         action="append",
@@ -119,36 +120,38 @@ def build_settings(args: argparse.Namespace, parts: tuple[str, ...]) -> Settings
     )
 
 
-def chosen_parts(text: str | None, baseline: str | None, tasks: str | None) -> tuple[str, ...]:
+def chosen_parts(
+    measure: str | None, leave_out: str | None, baseline: str | None, tasks: str | None
+) -> tuple[str, ...]:
     """What to measure.
 
     Args:
-        text: the option: names, "all", or names with a minus each, which are left out of all.
+        measure: the option: names, or "all".
+        leave_out: the option: names.
         baseline: the baseline, if there is one.
         tasks: the option of that name, which asks for the tasks.
 
     Raises:
-        ValueError: an unknown name, or names with and without a minus.
+        ValueError: an unknown name.
     """
     from ..evaluate.evaluation import PARTS
 
     possible = [part for part in PARTS if part != "tasks" and (baseline is not None or part != "divergence")]
-    if text is None:
-        found = possible if baseline is not None else ["perplexity"]
-    else:
-        names = [name.strip() for name in text.split(",") if name.strip()]
-        left_out = [name[1:] for name in names if name.startswith("-")]
-        for name in {*names, *left_out} - {f"-{name}" for name in left_out} - {"all"}:
-            if name not in PARTS:
-                raise ValueError(f"--measure {name!r} is nothing that can be measured: use {', '.join(PARTS)} or all.")
-        if left_out and len(left_out) < len([name for name in names if name != "all"]):
-            raise ValueError(f"--measure {text!r}: name what to measure, or with a minus each what to leave out.")
-        found = [part for part in possible if part not in left_out] if left_out or "all" in names else names
-    return tuple(part for part in PARTS if part in found or (part == "tasks" and tasks))
+    wanted, left_out = (
+        [name.strip() for name in (text or "").split(",") if name.strip()] for text in (measure, leave_out)
+    )
+    for option, names, known in (("measure", wanted, (*PARTS, "all")), ("leave-out", left_out, PARTS)):
+        for name in names:
+            if name not in known:
+                raise ValueError(f"--{option} {name!r} is nothing that can be measured: use {', '.join(known)}.")
+    if "all" in wanted or (not wanted and baseline is not None):
+        wanted = possible
+    found = {*(wanted or ["perplexity"]), *(["tasks"] if tasks else [])} - set(left_out)
+    return tuple(part for part in PARTS if part in found)
 
 
 def run(args: argparse.Namespace) -> int:
-    parts = chosen_parts(args.measure, args.baseline, args.tasks)
+    parts = chosen_parts(args.measure, args.leave_out, args.baseline, args.tasks)
     simple = parts == ("perplexity",) and not args.report and args.baseline is None
     if simple and len(args.model) == 1 and len(args.text or [""]) == 1 and not args.compare:
         return run_perplexity(args)
@@ -163,7 +166,7 @@ def run_evaluation(args: argparse.Namespace, parts: tuple[str, ...]) -> int:
     if args.record:
         raise ValueError("--record goes with the perplexity of one model alone: run evaluate MODEL --record.")
     if args.max_perplexity is not None and "perplexity" not in parts:
-        raise ValueError("--max-perplexity needs the perplexity, which --measure leaves out.")
+        raise ValueError("--max-perplexity needs the perplexity, which is not measured.")
     paths = report_paths(args.report)
     report = evaluate(
         args.model,

@@ -80,7 +80,7 @@ def find_meters(models: Sequence[torch.nn.Module], powercap: Path = POWERCAP) ->
         try:
             meters.append(GpuMeter(device))
         except ImportError:
-            missing.append(f"{device}: NVML is read through nvidia-ml-py, which is not installed")
+            missing.append(f"{device}: NVML is read through nvidia-ml-py: pip install 'optimum-arb[energy]'")
         except Exception as error:  # NVML's own errors share no base class that is there without it
             missing.append(f"{device}: NVML tells no energy ({error})")
     # "intel-rapl:0" is a package, "intel-rapl:0:1" a part of it; the whole board, "psys", holds both

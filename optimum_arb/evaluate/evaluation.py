@@ -162,6 +162,8 @@ def _check(models: Sequence[str], baseline: str | None, settings: Settings) -> N
         raise ValueError(f"price_per_hour={settings.price_per_hour} must be a number of at least 0.")
     if "divergence" in settings.parts and baseline is None:
         raise ValueError("The divergence is from a baseline: give one, or leave it out.")
+    if "tasks" in settings.parts and not settings.tasks:
+        raise ValueError("The tasks to measure must be named.")
     if settings.tasks and "tasks" in settings.parts:
         check_lm_eval()
     for name in (*models, *([baseline] if baseline else [])):

@@ -206,7 +206,7 @@ def _samples(report: Mapping[str, Any]) -> str:
     colors = model_colors(labels, baseline["label"] if baseline else None, _page_colors())
     parts = ["<section><h2>Samples</h2>"]
     for index, first in enumerate(models[0]["generation"]):
-        texts = [model["generation"][index]["text"] for model in models]
+        texts = [model["generation"][index]["text"].strip() for model in models]
         same = _alike(texts) if len(texts) > 1 else 0
         said = "".join(
             f'<div><h4><span class="dot" style="background:{colors[model["label"]]}"></span>'

@@ -164,8 +164,7 @@ def tables(report: Mapping[str, Any]) -> dict[str, Table]:
 
 
 def _accuracy(report: Mapping[str, Any]) -> Table:
-    rows, settings = [], report["settings"]
-    note = ""
+    rows, note = [], ""
     for model in report["models"]:
         for index, found in enumerate(model.get("perplexity", [])):
             apart = (model.get("divergence") or [{}] * (index + 1))[index]
@@ -198,7 +197,8 @@ def _accuracy(report: Mapping[str, Any]) -> Table:
                 bits = figure(model["bits_per_weight"])
                 rows.append((model["label"], found["text"], bits, DASH, times(found["perplexity_ratio"]), *cells))
     heads = ("model", "text", "true bits", "perplexity", "ratio", "KL mean", "KL 99 %", "same next token")
-    return Table("Accuracy", heads, tuple(rows), note + (f" Loaded as {settings['dtype']}." if note else ""))
+    dtypes = ", ".join(dict.fromkeys(model["dtype"] for model in report["models"] if "dtype" in model))
+    return Table("Accuracy", heads, tuple(rows), note + (f" In {dtypes}." if note else ""))
 
 
 def _tasks(report: Mapping[str, Any]) -> Table:
@@ -273,8 +273,8 @@ def _latency_note(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     where = ", ".join([f"{block['threads']} CPU threads", *dict.fromkeys(block["gpus"])])
     note = (
         f"Prompts of {row['prompt_tokens']} tokens, {row['new_tokens']} new ones; medians of {row['repeats']} rounds "
-        f"in which model and baseline take turns; {where}. A speedup is the median over the rounds of the "
-        "baseline's time over the model's."
+        f"in which model and baseline take turns; {where}. A speedup is the median over the rounds of the baseline's "
+        "time over the model's."
     )
     return note + (" The baseline's own row is of its rounds beside the last model." if len(others(report)) > 1 else "")
 
@@ -287,7 +287,7 @@ def _energy(report: Mapping[str, Any]) -> Table:
             continue
         if not energy["available"]:
             rows.append((model["label"], "not available", DASH, DASH))
-            note = "; ".join(energy["missing"]) + "."
+            note = f"No counter could be read: {'; '.join(energy['missing'])}."
             continue
         rows.append(
             (

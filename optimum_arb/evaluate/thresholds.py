@@ -12,9 +12,10 @@ from typing import Any
 from .evaluation import Settings
 from .report_tables import baseline_of, disk, others, peak, ratio, resident
 
-# What a `[measure]` table may say: the fields of `Settings` that are no consequence of the bounds.
+# What a `[measure]` table may say: the fields of `Settings` that are no consequence of the bounds; "text" as on the
+# command line.
 MEASURE_KEYS = tuple(
-    field.name
+    "text" if field.name == "texts" else field.name
     for field in fields(Settings)
     if field.name not in ("parts", "tasks", "prompts", "sample_tokens", "chat", "price_per_hour", "currency")
 )
@@ -224,10 +225,7 @@ def _parse(path: Path) -> dict[str, Any]:
     try:
         import tomllib
     except ImportError:  # Python 3.10
-        try:
-            import tomli as tomllib  # type: ignore[no-redef]
-        except ImportError:
-            raise ImportError("On Python 3.10 thresholds need tomli: pip install tomli") from None
+        import tomli as tomllib  # type: ignore[no-redef]
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -254,7 +252,8 @@ def _measure(path: Path, table: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for key, value in table.items():
         _known(path, key, MEASURE_KEYS)
-        default = defaults[key]
+        field = "texts" if key == "text" else key
+        default = defaults[field]
         if isinstance(default, tuple):
             value = tuple(value) if isinstance(value, list) else (value,)
             if not value or any(type(item) is not type(default[0]) for item in value):
@@ -266,7 +265,7 @@ def _measure(path: Path, table: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{path}: measure.{key} = {value!r} must be a whole number.")
         elif default is None and key in ("include_path", "backend") and type(value) is not str:
             raise ValueError(f"{path}: measure.{key} = {value!r} must be a text.")
-        found[key] = value
+        found[field] = value
     return found
 
 

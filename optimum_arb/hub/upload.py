@@ -18,9 +18,10 @@ from .card import is_users_own, model_card
 logger = logging.getLogger(__name__)
 
 # Files of a model's weights that a new upload replaces. A `model.safetensors` that stays behind would be loaded in
-# place of newer shards. Adapters and GGUF files are other things.
+# place of newer shards, and a report would be of other weights. Adapters and GGUF files are other things.
 _WEIGHTS = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)|(model\.safetensors|pytorch_model\.bin)\.index\.json"
+    r"|arb_report\.json"
 )
 
 

@@ -117,3 +117,38 @@ def test_newer_format(fail, damaged):
     config["quantization_config"]["format_version"] = 99
     path.write_text(json.dumps(config))
     assert "format version 99" in fail("inspect", damaged)
+
+
+def test_errors_of_the_layers(call, fail, binarized_model, damaged, tmp_path):
+    report = json.loads((binarized_model / "arb_report.json").read_text())
+    result = call("inspect", binarized_model, "--json")
+    assert [m["output_error"] for m in result["report"]] == [m["output_error"] for m in report["modules"]]
+    out = call("inspect", binarized_model, "--modules")
+    line = next(line for line in out.splitlines() if line.startswith("model.layers.0.mlp.down_proj "))
+    entry = next(m for m in report["modules"] if m["name"] == "model.layers.0.mlp.down_proj")
+    assert line.split()[-2:] == [f"{entry['weight_error']:.4f}", f"{entry['output_error']:.4f}"]
+    (damaged / "arb_report.json").unlink()
+    assert call("inspect", damaged, "--json")["report"] is None
+    assert "needs arb_report.json" in fail("inspect", damaged, "--plot", tmp_path / "plot.svg")
+
+
+def test_broken_layers_are_told(call, damaged):
+    path = damaged / "arb_report.json"
+    report = json.loads(path.read_text())
+    report["modules"][3]["output_error"] = 1.5
+    path.write_text(json.dumps(report))
+    out = call("inspect", damaged)
+    assert f"LOOKS BROKEN  {report['modules'][3]['name']}: it loses 1.50 of its output" in out
+    (warning,) = (w for w in call("inspect", damaged, "--json")["warnings"] if w["rule"] == "lost")
+    assert warning["module"] == report["modules"][3]["name"]
+
+
+def test_plot(call, fail, binarized_model, tmp_path):
+    pytest.importorskip("matplotlib")
+    call("inspect", binarized_model, "--plot", tmp_path / "plot.svg")
+    drawn = (tmp_path / "plot.svg").read_text()
+    # a line for each kind of linear, a marker for each layer
+    assert drawn.count("<use ") > 13
+    call("inspect", binarized_model, "--plot", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "the picture is written as" in fail("inspect", binarized_model, "--plot", tmp_path / "plot.gif")
