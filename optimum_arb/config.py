@@ -50,6 +50,8 @@ OVERRIDABLE = (
 )
 # What a run records in the configuration of the model that it made.
 RECORDED = ("optimum_arb_version", "bits_per_weight", "calibration", "base_model", "perplexity")
+# What is chosen for each load.
+_LOADING = ("backend", "max_memory", "verify_checksums")
 # Keys that transformers adds to a quantization config on its own.
 _TRANSFORMERS_KEYS = ("quant_method", "modules_in_block_to_quantize", "_load_in_4bit", "_load_in_8bit")
 
@@ -122,6 +124,8 @@ class ARBConfig(QuantizationConfigMixin):
             fast, no memory saved). "auto:batch-invariant" computes every row of an input the same way whatever the
             number of rows (GPU only; slower for few rows).
         max_memory: as in `from_pretrained`, for placing a model that was calibrated on load.
+        verify_checksums: whether the tensors of a binarized model are compared with the checksums in its files when it
+            loads. The environment variable OPTIMUM_ARB_SKIP_CHECKSUMS=1 says no for every model.
         base_model: the name on the Hub of the model that is binarized, for the model card, where it is loaded from a
             directory; otherwise it is known.
 
@@ -175,6 +179,7 @@ class ARBConfig(QuantizationConfigMixin):
         overrides: dict[str, dict[str, Any]] | None = None,
         backend: str = "auto",
         max_memory: dict | None = None,
+        verify_checksums: bool = True,
         format_version: int = FORMAT_VERSION,
         optimum_arb_version: str | None = None,
         bits_per_weight: float | None = None,
@@ -235,12 +240,19 @@ class ARBConfig(QuantizationConfigMixin):
         self.overrides = overrides or {}
         self.backend = backend
         self.max_memory = max_memory
+        self.verify_checksums = verify_checksums
         self.optimum_arb_version = optimum_arb_version
         self.bits_per_weight = bits_per_weight
         self.calibration = calibration
         self.base_model = {"name": base_model} if isinstance(base_model, str) else base_model
         self.perplexity = perplexity
         self.post_init()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As the base class. Whether checksums are verified is never the choice of the file that they are of."""
+        kept = {key: value for key, value in config_dict.items() if key != "verify_checksums"}
+        return super().from_dict(kept, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
     def as_published(cls, method: str, **kwargs: Any) -> ARBConfig:
@@ -290,9 +302,10 @@ class ARBConfig(QuantizationConfigMixin):
                 f"dataset={self.dataset!r} must be a name, a path, a list of strings or of model inputs, a tensor of "
                 "token ids, or None."
             )
-        if not isinstance(self.other_modalities, bool):
-            raise TypeError(f"other_modalities={self.other_modalities!r} must be True or False.")
-        if isinstance(self.modules_to_not_convert, str):
+        for name in ("other_modalities", "verify_checksums"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be True or False.")
+        if not isinstance(self.modules_to_not_convert, (list, tuple, type(None))):
             raise TypeError(f"modules_to_not_convert={self.modules_to_not_convert!r} must be a list of patterns.")
         if self.method not in BITMAP_METHODS:
             for name in ("group_bitmap", "salient_columns"):
@@ -578,15 +591,15 @@ class ARBConfig(QuantizationConfigMixin):
         along as `requested`: every choice, or, where it is here to choose how to load, those that are not the defaults.
         """
         choices = self.choices()
-        if (self.backend, self.max_memory) != ("auto", None):
+        if (self.backend, self.max_memory, self.verify_checksums) != ("auto", None, True):
             default = ARBConfig().choices()
             choices = {key: value for key, value in choices.items() if value != default[key]}
         requested = {"requested": choices} if choices else {}
-        return {"backend": self.backend, **requested}
+        return {"backend": self.backend, "verify_checksums": self.verify_checksums, **requested}
 
     def choices(self) -> dict[str, Any]:
         """The choices of how to binarize, but for those that a run resolves: the data and the modules left out."""
-        other = ("quant_method", "backend", "max_memory", "dataset", "modules_to_not_convert")
+        other = ("quant_method", *_LOADING, "dataset", "modules_to_not_convert")
         return {key: value for key, value in self.__dict__.items() if key not in (*other, *RECORDED)}
 
     def to_dict(self) -> dict[str, Any]:
@@ -596,6 +609,7 @@ class ARBConfig(QuantizationConfigMixin):
             result["dataset"] = None
         elif isinstance(result["dataset"], (CalibrationTexts, CalibrationTokens, CalibrationInputs)):
             result["dataset"] = "custom"
+        del result["verify_checksums"]  # of one load, no property of the model
         for key, empty in (("overrides", {}), ("held_out_samples", 0)):
             if result.get(key) == empty:
                 del result[key]

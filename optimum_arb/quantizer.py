@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from .calibration import CalibrationWalk, model_tokens
@@ -26,6 +26,7 @@ from .calibration.data import calibration_record, split_batches
 from .calibration.distributed import current_ranks, model_fingerprint
 from .calibration.experts import LayerStatistics, RoutedInputs
 from .calibration.refinement import Refiner, refinement_batch_size
+from .checksums import placeholder, skipped, verify
 from .config import ARBConfig
 from .conversion import Record, binarize_linear, empty_linear, float_linear
 from .custom_data import CalibrationInputs
@@ -40,7 +41,15 @@ from .placement import calibration_device, check_no_disk, place_model
 from .report import model_report
 from .reproduce import model_facts, reproduce_block
 from .stored import COMPANIONS, describe, packed_linears, read_headers
-from .stored_checks import check_indices, check_other_tensors, check_permuted
+from .stored_checks import (
+    check_config,
+    check_files,
+    check_indices,
+    check_other_tensors,
+    check_permuted,
+    check_same_kind,
+    check_scales,
+)
 from .stored_experts import describe_experts, packed_experts
 from .stored_report import read_report, restore_records
 from .streaming import BinarizeOnLoad
@@ -110,6 +119,12 @@ class ARBHfQuantizer(HfQuantizer):
             return device_map
         self._device_map = device_map
         return {"": torch.device("cpu")}
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """As the base class; the last place before the model is built from a configuration that may be anyone's."""
+        if self.pre_quantized:
+            check_config(config)
+        return super().update_attn_implementation(config)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -336,6 +351,8 @@ class ARBHfQuantizer(HfQuantizer):
     def _expect_stored_modules(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
         if not checkpoint_files or not all(str(f).endswith(".safetensors") for f in checkpoint_files):
             raise ValueError("A binarized model is loaded from safetensors files; this checkpoint has none.")
+        check_config(model.config)  # older versions of transformers do not ask before they build the model
+        check_files(checkpoint_files, model.config.name_or_path or "")
         headers = read_headers(checkpoint_files)
         names = KeyMap(model)
         experts = packed_experts(headers, names, self.selection.experts)
@@ -370,12 +387,26 @@ class ARBHfQuantizer(HfQuantizer):
             model.set_submodule(owner, layer)
             self.records[name] = Record(config.method, experts=found.matrix.experts)
             columns |= dict.fromkeys(found.tensors.get("salient_columns", ()), found.matrix.in_features)
+        if not self.records:
+            check_same_kind(model, names, headers)
         check_indices(checkpoint_files, columns)
+        self._verify(checkpoint_files)
+        check_scales(checkpoint_files)
         self._keep_what_is_not_binarized()
         beside = read_report(os.path.dirname(os.path.abspath(checkpoint_files[0])))
         if beside is not None:
             self.records = restore_records(self.records, beside)
             self.reproduce = beside["reproduce"]
+
+    def _verify(self, checkpoint_files: list[str]) -> None:
+        if skipped(self.quantization_config.verify_checksums):
+            return
+        if verify(checkpoint_files, self.quantization_config.to_dict()) is None:
+            logger.info(
+                "%s records no checksums: an older optimum-arb saved it, or another tool wrote it anew. Its tensors "
+                "were not verified; saving the model again records them.",
+                checkpoint_files[0],
+            )
 
     def _check_selected(self, name: str, module: nn.Module) -> None:
         if name not in self.selection.convert:
@@ -388,8 +419,12 @@ class ARBHfQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
-        """What is saved, where it is not what this rank holds: see `tensor_parallel.whole_state_dict`."""
-        return whole_state_dict(model), {}
+        """What is saved, where it is not what this rank holds (see `tensor_parallel.whole_state_dict`), and room for
+        the checksums in the metadata of every file that is written."""
+        single = sum(1 for _ in model.state_dict())
+        experts = (m for m in model.modules() if isinstance(m, ARBExperts))
+        stacked = sum(2 * p.shape[0] for module in experts for p in module.parameters(recurse=False))
+        return whole_state_dict(model), placeholder(single + stacked, self.quantization_config.to_dict())
 
     @property
     def is_trainable(self) -> bool:

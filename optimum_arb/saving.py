@@ -8,18 +8,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from .hub.card import NAME as CARD
 from .hub.card import is_users_own, write_card
 from .hub.upload import push_directory
-from .stored_report import NAME as REPORT
-
-_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf")
+from .publish import finish_interrupted, model_files, publish, staging
 
 
 def check_output_directory(path: str | os.PathLike, overwrite: bool = False) -> Path:
     """Whether a model can be saved there; to be asked before the work begins. Writes nothing that stays.
+
+    Where an earlier process was killed while it put a model there that was complete already, that is completed.
 
     Args:
         path: the directory, which need not exist.
@@ -39,18 +40,18 @@ def check_output_directory(path: str | os.PathLike, overwrite: bool = False) -> 
         existing = existing.parent
     if not existing.is_dir():
         raise NotADirectoryError(f"Cannot save a model in {path}: {existing} is a file. Choose another directory.")
-    if path.is_dir() and not overwrite and _model_files(path):
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"Cannot save a model in {path}: {existing} is not writable ({error.strerror}). Choose another one."
+        ) from None
+    finish_interrupted(path)
+    if path.is_dir() and not overwrite and model_files(path):
         raise FileExistsError(
-            f"{path} already holds a model ({_model_files(path)[0].name}). Choose another directory, or overwrite it."
+            f"{path} already holds a model ({model_files(path)[0].name}). Choose another directory, or overwrite it."
         )
-    for directory in {existing, path.absolute().parent} if path.exists() else {existing}:
-        try:
-            with tempfile.TemporaryFile(dir=directory):
-                pass
-        except OSError as error:
-            raise PermissionError(
-                f"Cannot save a model in {path}: {directory} is not writable ({error.strerror}). Choose another one."
-            ) from None
     return path
 
 
@@ -66,7 +67,11 @@ def save_model(
     token: str | bool | None = None,
     **kwargs: Any,
 ) -> Path:
-    """Saves a model and its tokenizer: everything is written beside the directory first and moved there at the end.
+    """Saves a model and its tokenizer: everything is written beside the directory first, and moved there at the end.
+
+    At any moment, also after a kill, a directory that held a model is the old one or the new one as a whole, or holds
+    no config.json and the new one complete in `.optimum_arb-replacing`, which the next save there puts in place (see
+    `optimum_arb.publish`).
 
     Args:
         model: the model.
@@ -79,28 +84,28 @@ def save_model(
         kwargs: go to `save_pretrained` (`max_shard_size`, ...).
 
     Raises:
-        OSError: as `check_output_directory`, and what writing raises; what was in the directory is then untouched. Or
-            as `push_directory`, of the upload: the model is saved then.
+        OSError: as `check_output_directory`, and what writing raises (a full disk, ...); what was in the directory is
+            then untouched. Or as `push_directory`, of the upload: the model is saved then.
     """
     path = check_output_directory(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        model.save_pretrained(temporary, **kwargs)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        if (temporary / CARD).exists():
-            write_card(temporary, name=path.absolute().name, tags=getattr(model, "model_tags", None) or ())
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with staging(target) as staged:
+        try:
+            model.save_pretrained(staged, **kwargs)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staged)
+            if (staged / CARD).exists():
+                write_card(staged, name=path.absolute().name, tags=getattr(model, "model_tags", None) or ())
+            saved = [file.relative_to(staged).as_posix() for file in staged.rglob("*") if file.is_file()]
+            if is_users_own(target / CARD):
+                shutil.copy2(target / CARD, staged / CARD)
+        except SafetensorError as error:  # what its writer makes of an error of the system
+            raise OSError(f"Cannot save a model in {path}: {error}. What was there is as it was.") from error
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o777 & ~umask)  # mkdtemp's own are for this user alone
-        saved = [file.relative_to(temporary).as_posix() for file in temporary.rglob("*") if file.is_file()]
-        if not path.exists() or not any(path.iterdir()):
-            os.replace(temporary, path)
-        else:
-            _replace_files(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        staged.chmod(0o777 & ~umask)  # mkdtemp's own are for this user alone
+        publish(staged, target)
     if push_to_hub is not None:
         try:
             push_directory(path, push_to_hub, files=saved, private=private, revision=revision, token=token)
@@ -109,22 +114,3 @@ def save_model(
                 f"{error} The model is saved in {path}; to try again: optimum-arb push {path} {push_to_hub}"
             ) from error
     return path
-
-
-def _model_files(path: Path) -> list[Path]:
-    """The files that make a directory one of a model."""
-    return sorted(f for f in path.iterdir() if f.name == "config.json" or f.name.endswith(_WEIGHT_SUFFIXES))
-
-
-def _replace_files(source: Path, target: Path) -> None:
-    """Moves every file of `source` to `target`, in place of the model that is there; its config comes last."""
-    new = sorted(source.iterdir(), key=lambda f: f.name == "config.json")
-    for stale in (*_model_files(target), target / REPORT):
-        if stale.name not in {f.name for f in new}:
-            stale.unlink(missing_ok=True)
-    for file in new:
-        if file.name == CARD and is_users_own(target / CARD):
-            continue
-        if file.is_dir() and (target / file.name).is_dir():
-            shutil.rmtree(target / file.name)
-        os.replace(file, target / file.name)

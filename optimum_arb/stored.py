@@ -11,10 +11,9 @@ from safetensors import SafetensorError, safe_open
 from .config import ARBConfig
 from .factors import factor_shapes
 from .packing import STORED_NAMES, packed_shapes
+from .safetensors_header import check_header_length
 
 COMPANIONS = tuple(f"weight_{name}" for name in STORED_NAMES[1:])
-# As on the Hub. The header of 100,000 tensors has about 15 MB.
-MAX_HEADER = 25_000_000
 _SCALE_DTYPES = {"F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
 _INDEX_DTYPES = {"I16": torch.int16, "I32": torch.int32}
 
@@ -46,7 +45,7 @@ def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:
     """
     headers: dict[str, StoredTensor] = {}
     for path in files:
-        _check_header_length(path)
+        check_header_length(path)
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (it is no dict)
@@ -59,17 +58,6 @@ def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:
                 f"{path} is no intact safetensors file: {error}. Save or download the model again."
             ) from None
     return headers
-
-
-def _check_header_length(path: str) -> None:
-    """Raises ValueError where the header of a file is longer than it may be, before it is read."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if length > MAX_HEADER:
-        raise ValueError(
-            f"{path} is no intact safetensors file: its header would have {length:,} bytes, of which the Hub allows "
-            f"{MAX_HEADER:,}. Save or download the model again."
-        )
 
 
 def packed_linears(headers: Mapping[str, StoredTensor]) -> list[StoredLinear]:

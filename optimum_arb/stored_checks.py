@@ -7,22 +7,84 @@ operators use as addresses.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import ARBConfig
 from .inspection import tensor_bytes
 from .keys import KeyMap
 from .packing import STORED_NAMES
+from .safetensors_header import Placed, read_header
 from .stored import StoredLinear, StoredTensor
 
 _COMPANION = re.compile(rf"(.+?)_({'|'.join(STORED_NAMES[1:])})")
+# The deepest models have about 130.
+MAX_LAYERS = 1024
+_LAYERS = re.compile(r"(layers?|depth|blocks)$")
 _NO_FLOATS = re.compile(r"[IU]\d+|BOOL")
+# dtype -> integers of its width, and the bits that are all set in NaN and Inf (of F8_E4M3: in NaN; it has no Inf).
+_EXPONENTS = {
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+    "F32": ("<u4", 0x7F800000),
+    "F64": ("<u8", 0x7FF0000000000000),
+    "F8_E4M3": ("u1", 0x7F),
+    "F8_E5M2": ("u1", 0x7C),
+}
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Whether a model can be built, empty, before anything is known of its files.
+
+    A module without its tensors takes about 50 KB and a millisecond.
+
+    Args:
+        config: of the model, or of a part of it.
+
+    Raises:
+        ValueError: it says that there are more than `MAX_LAYERS` layers, or names no classes as `architectures`.
+    """
+    names = getattr(config, "architectures", None)
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(
+            f"architectures={str(names)[:100]} in the model's config.json is no list of names. The file was changed: "
+            "save or download the model again."
+        )
+    for key, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            check_config(value)
+        elif _LAYERS.search(key) and isinstance(value, int) and value > MAX_LAYERS:
+            raise ValueError(
+                f"{key}={value} in the model's config.json: a model of more than {MAX_LAYERS} layers is not built. The "
+                "file was changed: save or download the model again."
+            )
+
+
+def check_files(files: Iterable[str], model: str) -> None:
+    """Whether the files of a checkpoint lie together, where the model is, and not where its index leads elsewhere.
+
+    Args:
+        files: the paths, as transformers joined them from the directory and the names in the index.
+        model: the directory that was loaded, or the name of a model on the Hub.
+
+    Raises:
+        ValueError: a name in the index leads out of the directory.
+    """
+    places = {path: Path(os.path.abspath(path)).parent for path in files}
+    root = Path(os.path.abspath(model)) if model and os.path.isdir(model) else next(iter(places.values()))
+    for path, folder in places.items():
+        if root not in (folder, *folder.parents):
+            raise ValueError(
+                f"The index of the model's files leads to {path!r}, out of the model's directory. It was changed: save "
+                "or download the model again."
+            )
 
 
 def check_other_tensors(
@@ -63,6 +125,30 @@ def check_other_tensors(
                 f"The checkpoint holds the tensor {key!r}, which {type(model).__name__} does not have. The checkpoint "
                 "or its config.json was changed: save or download the model again."
             )
+
+
+def check_same_kind(model: PreTrainedModel, names: KeyMap, headers: Mapping[str, StoredTensor]) -> None:
+    """Whether a model in which nothing of a checkpoint's packed tensors has a place is a part of what was saved.
+
+    Such as the vision tower of a model whose language model is binarized: then all of it is there in float.
+
+    Args:
+        model: the float model on the meta device.
+        names: of its tensors.
+        headers: of all tensors of the checkpoint.
+
+    Raises:
+        ValueError: some of it is not there. A head that another kind of model has too would be all that loads.
+    """
+    stored = {name for key in headers for name in names.names(key)}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = sorted(names.expected - stored - tied)
+    if missing:
+        raise ValueError(
+            f"None of the binarized modules of the checkpoint is one of a {type(model).__name__}, which lacks "
+            f"{missing[0]!r} besides: it is a checkpoint of another kind of model "
+            f"({', '.join(map(str, model.config.architectures or ['unknown']))}), or its config.json was changed."
+        )
 
 
 def _check_float(
@@ -147,3 +233,38 @@ def check_indices(files: Iterable[str], columns: Mapping[str, int]) -> None:
                         f"{match[1].removesuffix('.weight')}: the tensor {key!r} is {meaning}. The checkpoint was "
                         "changed: save or download the model again."
                     )
+
+
+def check_scales(files: Iterable[str]) -> None:
+    """Whether all scales of packed weights are finite numbers.
+
+    Args:
+        files: the safetensors files of a checkpoint.
+
+    Raises:
+        ValueError: NaN or Inf among them; the message names the module.
+    """
+    for path in files:
+        for key, tensor in read_header(path)[0].items():
+            match = _COMPANION.fullmatch(key)
+            if match is not None and tensor.dtype in _EXPONENTS and not _is_finite(path, tensor):
+                raise ValueError(
+                    f"{match[1].removesuffix('.weight')}: the tensor {key!r} holds NaN or Inf. The checkpoint is "
+                    "damaged, or was binarized from weights that were: save or download the model again."
+                )
+
+
+def _is_finite(path: str, tensor: Placed) -> bool:
+    kind, exponent = _EXPONENTS[tensor.dtype]
+    bits = np.dtype(kind).type(exponent)
+    left = tensor.stop - tensor.start
+    with open(path, "rb") as file:
+        file.seek(tensor.start)
+        while left:
+            chunk = file.read(min(left, 1 << 22))
+            if not chunk:
+                raise ValueError(f"{path} was cut short while it was read. Save or download the model again.")
+            left -= len(chunk)
+            if ((np.frombuffer(chunk, kind) & bits) == bits).any():
+                return False
+    return True

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from optimum_arb import ARBConfig
 from optimum_arb.inspection import inspect_model
 from optimum_arb.packing import FORMAT_VERSION
-from optimum_arb.stored import MAX_HEADER
+from optimum_arb.safetensors_header import MAX_HEADER
 from optimum_arb.version import FIRST_READERS, __version__
 
 LINEAR = "model.layers.1.mlp.up_proj"
@@ -25,7 +25,7 @@ LINEAR = "model.layers.1.mlp.up_proj"
 
 def make(folder, **choices):
     source = save_tiny(folder / "float", "LlamaForCausalLM")
-    config = ARBConfig(**{"dataset": tokens(), "num_samples": 4, "block_size": 64, **choices})
+    config = ARBConfig(**{"dataset": tokens(), "num_samples": 4, "block_size": 64, "act_order": True, **choices})
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
     model.save_pretrained(folder / "packed")
     return folder / "packed"
@@ -287,7 +287,7 @@ def test_saved_models_say_what_reads_them(saved):
 def experts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experts")
     save_moe(folder / "float", "MixtralForCausalLM")
-    config = ARBConfig(dataset=tokens(), num_samples=4, block_size=64)
+    config = ARBConfig(dataset=tokens(), num_samples=4, block_size=64, act_order=True)
     AutoModelForCausalLM.from_pretrained(folder / "float", quantization_config=config).save_pretrained(
         folder / "packed"
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..hub.card import NAME as CARD
 from ..hub.card import is_users_own
-from ..saving import _model_files
+from ..publish import model_files
+from ..stored_report import NAME as REPORT
 from .work import WorkDirectory, file_digest, synchronize
 
 
@@ -37,9 +38,9 @@ def publish(work: WorkDirectory, staging: Path, output: Path) -> None:
     if "config.json" in waiting:
         (output / "config.json").unlink(missing_ok=True)
         synchronize(output)
-    for stale in _model_files(output):
+    for stale in (*model_files(output), output / REPORT):
         if stale.name not in work.published:
-            stale.unlink()
+            stale.unlink(missing_ok=True)
     for name in sorted(waiting, key=lambda name: name == "config.json"):
         if name == CARD and is_users_own(output / CARD):
             continue

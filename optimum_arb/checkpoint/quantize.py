@@ -32,6 +32,7 @@ from ..placement import calibration_device
 from ..quantizer import ARBHfQuantizer
 from ..report import ModelReport, ModuleReport, model_report
 from ..saving import check_output_directory, save_model
+from ..stored_report import write_report
 from ..version import __version__
 from .assemble import assemble
 from .disk_activations import DiskActivations, remove_activations
@@ -344,6 +345,7 @@ def _write_model(
     processor = _processor(name) if processor is None else processor
     if processor is not None:
         processor.save_pretrained(staging)
+    write_report(staging, model)
     try:
         write_card(staging, name=output.absolute().name, tags=getattr(model, "model_tags", None) or ())
     except Exception as error:  # a card is not worth the model

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import logging
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..checksums import seal
+from ..publish import model_files, publish, staging
 from .card import NAME as CARD
-from .card import write_card
+from .card import is_users_own, write_card
 from .upload import push_directory
 
 logger = logging.getLogger(__name__)
@@ -56,21 +60,38 @@ def _wrap_save_pretrained(original: Any) -> Any:
         push = bound.arguments.get("push_to_hub", False)
         more = bound.arguments.get("kwargs", {})
         main = bound.arguments.get("is_main_process", True)
+        if hasattr(self, "should_save_on_this_rank"):
+            main = self.should_save_on_this_rank(main)
         options: dict[str, Any] = {}
         if push:
             bound.arguments["push_to_hub"] = False
             options = {key: more.pop(key) for key in _PUSH_OPTIONS if key in more}
             options["token"] = bound.arguments.get("token")
             repo_id = more.pop("repo_id", path.name)
-        before = _stamps(path)
-        result = original(*bound.args, **bound.kwargs)
-        if not main or not path.is_dir():
-            return result
-        _describe(path, self.model_tags or ())
-        _report(path, self)
+        tags = self.model_tags or ()
+        target = Path(os.path.realpath(path))
+        distributed = bound.arguments.get("distributed_checkpoint", False)
+        if main and not distributed and target.is_dir() and model_files(target):
+            with staging(target) as staged:  # what is there stays until the new model is complete
+                bound.arguments["save_directory"] = staged
+                result = original(*bound.args, **bound.kwargs)
+                new = set(_stamps(staged))
+                _finish(staged, new)
+                _report(staged, self)
+                if not is_users_own(target / CARD):
+                    _describe(staged, tags, path.absolute().name)
+                publish(staged, target, _replaced(target, new))
+        else:
+            before = _stamps(path)
+            result = original(*bound.args, **bound.kwargs)
+            if not main or not path.is_dir():
+                return result
+            new = {name for name, stamp in _stamps(path).items() if before.get(name) != stamp}
+            _finish(path, new)
+            _report(path, self)
+            _describe(path, tags)
         if push:
-            new = {name for name, stamp in _stamps(path).items() if before.get(name) != stamp} | {CARD}
-            push_directory(path, repo_id, files=new, tags=self.model_tags or (), **options)
+            push_directory(path, repo_id, files=new | {CARD}, tags=tags, **options)
         return result
 
     return save_pretrained
@@ -111,12 +132,32 @@ def _report(path: Path, model: PreTrainedModel) -> None:
         logger.warning("The model is saved in %s, but the report of its layers could not be written: %s", path, error)
 
 
-def _describe(path: Path, tags: Any) -> None:
+def _finish(path: Path, written: set[str]) -> None:
+    """Records the checksums of the weights that were saved."""
+    files = sorted(name for name in written if name.endswith(".safetensors"))
+    if not files or not (path / "config.json").is_file():
+        return
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    seal([path / name for name in files], config.get("quantization_config") or {})
+
+
+def _replaced(target: Path, written: set[str]) -> set[str]:
+    """The weights in a directory that others replace, of the same variant.
+
+    transformers leaves a `model.safetensors` where a model in several files is saved, and loads the one file then.
+    """
+    ending = r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+    stems = {re.sub(rf"{ending}$", "", name) for name in written if re.search(rf"{ending}$", name)}
+    weights = re.compile(rf"({'|'.join(map(re.escape, sorted(stems)))}){ending}")
+    return {entry.name for entry in target.iterdir() if weights.fullmatch(entry.name)}
+
+
+def _describe(path: Path, tags: Any, name: str | None = None) -> None:
     """Writes the card of a model that is already saved, which must not fail with it."""
     if not any(path.glob("*.safetensors")):
         return
     try:
-        if not write_card(path, tags=tags):
+        if not write_card(path, tags=tags, **({} if name is None else {"name": name})):
             logger.info("%s was not written by optimum_arb, or was changed: it stays.", path / CARD)
     except Exception as error:
         logger.warning("The model is saved in %s, but its card could not be written: %s", path, error)
