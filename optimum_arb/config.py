@@ -71,8 +71,8 @@ class ARBConfig(QuantizationConfigMixin):
         salient_columns: of the papers' methods, for each block: "search" (their default), a number, or 0 for none.
         num_iterations: rounds of the alternating refinement of "arb", "arb-x", "arb-rc" (the paper's 15), outer rounds
             of "arb-hrc" (2), rounds of ADMM of "arb-dbf" (60; more go on paying).
-        refinement_sweeps: of "arb-hrc": how often all blocks are fitted again once the last one is known; None is 1
-            for several planes, 0 for one.
+        refinement_sweeps: of "arb-hrc": how often all blocks are fitted again once the last one is known; None is 2
+            after the search of all blocks at once; else 1 for several planes, 0 for one.
         compensation: how the error of a block moves into the columns that follow: "exact" (a triangular solve) or
             "diagonal" (as BiLLM and ARB-LLM published it).
         split_metric: what the search for salient columns and groups looks at: "weight" (the error of the weights) or
@@ -95,7 +95,7 @@ class ARBConfig(QuantizationConfigMixin):
         col_scale: of "arb-hrc": whether the planes have column scales; None is True. Without, and without `act_order`,
             one plane is exactly what llama.cpp's type Q1_0 stores (see `for_gguf`).
         admm_iterations: of "arb-hrc": iterations of the search that fits all blocks at once (see
-            `optimum_arb.algorithms.admm`); 0 fits block after block with compensation; None is 20, and 0 without
+            `optimum_arb.algorithms.admm`); 0 fits block after block with compensation; None is 25, and 0 without
             calibration.
         shrinkage: how much smaller the entries of the calibration matrix beside its diagonal are made, as a fraction;
             None is 0.05 for "arb-hrc", 0 for the others.
@@ -440,7 +440,7 @@ class ARBConfig(QuantizationConfigMixin):
     def resolved_admm_iterations(self) -> int:
         if self.method != "arb-hrc" or self.dataset is None:
             return 0
-        return 20 if self.admm_iterations is None else self.admm_iterations
+        return 25 if self.admm_iterations is None else self.admm_iterations
 
     @property
     def resolved_shrinkage(self) -> float:

@@ -27,7 +27,7 @@ LINEAR = "model.layers.1.mlp.up_proj"
 
 def make(folder, **choices):
     source = save_tiny(folder / "float", "LlamaForCausalLM")
-    config = ARBConfig(**{"dataset": tokens(), "num_samples": 4, "block_size": 64, **choices})
+    config = ARBConfig(**{"dataset": tokens(), "num_samples": 4, "block_size": 64, "act_order": True, **choices})
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
     model.save_pretrained(folder / "packed")
     return folder / "packed"
@@ -291,7 +291,7 @@ def test_saved_models_say_what_reads_them(saved):
 def experts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experts")
     save_moe(folder / "float", "MixtralForCausalLM")
-    config = ARBConfig(dataset=tokens(), num_samples=4, block_size=64)
+    config = ARBConfig(dataset=tokens(), num_samples=4, block_size=64, act_order=True)
     AutoModelForCausalLM.from_pretrained(folder / "float", quantization_config=config).save_pretrained(
         folder / "packed"
     )
