@@ -38,7 +38,7 @@ def descend_columns(
         The signs, float32 `[P, N, k]`, and the changes of the values, float32 `[k, N]`.
     """
     planes = len(row)
-    patterns = torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * planes).view(-1, planes).to(row)
+    patterns = sign_patterns(planes, row)
     taken = torch.zeros(current.shape, dtype=torch.uint8, device=current.device)
     changes = torch.empty_like(current)
     fused = current.is_cuda and triton is not None
@@ -47,8 +47,13 @@ def descend_columns(
     for start in range(0, len(current), width):
         here = slice(start, min(start + width, len(current)))
         run(current[here], step[here], row, col[:, here], ratio[here, here], patterns, taken[here], changes[here])
-        step[here.stop :] -= ratio[here, here.stop :].T @ changes[here]
+        step[here.stop :].addmm_(ratio[here, here.stop :].T, changes[here], alpha=-1)
     return patterns[taken.long()].permute(2, 1, 0).contiguous(), changes
+
+
+def sign_patterns(planes: int, like: torch.Tensor) -> torch.Tensor:
+    """All patterns of P signs, pattern i the opposite of pattern `2^P - 1 - i`: `[2^P, P]`, in the dtype of `like`."""
+    return torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * planes).view(-1, planes).to(like)
 
 
 def _loop(current, step, row, col, ratio, patterns, taken, changes) -> None:
@@ -56,8 +61,8 @@ def _loop(current, step, row, col, ratio, patterns, taken, changes) -> None:
     by_column = patterns * col.T[:, None, :]  # [c, 2^P, P]
     for j in range(len(current)):
         value = _nearest(by_column[j] @ row, current[j] + step[j], taken[j])
-        changes[j] = value - current[j]
-        step[j + 1 :] -= ratio[j, j + 1 :, None] * changes[j]
+        change = torch.sub(value, current[j], out=changes[j])
+        step[j + 1 :].addcmul_(ratio[j, j + 1 :, None], change, value=-1)
 
 
 def _nearest(levels: torch.Tensor, target: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
