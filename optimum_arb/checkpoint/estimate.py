@@ -12,15 +12,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import psutil
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from ..calibration.data import TOKENS_PER_BATCH
 from ..config import ARBConfig
 from ..inspection import skeleton
 from ..modules import Selection, linear_shape, select_modules
 from ..packing import block_count
+from .estimate_memory import streamed_memory
 from .probe import Probe, probe
 
 # Salient columns of a block where they are searched (1 to 49): SmolLM2-135M has 2.93 bits with ARB-RC as published,
@@ -46,8 +45,7 @@ class Estimate:
         peak_ram_bytes: largest resident memory of the process.
         peak_gpu_bytes: largest memory of the GPU, where one is used; else None.
         calibration_tokens: tokens of the calibration.
-        seconds: from the call of `from_pretrained` to its end, reading of the checkpoint not counted; None without a
-            probe.
+        seconds: from the call to its end, waiting for the disk not counted; None without a probe.
         probe: what was measured; None without a probe.
         assumptions: what the figures rest on.
         kept: reason -> number of linears that stay in float.
@@ -135,9 +133,14 @@ def _nbytes(name: str, shape: tuple[int, int], columns: int, scale_bits: int) ->
 
 
 def estimate(
-    name: str, config: ARBConfig, dtype: str = "auto", device: str = "cpu", budget: float | None = 20.0
+    name: str,
+    config: ARBConfig,
+    dtype: str = "auto",
+    device: str = "cpu",
+    budget: float | None = 20.0,
+    activations_on_disk: bool = False,
 ) -> Estimate:
-    """Estimates what `from_pretrained(name, quantization_config=config)` and saving will take.
+    """Estimates what `quantize_checkpoint` will take.
 
     Args:
         name: directory or Hub name; only `config.json` is read.
@@ -145,6 +148,7 @@ def estimate(
         dtype: the dtype in which the model would be loaded; "auto" is the checkpoint's own.
         device: where it would be binarized: "cpu" or "cuda".
         budget: seconds that the probe may take; None for no probe, and no time.
+        activations_on_disk: whether the hidden states would be kept in files.
 
     Raises:
         ValueError: a model that cannot be binarized, or whose architecture is not transformers' own.
@@ -168,7 +172,8 @@ def estimate(
         assumptions.append(
             f"searched salient columns: {SEARCHED_SALIENT} a block, as SmolLM2-135M has; the range is for 1 to 49"
         )
-    ram, gpu = _memory(model, linears, weights, packed, float_bytes, float_dtype, tokens, device)
+    ram, gpu = streamed_memory(model, linears, packed, float_dtype, tokens, device, activations_on_disk)
+    assumptions.append("the layers form a chain; otherwise all weights are in memory at once")
     measured = None
     if budget is not None:
         shapes = [(one.rows, one.columns, one.config, one.copies) for one in linears]
@@ -251,48 +256,3 @@ def _calibration_tokens(model_config: Any, config: ARBConfig) -> tuple[int, int]
         return 0, 0
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     return config.num_samples, min(config.sequence_length, positions or config.sequence_length)
-
-
-def _memory(
-    model: PreTrainedModel,
-    linears: list[_Shape],
-    weights: int,
-    packed: int,
-    float_bytes: int,
-    dtype: torch.dtype,
-    tokens: tuple[int, int],
-    device: str,
-) -> tuple[int, int | None]:
-    """The largest resident memory of the process, and of the GPU.
-
-    At its worst the quantizer holds the float model (nothing is packed yet), the hidden states of all calibration
-    tokens, the calibration matrices of one layer and the workspace of its largest linear: of the factorization (seven
-    float64 and four float32 matrices of [K, K]) or of the fit (seven float32 of [N, K]).
-    """
-    base = psutil.Process().memory_info().rss
-    dense = weights * dtype.itemsize + float_bytes
-    squares = 7 * 8 + 4 * 4 if tokens[0] else 0
-    workspace = max(squares * one.columns**2 + 7 * 4 * one.rows * one.columns for one in linears)
-    if not tokens[0]:  # tensor by tensor while the checkpoint streams in
-        return base + packed + float_bytes + workspace, None
-    text = model.config.get_text_config()
-    hidden = tokens[0] * tokens[1] * text.hidden_size * dtype.itemsize
-    layers: Counter[str] = Counter()
-    for linear in linears:
-        # q, k and v read one tensor, and so do gate and up: one matrix for the linears of a parent and of one width
-        layers[f"{linear.name.rpartition('.')[0]}:{linear.columns}"] = 4 * linear.columns**2
-    per_layer: Counter[str] = Counter()
-    for key, size in layers.items():
-        digits = next((part for part in key.split(".") if part.isdigit()), "")
-        per_layer[digits] += size
-    statistics = max(per_layer.values())
-    widest = max(linear.rows for linear in linears)
-    batch = min(tokens[0] * tokens[1], max(TOKENS_PER_BATCH, tokens[1]))
-    # a gated MLP holds gate, its activation, up and their product; beside them the residual and its like
-    activations = 4 * batch * (widest + text.hidden_size) * dtype.itemsize
-    # the sums are of float64 while the layer runs, and of float32 when it is fitted
-    worst = max(2 * statistics + activations, statistics + workspace)
-    if device == "cpu":
-        return base + dense + hidden + worst, None
-    count = max(1, getattr(text, "num_hidden_layers", 1))
-    return base + dense + hidden, weights * dtype.itemsize // count + worst

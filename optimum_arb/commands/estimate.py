@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     other = parser.add_argument_group("machine")
     other.add_argument("--dtype", default="auto", help="auto (the checkpoint's own, default), float32, bfloat16, ...")
     other.add_argument("--device-map", default="cpu", metavar="MAP", help="cpu (default) or cuda")
+    other.add_argument("--activations-on-disk", action="store_true", help="as quantize would be told")
     other.add_argument("--no-probe", action="store_true", help="no timing of this machine, and no time")
     other.add_argument("--memory-limit", metavar="SIZE", help="exit with 1 where more memory is needed, e.g. 64GB")
     other.add_argument("--gpu-memory", metavar="SIZE", help="the same for the GPU's memory, e.g. 24GiB")
@@ -43,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--device-map {args.device_map!r} cannot be estimated: use cpu or cuda.")
     config = build_config(args)
     check_model(args.model)
-    result = estimate(args.model, config, args.dtype, args.device_map, None if args.no_probe else 20.0)
+    result = estimate(
+        args.model, config, args.dtype, args.device_map, None if args.no_probe else 20.0, args.activations_on_disk
+    )
     over = []
     if "memory_limit" in limits and result.peak_ram_bytes > limits["memory_limit"]:
         over.append("memory_limit")

@@ -111,3 +111,59 @@ def test_experts_count_as_often_as_there_are(tmp_path):
     assert (expected.modules, expected.packed_bytes) == (len(report.modules), report.packed_bytes)
     assert expected.bits_per_weight == pytest.approx(report.bits_per_weight)
     assert expected.seconds > 0
+
+
+def test_memory_does_not_grow_with_layers(tmp_path):
+    """But for the embeddings and the head, which are in no layer, and for what one layer more packs."""
+    for layers in (2, 16):
+        save_tiny(tmp_path / str(layers), "LlamaForCausalLM", num_hidden_layers=layers)
+    few, many = (
+        estimate(str(tmp_path / str(layers)), ARBConfig(num_samples=4, sequence_length=64), budget=None)
+        for layers in (2, 16)
+    )
+    # the process itself grows a little between two calls
+    assert abs(many.peak_ram_bytes - few.peak_ram_bytes) < 8_000_000
+    on_disk, in_memory = (
+        estimate(
+            str(tmp_path / "2"),
+            ARBConfig(num_samples=10**6, sequence_length=64),
+            budget=None,
+            activations_on_disk=on_disk,
+        )
+        for on_disk in (True, False)
+    )
+    assert in_memory.peak_ram_bytes - on_disk.peak_ram_bytes > 10**6 * 64 * 96 * 4 * 0.9
+
+
+def test_memory_is_that_of_the_run(tmp_path):
+    """Of a process of its own, within the 15 % that are promised."""
+    import json
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    code = f"""
+import json, sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from optimum_arb import ARBConfig, quantize_checkpoint
+from optimum_arb.checkpoint.estimate import estimate
+config = LlamaConfig(vocab_size=256, hidden_size=256, intermediate_size=1024, num_hidden_layers=1,
+                     num_attention_heads=4, num_key_value_heads=4)
+path = {str(tmp_path)!r}
+if sys.argv[1] == "make":
+    LlamaForCausalLM(config).save_pretrained(path + "/float")
+else:
+    tokens = torch.randint(5, 256, (8, 64), generator=torch.Generator().manual_seed(0))
+    choices = ARBConfig(dataset=tokens, num_samples=8, sequence_length=64)
+    expected = estimate(path + "/float", choices, budget=None).peak_ram_bytes
+    quantize_checkpoint(path + "/float", path + "/out", choices)
+    peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
+    print(json.dumps([expected, int(peak.split()[1]) * 1024]))
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("reads the peak memory from /proc")
+    for step in ("make", "run"):
+        run = subprocess.run([sys.executable, "-c", code, step], capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr
+    expected, measured = json.loads(run.stdout.strip().splitlines()[-1])
+    assert abs(expected - measured) < 0.15 * measured

@@ -1,0 +1,109 @@
+"""The largest memory that binarizing from disk to disk takes, from a model's shapes alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from ..calibration.data import TOKENS_PER_BATCH
+from ..calibration.layers import find_layers
+
+# What the process takes beyond its packages as soon as it computes: thread pools, kernels, allocator. Of a Llama with
+# hidden size 512, 377 MB were resident before the first layer and 400 after it, 358 before the run
+# (benchmarks/streaming_memory.py).
+RUNTIME = 42_000_000
+
+
+class Shape(Protocol):
+    """A linear, or the matrices of experts, that will be binarized."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def experts(self) -> bool: ...
+
+
+def streamed_memory(
+    model: PreTrainedModel,
+    linears: Sequence[Shape],
+    packed: int,
+    dtype: torch.dtype,
+    tokens: tuple[int, int],
+    device: str,
+    activations_on_disk: bool = False,
+) -> tuple[int, int | None]:
+    """Bytes of the largest resident memory of the process, and of the GPU (None without one).
+
+    At its worst the quantizer holds one layer in float, the hidden states of all calibration tokens, the layer's
+    calibration matrices and the workspace of its largest linear: of the factorization (seven float64 and four float32
+    matrices of [K, K]) or of the fit (seven float32 of [N, K]); or, at the end, what is in no layer.
+
+    Args:
+        model: the skeleton.
+        linears: what will be binarized.
+        packed: bytes of all of it packed.
+        dtype: of the float model.
+        tokens: calibration sequences and their length; (0, 0) without calibration.
+        device: where layers run.
+        activations_on_disk: whether the hidden states are kept in files.
+    """
+    groups = find_layers(model, [one.name for one in linears])
+    prefixes = {name: index for index, name in enumerate(name for group in groups for name in group.names)}
+    sizes: Counter[int] = Counter()
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=True):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            sizes[_layer(name, prefixes)] += parameter.numel() * dtype.itemsize
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    twice = sum(parameter.numel() for name, parameter in model.named_parameters() if name in tied) * dtype.itemsize
+    outside = sizes.pop(-1, 0) - twice
+    layer = max(sizes.values(), default=0) + packed // max(1, len(prefixes))
+    base = psutil.Process().memory_info().rss + RUNTIME
+    squares = 7 * 8 + 4 * 4 if tokens[0] else 0
+    workspace = max(squares * one.columns**2 + 7 * 4 * one.rows * one.columns for one in linears)
+    if not tokens[0]:
+        ram, on_device = 0, layer + workspace
+    else:
+        width = model.config.get_text_config().hidden_size
+        batch = min(tokens[0] * tokens[1], max(TOKENS_PER_BATCH, tokens[1]))
+        hidden = (batch if activations_on_disk else tokens[0] * tokens[1]) * width * dtype.itemsize
+        widest = max(one.rows for one in linears)
+        # a gated MLP holds gate, its activation, up and their product; beside them the residual and its like
+        activations = 4 * batch * (widest + width) * dtype.itemsize
+        statistics = _statistics(linears, prefixes)
+        # the sums are of float64 while the layer runs, and of float32 when it is fitted
+        ram, on_device = hidden, layer + max(2 * statistics + activations, statistics + workspace)
+    if device == "cpu":
+        return base + max(ram + on_device, outside), None
+    return base + max(ram + layer, outside), on_device
+
+
+def _layer(name: str, prefixes: dict[str, int]) -> int:
+    parts = name.split(".")
+    ends = (prefixes.get(".".join(parts[:end])) for end in range(len(parts), 0, -1))
+    return next((index for index in ends if index is not None), -1)
+
+
+def _statistics(linears: Sequence[Shape], prefixes: dict[str, int]) -> int:
+    """Bytes of the calibration matrices of the layer that has most: those of experts are made one by one.
+
+    q, k and v read one tensor, and so do gate and up: one matrix for the linears of a parent and of one width, but for
+    the last one of an attention, whose input is its own.
+    """
+    groups: dict[int, dict[str, int]] = {}
+    for one in linears:
+        if not one.experts:
+            parent, _, last = one.name.rpartition(".")
+            own = last if last in ("o_proj", "out_proj", "dense") else ""
+            groups.setdefault(_layer(one.name, prefixes), {})[f"{parent}:{one.columns}:{own}"] = 4 * one.columns**2
+    return max((sum(matrices.values()) for matrices in groups.values()), default=0)
