@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,6 +69,22 @@ def layer_warnings(modules: Iterable[Measured]) -> list[LayerWarning]:
         if warning is not None:
             found.append(LayerWarning(module.name, *warning))
     return found
+
+
+def warning_lines(warnings: Sequence[LayerWarning], most: int = 10) -> list[str]:
+    """What looks broken in few lines: where calibration was too short, nearly every layer has the same warning.
+
+    Args:
+        warnings: see `layer_warnings`.
+        most: of each rule; how many more there are is one more line.
+    """
+    lines = []
+    for rule in dict.fromkeys(warning.rule for warning in warnings):
+        found = [warning for warning in warnings if warning.rule == rule]
+        lines += [f"{warning.module}: {warning.message}" for warning in found[:most]]
+        if len(found) > most:
+            lines.append(f"{len(found) - most} more modules for the same reason ({rule})")
+    return lines
 
 
 def kind_of(name: str) -> str:

@@ -11,12 +11,10 @@ from typing import Any
 from torch import nn
 
 from .conversion import Record
-from .layer_warnings import LayerWarning, layer_warnings
+from .layer_warnings import LayerWarning, layer_warnings, warning_lines
 from .modules import parameter_bytes
 from .nn import ARBExperts, ARBLinear
 from .packing import stored_bytes
-
-SHOWN_WARNINGS = 10
 
 
 @dataclass(frozen=True)
@@ -123,10 +121,7 @@ class ModelReport:
                 f"Without calibration ({len(unseen)}): {', '.join(unseen[:3])}{', ...' * (len(unseen) > 3)}: no "
                 "calibration input reached them."
             )
-        warnings = self.warnings
-        lines += [f"LOOKS BROKEN: {warning.module}: {warning.message}." for warning in warnings[:SHOWN_WARNINGS]]
-        if len(warnings) > SHOWN_WARNINGS:
-            lines.append(f"{len(warnings) - SHOWN_WARNINGS} more modules look broken.")
+        lines += [f"LOOKS BROKEN: {line}." for line in warning_lines(self.warnings)]
         for reason, count in Counter(self.kept.values()).items():
             names = [name for name, why in self.kept.items() if why == reason]
             shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from optimum_arb.layer_warnings import kind_of, layer_warnings
+from optimum_arb.layer_warnings import kind_of, layer_warnings, warning_lines
 
 
 def module(layer=0, weight=None, output=None, held_out=None, kind="mlp.up_proj"):
@@ -59,3 +59,12 @@ def test_overfit():
 def test_nothing_known_is_no_warning():
     assert rules(module(), module(1)) == {}
     assert kind_of("model.layers.3.mlp.experts.12.up") == "model.layers.*.mlp.experts.*.up"
+
+
+def test_few_lines_where_every_layer_has_the_same_warning():
+    modules = [module(layer, output=0.05, held_out=0.2) for layer in range(30)]
+    found = layer_warnings([*modules, module(30, output=2.0, kind="mlp.down_proj")])
+    lines = warning_lines(found, most=3)
+    assert len(lines) == 5
+    assert lines[3] == "27 more modules for the same reason (overfit)"
+    assert lines[4].startswith("model.layers.30.mlp.down_proj: it loses 2.00")

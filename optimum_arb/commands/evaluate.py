@@ -192,6 +192,7 @@ def run_evaluation(args: argparse.Namespace, parts: tuple[str, ...]) -> int:
 def describe(report: dict[str, Any], paths: list[Path]) -> str:
     """The readable form."""
     from ..evaluate.report_tables import summary, tables
+    from ..layer_warnings import LayerWarning, warning_lines
 
     parts = []
     for found in tables(report).values():
@@ -201,7 +202,8 @@ def describe(report: dict[str, Any], paths: list[Path]) -> str:
         lines = [(model["label"], " ".join(model["generation"][index]["text"].split())) for model in samples]
         parts.append(fields([("prompt", first["prompt"]), *lines]))
     for model in report["models"]:
-        parts += [f"LOOKS BROKEN  {m['module']}: {m['message']}" for m in model.get("warnings", [])]
+        found_broken = [LayerWarning(**warning) for warning in model.get("warnings", [])]
+        parts += [f"LOOKS BROKEN  {line}" for line in warning_lines(found_broken)]
     if text := summary(report):
         parts.append(text)
     if paths:

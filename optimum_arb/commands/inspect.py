@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..layer_warnings import kind_of
+from ..layer_warnings import kind_of, warning_lines
 from .printing import fields, ratio, size, table
 from .quantize import ERRORS, mean
 
@@ -74,8 +74,8 @@ def describe(model: str, result: Inspection, every_module: bool = False) -> str:
         for row, modules in zip(rows, groups.values(), strict=True):
             row += [ratio(mean([getattr(reports[m.name], key) for m in modules])) for key in known]
     text += "\n\n" + table(headers, rows)
-    for warning in result.warnings:
-        text += f"\nLOOKS BROKEN  {warning.module}: {warning.message}"
+    for line in warning_lines(result.warnings):
+        text += f"\nLOOKS BROKEN  {line}"
     return text + "\n\n" + table(["stayed in float", "bytes", "why"], _float_rows(result))
 
 

@@ -302,7 +302,7 @@ def parse_overrides(texts: list[str]) -> dict[str, dict[str, Any]]:
 
 def describe(model: str, out: str, report: ModelReport, seconds: float) -> str:
     """The readable form."""
-    from ..layer_warnings import kind_of
+    from ..layer_warnings import kind_of, warning_lines
 
     kinds = defaultdict(list)
     for module in report.modules:
@@ -326,7 +326,7 @@ def describe(model: str, out: str, report: ModelReport, seconds: float) -> str:
         ("mean output error", ratio(report.mean_output_error)),
         ("mean held-out error", ratio(report.mean_held_out_error)),
         ("seconds", f"{seconds:.1f}"),
-        *(("LOOKS BROKEN", f"{warning.module}: {warning.message}") for warning in report.warnings),
+        *(("LOOKS BROKEN", line) for line in warning_lines(report.warnings)),
     ]
     return text + "\n\n" + fields(pairs)
 

@@ -32,9 +32,10 @@ def plot_layers(modules: Sequence[ModuleReport], path: str | os.PathLike[str], t
     path = Path(path)
     if path.suffix.lower() not in PLOT_SUFFIXES:
         raise ValueError(f"{path}: the picture is written as {', '.join(PLOT_SUFFIXES)}.")
-    flagged = [warning.module for warning in layer_warnings(modules)]
+    # the dotted lines show what does not hold on other text
+    flagged = [warning.module for warning in layer_warnings(modules) if warning.rule != "overfit"]
     figure = layer_figure([asdict(module) for module in modules], flagged)
-    figure.suptitle(title, fontsize=10)
+    figure.axes[0].set_title(title, loc="left", fontsize=9)
     save_plain(figure, path)
     return path
 

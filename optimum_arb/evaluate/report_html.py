@@ -161,7 +161,7 @@ def _layers(models: Sequence[Mapping[str, Any]]) -> str:
         modules = model.get("modules")
         if not modules:
             continue
-        flagged = [warning["module"] for warning in model["warnings"]]
+        flagged = [warning["module"] for warning in model["warnings"] if warning["rule"] != "overfit"]
         parts.append(
             _plot(
                 layer_figure(modules, flagged, PAGE),
