@@ -3,12 +3,16 @@
     pip install nox && nox                          # 5.16 to 5.23, each in an environment of its own
     nox -s "transformers(5.16.1)" -- -k peft       # one version; arguments go to pytest
     nox --no-venv -s installed                      # the same tests with what is installed
+    nox -s lowest highest                           # every dependency at the lower end of its range, or the newest
+    nox -s audit                                    # known vulnerabilities of the pinned dependencies, by pip-audit
 
 Each environment is pinned by constraints.txt but for transformers and what an old version wants older too.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -31,6 +35,15 @@ TESTS = (
     "tests/commands",
 )
 
+# what meets safetensors, huggingface_hub, numpy and torch
+FILES = (
+    "tests/test_checksums.py",
+    "tests/test_saving.py",
+    "tests/test_tampered.py",
+    "tests/hub",
+    "tests/test_autoload.py",
+)
+
 nox.options.sessions = ["transformers"]
 
 
@@ -50,12 +63,41 @@ def transformers(session: nox.Session, version: str) -> None:
     _run(session)
 
 
+@nox.session(python="3.11")
+def lowest(session: nox.Session) -> None:
+    """The tests with the oldest version of every dependency that pyproject.toml allows.
+
+    Arguments `torch==...` are taken for torch, whose oldest version a machine may not have.
+    """
+    found = re.search(r"^dependencies = \[(.*?)^\]", Path("pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    assert found is not None
+    floors = dict(re.findall(r'"([\w-]+)>=([\w.]+)', found[1]))
+    torch = [argument for argument in session.posargs if argument.startswith("torch==")]
+    pins = [f"{name}=={version}" for name, version in floors.items() if name != "torch" or not torch]
+    session.install(*pins, *torch, "-e", ".", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis")
+    _run(session, [argument for argument in session.posargs if argument not in torch], [*TESTS, *FILES])
+
+
+@nox.session(python="3.11")
+def highest(session: nox.Session) -> None:
+    """The tests with the newest version of every dependency that pyproject.toml allows."""
+    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[test]")
+    _run(session, session.posargs, [*TESTS, *FILES])
+
+
+@nox.session
+def audit(session: nox.Session) -> None:
+    """Known vulnerabilities of the pinned dependencies; a package that the service does not know is an error too."""
+    session.install("pip-audit")
+    session.run("pip-audit", "--strict", "--disable-pip", "--no-deps", "--requirement", "constraints.txt")
+
+
 @nox.session(python=False)
 def installed(session: nox.Session) -> None:
     """The same tests with what is installed."""
     _run(session)
 
 
-def _run(session: nox.Session) -> None:
+def _run(session: nox.Session, arguments: Sequence[str] | None = None, tests: Sequence[str] = TESTS) -> None:
     session.run("python", "-c", "import transformers; print('transformers', transformers.__version__)")
-    session.run("python", "-m", "pytest", "-q", *TESTS, *session.posargs)
+    session.run("python", "-m", "pytest", "-q", *tests, *(session.posargs if arguments is None else arguments))

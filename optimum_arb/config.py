@@ -71,8 +71,8 @@ class ARBConfig(QuantizationConfigMixin):
         salient_columns: of the papers' methods, for each block: "search" (their default), a number, or 0 for none.
         num_iterations: rounds of the alternating refinement of "arb", "arb-x", "arb-rc" (the paper's 15), outer rounds
             of "arb-hrc" (2), rounds of ADMM of "arb-dbf" (60; more go on paying).
-        refinement_sweeps: of "arb-hrc": how often all blocks are fitted again once the last one is known; None is 1
-            for several planes, 0 for one.
+        refinement_sweeps: of "arb-hrc": how often all blocks are fitted again once the last one is known; None is 2
+            after the search of all blocks at once; else 1 for several planes, 0 for one.
         compensation: how the error of a block moves into the columns that follow: "exact" (a triangular solve) or
             "diagonal" (as BiLLM and ARB-LLM published it).
         split_metric: what the search for salient columns and groups looks at: "weight" (the error of the weights) or
@@ -86,7 +86,8 @@ class ARBConfig(QuantizationConfigMixin):
         held_out_samples: how many of them, the last ones, are put aside: nothing is fitted to them, and the report
             tells each layer's error on them beside the one on the others.
         sequence_length: tokens of a calibration sequence (at most what the model takes).
-        batch_size: sequences of a calibration batch; None lets the sequence length choose.
+        batch_size: sequences of a training step of `refine`; None lets the sequence length choose. Without `refine`
+            sequences run one by one, and nothing depends on it.
         seed: of every random choice.
         damp_percent: damping of the calibration matrix, as a fraction of its mean diagonal; None is the method's own
             choice: 0.02 for "arb-hrc", 0.05 for "arb-dbf", the published 0.01 for the others.
@@ -95,12 +96,12 @@ class ARBConfig(QuantizationConfigMixin):
         col_scale: of "arb-hrc": whether the planes have column scales; None is True. Without, and without `act_order`,
             one plane is exactly what llama.cpp's type Q1_0 stores (see `for_gguf`).
         admm_iterations: of "arb-hrc": iterations of the search that fits all blocks at once (see
-            `optimum_arb.algorithms.admm`); 0 fits block after block with compensation; None is 20, and 0 without
+            `optimum_arb.algorithms.admm`); 0 fits block after block with compensation; None is 25, and 0 without
             calibration.
         shrinkage: how much smaller the entries of the calibration matrix beside its diagonal are made, as a fraction;
             None is 0.05 for "arb-hrc", 0 for the others.
         hadamard: of "arb-hrc": columns of the blocks of a Hadamard transform with random signs, which the inputs go
-            through before they meet the sign planes: 64, 128 or 256, or 0 for none.
+            through before they meet the sign planes: 64, 128 or 256, or 0 for none. Experts go without.
         rank: of "arb-dbf": columns of the first sign matrix and rows of the second, the same for every linear; None
             goes by `factor_bits`.
         factor_bits: of "arb-dbf": true bits a weight, scales included, of which each linear's rank follows; None is 1.
@@ -440,7 +441,7 @@ class ARBConfig(QuantizationConfigMixin):
     def resolved_admm_iterations(self) -> int:
         if self.method != "arb-hrc" or self.dataset is None:
             return 0
-        return 20 if self.admm_iterations is None else self.admm_iterations
+        return 25 if self.admm_iterations is None else self.admm_iterations
 
     @property
     def resolved_shrinkage(self) -> float:
@@ -471,8 +472,12 @@ class ARBConfig(QuantizationConfigMixin):
     @property
     def format_version(self) -> int:
         """The format of the files that these choices make: the oldest that holds them."""
-        every = [{"method": self.method, "scale_bits": self.resolved_scale_bits}, *self.overrides.values()]
-        return 2 if any(one.get("method") == "arb-dbf" or one.get("scale_bits") == 8 for one in every) else 1
+        every = [
+            {"method": self.method, "scale_bits": self.resolved_scale_bits, "hadamard": self.hadamard},
+            *self.overrides.values(),
+        ]
+        new = (one.get("method") == "arb-dbf" or one.get("scale_bits") == 8 or one.get("hadamard") for one in every)
+        return 2 if any(new) else 1
 
     @property
     def factorized(self) -> bool:
@@ -536,8 +541,10 @@ class ARBConfig(QuantizationConfigMixin):
         if self.factorized:
             rank = self.resolved_rank(out_features, in_features)
             return factor_shapes(out_features, in_features, rank, self.resolved_scale_bits)
+        transform = self.hadamard if self.dataset is not None else 0
+        bits = self.resolved_scale_bits
         return packed_shapes(
-            self.layout, out_features, in_features, self.block_size, permuted, salient, self.resolved_scale_bits
+            self.layout, out_features, in_features, self.block_size, permuted, salient, bits, transform
         )
 
     def for_module(self, *names: str) -> ARBConfig | None:
@@ -605,7 +612,8 @@ class ARBConfig(QuantizationConfigMixin):
         elif isinstance(result["dataset"], (CalibrationTexts, CalibrationTokens, CalibrationInputs)):
             result["dataset"] = "custom"
         del result["verify_checksums"]  # of one load, no property of the model
-        for key, empty in (("overrides", {}), ("held_out_samples", 0)):
+        # older versions do not know all of them
+        for key, empty in (("overrides", {}), ("held_out_samples", 0), ("hadamard", 0)):
             if result.get(key) == empty:
                 del result[key]
         result["format_version"] = self.format_version

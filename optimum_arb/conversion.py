@@ -34,9 +34,9 @@ class Record:
             the mean over the tokens of the squared error over the squared target; None without.
         held_out_error: as `output_error`, on calibration sequences that nothing was fitted to; None without such.
         held_out_tokens: how many of their tokens reached the module.
-        hadamard_gain: by how much a Hadamard transform of the inputs lowers the output error, as far as quick fits
-            tell (`optimum_arb.algorithms.hadamard_gain`): the layer has one where this is above 1. None where none
-            was asked for.
+        hadamard_gain: by how much a Hadamard transform of the inputs lowers the output error, as far as fits of some
+            rows tell (`optimum_arb.algorithms.hadamard_gain`): the module has one where this is above 1. None where
+            none was asked for.
     """
 
     method: str

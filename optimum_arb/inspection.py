@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from .config import ARBConfig
 from .keys import KeyMap
 from .layer_warnings import LayerWarning, layer_warnings
+from .layout import form_name
 from .modules import linear_shape, select_modules
 from .packing import STORED_NAMES
 from .report import ModuleReport
@@ -143,15 +144,17 @@ def inspect_model(name: str | Path) -> Inspection:
         if key in experts:
             matrix = selection.experts[key]
             describe_experts(experts[key], choices, matrix)
+            form = choices.layout_name
             shape: tuple[int, ...] = (matrix.experts, matrix.out_features, matrix.in_features)
             parts = [tensors[part] for part in experts[key].keys()]  # noqa: SIM118 (it is no dict)
         else:
             shape = linear_shape(model.get_submodule(key))
-            describe(linears[key], choices, *shape)
+            described = describe(linears[key], choices, *shape)
+            form = form_name(choices.layout_name, described.get("hadamard", 0))
             parts = list(linears[key].tensors.values())
         count = sum(tensor_bytes(tensor) for tensor in parts)
         bits = 8 * count / math.prod(shape)
-        result.modules.append(StoredModule(key, choices.method, choices.layout_name, shape, count, bits))
+        result.modules.append(StoredModule(key, choices.method, form, shape, count, bits))
     order = {key: index for index, key in enumerate(selection.convert)}
     result.modules.sort(key=lambda module: order[module.name])
     packed = {f"{key}.weight" + ("" if part == "weight" else f"_{part}") for key in linears for part in STORED_NAMES}

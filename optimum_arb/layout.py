@@ -182,3 +182,8 @@ def all_layouts() -> tuple[Layout, ...]:
     found = [planes_layout(p, **extra) for p in range(1, MAX_PLANES + 1) for extra in extras]
     found += [bitmap_layout(g, s, c) for g in GROUP_BITMAPS for s in (False, True) for c in (False, True)]
     return tuple({layout.name: layout for layout in found}.values())
+
+
+def form_name(name: str, hadamard: int = 0) -> str:
+    """What reports call a form of weights: the layout's name, and the block of a Hadamard transform of the inputs."""
+    return f"{name}-hadamard-{hadamard}" if hadamard else name

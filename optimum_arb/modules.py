@@ -116,6 +116,8 @@ def select_modules(model: PreTrainedModel, config: ARBConfig, strict: bool = Tru
                         "modules_to_not_convert=['experts']."
                     )
                 if reason is None and choices is not None:
+                    # of experts, each with a calibration matrix of its own, no transform of the input is run
+                    choices = choices.without_hadamard()
                     selection.convert[matrix] = choices
                 elif reason is not None:
                     selection.keep[matrix] = reason

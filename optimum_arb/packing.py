@@ -34,9 +34,9 @@ TENSOR_NAMES = (
     "salient_weight",
     "salient_col_scale",
 )
-# Every tensor that a packed module may store: those, the inner factor's of `optimum_arb.factors`, and the grids of
-# scales in 8 bits.
-STORED_NAMES = (*TENSOR_NAMES, "inner", "inner_row_scale", "inner_col_scale", "scale_grid")
+# Every tensor that a packed module may store: those, the inner factor's of `optimum_arb.factors`, the grids of scales
+# in 8 bits, and the signs of a Hadamard transform.
+STORED_NAMES = (*TENSOR_NAMES, "inner", "inner_row_scale", "inner_col_scale", "scale_grid", "input_signs")
 
 
 @dataclass
@@ -221,14 +221,13 @@ def pack(weight: BinarizedWeight, scale_bits: int = 16) -> dict[str, torch.Tenso
     | `salient_weight` | uint8 | `[N, salient_planes * packed_bytes(S)]` |
     | `salient_col_scale` | as `col_scale` | `[salient_col_scales, S]` |
     | `scale_grid` | float32 | `[row_scales + col_scales, 2]`, with `scale_bits=8` alone |
+    | `input_signs` | uint8 | `[1, packed_bytes(K)]` in tiles of 128, with a Hadamard transform alone |
 
     Raises:
         ValueError: `scale_bits` is neither, or 8 for another layout.
     """
     if scale_bits not in SCALE_BITS or (scale_bits == 8 and not weight.layout.is_planes):
         raise ValueError(f"scale_bits={scale_bits} cannot be packed with the layout {weight.layout.name}.")
-    if weight.hadamard:
-        raise ValueError("a weight of inputs that go through a Hadamard transform cannot be packed: use hadamard=0.")
     if scale_bits == 8:
         weight = weight.with_positive_scales()
     columns = weight.shape[1]
@@ -247,6 +246,9 @@ def pack(weight: BinarizedWeight, scale_bits: int = 16) -> dict[str, torch.Tenso
         tensors["salient_weight"] = pack_bits(weight.salient_signs, tile)
     if weight.salient_col_scale is not None:
         tensors["salient_col_scale"] = store_scale(weight.salient_col_scale)
+    if weight.hadamard:
+        assert weight.input_signs is not None
+        tensors["input_signs"] = pack_bits(weight.input_signs[None, None])
     if scale_bits == 8:
         scales = {"row_scale": weight.row_scale.flatten(1)}
         if weight.col_scale is not None:
@@ -256,7 +258,9 @@ def pack(weight: BinarizedWeight, scale_bits: int = 16) -> dict[str, torch.Tenso
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def unpack(tensors: Mapping[str, torch.Tensor], layout: Layout, in_features: int, block_size: int) -> BinarizedWeight:
+def unpack(
+    tensors: Mapping[str, torch.Tensor], layout: Layout, in_features: int, block_size: int, hadamard: int = 0
+) -> BinarizedWeight:
     """The inverse of `pack`, up to the rounding of the scales.
 
     Args:
@@ -264,7 +268,13 @@ def unpack(tensors: Mapping[str, torch.Tensor], layout: Layout, in_features: int
         layout: the layout that they were packed with.
         in_features: K.
         block_size: as in `BinarizedWeight`.
+        hadamard: as in `BinarizedWeight`.
+
+    Raises:
+        ValueError: there are signs of a Hadamard transform, and no block of it is given, or the other way round.
     """
+    if bool(hadamard) != ("input_signs" in tensors):
+        raise ValueError(f"A weight with the tensors {', '.join(tensors)} cannot be unpacked with hadamard={hadamard}.")
     tile = tile_width(block_size)
     tensors = decoded(tensors, scale_grids(layout))
     rows = tensors["weight"].shape[0]
@@ -284,6 +294,8 @@ def unpack(tensors: Mapping[str, torch.Tensor], layout: Layout, in_features: int
         salient_columns=None if salient is None else salient[0].long(),
         salient_signs=salient_signs,
         salient_col_scale=tensors.get("salient_col_scale"),
+        hadamard=hadamard,
+        input_signs=unpack_bits(tensors["input_signs"], 1, in_features)[0, 0] if hadamard else None,
     )
 
 
@@ -295,6 +307,7 @@ def packed_shapes(
     permuted: bool,
     salient: int = 0,
     scale_bits: int = 16,
+    hadamard: int = 0,
 ) -> dict[str, tuple[int, int]]:
     """The shape of every stored tensor of a weight, from its description alone (see `pack`).
 
@@ -306,6 +319,7 @@ def packed_shapes(
         permuted: whether the columns are permuted.
         salient: the number of salient columns.
         scale_bits: as for `pack`.
+        hadamard: as in `BinarizedWeight`.
     """
     tile = tile_width(block_size)
     shapes = {
@@ -324,6 +338,8 @@ def packed_shapes(
         shapes["salient_col_scale"] = (layout.salient_col_scales, salient)
     if scale_bits == 8:
         shapes["scale_grid"] = (layout.row_scales + layout.col_scales, 2)
+    if hadamard:
+        shapes["input_signs"] = (1, packed_bytes(in_features, TILE))
     return shapes
 
 

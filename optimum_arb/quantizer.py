@@ -49,6 +49,7 @@ from .stored_checks import (
     check_permuted,
     check_same_kind,
     check_scales,
+    check_shapes,
 )
 from .stored_experts import describe_experts, packed_experts
 from .stored_report import read_report, restore_records
@@ -99,6 +100,7 @@ class ARBHfQuantizer(HfQuantizer):
         self._refinement: dict[str, Any] | None = None
         self._device_map: Any = None
         self._dtypes: dict[str, torch.dtype] = {}
+        self._shapes: dict[str, torch.Size] = {}
         self._tokens: torch.Tensor | CalibrationInputs | None = None
         requested = self.quantization_config.__dict__.pop("requested", None)
         if self.pre_quantized and requested is not None:
@@ -120,6 +122,13 @@ class ARBHfQuantizer(HfQuantizer):
         self._device_map = device_map
         return {"": torch.device("cpu")}
 
+    def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Asked by older versions of transformers, which have no `update_attn_implementation`."""
+        if self.pre_quantized:
+            check_config(config)
+        parent = getattr(super(), "update_tp_plan", None)
+        return config if parent is None else parent(config)
+
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """As the base class; the last place before the model is built from a configuration that may be anyone's."""
         if self.pre_quantized:
@@ -137,6 +146,7 @@ class ARBHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._expect_stored_modules(model, checkpoint_files)
             self._dtypes = expected_dtypes(model)
+            self._shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
             prepare(model, pre_quantized=True)
             return
         self._leave_out_new_modules(model, checkpoint_files)
@@ -183,8 +193,10 @@ class ARBHfQuantizer(HfQuantizer):
             localize(model)
         for module in model.modules():
             if isinstance(module, ARBLinear):
-                module.decode_scales()  # transformers fills buffers that no file holds with anything
+                module.decode_stored()  # transformers fills buffers that no file holds with anything
         if self.pre_quantized:
+            if not any(is_divided(module) for module in model.modules()):  # a device has a part of a shape
+                check_shapes(model, self._shapes)
             cast_loaded(model, self._dtypes)
             self._prepare_saving(model)
             for module in model.modules():
@@ -272,6 +284,9 @@ class ARBHfQuantizer(HfQuantizer):
             with self.stream.opened(model, self, record) as options:
                 walk = CalibrationWalk(model, names, binarize, batches, **own, **options)
                 walk.run()
+        found = dict(self.records)
+        self.records.clear()  # filled by several threads: in an order of its own again
+        self.records.update({name: found[name] for name in self.selection.convert if name in found} | found)
         if refiner is not None:
             self._refinement = refiner.summary(walk)
 
@@ -305,6 +320,9 @@ class ARBHfQuantizer(HfQuantizer):
         if self._tokens is not None:
             unreached = sorted(name for name, record in self.records.items() if not record.tokens)
             config.calibration = {**calibration_record(config, self._tokens), "unreached": unreached}
+            gains = {name: r.hadamard_gain for name, r in self.records.items() if r.hadamard_gain is not None}
+            if gains:
+                config.calibration["untransformed"] = sorted(name for name, gain in gains.items() if gain <= 1)
             if self._refinement is not None:
                 config.calibration["refinement"] = self._refinement
             config.dataset = config.calibration["dataset"]
@@ -351,7 +369,6 @@ class ARBHfQuantizer(HfQuantizer):
     def _expect_stored_modules(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
         if not checkpoint_files or not all(str(f).endswith(".safetensors") for f in checkpoint_files):
             raise ValueError("A binarized model is loaded from safetensors files; this checkpoint has none.")
-        check_config(model.config)  # older versions of transformers do not ask before they build the model
         check_files(checkpoint_files, model.config.name_or_path or "")
         headers = read_headers(checkpoint_files)
         names = KeyMap(model)

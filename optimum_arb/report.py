@@ -40,6 +40,8 @@ class ModuleReport:
         tokens: calibration tokens that reached it (of experts: summed over them).
         held_out_error: as `output_error`, on the calibration sequences that nothing was fitted to; None without such.
         held_out_tokens: how many of their tokens reached it.
+        hadamard_gain: by how much a Hadamard transform of its inputs lowers the output error, as far as fits of some of
+            its rows tell: it has one where this is above 1. None where none was asked for.
     """
 
     name: str
@@ -57,6 +59,7 @@ class ModuleReport:
     tokens: int = 0
     held_out_error: float | None = None
     held_out_tokens: int = 0
+    hadamard_gain: float | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,7 @@ def model_report(model: nn.Module) -> ModelReport:
                     tokens=record.tokens,
                     held_out_error=record.held_out_error,
                     held_out_tokens=record.held_out_tokens,
+                    hadamard_gain=record.hadamard_gain,
                 )
             )
         elif isinstance(module, ARBExperts):

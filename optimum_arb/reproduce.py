@@ -27,6 +27,8 @@ _VARIABLES = (
 )
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 _CHUNK = 1 << 24
+_TOKEN = re.compile(r"hf_[A-Za-z0-9_]{3,}")
+_SECRET = re.compile(r"--?\S*(token|secret|password|passwd|api.?key)", re.IGNORECASE)
 
 
 def reproduce_block(
@@ -76,9 +78,19 @@ def versions() -> dict[str, str]:
 
 
 def command_line(whole_paths: bool = True) -> str:
-    """The command that this process runs, as a shell takes it."""
-    words = list(sys.orig_argv)
+    """The command that this process runs, as a shell takes it.
+
+    Reports are sent and uploaded: tokens of the Hub, values of options that are named after a secret, and the code of
+    `python -c` are left out of it.
+    """
+    words = [_TOKEN.sub("...", word) for word in sys.orig_argv]
     words[0] = Path(words[0]).name
+    for index, word in enumerate(words):
+        before = words[index - 1] if index else ""
+        if (_SECRET.fullmatch(before) and not word.startswith("-")) or before == "-c":
+            words[index] = "..."
+        elif _SECRET.fullmatch(word.partition("=")[0]) and "=" in word:
+            words[index] = word.partition("=")[0] + "=..."
     if not whole_paths:
         words = [re.sub(r"(^|=)/\S*?([^/\s]+)/?$", r"\1\2", word) for word in words]
     return shlex.join(words)

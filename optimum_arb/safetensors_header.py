@@ -89,7 +89,8 @@ def set_metadata(path: str | os.PathLike, entries: Mapping[str, str]) -> None:
         OSError: the file cannot be written.
     """
     header, start = _parse(path)
-    header["__metadata__"] = {**(header.get("__metadata__") or {}), **entries}
+    # sorted: the library writes its entries in an order of chance, and the same model is to give the same file
+    header["__metadata__"] = dict(sorted({**(header.get("__metadata__") or {}), **entries}.items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     room = start - _PREFIX
     if len(text) <= room:

@@ -29,6 +29,8 @@ def column_obstacle(tensors: Collection[str], in_features: int, block_size: int,
     Each part must be a weight of the same layout: whole blocks of columns (whole packing tiles where a block is the
     whole row), in the order of the inputs. The answer depends on shapes alone and is the same on every rank.
     """
+    if "input_signs" in tensors:
+        return "its inputs go through a Hadamard transform, whose blocks are of all columns"
     if "permutation" in tensors:
         return "its columns are stored in order of activation, so that every block holds columns of every part"
     width = tile_width(block_size) if block_size == -1 else block_size

@@ -77,7 +77,7 @@ def packed_linears(headers: Mapping[str, StoredTensor]) -> list[StoredLinear]:
 
 def describe(linear: StoredLinear, config: ARBConfig, out_features: int, in_features: int) -> dict:
     """How an `ARBLinear` for a stored linear is built: layout, block_size, permuted, salient, scale_dtypes, backend,
-    scale_bits; an `ARBFactorizedLinear`: rank, scale_dtypes, backend, scale_bits.
+    scale_bits, hadamard; an `ARBFactorizedLinear`: rank, scale_dtypes, backend, scale_bits.
 
     Args:
         linear: the stored tensors.
@@ -102,9 +102,12 @@ def describe(linear: StoredLinear, config: ARBConfig, out_features: int, in_feat
     columns = tensors["salient_columns"].shape if "salient_columns" in tensors else ()
     salient = min(columns[-1], in_features) if columns else 0
     permuted = "permutation" in tensors
+    hadamard = config.hadamard if "input_signs" in tensors else 0
     if not layout.is_planes:
         scale_bits = 16  # the grid is refused as a tensor that the layout does not have
-    shapes = packed_shapes(layout, out_features, in_features, config.block_size, permuted, salient, scale_bits)
+    shapes = packed_shapes(
+        layout, out_features, in_features, config.block_size, permuted, salient, scale_bits, hadamard
+    )
     _check_tensors(linear, config, shapes, f"layout {layout.name}, block_size={config.block_size}")
     return {
         "layout": layout,
@@ -114,6 +117,7 @@ def describe(linear: StoredLinear, config: ARBConfig, out_features: int, in_feat
         "scale_dtypes": _scale_dtypes(linear),
         "backend": config.backend,
         "scale_bits": scale_bits,
+        "hadamard": hadamard,
     }
 
 
@@ -155,4 +159,4 @@ def _dtypes(name: str, coded: bool) -> tuple[str, ...]:
         return tuple(_SCALE_DTYPES) if coded else ("F16", "F32")
     if name == "scale_grid":
         return ("F32",)
-    return ("U8",) if name in ("weight", "salient_weight", "inner") else tuple(_INDEX_DTYPES)
+    return ("U8",) if name in ("weight", "salient_weight", "inner", "input_signs") else tuple(_INDEX_DTYPES)

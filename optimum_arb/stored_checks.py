@@ -170,7 +170,8 @@ def _check_float(
 
 
 def check_permuted(linear: StoredLinear, name: str, config: ARBConfig, calibration: Mapping | None) -> None:
-    """Whether a linear whose columns were ordered by activation has its permutation.
+    """Whether a linear whose columns were ordered by activation has its permutation, and one whose inputs go through a
+    Hadamard transform the signs of it.
 
     Without one its columns would be taken for those of the weight. Older checkpoints do not say which linears were
     never reached in calibration, and so have none.
@@ -186,15 +187,26 @@ def check_permuted(linear: StoredLinear, name: str, config: ARBConfig, calibrati
         ValueError: it is missing.
     """
     unreached = (calibration or {}).get("unreached")
-    if not config.resolved_act_order or not isinstance(unreached, list):
+    if not isinstance(unreached, list):
         return
-    if "permutation" in linear.tensors:
+    untransformed = (calibration or {}).get("untransformed")  # where the transform did not pay
+    transformed = isinstance(untransformed, list) and not _among([*unreached, *untransformed], linear.key, name)
+    if config.hadamard and "input_signs" not in linear.tensors and transformed:
+        raise ValueError(
+            f"{linear.key}: the tensor '{linear.key}.weight_input_signs' is missing in the checkpoint, though its "
+            "inputs go through a Hadamard transform. Save or download the model again."
+        )
+    if not config.resolved_act_order or "permutation" in linear.tensors:
         return
-    if not any(_same_module(known, other) for known in unreached for other in (linear.key, name)):
+    if not _among(unreached, linear.key, name):
         raise ValueError(
             f"{linear.key}: the tensor '{linear.key}.weight_permutation' is missing in the checkpoint, though its "
             "columns were ordered by activation. Save or download the model again."
         )
+
+
+def _among(unreached: list, *names: str) -> bool:
+    return any(_same_module(known, name) for known in unreached for name in names)
 
 
 def _same_module(name: str, other: str) -> bool:
@@ -268,3 +280,22 @@ def _is_finite(path: str, tensor: Placed) -> bool:
             if ((np.frombuffer(chunk, kind) & bits) == bits).any():
                 return False
     return True
+
+
+def check_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Whether every parameter loaded in its shape; transformers before 5.23 puts a head of another size in as it is.
+
+    Args:
+        model: the model, loaded.
+        shapes: name of a parameter -> its shape before it was loaded.
+
+    Raises:
+        RuntimeError: one has another shape, as `ignore_mismatched_sizes` would have allowed.
+    """
+    for name, parameter in model.named_parameters():
+        if tuple(parameter.shape) != tuple(shapes.get(name, parameter.shape)):
+            raise RuntimeError(
+                f"{name} is {list(parameter.shape)} in the checkpoint, but {list(shapes[name])} follows from the "
+                "configuration. Load the model as it was saved; transformers 5.23 and later can make a new head with "
+                "ignore_mismatched_sizes=True."
+            )

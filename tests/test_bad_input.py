@@ -29,7 +29,7 @@ def llama(tmp_path_factory):
 @pytest.fixture(scope="module")
 def saved(llama, tmp_path_factory):
     path = tmp_path_factory.mktemp("saved")
-    binarize(llama, dataset=tokens(), num_samples=4).save_pretrained(path)
+    binarize(llama, dataset=tokens(), num_samples=4, act_order=True).save_pretrained(path)
     return path
 
 

@@ -35,9 +35,10 @@ def test_the_users_texts_are_neither_copied_nor_written():
 def test_defaults_of_the_methods():
     ours, published = ARBConfig(planes=2), ARBConfig.as_published("arb-rc")
     assert (ours.resolved_act_order, ours.resolved_damp_percent, ours.resolved_refinement_sweeps) == (False, 0.02, 2)
-    assert (ours.resolved_admm_iterations, ours.resolved_shrinkage) == (20, 0.05)
+    assert (ours.resolved_admm_iterations, ours.resolved_shrinkage) == (25, 0.05)
     by_block = ARBConfig(planes=2, admm_iterations=0)
     assert (by_block.resolved_act_order, by_block.resolved_refinement_sweeps) == (True, 1)
+    assert ARBConfig(dataset=None).resolved_refinement_sweeps == 0
     assert ARBConfig(admm_iterations=0).resolved_refinement_sweeps == 0
     assert (published.compensation, published.split_metric) == ("diagonal", "score")
     assert (published.resolved_act_order, published.resolved_damp_percent) == (False, 0.01)
@@ -102,3 +103,9 @@ def test_override_to_another_method_drops_what_that_method_lacks():
 def test_choices_that_do_not_fit(choices, message):
     with pytest.raises(ValueError, match=message.replace("(", "\\(")):
         ARBConfig(**choices)
+
+
+@pytest.mark.parametrize("patterns", [7, "lm_head", {"lm_head": 1}])
+def test_patterns_are_a_list(patterns):
+    with pytest.raises(TypeError, match="must be a list of patterns"):
+        ARBConfig(modules_to_not_convert=patterns)

@@ -155,7 +155,8 @@ def together(folder: str) -> None:
             config = ARBConfig(dataset=tokens(8, 24), num_samples=8, batch_size=2)
             model = AutoModelForCausalLM.from_pretrained(path / "float", quantization_config=config, device_map="cuda")
             assert {p.device.index for p in model.parameters()} == {ranks.rank}
-            model.save_pretrained(path / "together")
+            if ranks.is_first:
+                model.save_pretrained(path / "together")
 
 
 @two_gpus

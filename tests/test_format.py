@@ -195,3 +195,30 @@ def test_scales_in_8_bits_of_products():
     a, m, b = (scale[0] for scale in read_codes(tensors, shapes))
     outer, inner = (read_signs(tensors[name], 1, k, 128)[0] for name, k in (("weight", 40), ("inner", 64)))
     np.testing.assert_allclose(a[:, None] * (outer * m) @ inner * b, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("columns", "block"), [(300, 128), (576, 256), (203, 64), (11, 128)])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_hadamard_transforms(columns, block, permuted):
+    layout = planes_layout(2, col_scale=True)
+    weight = random_weight(layout, 5, columns, 64, permuted, 0)
+    weight.hadamard = block
+    weight.input_signs = torch.rand(columns, generator=torch.Generator().manual_seed(1)) < 0.5
+    packed = pack(weight)
+    tensors = {name: tensor.numpy() for name, tensor in packed.items()}
+    expected = unpack(packed, layout, columns, 64, block).dequantize(torch.float64).numpy()
+    read = Reader(tensors, columns, 64, 2, 2)
+    stored = sum(read.r[i] * read.c[i] * read.signs[i] for i in range(2))
+    sign = read_signs(tensors["input_signs"], 1, columns, 128)[0, 0]
+    matrix = np.zeros((columns, columns))
+    start = 0
+    while start < columns:
+        width = min(block, 1 << ((columns - start).bit_length() - 1))
+        for j in range(width):
+            for i in range(width):
+                matrix[start + j, start + i] = (-1) ** (j & i).bit_count() / width**0.5
+        start += width
+    result = np.empty_like(expected)
+    order = tensors["permutation"][0] if permuted else np.arange(columns)
+    result[:, order] = (stored @ matrix) * sign
+    np.testing.assert_allclose(result, expected, rtol=1e-9, atol=1e-9)

@@ -31,11 +31,18 @@ def test_overwriting_replaces_the_model_and_keeps_other_files(model, tmp_path):
     (tmp_path / "model" / "notes.md").write_text("mine")
     save_model(model, None, tmp_path / "model", overwrite=True)
     names = {file.name for file in (tmp_path / "model").iterdir()}
-    assert names == {"README.md", "config.json", "generation_config.json", "model.safetensors", "notes.md"}
+    own = {"README.md", "arb_report.json", "config.json", "generation_config.json", "model.safetensors"}
+    assert names == {*own, "notes.md"}
     assert (tmp_path / "model" / "notes.md").read_text() == "mine"
     again = LlamaForCausalLM.from_pretrained(tmp_path / "model")
     assert torch.equal(outputs(again, tokens(1, 8)), outputs(model, tokens(1, 8)))
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_float_model_leaves_no_report_of_another_behind(model, tmp_path):
+    save_model(model, None, tmp_path / "model")
+    save_model(tiny_model("LlamaForCausalLM"), None, tmp_path / "model", overwrite=True)
+    assert not (tmp_path / "model" / "arb_report.json").exists()
 
 
 def test_overwriting_the_directory_that_the_model_was_loaded_from(model, tmp_path):

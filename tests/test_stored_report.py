@@ -42,7 +42,7 @@ def test_the_file_holds_the_report_of_the_run(saved):
     assert content["reproduce"]["models"]["base"]["fingerprint"].startswith("sha256:")
     assert str(path.parent) not in json.dumps(content)  # no path of this machine
     # 96 calibration tokens are too few for layers of 96 columns
-    assert {warning["rule"] for warning in content["warnings"]} == {"overfit"}
+    assert {"overfit"} <= {warning["rule"] for warning in content["warnings"]} <= {"overfit", "lost"}
 
 
 def test_held_out_sequences_change_nothing_but_what_is_fitted(saved, tmp_path):

@@ -9,6 +9,8 @@ import struct
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from tiny_experts import save_moe
 from tiny_models import outputs, save_tiny, tokens
@@ -25,7 +27,7 @@ LINEAR = "model.layers.1.mlp.up_proj"
 
 def make(folder, **choices):
     source = save_tiny(folder / "float", "LlamaForCausalLM")
-    config = ARBConfig(**{"dataset": tokens(), "num_samples": 4, "block_size": 64, **choices})
+    config = ARBConfig(**{"dataset": tokens(), "num_samples": 4, "block_size": 64, "act_order": True, **choices})
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
     model.save_pretrained(folder / "packed")
     return folder / "packed"
@@ -172,7 +174,9 @@ def test_a_head_of_another_size_may_be_asked_for(tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(source, quantization_config=config)
     model.save_pretrained(tmp_path / "packed")
     load = AutoModelForSequenceClassification.from_pretrained
-    assert load(tmp_path / "packed", num_labels=7, ignore_mismatched_sizes=True).classifier.out_proj.out_features == 7
+    if Version(transformers.__version__) >= Version("5.23"):  # older ones give a binarized model no new head
+        loaded = load(tmp_path / "packed", num_labels=7, ignore_mismatched_sizes=True)
+        assert loaded.classifier.out_proj.weight.shape[0] == 7
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         load(tmp_path / "packed", num_labels=7)
     with pytest.raises(ValueError, match=r"'classifier\.out_proj\.\w+' is F32"):
@@ -287,7 +291,7 @@ def test_saved_models_say_what_reads_them(saved):
 def experts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experts")
     save_moe(folder / "float", "MixtralForCausalLM")
-    config = ARBConfig(dataset=tokens(), num_samples=4, block_size=64)
+    config = ARBConfig(dataset=tokens(), num_samples=4, block_size=64, act_order=True)
     AutoModelForCausalLM.from_pretrained(folder / "float", quantization_config=config).save_pretrained(
         folder / "packed"
     )

@@ -63,6 +63,8 @@ def binarize(
         result.row_scale = result.row_scale * unit
         return result
     if hessian is None:
+        config = copy.copy(config)
+        config.dataset = None  # what no input reached is fitted as without calibration
         prepared = identity_hessian(columns, weight.device)
     else:
         prepared = _prepare(hessian, config, config.resolved_act_order)
@@ -83,8 +85,8 @@ def binarize(
 def hadamard_gain(weight: torch.Tensor, hessian: torch.Tensor, config: ARBConfig) -> float:
     """What the Hadamard transform of `config` does to the output error of one weight, by fits of some of its rows.
 
-    Fits with fewer iterations would not do: of 12 matrices of SmolLM2-135M, all of which gain in the end, by 3 % and
-    more, 3 seem to lose after 4 iterations and 4 block by block.
+    Fits with fewer iterations would not do: of 12 matrices of SmolLM2-135M, all of which gain 3 % or more in the end,
+    3 seem to lose after 4 iterations and 4 block by block.
 
     Args:
         weight: `[N, K]`, any float dtype, finite.
@@ -167,7 +169,7 @@ def _binarize_planes(target: torch.Tensor, hessian: PreparedHessian, config: ARB
     """arb-hrc: all blocks at once by ADMM or one after the other, then sweeps of refinement."""
     width = _width(config, target)
     col_scale = config.resolved_col_scale
-    iterations = config.resolved_admm_iterations if hessian.calibrated else 0
+    iterations = config.resolved_admm_iterations
     sweeps = config.resolved_refinement_sweeps
 
     def fit_block(block: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, PlanesFit]:

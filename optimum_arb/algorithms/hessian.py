@@ -20,7 +20,6 @@ class PreparedHessian:
         dead: bool `[K]`, columns whose input was always zero.
         permutation: int64 `[K]`: column j here is column `permutation[j]` of the weight; None without activation
             order.
-        calibrated: whether it stands for inputs; False where there was no calibration.
     """
 
     matrix: torch.Tensor
@@ -28,7 +27,6 @@ class PreparedHessian:
     factor: torch.Tensor
     dead: torch.Tensor
     permutation: torch.Tensor | None
-    calibrated: bool = True
 
     @cached_property
     def damped(self) -> torch.Tensor:
@@ -103,4 +101,4 @@ def identity_hessian(columns: int, device: torch.device) -> PreparedHessian:
     """What stands for the calibration matrix where there is no calibration: the error of the weights themselves."""
     identity = torch.eye(columns, device=device)
     dead = torch.zeros(columns, dtype=torch.bool, device=device)
-    return PreparedHessian(identity, identity, identity, dead, None, calibrated=False)
+    return PreparedHessian(identity, identity, identity, dead, None)

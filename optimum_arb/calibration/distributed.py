@@ -19,6 +19,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from ..experts import is_experts
 from .experts import LayerStatistics, RoutedInputs
-from .statistics import Statistic
+from .statistics import Statistic, Sums
 
 # Seconds that a rank waits for another one. A layer's fit of a large model takes minutes on one rank while the others
 # have nothing to do.
@@ -70,9 +71,14 @@ class Ranks:
     def batches(self, batches: Sequence[T]) -> Sequence[T]:
         """This rank's share: whole batches, as one process would run them, neighbours together. Where there are fewer
         batches than ranks, the last ranks have none."""
+        start = self.first_batch(len(batches))
         share, left = divmod(len(batches), self.size)
-        start = self.rank * share + min(self.rank, left)
         return batches[start : start + share + (self.rank < left)]
+
+    def first_batch(self, count: int) -> int:
+        """The number, among all `count` batches, of the first one of this rank's share."""
+        share, left = divmod(count, self.size)
+        return self.rank * share + min(self.rank, left)
 
     def owners(self, modules: Mapping[str, nn.Module]) -> dict[str, int]:
         """Name of a linear -> the rank that binarizes it: the largest first, each to the rank with least to do.
@@ -166,33 +172,42 @@ class Ranks:
             statistics: what this rank gathered of a layer.
             owners: as `owners` returned them.
         """
-        if self.size == 1:
-            return
+        if self.size > 1:
+            self._sum_linears(statistics, owners)
+            for experts in (statistics.experts, statistics.held_out_experts):
+                for name, routed in experts.items():
+                    experts[name] = self._all_inputs(routed)
+        statistics.linears.finish()
+
+    def _sum_linears(self, statistics: LayerStatistics, owners: Mapping[str, int]) -> None:
         linears = statistics.linears
-        own = {name: (leader, *_about(linears.statistic(name))) for name, leader in linears.leaders().items()}
-        everyone = self.exchange(own, "gathering the statistics of a layer")
-        found: dict[str, tuple[str, int]] = {}
-        tokens: dict[str, int] = {}
+        everyone = self.exchange(linears.sums(), "gathering the statistics of a layer")
+        found: dict[str, Sums] = {}
         for other in everyone:
-            for name, (leader, features, count) in other.items():
-                known = found.setdefault(name, (leader, features))
-                if known[0] != leader:
+            for name, own in other.items():
+                known = found.setdefault(name, Sums(own.leader, own.features, 0, 0))
+                if known.leader != own.leader:
                     raise RuntimeError(
-                        f"{name} shares its input with {leader} in the batches of one rank and with {known[0]} in "
-                        "those of another: its calibration matrix cannot be gathered. Run it in one process."
+                        f"{name} shares its input with {own.leader} in the batches of one rank and with "
+                        f"{known.leader} in those of another: its calibration matrix cannot be gathered. Run it in "
+                        "one process."
                     )
-                tokens[name] = tokens.get(name, 0) + count
+                found[name] = replace(known, tokens=known.tokens + own.tokens, held_out=known.held_out + own.held_out)
         sums: dict[str, Statistic] = {}
-        for leader in dict.fromkeys(leader for leader, _ in found.values()):
-            members = [name for name, (other, _) in found.items() if other == leader]
-            statistic = linears.statistic(leader) or Statistic(found[leader][1], statistics.device())
+        for leader in dict.fromkeys(each.leader for each in found.values()):
+            members = [name for name, each in found.items() if each.leader == leader]
             needed = sorted({owners[name] for name in members})
+            about = found[leader]
+            statistic = linears.statistic(leader) or Statistic(about.features, statistics.device())
             self._sum(statistic.total, needed, leader)
-            statistic.tokens = tokens[leader]
-            sums |= dict.fromkeys(members, statistic)
+            statistic.tokens = about.tokens
+            if about.held_out:
+                held_out = statistic.held_out or Statistic(about.features, statistics.device())
+                self._sum(held_out.total, needed, leader)
+                statistic.held_out, held_out.tokens = held_out, about.held_out
+            if self.rank in needed:
+                sums |= dict.fromkeys(members, statistic)
         linears.assign(sums)
-        for name, routed in statistics.experts.items():
-            statistics.experts[name] = self._all_inputs(routed)
 
     # The collectives
 
@@ -321,7 +336,7 @@ def distributed(timeout: float = TIMEOUT) -> Iterator[Ranks]:
 
 
 def local_device(device: torch.device, ranks: Ranks) -> torch.device:
-    """The device of its kind that is this rank's.
+    """The device of its kind that is this rank's; of several GPUs, it becomes the current one, which kernels run on.
 
     Raises:
         ValueError: this host has fewer of them than processes.
@@ -334,6 +349,8 @@ def local_device(device: torch.device, ranks: Ranks) -> torch.device:
             f"Process {ranks.local_rank} of this host has no GPU of its own: there are {count}. Start at most "
             f"{count} processes: torchrun --nproc-per-node {count}."
         )
+    if device.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local_rank)
     return torch.device(device.type, ranks.local_rank)
 
 
@@ -352,11 +369,6 @@ def model_fingerprint(model: nn.Module) -> str:
 def _weights(module: nn.Module) -> int:
     weight = module._parameters.get("weight")
     return 0 if weight is None else math.prod(weight.shape)
-
-
-def _about(statistic: Statistic | None) -> tuple[int, int]:
-    assert statistic is not None
-    return statistic.total.shape[0], statistic.tokens
 
 
 def _first_line(error: BaseException) -> str:

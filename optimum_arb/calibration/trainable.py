@@ -235,7 +235,7 @@ class TrainablePlanes(Trainable):
 
     @torch.no_grad()
     def round_scales(self) -> None:
-        stored = unpack(self._pack(), self.layout, self.columns, self.block_size)
+        stored = unpack(self._pack(), self.layout, self.columns, self.block_size, self.unpacked.hadamard)
         if self.packed.scale_bits == 8:  # packing makes the scales positive
             for index, signs in enumerate(stored.signs):
                 self._set_signs(index, signs)

@@ -16,7 +16,6 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..calibration.weights import OUTSIDE
-from ..checksums import seal
 from .memory import give_back_memory
 from .streamed import StreamedWeights
 from .work import synchronize
@@ -114,8 +113,6 @@ def assemble(
     model.config.save_pretrained(directory)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
-    saved = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    seal([directory / file for file in shards], saved["quantization_config"])
 
 
 def _as_saved(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

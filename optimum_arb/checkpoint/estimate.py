@@ -125,7 +125,7 @@ class _Shape:
 def _nbytes(name: str, shape: tuple[int, int], columns: int, scale_bits: int) -> int:
     """Bytes of a packed tensor: signs are bytes, scales float16 or codes with float32 grids, indices int16 up to 32768
     columns, else int32."""
-    if name.endswith("weight") or name == "inner":
+    if name.endswith("weight") or name in ("inner", "input_signs"):
         return math.prod(shape)
     if name == "scale_grid":
         return math.prod(shape) * 4 if scale_bits == 8 else 0
@@ -290,7 +290,8 @@ def _memory(
     batch = min(tokens[0] * tokens[1], max(TOKENS_PER_BATCH, tokens[1]))
     # a gated MLP holds gate, its activation, up and their product; beside them the residual and its like
     activations = 4 * batch * (widest + text.hidden_size) * dtype.itemsize
-    worst = statistics + max(workspace, activations)
+    # the sums are of float64 while the layer runs, and of float32 when it is fitted
+    worst = max(2 * statistics + activations, statistics + workspace)
     if device == "cpu":
         return base + dense + hidden + worst, None
     count = max(1, getattr(text, "num_hidden_layers", 1))

@@ -26,21 +26,22 @@ from ..calibration.layers import find_layers
 from ..calibration.progress import Progress
 from ..config import ARBConfig
 from ..hub.card import NAME as CARD
-from ..hub.card import write_card
+from ..hub.card import is_users_own
+from ..hub.methods import finish_saved
 from ..inspection import inspect_model
 from ..placement import calibration_device
 from ..quantizer import ARBHfQuantizer
 from ..report import ModelReport, ModuleReport, model_report
 from ..saving import check_output_directory, save_model
-from ..stored_report import write_report
 from ..version import __version__
 from .assemble import assemble
 from .disk_activations import DiskActivations, remove_activations
 from .interrupt import interruptible
+from .memory import bounded_memory
 from .publish import publish
 from .source import CheckpointSource, NotStreamable, skeleton_class
 from .streamed import StreamedWeights
-from .work import WorkDirectory, file_digest, synchronize
+from .work import WorkDirectory, file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def quantize_checkpoint(
             raise ValueError(f"{name} is already quantized: start from the float model.")
         model_class = model_class or _model_class(model_config)
         run = _Run(work, resume, device, activations_on_disk, progress, dtype)
-        with interruptible(run.how_to_go_on):
+        with interruptible(run.how_to_go_on), bounded_memory():
             try:
                 binarized = _binarize(model_class, name, config, dtype, run)
             except NotStreamable as error:
@@ -345,14 +346,9 @@ def _write_model(
     processor = _processor(name) if processor is None else processor
     if processor is not None:
         processor.save_pretrained(staging)
-    write_report(staging, model)
-    try:
-        write_card(staging, name=output.absolute().name, tags=getattr(model, "model_tags", None) or ())
-    except Exception as error:  # a card is not worth the model
-        logger.warning("The model is whole, but its card (%s) could not be written: %s", CARD, error)
-    for file in staging.iterdir():
-        synchronize(file)
-    synchronize(staging)
+    finish_saved(staging, model, output.absolute().name)
+    if is_users_own(output / CARD):
+        shutil.copy2(output / CARD, staging / CARD)
 
 
 def _processor(name: str) -> Any:

@@ -37,6 +37,8 @@ CONFIG_OPTIONS = (
     "damp_percent",
     "act_order",
     "col_scale",
+    "hadamard",
+    "admm_iterations",
     "rank",
     "factor_bits",
     "scale_bits",
@@ -122,7 +124,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "--refinement-sweeps",
         type=int,
         metavar="N",
-        help="how often arb-hrc fits all blocks again: 1 for several planes, 0 for one",
+        help="how often arb-hrc fits all blocks again (default: 2)",
     )
     method.add_argument("--compensation", metavar="KIND", help="exact (default) or diagonal (as published)")
     method.add_argument("--split-metric", metavar="KIND", help="weight (default) or score (as published)")
@@ -132,13 +134,25 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--act-order",
         action=argparse.BooleanOptionalAction,
-        help="binarize columns in the order of their activations (default: arb-hrc with calibration)",
+        help="binarize columns in the order of their activations (default: arb-hrc block after block)",
     )
     method.add_argument(
         "--col-scale",
         action=argparse.BooleanOptionalAction,
         help="column scales of arb-hrc (default: yes); without them and without the order, a model of one plane is "
         "exported to GGUF without loss",
+    )
+    method.add_argument(
+        "--hadamard",
+        type=int,
+        metavar="N",
+        help="columns of the blocks of a Hadamard transform of arb-hrc's inputs: 64, 128, 256; 0 for none (default)",
+    )
+    method.add_argument(
+        "--admm-iterations",
+        type=int,
+        metavar="N",
+        help="iterations of arb-hrc's search of all blocks at once (default: 25; 0: block after block)",
     )
     method.add_argument(
         "--refine",

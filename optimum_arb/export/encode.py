@@ -97,6 +97,8 @@ def not_signs_alone(weight: BinarizedWeight) -> str:
         return "it has column scales"
     if weight.permutation is not None:
         return "its columns are permuted"
+    if weight.hadamard:
+        return "its inputs go through a Hadamard transform"
     return ""
 
 

@@ -40,14 +40,15 @@ def fold_mlp(gate: Linear, up: Linear, down: Linear) -> tuple[Linear, Linear, Li
     """Moves the column order and the column scale of `down` into `gate` and `up`.
 
     Args:
-        gate, up, down: the three linears of a gated MLP. `down` is left alone unless it is one plane.
+        gate, up, down: the three linears of a gated MLP. `down` is left alone unless it is one plane whose inputs no
+            Hadamard transform mixes.
 
     Returns:
         The three, and the largest relative error that rounding a scale of `up` to float16 makes (0 where nothing was
         rounded).
     """
     weight = down.weight
-    if len(weight.layout.terms) != 1 or weight.layout.terms[0].planes != (0,):
+    if len(weight.layout.terms) != 1 or weight.layout.terms[0].planes != (0,) or weight.hadamard:
         return gate, up, down, 0.0
     if weight.permutation is not None:
         gate, up = take_rows(gate, weight.permutation), take_rows(up, weight.permutation)

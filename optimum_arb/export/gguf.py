@@ -233,7 +233,7 @@ def _linears(model: PreTrainedModel) -> tuple[dict[str, Linear], dict[str, float
                     "it and use llama.cpp's own converter."
                 )
             packed = {key: tensor.cpu() for key, tensor in module.packed().items()}
-            weight = unpack(packed, module.layout, module.in_features, module.block_size)
+            weight = unpack(packed, module.layout, module.in_features, module.block_size, module.hadamard)
             linears[name] = Linear(weight, None if module.bias is None else module.bias.detach().cpu())
     for down in [name for name in linears if name.endswith("mlp.down_proj")]:
         stem = down.removesuffix("down_proj")

@@ -114,6 +114,19 @@ def _wrap_push_to_hub(original: Any) -> Any:
     return push_to_hub
 
 
+def finish_saved(path: Path, model: PreTrainedModel, name: str) -> None:
+    """What a binarized model's directory gets besides weights and configurations: checksums, the report, the card.
+
+    Args:
+        path: where these are.
+        model: whose they are.
+        name: of the directory that they will be in.
+    """
+    _finish(path, set(_stamps(path)))
+    _report(path, model)
+    _describe(path, model.model_tags or (), name)
+
+
 def _stamps(path: Path) -> dict[str, tuple[int, int]]:
     """Every file of a directory, with what changes when it is written anew."""
     if not path.is_dir():

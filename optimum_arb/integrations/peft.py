@@ -170,7 +170,7 @@ def merge_rebinarized(
         device = _single_device(base)
         tokens = model_tokens(base, config, tokenizer=tokenizer)
         base.to("cpu")
-        CalibrationWalk(base, list(layers), binarize, token_batches(tokens, config.batch_size), device).run()
+        CalibrationWalk(base, list(layers), binarize, token_batches(tokens, 1), device).run()
         base.to(device)
     merged = _unload(model).train(training)
     for module in merged.modules():
@@ -190,6 +190,9 @@ def merge_rebinarized(
         plain = {name for name, module in linears.items() if module.packed_parameter("permutation") is None}
         others = {name for name in unreached or () if name not in linears}
         stored.calibration = {**stored.calibration, "unreached": sorted(plain | others)}
+        if any(module.hadamard for module in linears.values()):
+            untransformed = sorted(name for name, module in linears.items() if not module.hadamard)
+            stored.calibration["untransformed"] = untransformed
     order = {name: index for index, name in enumerate(layers)}
     results.sort(key=lambda result: order[result.name])
     return merged, MergeReport(tuple(results), calibrated=dataset is not None)

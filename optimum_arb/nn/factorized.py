@@ -45,11 +45,11 @@ class InnerProduct(PackedProduct):
     def is_offloaded(self) -> bool:
         return is_offloaded(self.layer)
 
-    def packed_parameter(self, name: str) -> torch.Tensor | None:
-        return self.layer._operand(INNER[name]) if name in INNER else None
+    def operand(self, name: str) -> torch.Tensor | None:
+        return self.layer.taken(INNER[name]) if name in INNER else None
 
     def _operands(self) -> list[torch.Tensor | None]:
-        return [self.packed_parameter(name) for name in packing.TENSOR_NAMES]
+        return [self.operand(name) for name in packing.TENSOR_NAMES]
 
 
 class ARBFactorizedLinear(ARBLinear):
@@ -127,11 +127,11 @@ class ARBFactorizedLinear(ARBLinear):
     def first_product(self) -> PackedProduct:
         return self._inner
 
-    def packed_parameter(self, name: str) -> torch.Tensor | None:
-        return self._operand(name) if name in OUTER else None
+    def operand(self, name: str) -> torch.Tensor | None:
+        return self.taken(name) if name in OUTER else None
 
     def _operands(self) -> list[torch.Tensor | None]:
-        return [self.packed_parameter(name) for name in packing.TENSOR_NAMES]
+        return [self.operand(name) for name in packing.TENSOR_NAMES]
 
     @property
     def _grids(self) -> dict[str, int]:

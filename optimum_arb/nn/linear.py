@@ -9,16 +9,17 @@ import torch
 from torch import nn
 
 from .. import packing, scales
-from ..layout import Layout
+from ..layout import Layout, form_name
 from ..packing import BinarizedWeight
 from .casting import keep_dtype
+from .input_transform import InputTransform
 from .product import PackedProduct
 from .shared_input import is_offloaded
 
 # Parameters by the names of their packed tensors.
 PARAMETERS = {name: name if name == "weight" else f"weight_{name}" for name in packing.STORED_NAMES}
 _OPERANDS = tuple(PARAMETERS[name] for name in packing.TENSOR_NAMES)
-_BYTES = ("weight", "salient_weight", "inner")
+_BYTES = ("weight", "salient_weight", "inner", "input_signs")
 _INDICES = ("permutation", "salient_columns")
 
 
@@ -48,6 +49,8 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         dtype: of the bias; None is torch's default.
         device: of all tensors.
         scale_bits: 16 or 8, of a stored scale.
+        hadamard: columns of the blocks of a Hadamard transform of the input (`optimum_arb.hadamard`), 0 for none; its
+            signs are the parameter `weight_input_signs` and the buffer `decoded_input_signs`.
 
     Raises:
         ValueError: a block size that cannot be packed.
@@ -68,10 +71,14 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         scale_bits: int = 16,
+        hadamard: int = 0,
     ):
         packing.check_block_size(block_size)
         self._begin(in_features, out_features, layout, block_size, backend)
-        shapes = packing.packed_shapes(layout, out_features, in_features, block_size, permuted, salient, scale_bits)
+        self.hadamard = hadamard
+        shapes = packing.packed_shapes(
+            layout, out_features, in_features, block_size, permuted, salient, scale_bits, hadamard
+        )
         self._set_empty(shapes, scale_dtypes or {}, bias, dtype, device)
 
     def _begin(self, in_features: int, out_features: int, layout: Layout, block_size: int, backend: str) -> None:
@@ -82,6 +89,7 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         self.layout = layout
         self.block_size = block_size
         self.backend = backend
+        self.hadamard = 0
         self.shared_input = None
         self.shared_index = 0
         self._prepared = None
@@ -109,7 +117,7 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         for name in packing.STORED_NAMES:
             if name in shapes:
                 self._set_packed(name, torch.empty(shapes[name], dtype=dtypes[name], device=device))
-        self.decode_scales()
+        self.decode_stored()
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device)) if bias else None
         )
@@ -140,6 +148,7 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
             dtype=None if bias is None else bias.dtype,
             device="meta",
             scale_bits=scale_bits,
+            hadamard=weight.hadamard,
         )
         layer._fill(tensors, bias, weight.signs.device)
         return layer
@@ -151,7 +160,7 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
             # for models whose `_init_weights` fills the weights of children; not on empty tensors, which would hide
             # from transformers that a checkpoint lacks them
             setattr(getattr(self, PARAMETERS[name]), "_is_hf_initialized", True)  # noqa: B010 (not a declared attribute)
-        self.decode_scales()
+        self.decode_stored()
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().to(device, copy=True), bias.requires_grad)
 
@@ -164,7 +173,7 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
     @property
     def layout_name(self) -> str:
         """The name of the form of the weight, as reports have it."""
-        return self.layout.name
+        return form_name(self.layout.name, self.hadamard)
 
     @property
     def columns(self) -> int:
@@ -177,20 +186,30 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         return self
 
     def packed_parameter(self, name: str) -> torch.Tensor | None:
-        """The packed tensor of this name of `optimum_arb.packing.TENSOR_NAMES` as the operator takes it, scales in
-        float16 where they are stored as codes; None where there is none."""
-        return self._operand(name)
+        """The parameter of the stored tensor of this name of `optimum_arb.packing.pack`, None where there is none."""
+        return self._parameters.get(PARAMETERS[name])
 
-    def _operand(self, name: str) -> torch.Tensor | None:
+    def taken(self, name: str) -> torch.Tensor | None:
+        """The stored tensor of this name, or what it was decoded to."""
         return self._buffers[f"decoded_{name}"] if name in self._coded else self._parameters.get(PARAMETERS[name])
+
+    def operand(self, name: str) -> torch.Tensor | None:
+        return None if name == "permutation" and self.hadamard else self.taken(name)
 
     def _operands(self) -> list[torch.Tensor | None]:
         if self._coded:
-            return [self._operand(name) for name in packing.TENSOR_NAMES]
+            return [self.operand(name) for name in packing.TENSOR_NAMES]
         get = self._parameters.get
         return [get(key) for key in _OPERANDS]
 
-    # Scales of 8 bits
+    def input_transform(self) -> InputTransform | None:
+        if not self.hadamard:
+            return None
+        sign = self._buffers["decoded_input_signs"]
+        assert sign is not None
+        return InputTransform(self.packed_parameter("permutation"), sign, self.hadamard, self.backend)
+
+    # What is stored in another form than the operators take
 
     @property
     def scale_bits(self) -> int:
@@ -202,13 +221,18 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         """The tensors of scales -> how many grids each has in 8 bits."""
         return scales.scale_grids(self.layout)
 
-    def decode_scales(self) -> None:
-        """Makes the float16 scales of stored codes anew. To be called where the codes were changed by other means than
-        a module's own methods while the layer runs compiled; a call that is not compiled notices by itself."""
+    def decode_stored(self) -> None:
+        """Makes the float16 scales of stored codes and the signs of the inputs anew.
+
+        To be called where these were changed by other means than a module's own methods and the layer runs compiled; a
+        call that is not compiled notices by itself.
+        """
         grids = self._grids
-        stored = {name: self._parameters.get(PARAMETERS[name]) for name in (*grids, "scale_grid")}
+        stored = {name: self._parameters.get(PARAMETERS[name]) for name in (*grids, "scale_grid", "input_signs")}
         tensors = {name: parameter.data for name, parameter in stored.items() if parameter is not None}
         coded = [name for name in grids if "scale_grid" in tensors and tensors[name].dtype == torch.uint8]
+        if "input_signs" in tensors:
+            coded.append("input_signs")
         for name in set(self._coded) - set(coded):
             delattr(self, f"decoded_{name}")
         self._coded = tuple(coded)
@@ -216,6 +240,9 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
             # tensors of inference mode could not be kept for a gradient later
             with torch.inference_mode(False), torch.no_grad():
                 values = scales.decoded(tensors, grids)
+                if "input_signs" in tensors:
+                    signs = packing.unpack_bits(tensors["input_signs"], 1, self.in_features)[0, 0]
+                    values["input_signs"] = signs.to(torch.int8) * 2 - 1
             for name in coded:
                 self.register_buffer(f"decoded_{name}", values[name], persistent=False)
         self._decoded_from = self._codes()
@@ -223,7 +250,7 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
     def _codes(self) -> tuple[Any, ...]:
         """Changes when a tensor of codes or a grid is replaced, moved or written."""
         keys = [PARAMETERS[name] for name in (*self._coded, "scale_grid")] if self._coded else []
-        tensors = [self._parameters[key] for key in keys]
+        tensors = [self._parameters.get(key) for key in keys]
         return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None)
 
     @property
@@ -237,7 +264,7 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
 
     def binarized(self) -> BinarizedWeight:
         """The weight unpacked."""
-        return packing.unpack(self.packed(), self.layout, self.in_features, self.block_size)
+        return packing.unpack(self.packed(), self.layout, self.in_features, self.block_size, self.hadamard)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight `[out_features, in_features]` in `dtype`, columns in the order of the inputs."""
@@ -254,7 +281,7 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
             return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         if self._coded and not torch.compiler.is_compiling() and self._codes() != self._decoded_from:
             self.forget()
-            self.decode_scales()
+            self.decode_stored()
         return self._product(x)
 
     # The dequantized copy of backend="dequantize". It is no parameter and no buffer: state dicts do not have it.
@@ -289,13 +316,13 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         self._drop_dequantized()
         packed = [tensor for name, tensor in self._parameters.items() if name != "bias"]
         super()._apply(keep_dtype(fn, [*packed, *self._buffers.values()]), recurse)
-        self.decode_scales()  # of codes at other addresses
+        self.decode_stored()  # of codes at other addresses
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._drop_dequantized()
         super()._load_from_state_dict(*args, **kwargs)
-        self.decode_scales()
+        self.decode_stored()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         self._drop_dequantized()
@@ -313,7 +340,7 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.decode_scales()
+        self.decode_stored()
 
     def extra_repr(self) -> str:
         return (

@@ -8,6 +8,7 @@ import torch
 
 from ..layout import Layout
 from ..ops.linear import linear_without_grad
+from .input_transform import InputTransform
 from .shared_input import MAX_TOKENS, SharedInput, prepare_layer, run_prepared_layer
 
 if TYPE_CHECKING:
@@ -47,9 +48,14 @@ class PackedProduct:
         """Whether a hook brings the matrix to the GPU for the time of a call: no copy of it is to stay there."""
         raise NotImplementedError
 
-    def packed_parameter(self, name: str) -> torch.Tensor | None:
-        """The tensor of this name of `optimum_arb.packing.TENSOR_NAMES`, None where there is none."""
+    def operand(self, name: str) -> torch.Tensor | None:
+        """The tensor of this name of `optimum_arb.packing.TENSOR_NAMES` as the operator takes it: scales decoded, no
+        permutation where a Hadamard transform has taken care of it; None where there is none."""
         raise NotImplementedError
+
+    def input_transform(self) -> InputTransform | None:
+        """What the input goes through before it meets the matrix."""
+        return None
 
     def _operands(self) -> list[torch.Tensor | None]:
         """The tensors of `optimum_arb.packing.TENSOR_NAMES`, in this order, as the operator takes them."""
@@ -64,14 +70,17 @@ class PackedProduct:
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., columns]` to `[..., rows]`, the bias added."""
         bias = self.bias
-        if x.is_cuda and self._few_tokens(x):
-            shared = self.shared_input
-            if shared is not None and shared.enabled:
-                out = shared.output(self, x)
-                if out is not None:
-                    return out
-            if self._prepared is not None and not torch.compiler.is_compiling():
-                return run_prepared_layer(x, self._prepared, bias)
+        few = x.is_cuda and self._few_tokens(x)
+        shared = self.shared_input
+        if few and shared is not None and shared.enabled:
+            out = shared.output(self, x)
+            if out is not None:
+                return out
+        change = self.input_transform()
+        if change is not None:
+            x = change(x) if shared is None else shared.transformed(x, change)
+        if few and self._prepared is not None and not torch.compiler.is_compiling():
+            return run_prepared_layer(x, self._prepared, bias)
         tensors = self._operands()
         if not x.is_meta and not torch.compiler.is_compiling() and self._without_grad(x):
             return linear_without_grad(x, tensors, bias, self.layout, self.block_size, self.backend)

@@ -20,6 +20,7 @@ from ..ops.shared_input import split_results
 
 if TYPE_CHECKING:
     from ..ops.backends.triton.prepack import Prepacked
+    from .input_transform import InputTransform
     from .product import PackedProduct
 
 # Children of one module that its forward calls with one and the same tensor, in the order in which they are computed.
@@ -57,6 +58,9 @@ class SharedInput:
         self._waiting: dict[int, tuple[torch.Tensor, list[torch.Tensor | None]]] = {}
         # the same while a graph is traced: reading a thread's number would become a guard of the graph
         self._traced: tuple[torch.Tensor, list[torch.Tensor | None]] | None = None
+        # thread -> the input that was transformed, what it became, and how many layers have not taken it yet
+        self._transformed: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
+        self._alike = True  # in what the layers do to their input, as `share_inputs` found them
 
     @property
     def layers(self) -> list[PackedProduct]:
@@ -89,6 +93,27 @@ class SharedInput:
             self._waiting.pop(thread, None)
         return out
 
+    def transformed(self, x: torch.Tensor, change: InputTransform) -> torch.Tensor:
+        """What becomes of an input, computed once for all layers that are called with it one after another."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self._still_alike():
+            return change(x)  # what is kept must not outlive its graph
+        thread = threading.get_ident()
+        source, result, left = self._transformed.get(thread, (None, None, 0))
+        if result is None or source is not x:
+            result, left = change(x), len(self._rows)
+        if left > 1:
+            self._transformed[thread] = (x, result, left - 1)
+        else:
+            self._transformed.pop(thread, None)
+        return result
+
+    def _still_alike(self) -> bool:
+        """Whether the layers still do the same to their input; where they do not, none is computed for another."""
+        if not self._alike:
+            self._alike = _one_transform(self.layers)
+            self.enabled = self.enabled and self._alike
+        return self._alike
+
     def _disable(self) -> None:
         self.enabled = False
         self.forget()
@@ -100,13 +125,16 @@ class SharedInput:
         first = layers[0]
         biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         bias = torch.cat(biases) if biases else None
+        change = first.input_transform()
+        if change is not None:
+            x = change(x)
         if self._prepared is not None and not torch.compiler.is_compiling():
             from ..ops.backends.triton.dispatch import run_prepared
 
             return run_prepared(x.reshape(-1, x.shape[-1]), self._prepared, bias, tuple(self._rows))
         tensors: list[list[torch.Tensor]] = []
         for name in packing.TENSOR_NAMES:
-            found = [layer.packed_parameter(name) for layer in layers]
+            found = [layer.operand(name) for layer in layers]
             tensors.append([tensor for tensor in found if tensor is not None])
         return torch.ops.optimum_arb.shared_input_linear(
             x, *tensors, bias, first.layout.name, first.block_size, first.backend
@@ -120,7 +148,7 @@ class SharedInput:
         layers = self.layers
         weights = [packed_weight(layer) for layer in layers]
         whole = len(layers) == len(self._rows)
-        if not self.enabled:
+        if not self._still_alike() or not self.enabled:
             prepack.drop(weights)
         elif not whole or any(layer.is_offloaded for layer in layers) or len({w.weight.device for w in weights}) > 1:
             self.enabled = False
@@ -133,11 +161,13 @@ class SharedInput:
         """Drops what was computed and prepared: a layer's tensors have changed."""
         self._prepared = self._traced = None
         self._waiting.clear()
+        self._transformed.clear()
+        self._alike = False  # has to be looked at again
 
 
 def packed_weight(layer: PackedProduct) -> PackedWeight:
     """The layer's tensors as a backend takes them."""
-    tensors = {name: layer.packed_parameter(name) for name in packing.TENSOR_NAMES}
+    tensors = {name: layer.operand(name) for name in packing.TENSOR_NAMES}
     return PackedWeight(layer.layout, layer.block_size, layer.columns, **tensors)  # type: ignore[arg-type]
 
 
@@ -172,16 +202,22 @@ def share_inputs(model: nn.Module) -> int:
                     layer.columns,
                     layer.backend,
                     layer.bias is None,
-                    layer.packed_parameter("permutation") is None,
+                    layer.operand("permutation") is None,
                 )
                 for layer in found
             }
-            if len(kinds) == 1:
+            if len(kinds) == 1 and _one_transform(found):
                 shared = SharedInput(found)
                 for index, layer in enumerate(found):
                     layer.shared_input, layer.shared_index = shared, index
                 groups += 1
     return groups
+
+
+def _one_transform(layers: list[PackedProduct]) -> bool:
+    """Whether all do the same to their input before they multiply it."""
+    first, *others = [layer.input_transform() for layer in layers]
+    return all(other is None if first is None else first.equals(other) for other in others)
 
 
 def prepare_layer(layer: PackedProduct) -> Prepacked | None:

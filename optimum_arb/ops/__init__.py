@@ -2,6 +2,7 @@
 
 from . import shared_input
 from .experts import grouped_linear
+from .hadamard import hadamard
 from .linear import linear
 
-__all__ = ["grouped_linear", "linear", "shared_input"]
+__all__ = ["grouped_linear", "hadamard", "linear", "shared_input"]

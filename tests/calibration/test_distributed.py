@@ -32,10 +32,11 @@ from optimum_arb.calibration.statistics import Statistic
 # name -> (family, ARBConfig); 8 sequences
 CASES = {
     "llama": ("LlamaForCausalLM", {"batch_size": 2}),
-    "planes": ("GPT2LMHeadModel", {"batch_size": 3, "planes": 2, "block_size": 64}),
+    # of the last of three batches of each rank, nothing is fitted to the second rank's
+    "planes": ("GPT2LMHeadModel", {"batch_size": 2, "planes": 2, "block_size": 64, "held_out_samples": 2}),
     # one batch: the second rank only binarizes
     "one batch": ("LlamaForCausalLM", {"batch_size": 8, "method": "arb-rc", "num_iterations": 2}),
-    "experts": ("MixtralForCausalLM", {"batch_size": 2, "block_size": 64}),
+    "experts": ("MixtralForCausalLM", {"batch_size": 2, "block_size": 64, "held_out_samples": 2}),
     # no chain of layers: whole runs of the model
     "whole runs": ("T5ForConditionalGeneration", {"batch_size": 4}),
     "data-free": ("LlamaForCausalLM", {"dataset": None}),
@@ -50,6 +51,10 @@ def config(**choices) -> ARBConfig:
 def binarize(path, family="LlamaForCausalLM", **choices):
     kind = AutoModelForSeq2SeqLM if family.startswith("T5") else AutoModelForCausalLM
     return kind.from_pretrained(path, quantization_config=config(**choices))
+
+
+def errors_of(model) -> list[list]:
+    return [[m.name, m.weight_error, m.output_error, m.held_out_error] for m in model_report(model).modules]
 
 
 def worker(folder: str) -> None:
@@ -67,7 +72,7 @@ def worker(folder: str) -> None:
             model.save_pretrained(Path(folder) / name / f"rank{rank}", is_main_process=True)
             if rank:  # transformers lets the first process alone write
                 torch.save(dict(model.state_dict()), Path(folder) / name / "rank1.pt")
-            reports[name] = [(m.name, m.weight_error, m.output_error) for m in model_report(model).modules]
+            reports[name] = errors_of(model)
     assert current_ranks().size == 1
     errors = {}
     for failure in FAILURES:
@@ -163,7 +168,8 @@ def test_two_processes_make_the_bits_of_one(folder, name):
     state = alone.state_dict()
     assert second.keys() == state.keys()
     assert all(torch.equal(second[key], state[key]) for key in state)
-    report = [[m.name, m.weight_error, m.output_error] for m in model_report(alone).modules]
+    report = errors_of(alone)
+    assert (report[0][3] is not None) == ("held_out_samples" in choices)
     for rank in (0, 1):
         assert json.loads((folder / f"rank{rank}.json").read_text())["reports"][name] == report
 

@@ -157,8 +157,8 @@ def test_several_models_and_a_comparison(call, float_model, binarized_model, tex
     assert source.count("<svg") == 3  # perplexity against bits, and the layers of each
     for label in ("hqq:2", "binarized", "rtn"):
         assert label in source
-    parts = ("--measure", "all", "--leave-out", "memory", "--json")
-    report = json.loads(json.dumps(call("evaluate", other, "--text", text, *FAST[:4], *parts, *FAST[4:])))
+    options = (*options[:2], *FAST, "--measure", "all", "--leave-out", "memory", "--json")
+    report = call("evaluate", other, *options)
     assert report["baseline"] is None
     assert "divergence" not in report["models"][0]
     assert report["models"][0]["latency"][0]["decode_speedup"] is None

@@ -90,20 +90,18 @@ def test_every_option_reaches_the_configuration():
     config = build_config(parse("--no-col-scale", "--no-act-order"))
     assert (config.col_scale, config.act_order) == (False, False)
     others = {"planes", "refinement_sweeps", "modules_to_not_convert", "base_model", "col_scale", "act_order", "rank"}
-    others |= {"factor_bits", "scale_bits", "refine", "refine_steps", "refine_learning_rate", "refine_signs"}
+    others |= {"factor_bits", "scale_bits", "hadamard", "admm_iterations"}
+    others |= {"refine", "refine_steps", "refine_learning_rate", "refine_signs"}
     assert set(given) | others == set(CONFIG_OPTIONS)
     assert build_config(parse("--planes", "3")).planes == 3
     assert build_config(parse("--method", "arb-dbf", "--rank", "7")).rank == 7
     assert build_config(parse("--method", "arb-dbf", "--factor-bits", "0.8")).factor_bits == 0.8
     assert build_config(parse("--scale-bits", "8")).scale_bits == 8
+    assert build_config(parse("--hadamard", "128")).hadamard == 128
+    assert build_config(parse("--admm-iterations", "0")).admm_iterations == 0
     assert build_config(parse("--refinement-sweeps", "2")).refinement_sweeps == 2
     assert build_config(parse("--method", "arb", "--salient-columns", "search")).salient_columns == "search"
     assert build_config(parse("--no-calibration")).dataset is None
-    refined = build_config(
-        parse("--refine", "model", "--refine-steps", "9", "--refine-learning-rate", "0.01", "--no-refine-signs")
-    )
-    assert (refined.refine, refined.refine_steps) == ("model", 9)
-    assert (refined.refine_learning_rate, refined.refine_signs) == (0.01, False)
 
 
 def test_overrides():

@@ -17,7 +17,7 @@ from tiny_models import outputs, save_tiny, text, tokens
 from transformers import AutoModelForCausalLM
 
 PROMPT = text(5)
-FILES = {".gitattributes", "README.md", "config.json", "generation_config.json", "model.safetensors"}
+FILES = {".gitattributes", "README.md", "arb_report.json", "config.json", "generation_config.json", "model.safetensors"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 BASE_CARD = b"---\nlicense: other\nlicense_name: base-licence\nlanguage: en\n---\n# Base\n"
 OWN_CARD = b"---\nlicense: mit\n---\nMy own words.\n"

@@ -57,12 +57,12 @@ def test_what_is_stored(kind):
     for name, tensor in tensors.items():
         if name.endswith("scale"):
             assert tensor.dtype == torch.uint8
-            assert module._operand(name).dtype == torch.float16
+            assert module.taken(name).dtype == torch.float16
     unpacked = (
         unpack_factors(tensors, 300) if kind == "factors" else unpack(tensors, module.layout, 300, module.block_size)
     )
     assert torch.equal(unpacked.dequantize(), module.dequantize())
-    assert torch.equal(unpacked.row_scale.flatten(), module.packed_parameter("row_scale").flatten())
+    assert torch.equal(unpacked.row_scale.flatten(), module.operand("row_scale").flatten())
     assert all(not parameter.requires_grad for name, parameter in module.named_parameters() if name != "bias")
 
 
@@ -90,7 +90,7 @@ def test_copies_and_moves(kind):
     for copied in (copy.deepcopy(module), torch.load(buffer, weights_only=False)):
         assert torch.equal(copied(x), expected)
         copied.weight_row_scale.data.fill_(0)
-        copied.decode_scales()
+        copied.decode_stored()
         assert torch.equal(copied(x), copied.bias.expand(3, 42))
     assert torch.equal(module(x), expected)
     module.to(torch.bfloat16)

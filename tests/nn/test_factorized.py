@@ -185,7 +185,7 @@ def test_inner_products_share_their_input():
         assert inner.shape == (1, one.rank)
         assert torch.equal(inner, one.first_product._product(x))
     found[1].weight_inner_row_scale = nn.Parameter(found[1].weight_inner_row_scale * 2, requires_grad=False)
-    assert together._input is None
+    assert not together._waiting
     copied = copy.deepcopy(model)
     assert copied.q_proj.first_product.shared_input is None
     # of factors and planes only the factors' first products go together

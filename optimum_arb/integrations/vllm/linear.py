@@ -47,7 +47,7 @@ _HEADER_DTYPES = {
     torch.int16: "I16",
     torch.int32: "I32",
 }
-_NAMES = (*TENSOR_NAMES, "scale_grid")  # of scales of 8 bits, which are run in float16
+_NAMES = (*TENSOR_NAMES, "scale_grid", "input_signs")  # scales of 8 bits are run in float16
 _QKV = ("q", "k", "v")
 
 
@@ -160,7 +160,7 @@ class ARBLinearMethod(LinearMethodBase):
         }
         described = describe(StoredLinear(name, headers), config, weight.shape[0], loading.in_features)
         tensors = decoded(tensors, scale_grids(described["layout"]))
-        choices = {key: described[key] for key in ("layout", "block_size", "backend")}
+        choices = {key: described[key] for key in ("layout", "block_size", "backend", "hadamard")}
         rows, start = self._rows(layer, loading, shard, name, weight.shape[0])
         tensors = slice_rows(tensors, rows)
         columns = loading.in_features
