@@ -95,15 +95,20 @@ def test_what_killed_processes_left_is_removed(target):
     with staging(target) as staged:
         assert staged.is_dir()
         with staging(target) as second:  # of another process, which lives
-            assert staged.is_dir() and second != staged
+            assert staged.is_dir()
+            assert second != staged
     assert not left.exists()
     assert other.is_dir()
     assert sorted(entry.name for entry in target.parent.iterdir()) == [".other-saving-left", "model"]
 
 
 def test_nothing_is_left_where_saving_fails(target):
-    with pytest.raises(OSError, match="No space"), staging(target) as staged:
-        write(staged, NEW)
-        raise OSError(28, "No space left on device")
+    def fail():
+        with staging(target) as staged:
+            write(staged, NEW)
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        fail()
     assert read(target) == OLD
     assert [entry.name for entry in target.parent.iterdir()] == ["model"]
