@@ -86,7 +86,8 @@ class ARBConfig(QuantizationConfigMixin):
         held_out_samples: how many of them, the last ones, are put aside: nothing is fitted to them, and the report
             tells each layer's error on them beside the one on the others.
         sequence_length: tokens of a calibration sequence (at most what the model takes).
-        batch_size: sequences of a calibration batch; None lets the sequence length choose.
+        batch_size: sequences of a training step of `refine`; None lets the sequence length choose. Without `refine`
+            sequences run one by one, and nothing depends on it.
         seed: of every random choice.
         damp_percent: damping of the calibration matrix, as a fraction of its mean diagonal; None is the method's own
             choice: 0.02 for "arb-hrc", 0.05 for "arb-dbf", the published 0.01 for the others.

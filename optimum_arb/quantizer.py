@@ -284,6 +284,9 @@ class ARBHfQuantizer(HfQuantizer):
             with self.stream.opened(model, self, record) as options:
                 walk = CalibrationWalk(model, names, binarize, batches, **own, **options)
                 walk.run()
+        found = dict(self.records)
+        self.records.clear()  # filled by several threads: in an order of its own again
+        self.records.update({name: found[name] for name in self.selection.convert if name in found} | found)
         if refiner is not None:
             self._refinement = refiner.summary(walk)
 

@@ -25,6 +25,7 @@ from optimum_arb.layout import planes_layout
 from optimum_arb.nn import ARBLinear
 from optimum_arb.ops.backends import cpu
 from optimum_arb.ops.backends.cpu import native
+from optimum_arb.ops.backends.packed import PackedWeight
 
 BACKENDS = ["auto", "reference", "dequantize"]
 
@@ -220,15 +221,18 @@ def test_a_model_is_freed_with_its_last_reference(saved, tmp_path, no_collector,
 def test_the_memory_of_a_model_goes_with_it(no_collector):
     """Measured: the resident set of the process."""
     cycles = benchmark("cycles")
-    packed = random_packed(planes_layout(2, col_scale=True), 8192, 16384)  # 33 MB
-    tensors = {name: t for name, t in vars(packed).items() if isinstance(t, torch.Tensor)}
-    cpu.linear(torch.randn(1, 16384), packed, None)
-    del packed, tensors
+    layout, rows, columns = planes_layout(2), 8192, 16384
+    generator = torch.Generator().manual_seed(0)
+
+    def run() -> None:
+        bits = torch.randint(256, (rows, columns // 4), dtype=torch.uint8, generator=generator)  # 34 MB
+        scales = torch.ones(rows, columns // 128 * 2, dtype=torch.float16)
+        cpu.linear(torch.ones(1, columns), PackedWeight(layout, 128, columns, bits, scales), None)
+
+    run()
     before = cycles.resident()
     for _ in range(3):
-        packed = random_packed(planes_layout(2, col_scale=True), 8192, 16384)
-        cpu.linear(torch.randn(1, 16384), packed, None)
-        del packed
+        run()
     assert cycles.resident() - before < 16e6
 
 

@@ -9,7 +9,10 @@ experts of a layer at once would be 52 GB for DeepSeek-V3: 256 of 7168 x 7168 in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -71,6 +74,14 @@ class RoutedInputs:
         return self._sorted
 
 
+@dataclass
+class Taken:
+    """What one run of the model handed to linears and experts: `routed` has the experts' name, inputs and indices."""
+
+    inputs: list[Any]
+    routed: list[tuple[str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+
 class LayerStatistics:
     """What the modules of a layer receive while the model runs inside this context: linears and experts.
 
@@ -86,6 +97,7 @@ class LayerStatistics:
             for _ in range(2)
         )
         self._handles: list = []
+        self._taking = threading.local()
 
     def __enter__(self) -> LayerStatistics:
         self.linears.__enter__()
@@ -102,6 +114,27 @@ class LayerStatistics:
     def end_batch(self) -> None:
         self.linears.end_batch()
 
+    @contextmanager
+    def taking(self) -> Iterator[Taken]:
+        """As `InputStatistics.taking`."""
+        with self.linears.taking() as inputs:
+            taken = Taken(inputs)
+            self._taking.taken = taken
+            try:
+                yield taken
+            finally:
+                del self._taking.taken
+
+    def add(self, taken: Taken) -> None:
+        """Sums, or keeps, what one run took down."""
+        for name, hidden_states, top_k_index in taken.routed:
+            self._route(name, hidden_states, top_k_index)
+        self.linears.add(taken.inputs)
+
+    def _route(self, name: str, hidden_states: torch.Tensor, top_k_index: torch.Tensor) -> None:
+        routed = self.held_out_experts if self.linears.holding_out else self.experts
+        routed[name].add(hidden_states, top_k_index)
+
     def device(self) -> torch.device:
         """Where the modules are."""
         return next(p.device for m in (*self.linears.modules(), *self._modules.values()) for p in m.parameters())
@@ -113,7 +146,10 @@ class LayerStatistics:
     def _hook(self, name: str):
         def gather(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             given = [*args, *(kwargs[key] for key in ("hidden_states", "top_k_index")[len(args) :])]
-            routed = self.held_out_experts if self.linears.holding_out else self.experts
-            routed[name].add(given[0], given[1])
+            taken = getattr(self._taking, "taken", None)
+            if taken is None:
+                self._route(name, given[0], given[1])
+            else:
+                taken.routed.append((name, given[0].detach().clone(), given[1].detach().clone()))
 
         return gather

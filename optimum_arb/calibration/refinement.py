@@ -154,8 +154,14 @@ def layer_settings(config: ARBConfig) -> RefineSettings:
     return settings
 
 
-def refinement_batch_size(config: ARBConfig, length: int) -> int | None:
-    """Sequences of a calibration batch: with refinement, about 2048 tokens, unless the configuration says how many."""
-    if config.refine is None or config.batch_size is not None:
+def refinement_batch_size(config: ARBConfig, length: int) -> int:
+    """Sequences of a calibration batch: with refinement, about 2048 tokens, unless the configuration says how many.
+
+    Without, one: what a product makes of a row depends on the rows beside it, so that the model would depend on the
+    number.
+    """
+    if config.refine is None:
+        return 1
+    if config.batch_size is not None:
         return config.batch_size
     return max(1, TOKENS_PER_STEP // length)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from .workers import one_thread
 
 # Rows of X^T X that are made at once: their product in float32 takes 180 MB at 11008 features, the whole one's 485 MB.
 PANEL = 4096
@@ -37,7 +41,7 @@ class Statistic:
         """Adds inputs `[..., K]`."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(torch.float32)
         total = self.total
-        with torch.autocast(rows.device.type, enabled=False):
+        with one_thread(rows.device), torch.autocast(rows.device.type, enabled=False):
             for start in range(0, rows.shape[1], PANEL):
                 total[start : start + PANEL] += rows[:, start : start + PANEL].T @ rows
         self.tokens += rows.shape[0]
@@ -79,11 +83,21 @@ class Sums:
     held_out: int
 
 
+@dataclass
+class _Input:
+    """What one linear received: the tensor itself, by which sharing is seen, and a copy of it where it is kept."""
+
+    name: str
+    inputs: torch.Tensor
+    copy: torch.Tensor
+
+
 class InputStatistics:
     """Gathers the calibration matrices of some linears while the model runs inside this context.
 
     Linears that receive the very same tensor (query, key and value; gate and up) share one matrix. Call `end_batch`
-    after each run of the model: it lets go of the inputs.
+    after each run of the model: it lets go of the inputs. Where several threads run the model, each does so inside
+    `taking`, and one thread calls `add` with what each took, in the order of the batches.
 
     Args:
         linears: name -> module, `nn.Linear` or `Conv1D`.
@@ -98,6 +112,23 @@ class InputStatistics:
         self._statistics: dict[str, Statistic] = {}
         self._leaders: dict[str, bool] = {}
         self._handles: list = []
+        self._taking = threading.local()
+
+    @contextmanager
+    def taking(self) -> Iterator[list[_Input]]:
+        """Within, what this thread's run of the model hands to the linears is only taken down."""
+        taken: list[_Input] = []
+        self._taking.taken = taken
+        try:
+            yield taken
+        finally:
+            del self._taking.taken
+
+    def add(self, taken: list[_Input]) -> None:
+        """Sums what one run took down."""
+        for found in taken:
+            self._gather(found.name, found.inputs, found.copy)
+        self.end_batch()
 
     def __enter__(self) -> InputStatistics:
         for name, module in self._linears.items():
@@ -161,20 +192,28 @@ class InputStatistics:
 
     def _hook(self, name: str):
         def gather(module: nn.Module, args: tuple) -> None:
-            inputs = args[0]
-            statistic = self._statistics.get(name)
-            if statistic is None:
-                shared = next((s for s in self._statistics.values() if s.seen is inputs), None)
-                statistic = shared or Statistic(inputs.shape[-1], inputs.device)
-                self._statistics[name] = statistic
-                self._leaders[name] = shared is None
-            if self._leaders[name]:
-                (statistic.hold_out if self.holding_out else statistic.add)(inputs)
-                statistic.seen = inputs
-            elif statistic.seen is not inputs:
-                raise RuntimeError(
-                    f"{name} shared its input with another linear in the first calibration batch and does not in a "
-                    "later one: its calibration matrix cannot be gathered. Set batch_size=1, or skip this module."
-                )
+            inputs, taken = args[0], getattr(self._taking, "taken", None)
+            if taken is None:
+                self._gather(name, inputs, inputs)
+                return
+            # a copy: what follows in the model may write into the tensor
+            copy = next((found.copy for found in taken if found.inputs is inputs), None)
+            taken.append(_Input(name, inputs, inputs.detach().clone() if copy is None else copy))
 
         return gather
+
+    def _gather(self, name: str, inputs: torch.Tensor, values: torch.Tensor) -> None:
+        statistic = self._statistics.get(name)
+        if statistic is None:
+            shared = next((s for s in self._statistics.values() if s.seen is inputs), None)
+            statistic = shared or Statistic(inputs.shape[-1], inputs.device)
+            self._statistics[name] = statistic
+            self._leaders[name] = shared is None
+        if self._leaders[name]:
+            (statistic.hold_out if self.holding_out else statistic.add)(values)
+            statistic.seen = inputs
+        elif statistic.seen is not inputs:
+            raise RuntimeError(
+                f"{name} shared its input with another linear in the first calibration batch and does not in a "
+                "later one: its calibration matrix cannot be gathered. Skip this module."
+            )

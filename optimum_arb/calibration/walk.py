@@ -18,10 +18,15 @@ from ..nn import ARBExperts, ARBLinear
 from .activations import INPUTS, Activations
 from .calls import Call, Stop, hidden_states, like, replaced_forwards
 from .distributed import Ranks
-from .experts import LayerStatistics, RoutedInputs
+from .experts import LayerStatistics, RoutedInputs, Taken
 from .layers import Layers, find_layers
 from .progress import Progress
 from .weights import OUTSIDE, LayerWeights
+from .workers import in_order, one_thread
+
+# Matrices that are fitted at once on the CPU: the three large ones of a decoder layer and its attention's take equally
+# long, so that more would not end sooner, and each holds some copies of its weight and calibration matrix.
+FITS = 4
 
 # (name, float module, calibration matrix or None, tokens) -> the binarized module and its output error
 Binarize = Callable[[str, nn.Module, "torch.Tensor | None", int], "tuple[ARBLinear, float | None]"]
@@ -295,7 +300,8 @@ class CalibrationWalk:
 
             return forward
 
-        with replaced_forwards(group.modules, [recorder(index) for index in range(len(group.modules))]):
+        recorders = [recorder(index) for index in range(len(group.modules))]
+        with replaced_forwards(group.modules, recorders), one_thread(self.device):
             for tokens in self.ranks.batches(self.batches):
                 self._run_model(tokens)
         first.advance(INPUTS)
@@ -336,19 +342,24 @@ class CalibrationWalk:
         try:
             references: list[torch.Tensor] = []
             if self.follow_float:
-                for batch, call in enumerate(calls):
-                    references.append(call.run(layer, hidden[2 * batch].to(self.device), self.device).to("cpu"))
+                run = self._runs(layer, _EveryOther(hidden, 0), calls)
+                references += [output.to("cpu") for output in in_order(run, range(len(calls)), self.device)]
             if names and not finished:
                 keep = self.after_layer is not None and not self.follow_float
                 modules = {target: self.model.get_submodule(target) for target in names}
                 with LayerStatistics(modules) as statistics:
-                    for batch, call in enumerate(calls):
+                    run = self._runs(layer, inputs, calls)
+
+                    def taken(batch: int, run=run, statistics=statistics) -> tuple[torch.Tensor, Taken]:
+                        with statistics.taking() as found:
+                            return run(batch), found
+
+                    for batch, (output, found) in enumerate(in_order(taken, range(len(calls)), self.device)):
                         statistics.hold_out(batch >= self.fitted)
-                        output = call.run(layer, inputs[batch].to(self.device), self.device)
-                        statistics.end_batch()
+                        statistics.add(found)
                         if keep:
                             references.append(output.to("cpu"))
-                        del output
+                        del output, found
                 self._binarize_all(names, statistics)
                 if self.after_layer is not None:
                     self.after_layer(
@@ -367,8 +378,8 @@ class CalibrationWalk:
                     )
                 del statistics, modules
             if index + 1 < len(group.modules):
-                for batch, call in enumerate(calls):
-                    output = call.run(layer, inputs[batch].to(self.device), self.device)
+                run = self._runs(layer, inputs, calls)
+                for batch, output in enumerate(in_order(run, range(len(calls)), self.device)):
                     self._put(hidden, batch, output, references[batch] if self.follow_float else output)
                 hidden.advance(name)
             elif self.follow_float:
@@ -379,6 +390,14 @@ class CalibrationWalk:
             self.weights.release(name)
         else:
             self.weights.finish(name)
+
+    def _runs(self, layer: nn.Module, inputs: Activations, calls: list[Call]) -> Callable[[int], torch.Tensor]:
+        """The layer's output for a batch."""
+
+        def run(batch: int) -> torch.Tensor:
+            return calls[batch].run(layer, inputs[batch].to(self.device), self.device)
+
+        return run
 
     def _put(self, kept: Activations, batch: int, hidden: torch.Tensor, of_float: torch.Tensor) -> None:
         """Keeps the hidden states of a batch; where the float model is followed, behind those of the float model."""
@@ -415,10 +434,15 @@ class CalibrationWalk:
         handle = last.register_forward_hook(stop) if last is not None else None
         try:
             with LayerStatistics({name: self.model.get_submodule(name) for name in names}) as statistics:
-                for batch, tokens in enumerate(self.ranks.batches(self.batches)):
+
+                def taken(tokens: torch.Tensor | Mapping[str, Any]) -> Taken:
+                    with statistics.taking() as found:
+                        self._run_model(tokens)
+                    return found
+
+                for batch, found in enumerate(in_order(taken, self.ranks.batches(self.batches), self.device)):
                     statistics.hold_out(batch >= self.fitted)
-                    self._run_model(tokens)
-                    statistics.end_batch()
+                    statistics.add(found)
         finally:
             if handle is not None:
                 handle.remove()
@@ -429,22 +453,34 @@ class CalibrationWalk:
         if statistics is not None:
             self.ranks.sum_statistics(statistics, owners)
         done: dict[str, nn.Module] = {}
-        for name in names:
-            if owners.get(name, self.ranks.rank) != self.ranks.rank:
-                continue
+        own = [name for name in names if owners.get(name, self.ranks.rank) == self.ranks.rank]
+        linears = [name for name in own if not is_experts(self.model.get_submodule(name))]
+
+        def fit(name: str) -> tuple[nn.Module, list[float], float]:
             start = time.perf_counter()
             module = self.model.get_submodule(name)
+            hessian = None if statistics is None else statistics.linears.hessian(name)
+            tokens = 0 if statistics is None else statistics.linears.tokens(name)
+            packed, error = self.binarize(name, module, hessian, tokens)
+            return packed, [] if error is None else [error], time.perf_counter() - start
+
+        if statistics is not None:  # made of the wider sums once, not by several threads
+            for name in linears:
+                statistics.linears.hessian(name)
+        fits = in_order(fit, linears, self.device, FITS)
+        for name in own:
             packed: nn.Module
             errors: list[float]
+            module = self.model.get_submodule(name)
             if is_experts(module):
+                start = time.perf_counter()
                 assert self.binarize_experts is not None
                 routed = None if statistics is None else statistics.experts.pop(name)
-                packed, errors = self.binarize_experts(name, module, routed)
+                with one_thread(self.device):
+                    packed, errors = self.binarize_experts(name, module, routed)
+                seconds = time.perf_counter() - start
             else:
-                hessian = None if statistics is None else statistics.linears.hessian(name)
-                tokens = 0 if statistics is None else statistics.linears.tokens(name)
-                packed, error = self.binarize(name, module, hessian, tokens)
-                errors = [] if error is None else [error]
+                packed, errors, seconds = next(fits)
             self.errors += errors
             if self.measure is not None and statistics is not None:
                 self.measure(name, module, packed, statistics)
@@ -452,20 +488,27 @@ class CalibrationWalk:
             if name in owners:  # of experts, every rank has them all by now
                 done[name] = packed
             self.model.set_submodule(name, packed)
-            self.progress.linear(name, time.perf_counter() - start, errors)
+            self.progress.linear(name, seconds, errors)
+        fits.close()
         for name, module in self.ranks.share(done, self.device, self.records).items():
             self.model.set_submodule(name, module)
 
 
 class _EveryOther(Activations):
-    """The hidden states of the model that is binarized, among those of the float model; only to be read."""
+    """The hidden states of the model that is binarized, behind those of the float model; only to be read.
 
-    def __init__(self, both: Activations):
+    Args:
+        both: in turn those of the float model and of the other.
+        which: 1, or 0 for those of the float model.
+    """
+
+    def __init__(self, both: Activations, which: int = 1):
         super().__init__()
         self._both = both
+        self._which = which
 
     def __len__(self) -> int:
         return len(self._both) // 2
 
     def __getitem__(self, batch: int) -> torch.Tensor:
-        return self._both[2 * batch + 1]
+        return self._both[2 * batch + self._which]

@@ -9,7 +9,7 @@ machine has other work: threads that share a product wait for each other.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -36,7 +36,7 @@ def one_thread(device: torch.device) -> Iterator[None]:
 
 def in_order(
     task: Callable[[Item], Result], items: Iterable[Item], device: torch.device, most: int | None = None
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """`task` of every item, without gradients; the results in the order of the items.
 
     On the CPU as many tasks run at once as torch may use threads, each with a single one; on other devices one after

@@ -170,7 +170,7 @@ def merge_rebinarized(
         device = _single_device(base)
         tokens = model_tokens(base, config, tokenizer=tokenizer)
         base.to("cpu")
-        CalibrationWalk(base, list(layers), binarize, token_batches(tokens, config.batch_size), device).run()
+        CalibrationWalk(base, list(layers), binarize, token_batches(tokens, 1), device).run()
         base.to(device)
     merged = _unload(model).train(training)
     for module in merged.modules():
