@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 
+from .calibration.workers import one_thread
 from .conversion import binarize_linear
 from .expert_conversion import binarize_matrix
 from .nn import ARBExperts
@@ -46,7 +47,8 @@ class BinarizeOnLoad(ConversionOps):
                 continue
             try:
                 experts = name in self.quantizer.selection.experts
-                result.update((self._binarize_experts if experts else self._binarize)(name, tensor, model))
+                with one_thread(tensor.device):
+                    result.update((self._binarize_experts if experts else self._binarize)(name, tensor, model))
             except (ValueError, RuntimeError) as error:
                 self.quantizer.failure = error
                 result[key] = tensor

@@ -65,9 +65,8 @@ def test_backends_on_a_gpu(name):
 
 
 def answers(path: Path, prompt: torch.Tensor, backend: str, length: int, device: str = "cpu") -> list[list[int]]:
-    model = AutoModelForCausalLM.from_pretrained(
-        path, quantization_config=ARBConfig(backend=backend), dtype=torch.float32, device_map=device
-    )
+    chosen = {} if backend == "auto" else {"quantization_config": ARBConfig(backend=backend)}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map=device, **chosen)
     return model.generate(prompt.to(device), max_new_tokens=length, min_new_tokens=length, do_sample=False).tolist()
 
 
@@ -90,8 +89,8 @@ def test_backends_generate_the_same_tokens(tiny, monkeypatch):
         monkeypatch.setattr(cpu, "linear", direct)
         assert answers(tiny, prompt, "cpu", 24) == expected, kernel
     monkeypatch.undo()
-    monkeypatch.setattr(native, "load", lambda: None)
-    assert answers(tiny, prompt, "cpu", 24) == expected
+    with agreement.plain_torch():
+        assert answers(tiny, prompt, "cpu", 24) == expected
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -137,12 +136,12 @@ PROMPT = torch.tensor([[504, 3575, 282, 4649, 314]])  # "The capital of France i
 
 
 @pytest.mark.slow
-def test_backends_generate_the_same_tokens_of_the_demos_model(smollm2, monkeypatch):
+def test_backends_generate_the_same_tokens_of_the_demos_model(smollm2):
     expected = answers(smollm2, PROMPT, "reference", 32)
     for backend in ("auto", "dequantize"):
         assert answers(smollm2, PROMPT, backend, 32) == expected
-    monkeypatch.setattr(native, "load", lambda: None)
-    assert answers(smollm2, PROMPT, "cpu", 32) == expected
+    with agreement.plain_torch():
+        assert answers(smollm2, PROMPT, "cpu", 32) == expected
 
 
 @pytest.mark.gpu
