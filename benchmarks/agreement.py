@@ -136,6 +136,7 @@ def backends(device: str = "cpu", triton: bool = False) -> list[Backend]:
     elif triton:
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise SystemExit("Triton's kernels run on a CPU in its interpreter alone: set TRITON_INTERPRET=1.")
+        _mend_interpreter()
         from optimum_arb.ops.backends.triton.gemm import GemmConfig, gemm
 
         for kernel in ("portable", "dequantize"):
@@ -145,6 +146,20 @@ def backends(device: str = "cpu", triton: bool = False) -> list[Backend]:
 
             found.append(Backend(f"triton: {kernel}, interpreted", interpreted))
     return found
+
+
+def _mend_interpreter() -> None:
+    """Triton 3.6 turns arrays of one element into integers in a way that numpy 2.4 refuses: `range` of a value."""
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    if original.__name__ != "patch":
+        interpreter._patch_lang_tensor = patch
 
 
 def measure(

@@ -49,6 +49,7 @@ def run(args: argparse.Namespace, out: Path, threads: int, device: str, batch_si
         "sequence_length": args.length,
         "batch_size": batch_size,
         "method": args.method,
+        "num_iterations": args.iterations,
     }
     command = [sys.executable, "-c", _RUN, args.model, str(out), str(args.layers), args.dtype, device]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--planes", type=int, default=1)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--iterations", type=int, default=None)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default=None, help="compare with runs on this device too")
     args = parser.parse_args()
