@@ -36,7 +36,7 @@ SHAPES = (
     (9, 576, 256, True),
     (5, 4304, 128, True),
 )
-TOKENS = (1, 2, 4, 5, 17, 200)
+TOKENS = (1, 2, 4, 5, 17, 64)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Linear = Callable[[torch.Tensor, PackedWeight, "torch.Tensor | None"], torch.Tensor]

@@ -128,8 +128,12 @@ class LayerStatistics:
     def add(self, taken: Taken) -> None:
         """Sums, or keeps, what one run took down."""
         for name, hidden_states, top_k_index in taken.routed:
-            self._routed(name).add(hidden_states, top_k_index)
+            self._route(name, hidden_states, top_k_index)
         self.linears.add(taken.inputs)
+
+    def _route(self, name: str, hidden_states: torch.Tensor, top_k_index: torch.Tensor) -> None:
+        routed = self.held_out_experts if self.linears.holding_out else self.experts
+        routed[name].add(hidden_states, top_k_index)
 
     def device(self) -> torch.device:
         """Where the modules are."""
@@ -139,15 +143,12 @@ class LayerStatistics:
         """Whether what comes is held out: kept apart, to measure errors on inputs that nothing is fitted to."""
         self.linears.holding_out = holding_out
 
-    def _routed(self, name: str) -> RoutedInputs:
-        return (self.held_out_experts if self.linears.holding_out else self.experts)[name]
-
     def _hook(self, name: str):
         def gather(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             given = [*args, *(kwargs[key] for key in ("hidden_states", "top_k_index")[len(args) :])]
             taken = getattr(self._taking, "taken", None)
             if taken is None:
-                self._routed(name).add(given[0], given[1])
+                self._route(name, given[0], given[1])
             else:
                 taken.routed.append((name, given[0].detach().clone(), given[1].detach().clone()))
 

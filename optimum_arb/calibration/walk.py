@@ -440,8 +440,7 @@ class CalibrationWalk:
                         self._run_model(tokens)
                     return found
 
-                batches = self.ranks.batches(self.batches)
-                for batch, found in enumerate(in_order(taken, batches, self.device)):
+                for batch, found in enumerate(in_order(taken, self.ranks.batches(self.batches), self.device)):
                     statistics.hold_out(batch >= self.fitted)
                     statistics.add(found)
         finally:

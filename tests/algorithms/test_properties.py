@@ -46,7 +46,7 @@ ends in a local minimum: rows that one scale without a mean meets better. `test_
 NO_WORSE_THAN_RTN = {"rtn": "calibrated", "arb-rc": "weights", "arb-hrc": "calibrated"}
 
 SETTINGS = settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
