@@ -6,6 +6,7 @@
 #
 # Needs pip, and git for the list of files. The second step, with --install, downloads all dependencies.
 set -euo pipefail
+unset PYTHONPATH # the wheel is what is used
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 install=no
