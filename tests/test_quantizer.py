@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 
@@ -97,13 +98,18 @@ def test_bits_are_the_bytes_in_the_file(packed):
     assert saved["bits_per_weight"] == report.bits_per_weight
 
 
-def test_report_after_reload_and_its_text(llama, packed):
+def test_report_after_reload_and_its_text(llama, packed, tmp_path):
     fresh = model_report(binarize(llama, dataset=tokens(), num_samples=4))
     again = model_report(LlamaForCausalLM.from_pretrained(packed))
     assert fresh.kept == again.kept == {"lm_head": "output embedding"}
     assert fresh.mean_output_error is not None
     assert 0 < fresh.mean_output_error < 1
-    assert again.mean_output_error is None
+    assert again.mean_output_error == fresh.mean_output_error  # from arb_report.json
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(packed / file, bare)
+    assert model_report(LlamaForCausalLM.from_pretrained(bare)).mean_output_error is None
     assert all(module.weight_error > 0 for module in fresh.modules)
     assert "lm_head: output embedding" in fresh.summary()
     assert f"{fresh.bits_per_weight:.3f} bits" in fresh.summary()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from ..checksums import placeholder
 from ..config import ARBConfig
 from ..inspection import skeleton
 from ..modules import Selection, linear_shape, select_modules
@@ -190,7 +191,7 @@ def estimate(
         bits_range=(bounds[0], bounds[1]) if searched else None,
         packed_bytes=packed,
         float_bytes=float_bytes,
-        file_bytes=packed + float_bytes + _header_bytes(linears, remaining, float_dtype),
+        file_bytes=packed + float_bytes + _header_bytes(linears, remaining, float_dtype, config),
         peak_ram_bytes=ram,
         peak_gpu_bytes=gpu,
         calibration_tokens=tokens[0] * tokens[1],
@@ -230,9 +231,11 @@ def _float_tensors(model: PreTrainedModel, linears: list[_Shape]) -> dict[str, t
     return {name: tuple(t.shape) for name, t in tensors.items() if name not in packed and name not in tied}
 
 
-def _header_bytes(linears: list[_Shape], remaining: dict[str, tuple[int, ...]], dtype: torch.dtype) -> int:
+def _header_bytes(
+    linears: list[_Shape], remaining: dict[str, tuple[int, ...]], dtype: torch.dtype, config: ARBConfig
+) -> int:
     """Bytes of the header of one safetensors file; several files have a little more."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {}
     offset = 0
 
     def add(name: str, kind: str, shape: tuple[int, ...], size: int) -> None:
@@ -247,6 +250,7 @@ def _header_bytes(linears: list[_Shape], remaining: dict[str, tuple[int, ...]], 
             name = linear.parameter + ("" if key == "weight" else f"_{key}")
             kind = "U8" if key.endswith("weight") else "F16"
             add(name, kind, shape, _nbytes(key, shape, linear.columns, linear.scale_bits) * linear.copies)
+    header["__metadata__"] = {"format": "pt", **placeholder(len(header), config.to_dict())}
     return 8 + math.ceil(len(json.dumps(header, separators=(",", ":"))) / 8) * 8
 
 

@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 
 from ..checksums import seal
 from ..publish import model_files, publish, staging
+from ..stored_report import NAME as REPORT
+from ..stored_report import write_report
 from .card import NAME as CARD
 from .card import is_users_own, write_card
 from .upload import push_directory
@@ -91,7 +93,8 @@ def _wrap_save_pretrained(original: Any) -> Any:
             _report(path, self)
             _describe(path, tags)
         if push:
-            push_directory(path, repo_id, files=new | {CARD}, tags=tags, **options)
+            beside = {name for name in (CARD, REPORT) if (path / name).is_file()}
+            push_directory(path, repo_id, files=new | beside, tags=tags, **options)
         return result
 
     return save_pretrained
@@ -137,8 +140,6 @@ def _stamps(path: Path) -> dict[str, tuple[int, int]]:
 
 def _report(path: Path, model: PreTrainedModel) -> None:
     """Writes the report of the run beside a model that is already saved, which must not fail with it."""
-    from ..stored_report import write_report
-
     try:
         write_report(path, model)
     except Exception as error:
