@@ -1,0 +1,80 @@
+"""benchmarks/fit_study.py on a tiny model and tiny shapes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import save_tiny
+
+from optimum_arb import ARBConfig
+from optimum_arb.algorithms import admm
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "fit_study.py"
+
+
+@pytest.fixture(scope="module")
+def study():
+    spec = importlib.util.spec_from_file_location("fit_study", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fit_study"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["fit_study"]
+
+
+def test_every_row_is_a_configuration(study):
+    for row in study.rows().values():
+        ARBConfig(**row.choices)
+        with study.constants(row.constants):
+            pass
+
+
+def test_constants_come_back(study):
+    before = admm.HIGHEST_RHO
+    with study.constants({"admm.HIGHEST_RHO": 2.0}):
+        assert admm.HIGHEST_RHO == 2.0
+    assert before == admm.HIGHEST_RHO
+
+
+def test_a_model(study, tmp_path, capsys):
+    source = save_tiny(tmp_path / "model", "LlamaForCausalLM", tokenizer=True)
+    out = tmp_path / "figures.json"
+    names = ["loop-1", "hadamard-2", "scales-8-1", "rho-0.3", "factors-rounds-40"]
+    chosen = ["--rows", ",".join(names), "--config", '{"method": "rtn"}']
+    linears = ["--linears", "layers.0.self_attn.q_proj,layers.1.mlp.down_proj"]
+    study.main([str(source), *linears, *chosen, "--samples", "4", "--length", "32", "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert list(rows) == ["config", *names]
+    assert len(capsys.readouterr().out.splitlines()) == 4 + len(rows)
+    for row in rows.values():
+        assert len(row["errors"]) == 2
+        assert row["held_out_error"] == pytest.approx(sum(row["errors"].values()) / 2)
+        assert 0 < row["held_out_error"] < 1
+    assert rows["hadamard-2"]["held_out_error"] < rows["loop-1"]["held_out_error"]
+    assert rows["scales-8-1"]["bits_per_weight"] < rows["rho-0.3"]["bits_per_weight"] < 4
+
+
+def test_what_is_refused(study, tmp_path, capsys):
+    source = save_tiny(tmp_path / "model", "LlamaForCausalLM", tokenizer=True)
+    for arguments, message in (
+        ([], "give a MODEL, or --shapes"),
+        ([str(source), "--rows", "nonsense"], "unknown row 'nonsense'"),
+        ([str(source), "--linears", "nonsense"], "'nonsense' matches no linear"),
+        ([str(source), "--samples", "1000000"], "1000000 x 1024"),
+    ):
+        with pytest.raises(SystemExit):
+            study.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_shapes(study, tmp_path):
+    out = tmp_path / "figures.json"
+    study.main(["--shapes", "80x64*3,48x128", "--layers", "5", "--rows", "time-hrc,time-dbf", "--out", str(out)])
+    for row in json.loads(out.read_text())["rows"].values():
+        seconds = row["seconds_of_shapes"]
+        assert row["seconds_of_model"] == pytest.approx(5 * (3 * seconds["80x64"] + seconds["48x128"]))
+        assert row["gpu_bytes"] is None
