@@ -124,12 +124,15 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "--refinement-sweeps",
         type=int,
         metavar="N",
-        help="how often arb-hrc fits all blocks again (default: 2)",
+        help="how often arb-hrc fits all blocks again (default: 2; block after block 1, or 0 for one plane)",
     )
     method.add_argument("--compensation", metavar="KIND", help="exact (default) or diagonal (as published)")
     method.add_argument("--split-metric", metavar="KIND", help="weight (default) or score (as published)")
     method.add_argument(
-        "--damp-percent", type=float, metavar="X", help="damping of the calibration matrix: 0.02 for arb-hrc, else 0.01"
+        "--damp-percent",
+        type=float,
+        metavar="X",
+        help="damping of the calibration matrix: 0.02 for arb-hrc, 0.05 for arb-dbf, else 0.01",
     )
     method.add_argument(
         "--act-order",
