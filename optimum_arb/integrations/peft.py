@@ -187,8 +187,9 @@ def merge_rebinarized(
     if stored.calibration is not None and (tokens is not None or unreached is not None):
         # linears without the order of columns that calibration gives: loading would take it for lost
         linears = {name: m for name, m in merged.named_modules() if isinstance(m, ARBLinear)}
-        plain = {name for name, module in linears.items() if module.packed_parameter("permutation") is None}
-        others = {name for name in unreached or () if name not in linears}
+        ordered = {name for name in linears if (own := stored.for_module(name)) and own.resolved_act_order}
+        plain = {name for name in ordered if linears[name].packed_parameter("permutation") is None}
+        others = {name for name in unreached or () if tokens is None or name not in layers}
         stored.calibration = {**stored.calibration, "unreached": sorted(plain | others)}
         if any(module.hadamard for module in linears.values()):
             untransformed = sorted(name for name, module in linears.items() if not module.hadamard)
