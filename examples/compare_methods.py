@@ -1,4 +1,4 @@
-"""Methods side by side on one model: true bits, size, errors, perplexity; a table, and a plot where matplotlib is there.
+"""Methods side by side on one model: true bits, size, errors, perplexity; a table, and with matplotlib a plot.
 
     python examples/compare_methods.py MODEL --methods rtn,arb-rc,arb-hrc:1,arb-hrc:2 --num-samples 32
 

@@ -33,9 +33,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="The capital of France is")
     parser.add_argument("--max-tokens", type=int, default=24)
     parser.add_argument("--stay", action="store_true", help="go on serving until Ctrl-C")
-    parser.add_argument(
-        "--timeout", type=float, default=300, help="seconds until the server must answer (default: 300)"
-    )
+    parser.add_argument("--timeout", type=float, default=300, help="seconds to wait for an answer (default: 300)")
     args = parser.parse_args()
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
