@@ -1,7 +1,7 @@
 """Hooks of mkdocs (`mkdocs.yml`): pages of files that lie outside docs/, so that links to them work on the site too.
 
-The pages in docs/ are read on a forge as well, where links such as `../README.md` and `../examples/lora_recovery.py` lead
-to the files. On the site, README.md and CONTRIBUTING.md become pages, and so does the source of each example.
+The pages in docs/ are read on a forge as well, where links such as `../README.md` and `../examples/quickstart.py` lead to
+the files. On the site, README.md and CONTRIBUTING.md become pages, and so does the source of each example.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _page(example: str) -> str:
-    """examples/own_data.py -> examples/own_data.md"""
-    return str(Path(example.rstrip("/")).with_suffix(".md"))
+    """examples/own_data.py -> examples/own_data.md, examples/quickstart.ipynb -> examples/quickstart_notebook.md"""
+    path = Path(example.rstrip("/"))
+    return str(path.with_name(path.stem + ("_notebook" if path.suffix == ".ipynb" else "") + ".md"))
 
 
 def _source(file: Path) -> str:
@@ -57,9 +58,6 @@ def _source(file: Path) -> str:
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".ipynb":
         cells = json.loads(text)["cells"]
-        parts = ["".join(cell["source"]) for cell in cells]
-        code = [cell["cell_type"] == "code" for cell in cells]
-        return "\n\n".join(
-            f"```python\n{part}\n```" if is_code else part for part, is_code in zip(parts, code, strict=True)
-        )
+        parts = [("".join(cell["source"]), cell["cell_type"] == "code") for cell in cells]
+        return "\n\n".join(f"```python\n{part}\n```" if is_code else part for part, is_code in parts)
     return f'```{LANGUAGES.get(file.suffix, "text")} title="{file.name}"\n{text}```\n'

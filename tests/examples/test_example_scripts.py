@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -13,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from fresh_process import python
-from safetensors import safe_open
 from tiny_models import save_tiny, text
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from optimum_arb import ARBConfig, save_model
 
@@ -43,39 +44,47 @@ def run(name: str, *arguments: object) -> subprocess.CompletedProcess:
     return python(RUN, EXAMPLES / name, *arguments)
 
 
-def written(directory: Path) -> set[str]:
-    with safe_open(directory / "model.safetensors", "pt") as file:
-        return set(file.keys())
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Runs an example in this process, which saves the imports, and returns what it prints."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    verbosity = logging.get_verbosity()
+
+    def call(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    yield call
+    logging.set_verbosity(verbosity)
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
-def test_own_data(full, tmp_path, suffix):
+def test_own_data(full, tmp_path, script, suffix):
     documents = [text(60, seed) for seed in range(40)]
     lines = documents if suffix == ".txt" else [json.dumps({"body": document}) for document in documents]
     source = tmp_path / f"texts{suffix}"
     source.write_text("\n".join([*lines, ""]))
-    result = run("own_data.py", full, source, tmp_path / "out", "--field", "body", *SMALL)
-    assert result.returncode == 0, result.stderr
-    assert "36 documents to calibrate on, 4 held out" in result.stdout
-    rows = dict(re.findall(r"^(float|binarized) .* ([\d,.]+)$", result.stdout, re.MULTILINE))
+    printed = script("own_data.py", full, source, tmp_path / "out", "--field", "body", *SMALL)
+    assert "36 documents to calibrate on, 4 held out" in printed
+    rows = dict(re.findall(r"^(float|binarized) .* ([\d,.]+)$", printed, re.MULTILINE))
     assert float(rows["binarized"]) < 2 * float(rows["float"])
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert config["calibration"]["num_samples"] == 4
+    assert config["calibration"]["samples"] == 4
+    assert config["calibration"]["dataset"] == "custom"
     assert config["bits_per_weight"] == pytest.approx(2.667, abs=1e-3)
-    assert written(tmp_path / "out") > written(full) - {name for name in written(full) if name.endswith("_proj.weight")}
 
 
-def test_own_data_needs_documents(full, tmp_path):
+def test_own_data_needs_documents(full, tmp_path, script, capsys):
     (tmp_path / "one.txt").write_text(text(60))
-    result = run("own_data.py", full, tmp_path / "one.txt", tmp_path / "out", *SMALL)
-    assert result.returncode == 2
-    assert "holds 1 documents: at least 2 are needed" in result.stderr
+    with pytest.raises(SystemExit, match="2"):
+        script("own_data.py", full, tmp_path / "one.txt", tmp_path / "out", *SMALL)
+    assert "holds 1 documents: at least 2 are needed" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_compare_methods(full, tmp_path):
-    result = run("compare_methods.py", full, "--methods", "rtn,arb-hrc:2", "--out", tmp_path, *SMALL)
-    assert result.returncode == 0, result.stderr
+def test_compare_methods(full, tmp_path, script):
+    script("compare_methods.py", full, "--methods", "rtn,arb-hrc:2", "--out", tmp_path, *SMALL)
     rows = {line.split(" | ")[0].strip("| "): line for line in (tmp_path / "compare.md").read_text().splitlines()}
     assert list(rows)[2:] == ["full", "rtn", "arb-hrc:2"]
     perplexities = {name: float(row.split(" | ")[5].replace(",", "")) for name, row in list(rows.items())[2:]}
@@ -133,7 +142,11 @@ def test_the_site_has_every_page():
     """Where mkdocs is not installed: no page of docs/ and no example is missing from the navigation."""
     navigation = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
     pages = set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE))
-    examples = {f"examples/{path.stem}.md" for path in EXAMPLES.iterdir() if not path.name.startswith((".", "__"))}
+    examples = {
+        f"examples/{path.stem}{'_notebook' if path.suffix == '.ipynb' else ''}.md"
+        for path in EXAMPLES.iterdir()
+        if not path.name.startswith((".", "__"))
+    }
     made = {"readme.md", "contributing.md"}
     assert pages == {path.name for path in (ROOT / "docs").glob("*.md")} | examples | made
 
