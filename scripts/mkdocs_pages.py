@@ -1,7 +1,7 @@
 """Hooks of mkdocs (`mkdocs.yml`): pages of files that lie outside docs/, so that links to them work on the site too.
 
-The pages in docs/ are read on a forge as well, where links such as `../README.md` and `../examples/quickstart.py` lead to
-the files. On the site, README.md and CONTRIBUTING.md become pages, and so does the source of each example.
+The pages in docs/ are read on a forge as well, where links such as `../README.md` and `../examples/serve.py` lead to the
+files. On the site, README.md and CONTRIBUTING.md become pages, and so does the source of each example.
 """
 
 from __future__ import annotations
