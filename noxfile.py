@@ -4,6 +4,7 @@
     nox -s "transformers(5.16.1)" -- -k peft       # one version; arguments go to pytest
     nox --no-venv -s installed                      # the same tests with what is installed
     nox -s lowest highest                           # every dependency at the lower end of its range, or the newest
+    nox -s docs                                     # the site of docs/, where a broken link is an error
     nox -s audit                                    # known vulnerabilities of the pinned dependencies, by pip-audit
 
 Each environment is pinned by constraints.txt but for transformers and what an old version wants older too.
@@ -90,6 +91,13 @@ def audit(session: nox.Session) -> None:
     """Known vulnerabilities of the pinned dependencies; a package that the service does not know is an error too."""
     session.install("pip-audit")
     session.run("pip-audit", "--strict", "--disable-pip", "--no-deps", "--requirement", "constraints.txt")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site of the documentation in site/; every warning is an error. The package is read, not imported."""
+    session.install("-c", "constraints.txt", "mkdocs-material>=9.5", "mkdocstrings[python]>=1.0")
+    session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session(python=False)

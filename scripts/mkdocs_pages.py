@@ -1,6 +1,6 @@
 """Hooks of mkdocs (`mkdocs.yml`): pages of files that lie outside docs/, so that links to them work on the site too.
 
-The pages in docs/ are read on a forge as well, where links such as `../README.md` and `../examples/serve.py` lead to the
+The pages in docs/ are read on a forge as well, where links such as `../README.md` and `../examples/serve.py` lead to
 files. On the site, README.md and CONTRIBUTING.md become pages, and so does the source of each example.
 """
 
