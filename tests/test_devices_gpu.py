@@ -112,7 +112,7 @@ def divided(folder: str) -> None:
     results = {}
     for family in FAMILIES:
         path = Path(folder) / family / "packed"
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.bfloat16, torch.float32):  # what is saved below is compared in float32
             config = DistributedConfig(tp_size=2)
             model = AutoModelForCausalLM.from_pretrained(path, distributed_config=config, dtype=dtype)
             whole = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).cuda()
