@@ -98,6 +98,7 @@ class ARBHfQuantizer(HfQuantizer):
         # reads and writes the model layer by layer while it is binarized; then no weights are loaded before
         self.stream: Stream | None = None
         self._refinement: dict[str, Any] | None = None
+        self._error_correction = 0.0  # what the walk did of what the configuration asks for
         self._device_map: Any = None
         self._dtypes: dict[str, torch.dtype] = {}
         self._shapes: dict[str, torch.Size] = {}
@@ -263,7 +264,8 @@ class ARBHfQuantizer(HfQuantizer):
         names = self.selection.modules()
         refiner = None if config.refine is None else Refiner(config, self.records)
         own: dict[str, Any] = {"binarize_experts": binarize_layer, "ranks": ranks, "records": self.records}
-        own |= {"held_out": held_out, "measure": measure}
+        own |= {"held_out": held_out, "measure": measure, "error_correction": config.resolved_error_correction}
+        own |= {"must_correct": bool(config.error_correction)}
         if ranks.size > 1:
             if refiner is not None:
                 raise ValueError(
@@ -287,6 +289,7 @@ class ARBHfQuantizer(HfQuantizer):
         found = dict(self.records)
         self.records.clear()  # filled by several threads: in an order of its own again
         self.records.update({name: found[name] for name in self.selection.convert if name in found} | found)
+        self._error_correction = walk.error_correction
         if refiner is not None:
             self._refinement = refiner.summary(walk)
 
@@ -323,6 +326,7 @@ class ARBHfQuantizer(HfQuantizer):
             gains = {name: r.hadamard_gain for name, r in self.records.items() if r.hadamard_gain is not None}
             if gains:
                 config.calibration["untransformed"] = sorted(name for name, gain in gains.items() if gain <= 1)
+            config.calibration["error_correction"] = self._error_correction
             if self._refinement is not None:
                 config.calibration["refinement"] = self._refinement
             config.dataset = config.calibration["dataset"]

@@ -208,6 +208,9 @@ class Ranks:
             if self.rank in needed:
                 sums |= dict.fromkeys(members, statistic)
         linears.assign(sums)
+        if statistics.corrections is not None:
+            for name, total in statistics.corrections.sums.items():
+                self._sum(total, [owners[name]], name)
 
     # The collectives
 

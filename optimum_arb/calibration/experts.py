@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..experts import is_experts
+from .correction import Corrections
 from .statistics import InputStatistics
 
 # Rows of an expert's inputs that go to the device at once: 256 MiB of float32 at 8192 features.
@@ -87,6 +88,9 @@ class LayerStatistics:
 
     Args:
         modules: name -> float linear, or float experts.
+
+    Attributes:
+        corrections: with error correction, what the linears have to make up for.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]):
@@ -96,6 +100,7 @@ class LayerStatistics:
             {name: RoutedInputs(int(module.num_experts)) for name, module in self._modules.items()}  # type: ignore[arg-type]
             for _ in range(2)
         )
+        self.corrections: Corrections | None = None
         self._handles: list = []
         self._taking = threading.local()
 
@@ -134,6 +139,12 @@ class LayerStatistics:
     def _route(self, name: str, hidden_states: torch.Tensor, top_k_index: torch.Tensor) -> None:
         routed = self.held_out_experts if self.linears.holding_out else self.experts
         routed[name].add(hidden_states, top_k_index)
+
+    def absorb(self, other: LayerStatistics) -> None:
+        """Adds what another one has of other modules."""
+        self.linears.absorb(other.linears)
+        self.experts |= other.experts
+        self.held_out_experts |= other.held_out_experts
 
     def device(self) -> torch.device:
         """Where the modules are."""

@@ -176,6 +176,10 @@ class InputStatistics:
         """Replaces the sums: by name of a linear, those with the same input share one."""
         self._statistics = dict(statistics)
 
+    def absorb(self, other: InputStatistics) -> None:
+        """Adds the sums of other linears."""
+        self._statistics |= other._statistics
+
     def finish(self) -> None:
         """Rounds all sums to float32, which takes half the memory; nothing can be added then."""
         for statistic in self._statistics.values():

@@ -17,6 +17,7 @@ from ..experts import is_experts
 from ..nn import ARBExperts, ARBLinear
 from .activations import INPUTS, Activations
 from .calls import Call, Stop, hidden_states, like, replaced_forwards
+from .correction import Corrections, Reading, Step, corrected, find_steps, sharing_weights
 from .distributed import Ranks
 from .experts import LayerStatistics, RoutedInputs, Taken
 from .layers import Layers, find_layers
@@ -49,7 +50,7 @@ class LayerTurn:
         references: hidden states out, on the CPU: what the float layer made of `inputs` or, where the walk follows the
             float model, of the float model's hidden states.
         calls: its other arguments, batch by batch.
-        modules: name -> float module, of what was binarized.
+        modules: name -> the float module that was binarized; with error correction, of the weight that was fitted.
         statistics: their calibration matrices.
         fitted: how many batches something may be fitted to; the others follow them.
     """
@@ -95,6 +96,10 @@ class CalibrationWalk:
             next. It costs the memory of the float layer's outputs. Gradients are off; it may turn them on.
         follow_float: keep the hidden states of the float model beside those of the one that is binarized, at the cost
             of another run of each layer; a model whose layers form no chain, or more than one, is refused.
+        error_correction: strength with which each linear is fitted to make up for the errors made before it
+            (`calibration/correction.py`), 0 for none. It follows the float model. Where the layers form no chain, or
+            more than one, it is set to 0, or refused if it `must_correct`.
+        must_correct: see above.
         progress: is told of layers and linears; a bar or lines on stderr unless given.
         ranks: the processes that do this together; this one alone unless given.
         records: what `binarize` notes of the linears by their names; other ranks' notes are added.
@@ -119,6 +124,8 @@ class CalibrationWalk:
         activations: Activations | None = None,
         after_layer: AfterLayer | None = None,
         follow_float: bool = False,
+        error_correction: float = 0.0,
+        must_correct: bool = False,
         progress: Progress | None = None,
         ranks: Ranks | None = None,
         records: dict[str, Any] | None = None,
@@ -140,6 +147,8 @@ class CalibrationWalk:
         self.activations = Activations() if activations is None else activations  # an empty one is false
         self.after_layer = after_layer
         self.follow_float = follow_float
+        self.error_correction = error_correction
+        self._must_correct = must_correct
         # with `follow_float`, what comes out of the float model's last layer, batch by batch, once the walk is over
         self.float_outputs: list[torch.Tensor] = []
         self.chain: Layers | None = None  # with `follow_float`, the layers
@@ -163,6 +172,15 @@ class CalibrationWalk:
                 self._probe(groups)
             if self.follow_float:
                 self._check_one_chain(groups)
+            elif self.error_correction and (reason := self._no_one_chain(groups)) is not None:
+                if self._must_correct:
+                    raise ValueError(
+                        f"error_correction={self.error_correction} cannot be had for {type(self.model).__name__}: "
+                        f"{reason}. Set error_correction=0."
+                    )
+                self.error_correction = 0.0
+            self.follow_float = self.follow_float or self.error_correction > 0
+            if self.follow_float:
                 self.chain = groups[0]
             total = sum(len(group.modules) for group in groups) + bool(outside)
             with self.progress.running(total):
@@ -193,16 +211,20 @@ class CalibrationWalk:
         return find_layers(self.model, self._targets)
 
     def _check_one_chain(self, groups: list[Layers]) -> None:
-        lists = ", ".join(group.names[0].rpartition(".")[0] for group in groups) or "none"
+        if (reason := self._no_one_chain(groups)) is not None:
+            raise ValueError(f"{type(self.model).__name__} cannot be refined by the outputs of its layers: {reason}.")
+
+    def _no_one_chain(self, groups: list[Layers]) -> str | None:
+        """Why the float model's hidden states cannot be followed layer by layer, or None if they can."""
         if not self.batches:
-            reason = "there is no calibration"
-        elif len(groups) != 1:
-            reason = f"it needs one list of layers, and these hold linears to binarize: {lists}"
-        elif not groups[0].is_chain():
-            reason = f"the layers of {lists} hand on more than their hidden states, or do not run in order"
-        else:
-            return
-        raise ValueError(f"{type(self.model).__name__} cannot be refined by the outputs of its layers: {reason}.")
+            return "there is no calibration"
+        if len(groups) != 1:
+            lists = ", ".join(group.names[0].rpartition(".")[0] for group in groups) or "none"
+            return f"it needs one list of layers, and these hold linears to binarize: {lists}"
+        if not groups[0].is_chain():
+            name = groups[0].names[0].rpartition(".")[0]
+            return f"the layers of {name} hand on more than their hidden states, or do not run in order"
+        return None
 
     def _call_kwargs(self) -> dict[str, Any]:
         """Keep no cache, and as few logits as the model can be asked for."""
@@ -319,11 +341,6 @@ class CalibrationWalk:
         done = next(index for index, found in enumerate(finished) if not found)
         # what an interrupted run finished need not run again if its outputs were kept
         start = done if done and hidden.restore(group.names[done - 1]) else 0
-        if done and not start and self.follow_float:
-            raise ValueError(
-                f"The float model's hidden states behind {group.names[done - 1]} are deleted or damaged: refinement "
-                "cannot go on from there. Delete the work directory of the interrupted run and begin anew."
-            )
         for index, (name, names) in enumerate(zip(group.names, group.targets, strict=True)):
             if index < start:
                 self.progress.already_done(name)
@@ -339,44 +356,30 @@ class CalibrationWalk:
         self.weights.load(name)
         layer.to(self.device)
         inputs = _EveryOther(hidden) if self.follow_float else hidden
+        references: list[torch.Tensor] = []
+        work = bool(names) and not finished
         try:
-            references: list[torch.Tensor] = []
-            if self.follow_float:
-                run = self._runs(layer, _EveryOther(hidden, 0), calls)
-                references += [output.to("cpu") for output in in_order(run, range(len(calls)), self.device)]
-            if names and not finished:
-                keep = self.after_layer is not None and not self.follow_float
+            if self.follow_float and not (work and self.error_correction):
+                with self.weights.in_float(name, layer) as of_float:
+                    of_float.to(self.device)
+                    references += self._outputs(of_float, _EveryOther(hidden, 0), calls)
+                    if of_float is not layer:
+                        of_float.to("cpu")
+            if work:
                 modules = {target: self.model.get_submodule(target) for target in names}
-                with LayerStatistics(modules) as statistics:
-                    run = self._runs(layer, inputs, calls)
-
-                    def taken(batch: int, run=run, statistics=statistics) -> tuple[torch.Tensor, Taken]:
-                        with statistics.taking() as found:
-                            return run(batch), found
-
-                    for batch, (output, found) in enumerate(in_order(taken, range(len(calls)), self.device)):
-                        statistics.hold_out(batch >= self.fitted)
-                        statistics.add(found)
-                        if keep:
-                            references.append(output.to("cpu"))
-                        del output, found
-                self._binarize_all(names, statistics)
+                if self.error_correction:
+                    found = self._binarize_in_steps(name, layer, modules, hidden, calls, references)
+                else:
+                    keep = self.after_layer is not None and not self.follow_float
+                    found = self._binarize_at_once(layer, modules, inputs, calls, references if keep else None)
                 if self.after_layer is not None:
-                    self.after_layer(
-                        LayerTurn(
-                            name,
-                            layer,
-                            names,
-                            self.device,
-                            inputs,
-                            references,
-                            calls,
-                            modules,
-                            statistics,
-                            self.fitted,
-                        )
+                    fitted, statistics = found
+                    turn = LayerTurn(
+                        name, layer, names, self.device, inputs, references, calls, fitted, statistics, self.fitted
                     )
-                del statistics, modules
+                    self.after_layer(turn)
+                    del turn, fitted, statistics
+                del found, modules
             if index + 1 < len(group.modules):
                 run = self._runs(layer, inputs, calls)
                 for batch, output in enumerate(in_order(run, range(len(calls)), self.device)):
@@ -390,6 +393,120 @@ class CalibrationWalk:
             self.weights.release(name)
         else:
             self.weights.finish(name)
+
+    def _binarize_at_once(
+        self,
+        layer: nn.Module,
+        modules: dict[str, nn.Module],
+        inputs: Activations,
+        calls: list[Call],
+        outputs: list[torch.Tensor] | None,
+    ) -> tuple[dict[str, nn.Module], LayerStatistics]:
+        """All modules of a layer, on the inputs that they get while it is float; its outputs go into `outputs`.
+
+        Returns:
+            the modules, and their statistics.
+        """
+        with LayerStatistics(modules) as statistics:
+            run = self._runs(layer, inputs, calls)
+
+            def taken(batch: int) -> tuple[torch.Tensor, Taken]:
+                with statistics.taking() as found:
+                    return run(batch), found
+
+            for batch, (output, found) in enumerate(in_order(taken, range(len(calls)), self.device)):
+                statistics.hold_out(batch >= self.fitted)
+                statistics.add(found)
+                if outputs is not None:
+                    outputs.append(output.to("cpu"))
+                del output, found
+        return self._binarize_all(list(modules), statistics), statistics
+
+    def _binarize_in_steps(
+        self,
+        name: str,
+        layer: nn.Module,
+        modules: dict[str, nn.Module],
+        hidden: Activations,
+        calls: list[Call],
+        references: list[torch.Tensor],
+    ) -> tuple[dict[str, nn.Module], LayerStatistics]:
+        """The modules of a layer in the order in which they run, each fitted to make up for the errors before it.
+
+        Args:
+            name: of the layer.
+            layer: the layer.
+            modules: name -> float module.
+            hidden: the hidden states of both models.
+            calls: the layer's other arguments.
+            references: the float layer's outputs go here.
+
+        Returns:
+            the modules with the weights that they were fitted to, and their statistics if there is an `after_layer`.
+        """
+        of_float = sharing_weights(layer)
+        wanted, given = _EveryOther(hidden, 0), _EveryOther(hidden)
+        steps = None
+        if calls:
+            steps = find_steps(layer, modules, lambda: self._runs(layer, given, calls[:1])(0))
+        steps = self.ranks.exchange(steps, "looking at how a layer runs")[0]
+        assert steps is not None  # the first rank has batches
+        fitted: dict[str, nn.Module] = {}
+        every = LayerStatistics(modules)
+        for step in steps:
+            statistics = LayerStatistics({target: modules[target] for target in step.names})
+            statistics.corrections = Corrections(step, modules, self.device)
+            self._gather(name, layer, of_float, step, step is steps[-1], statistics, wanted, given, calls, references)
+            fitted |= self._binarize_all(step.names, statistics)
+            if self.after_layer is not None:
+                every.absorb(statistics)
+        return fitted, every
+
+    def _gather(
+        self,
+        name: str,
+        layer: nn.Module,
+        of_float: nn.Module,
+        step: Step,
+        last: bool,
+        statistics: LayerStatistics,
+        wanted: Activations,
+        given: Activations,
+        calls: list[Call],
+        references: list[torch.Tensor],
+    ) -> None:
+        """Runs both forms of a layer up to a step, the float one to its end where the step is the last."""
+        corrections = statistics.corrections
+        assert corrections is not None
+        with (
+            statistics,
+            Reading(of_float, name, step, whole=last) as of_wanted,
+            Reading(layer, name, step, whole=False) as of_given,
+        ):
+
+            def taken(batch: int) -> tuple[torch.Tensor | None, dict[str, torch.Tensor], Taken]:
+                output = None
+                with of_wanted.reading() as ought:
+                    output = self._runs(of_float, wanted, calls)(batch)
+                with of_given.reading() as has, statistics.taking() as found:
+                    self._runs(layer, given, calls)(batch)
+                return output, corrections.differences(ought, has), found
+
+            for batch, (output, differences, found) in enumerate(in_order(taken, range(len(calls)), self.device)):
+                statistics.hold_out(batch >= self.fitted)
+                if batch < self.fitted:
+                    with one_thread(self.device):
+                        corrections.add(differences, {each.name: each.copy for each in found.inputs})
+                statistics.add(found)
+                if last:
+                    assert output is not None
+                    references.append(output.to("cpu"))
+                del output, differences, found
+
+    def _outputs(self, layer: nn.Module, inputs: Activations, calls: list[Call]) -> list[torch.Tensor]:
+        """The layer's outputs, batch by batch, on the CPU."""
+        run = self._runs(layer, inputs, calls)
+        return [output.to("cpu") for output in in_order(run, range(len(calls)), self.device)]
 
     def _runs(self, layer: nn.Module, inputs: Activations, calls: list[Call]) -> Callable[[int], torch.Tensor]:
         """The layer's output for a batch."""
@@ -448,17 +565,19 @@ class CalibrationWalk:
                 handle.remove()
         return statistics
 
-    def _binarize_all(self, names: list[str], statistics: LayerStatistics | None) -> None:
+    def _binarize_all(self, names: list[str], statistics: LayerStatistics | None) -> dict[str, nn.Module]:
+        """Returns: name -> the float module that was binarized on this rank."""
         owners = self.ranks.owners({name: self.model.get_submodule(name) for name in names})
         if statistics is not None:
             self.ranks.sum_statistics(statistics, owners)
         done: dict[str, nn.Module] = {}
+        sources: dict[str, nn.Module] = {}
         own = [name for name in names if owners.get(name, self.ranks.rank) == self.ranks.rank]
         linears = [name for name in own if not is_experts(self.model.get_submodule(name))]
 
         def fit(name: str) -> tuple[nn.Module, list[float], float]:
             start = time.perf_counter()
-            module = self.model.get_submodule(name)
+            module = sources[name] = self._to_fit(name, statistics)
             hessian = None if statistics is None else statistics.linears.hessian(name)
             tokens = 0 if statistics is None else statistics.linears.tokens(name)
             packed, error = self.binarize(name, module, hessian, tokens)
@@ -481,6 +600,7 @@ class CalibrationWalk:
                 seconds = time.perf_counter() - start
             else:
                 packed, errors, seconds = next(fits)
+                module = sources[name]
             self.errors += errors
             if self.measure is not None and statistics is not None:
                 self.measure(name, module, packed, statistics)
@@ -492,6 +612,17 @@ class CalibrationWalk:
         fits.close()
         for name, module in self.ranks.share(done, self.device, self.records).items():
             self.model.set_submodule(name, module)
+        return sources
+
+    def _to_fit(self, name: str, statistics: LayerStatistics | None) -> nn.Module:
+        """The float module of this name, with error correction that of the weight to fit."""
+        module = self.model.get_submodule(name)
+        if statistics is None or statistics.corrections is None:
+            return module
+        hessian = statistics.linears.hessian(name)
+        if hessian is None:
+            return module
+        return corrected(module, hessian, statistics.corrections.sums.pop(name), self.error_correction)
 
 
 class _EveryOther(Activations):

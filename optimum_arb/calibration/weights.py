@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
+from torch import nn
+
 # Name of the part of a model that is in none of its layers.
 OUTSIDE = ""
 
@@ -33,6 +35,15 @@ class LayerWeights:
     def is_finished(self, layer: str) -> bool:
         """Whether an interrupted run has finished the layer; `load` then loads it binarized."""
         return False
+
+    def in_float(self, layer: str, module: nn.Module) -> AbstractContextManager[nn.Module]:
+        """For a run of the float layer of this name: inside this context it is there, on the CPU.
+
+        Args:
+            layer: its name.
+            module: the layer as it is in the model.
+        """
+        return nullcontext(module)
 
     def stay(self, reason: str) -> None:
         """The layers cannot be walked over one by one: all weights must be there from now on."""

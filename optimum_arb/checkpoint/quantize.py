@@ -218,9 +218,6 @@ class _Run:
         """As `optimum_arb.quantizer.Stream` says."""
         if quantizer.quantization_config.refine == "model":
             raise NotStreamable("refine='model' tunes all of its layers at once")
-        if quantizer.quantization_config.refine is not None and self._directory is None:
-            # behind a finished layer, the float model's hidden states cannot be computed again
-            self._directory = self.work.path / "activations"
         self.layers = [layer for group in find_layers(model, quantizer.selection.modules()) for layer in group.names]
         source = CheckpointSource(model, self._files, self._load_config, self.layers)
         identity = self._identity(model, quantizer, calibration)

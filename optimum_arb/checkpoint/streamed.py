@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,7 +67,10 @@ class StreamedWeights(LayerWeights):
         for name in selection.modules():
             if name in source.layers:
                 raise NotStreamable(f"{name!r} is a linear and a layer at once")
+        self._float: dict[str, nn.Module] = {}  # of finished layers, without weights
         for part, piece in work.pieces.items():
+            if part != OUTSIDE:
+                self._float[part] = copy.deepcopy(model.get_submodule(part))
             self._adopt(part)
             records.update({name: Record(**values) for name, values in piece["records"].items()})
 
@@ -106,6 +110,19 @@ class StreamedWeights(LayerWeights):
         self._write(layer)
         if layer != OUTSIDE:
             self.release(layer)
+
+    @contextmanager
+    def in_float(self, layer: str, module: nn.Module) -> Iterator[nn.Module]:
+        if layer not in self._float:
+            yield module
+            return
+        self.model.set_submodule(layer, self._float[layer])
+        try:
+            self.source.load(layer)
+            yield self._float[layer]
+        finally:
+            self.source.release(layer)
+            self.model.set_submodule(layer, module)
 
     def stay(self, reason: str) -> None:
         if self.resident:
