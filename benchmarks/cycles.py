@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from random_llama import random_llama
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from optimum_arb import ARBConfig
@@ -38,17 +39,7 @@ class Sample:
 
 def tiny_llama(directory: Path) -> Path:
     """A random Llama of 200k weights, binarized at two planes without calibration; returns `directory / "packed"`."""
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory / "float")
+    random_llama(max_position_embeddings=64).save_pretrained(directory / "float")
     packed = AutoModelForCausalLM.from_pretrained(
         directory / "float", quantization_config=ARBConfig(planes=2, dataset=None)
     )

@@ -25,24 +25,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from random_llama import random_llama
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from optimum_arb import ARBConfig, quantize_checkpoint
 
 
 def make_model(path: Path, layers: int, seed: int) -> None:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=96,
-        intermediate_size=160,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config)
+    sizes = {"vocab_size": 96, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": layers}
+    model = random_llama(seed, **sizes, tie_word_embeddings=True)
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.data.normal_(std=0.6 / parameter.shape[1] ** 0.5)

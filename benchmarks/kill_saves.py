@@ -33,7 +33,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from random_llama import random_llama
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_arb import ARBConfig, save_model
 from optimum_arb.publish import JOURNAL, finish_interrupted
@@ -80,16 +81,7 @@ class Trial:
 
 def tiny(folder: Path, seed: int) -> PreTrainedModel:
     """A binarized Llama of about a million weights."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    random_llama(seed, vocab_size=512, hidden_size=256, intermediate_size=512).save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=ARBConfig(dataset=None, seed=seed))
 
 

@@ -1,7 +1,7 @@
 """How much faster several processes binarize a model than one, and whether they make the same bits.
 
-    python benchmarks/ranks.py --out /tmp/ranks                                  # one and two GPUs, 8 layers of a 7B
-    python benchmarks/ranks.py --out /tmp/ranks --tiny --device cpu              # seconds, on a CPU
+    python benchmarks/ranks.py --out runs/ranks                                  # one and two GPUs, 8 layers of a 7B
+    python benchmarks/ranks.py --out runs/ranks --tiny --device cpu              # seconds, on a CPU
 
 A model of random weights with outlier columns is made once in OUT and binarized from disk to disk by each number of
 processes, on random tokens. Seconds are those of `quantize_checkpoint`, from the start of its first process to the

@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_llama import random_llama
+from transformers import LlamaForCausalLM
 
 from optimum_arb import ARBConfig, quantize_checkpoint
 
@@ -34,16 +35,9 @@ def memory(key: str) -> int:
 
 
 def make_model(path: Path, layers: int, hidden: int) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1024,
-        hidden_size=hidden,
-        intermediate_size=hidden * 43 // 16,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    )
-    LlamaForCausalLM(config).save_pretrained(path, max_shard_size="64MB")
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    sizes = {"vocab_size": 1024, "hidden_size": hidden, "intermediate_size": hidden * 43 // 16}
+    random_llama(num_hidden_layers=layers, **sizes, **heads).save_pretrained(path, max_shard_size="64MB")
 
 
 def measure(args: argparse.Namespace) -> None:

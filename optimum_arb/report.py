@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -15,6 +13,7 @@ from .layer_warnings import LayerWarning, layer_warnings, warning_lines
 from .modules import parameter_bytes
 from .nn import ARBExperts, ARBLinear
 from .packing import stored_bytes
+from .result import Result
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class ModuleReport:
 
 
 @dataclass(frozen=True)
-class ModelReport:
+class ModelReport(Result):
     """A binarized model.
 
     Attributes:
@@ -90,9 +89,6 @@ class ModelReport:
     def warnings(self) -> list[LayerWarning]:
         """What looks broken, see `optimum_arb.layer_warnings`."""
         return layer_warnings(self.modules)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
     def summary(self) -> str:
         """A few lines for a terminal."""

@@ -60,7 +60,7 @@ def tiny_model(family: str, seed: int = 0, **changes) -> PreTrainedModel:
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 0}
     if family != "T5ForConditionalGeneration":
         del special["decoder_start_token_id"]
-    config = getattr(transformers, config_class)(vocab_size=VOCABULARY, **special, **{**arguments, **changes})
+    config = getattr(transformers, config_class)(**{"vocab_size": VOCABULARY, **special, **arguments, **changes})
     torch.manual_seed(seed)
     model = getattr(transformers, family)(config).eval()
     generator = torch.Generator().manual_seed(seed)

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
 from ..nn import ARBExperts, ARBLinear
+from ..result import Result
 from .calls import Call
 from .trainable import Trainable, trainable
 from .walk import LayerTurn
@@ -60,7 +61,7 @@ class RefineSettings:
 
 
 @dataclass(frozen=True)
-class Refinement:
+class Refinement(Result):
     """What tuning did. Losses are those of the held-out batches: squared error over the squared target, or nats.
 
     Attributes:
@@ -76,10 +77,6 @@ class Refinement:
     steps: int
     flipped: float
     seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return asdict(self)
 
 
 def refine_layer(turn: LayerTurn, settings: RefineSettings) -> Refinement:

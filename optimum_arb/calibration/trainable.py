@@ -8,6 +8,7 @@ far from zero as turning its sign round would cost.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,7 +38,7 @@ class _Sign(torch.autograd.Function):
         return gradient
 
 
-class Trainable(nn.Module):
+class Trainable(nn.Module, ABC):
     """The trainable twin of a binarized linear.
 
     Args:
@@ -59,10 +60,11 @@ class Trainable(nn.Module):
         self.latents = nn.ParameterList(latents)
         self.bias = packed.bias
 
+    @abstractmethod
     def scales(self) -> list[nn.Parameter]:
         """Scales and means, float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def set_confidence(self, weight: torch.Tensor, hessian: torch.Tensor | None) -> None:
         """Gives each latent the size of what turning its sign round would cost the linear's own outputs.
 
@@ -74,15 +76,14 @@ class Trainable(nn.Module):
             weight: float `[N, K]`, the weight that was binarized, columns in the order of the inputs.
             hessian: `[K, K]`, X^T X of the inputs; None for the identity.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def round_scales(self) -> None:
         """Makes the scales what they will be once they are packed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write_back(self) -> None:
         """Packs what the twin has become into the layer that it came from."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def current_signs(self) -> list[torch.Tensor]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+from ..result import Result
 from .perplexity import (
     ROWS,
     PerplexityResult,
@@ -28,7 +29,7 @@ _WINDOWS_OF_AN_INTERVAL = 4
 
 
 @dataclass(frozen=True)
-class Divergence:
+class Divergence(Result):
     """Two models on the same windows of a text.
 
     Attributes:
@@ -55,10 +56,6 @@ class Divergence:
     windows: int
     context_length: int
     tokens: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return asdict(self)
 
 
 def divergence(

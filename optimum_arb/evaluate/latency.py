@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -13,11 +13,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from ..result import Result
 from .perplexity import check_whole, input_device, model_positions
 
 
 @dataclass(frozen=True)
-class Latency:
+class Latency(Result):
     """One model at one batch size; every figure is a median over the repeats.
 
     Attributes:
@@ -48,10 +49,6 @@ class Latency:
     decode_tokens_per_second: float
     prefill_speedup: float | None = None
     decode_speedup: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return asdict(self)
 
 
 def measure_latency(

@@ -6,7 +6,7 @@ import inspect
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data import BUNDLED_TEXTS, bundled_text
+from ..result import Result
 
 # Rows of logits that are cast to float32 at a time: with a vocabulary of 256,000 this is a quarter of a gigabyte.
 ROWS = 256
 
 
 @dataclass(frozen=True)
-class PerplexityResult:
+class PerplexityResult(Result):
     """A perplexity and all that is needed to compare it with another.
 
     Attributes:
@@ -40,10 +41,6 @@ class PerplexityResult:
     windows: int
     text: str
     seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return asdict(self)
 
     def __str__(self) -> str:
         return (

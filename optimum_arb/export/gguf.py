@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from ..nn import ARBFactorizedLinear, ARBLinear
 from ..packing import unpack
+from ..result import Result
 from ..version import __version__
 from .architecture import (
     Architecture,
@@ -63,7 +64,7 @@ class TensorReport:
 
 
 @dataclass(frozen=True)
-class GGUFReport:
+class GGUFReport(Result):
     """What was exported.
 
     Attributes:
@@ -91,7 +92,7 @@ class GGUFReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**asdict(self), "exact": self.exact}
+        return {**super().to_dict(), "exact": self.exact}
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+
+from ..result import Result
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ModuleMerge:
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(Result):
     """What merging by binarizing again has cost.
 
     Attributes:
@@ -44,9 +45,6 @@ class MergeReport:
     @property
     def mean_error_without_adapter(self) -> float:
         return sum(module.error_without_adapter for module in self.modules) / len(self.modules)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def summary(self) -> str:
         """A few lines for a terminal."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import factors, packing
+from .. import factors
 from ..factors import INNER, INNER_LAYOUT, OUTER, OUTER_LAYOUT, FactorizedWeight
 from ..packing import BinarizedWeight
 from .linear import ARBLinear
@@ -47,9 +47,6 @@ class InnerProduct(PackedProduct):
 
     def operand(self, name: str) -> torch.Tensor | None:
         return self.layer.taken(INNER[name]) if name in INNER else None
-
-    def _operands(self) -> list[torch.Tensor | None]:
-        return [self.operand(name) for name in packing.TENSOR_NAMES]
 
 
 class ARBFactorizedLinear(ARBLinear):
@@ -131,7 +128,7 @@ class ARBFactorizedLinear(ARBLinear):
         return self.taken(name) if name in OUTER else None
 
     def _operands(self) -> list[torch.Tensor | None]:
-        return [self.operand(name) for name in packing.TENSOR_NAMES]
+        return PackedProduct._operands(self)  # not the linear's, which reads the parameters of one matrix
 
     @property
     def _grids(self) -> dict[str, int]:

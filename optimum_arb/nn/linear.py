@@ -198,7 +198,7 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
 
     def _operands(self) -> list[torch.Tensor | None]:
         if self._coded:
-            return [self.operand(name) for name in packing.TENSOR_NAMES]
+            return super()._operands()
         get = self._parameters.get
         return [get(key) for key in _OPERANDS]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..layout import Layout
 from ..ops.linear import linear_without_grad
+from ..packing import TENSOR_NAMES
 from .input_transform import InputTransform
 from .shared_input import MAX_TOKENS, SharedInput, prepare_layer, run_prepared_layer
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from ..ops.backends.triton.prepack import Prepacked
 
 
-class PackedProduct:
+class PackedProduct(ABC):
     """What an `ARBLinear` does with its matrix, and each of the two matrices of an `ARBFactorizedLinear`.
 
     Attributes:
@@ -39,19 +41,19 @@ class PackedProduct:
     _looked: bool  # for it
 
     @property
+    @abstractmethod
     def columns(self) -> int:
         """Columns of the matrix."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def is_offloaded(self) -> bool:
         """Whether a hook brings the matrix to the GPU for the time of a call: no copy of it is to stay there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def operand(self, name: str) -> torch.Tensor | None:
         """The tensor of this name of `optimum_arb.packing.TENSOR_NAMES` as the operator takes it: scales decoded, no
         permutation where a Hadamard transform has taken care of it; None where there is none."""
-        raise NotImplementedError
 
     def input_transform(self) -> InputTransform | None:
         """What the input goes through before it meets the matrix."""
@@ -59,7 +61,7 @@ class PackedProduct:
 
     def _operands(self) -> list[torch.Tensor | None]:
         """The tensors of `optimum_arb.packing.TENSOR_NAMES`, in this order, as the operator takes them."""
-        raise NotImplementedError
+        return [self.operand(name) for name in TENSOR_NAMES]
 
     def forget(self) -> None:
         """Drops what was prepared and, of a group, computed: the matrix has changed."""

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from tiny_models import tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from optimum_arb.commands.main import main
 from optimum_arb.data import bundled_text
@@ -24,18 +24,7 @@ WORDS = 100
 def float_model(tmp_path_factory) -> Path:
     """A random Llama with two layers, and a tokenizer of the calibration text's first words."""
     directory = tmp_path_factory.mktemp("models") / "float"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=WORDS + 1,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        attention_bias=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    tiny_model("LlamaForCausalLM", vocab_size=WORDS + 1, attention_bias=True).save_pretrained(directory)
     words = list(dict.fromkeys(bundled_text("wikitext-2")[:5000].split()))[:WORDS]
     vocabulary = {"<unk>": 0, **{word: index + 1 for index, word in enumerate(w for w in words if w != "<unk>")}}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))

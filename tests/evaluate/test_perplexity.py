@@ -6,28 +6,17 @@ import math
 
 import pytest
 import torch
+from tiny_models import VOCABULARY, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_arb.data import BUNDLED_TEXTS, bundled_text
 from optimum_arb.evaluate import perplexity
 from optimum_arb.evaluate.perplexity import read_text
 
-VOCABULARY = 50
-
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_model("LlamaForCausalLM")
 
 
 class Characters:

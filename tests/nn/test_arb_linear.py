@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from layer_checks import compiles_as_one_graph, dense, gradient_reaches_input_and_bias_alone
 from packed_weights import random_binarized, relative_error
 from torch import nn
 from transformers import initialization
@@ -20,11 +21,6 @@ BACKENDS = ("auto", "cpu", "reference", "dequantize")
 def layer(name="planes-2-col", rows=42, columns=300, backend="auto", bias=True, **choices) -> ARBLinear:
     weight = random_binarized(LAYOUTS[name], rows, columns, **choices)
     return ARBLinear.from_binarized(weight, nn.Parameter(torch.randn(rows)) if bias else None, backend)
-
-
-def dense(module: ARBLinear, x: torch.Tensor) -> torch.Tensor:
-    bias = None if module.bias is None else module.bias.double()
-    return nn.functional.linear(x.double(), module.dequantize(torch.float64), bias)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -167,13 +163,7 @@ def test_inference_mode():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_reaches_input_and_bias_alone(backend):
-    module = layer(backend=backend)
-    x = torch.randn(3, 300, requires_grad=True)
-    upstream = torch.randn(3, 42)
-    module(x).backward(upstream)
-    assert relative_error(x.grad, upstream @ module.dequantize()) < 2e-6
-    assert relative_error(module.bias.grad, upstream.sum(0)) < 2e-6
-    assert all(p.grad is None for name, p in module.named_parameters() if name != "bias")
+    gradient_reaches_input_and_bias_alone(layer(backend=backend), 2e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -190,15 +180,7 @@ def test_the_output_can_be_written_in_place(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["planes-1-col", "groups-all-salient-mean"])
 def test_compiles_as_one_graph(name, backend):
-    torch.compiler.reset()
-    module = layer(name, permuted=True, backend=backend)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for shape in ((1, 300), (4, 300), (2, 20, 300), (1, 300)):
-        x = torch.randn(shape, requires_grad=True)
-        result = compiled(x)
-        assert relative_error(result, dense(module, x)) < 2e-6
-        result.sum().backward()
-        assert relative_error(x.grad, module.dequantize().sum(0).expand(shape)) < 2e-6
+    compiles_as_one_graph(layer(name, permuted=True, backend=backend), 2e-6)
 
 
 @pytest.mark.slow

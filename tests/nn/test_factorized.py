@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from layer_checks import compiles_as_one_graph, dense, gradient_reaches_input_and_bias_alone
 from packed_weights import random_binarized, random_factorized, relative_error
 from torch import nn
 
@@ -19,11 +20,6 @@ BACKENDS = ("auto", "cpu", "reference", "dequantize")
 def layer(rows=42, columns=300, rank=70, backend="auto", bias=True, seed=0) -> ARBFactorizedLinear:
     weight = random_factorized(rows, columns, rank, seed)
     return ARBFactorizedLinear.from_factorized(weight, nn.Parameter(torch.randn(rows)) if bias else None, backend)
-
-
-def dense(module: ARBLinear, x: torch.Tensor) -> torch.Tensor:
-    bias = None if module.bias is None else module.bias.double()
-    return nn.functional.linear(x.double(), module.dequantize(torch.float64), bias)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -131,26 +127,12 @@ def test_copies(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_reaches_input_and_bias_alone(backend):
-    module = layer(backend=backend)
-    x = torch.randn(3, 300, requires_grad=True)
-    upstream = torch.randn(3, 42)
-    module(x).backward(upstream)
-    assert relative_error(x.grad, upstream @ module.dequantize()) < 3e-6
-    assert relative_error(module.bias.grad, upstream.sum(0)) < 2e-6
-    assert all(p.grad is None for name, p in module.named_parameters() if name != "bias")
+    gradient_reaches_input_and_bias_alone(layer(backend=backend), 3e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_as_one_graph(backend):
-    torch.compiler.reset()
-    module = layer(backend=backend)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for shape in ((1, 300), (4, 300), (2, 20, 300), (1, 300)):
-        x = torch.randn(shape, requires_grad=True)
-        result = compiled(x)
-        assert relative_error(result, dense(module, x)) < 3e-6
-        result.sum().backward()
-        assert relative_error(x.grad, module.dequantize().sum(0).expand(shape)) < 3e-6
+    compiles_as_one_graph(layer(backend=backend), 3e-6)
 
 
 def test_changes_are_noticed():

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from layer_checks import compiles_as_one_graph, dense
 from packed_weights import random_binarized, relative_error
 from torch import nn
 
@@ -27,11 +28,6 @@ def weight_of(rows=42, columns=300, block=128, permuted=True, seed=0, signs=1):
 def layer(backend="auto", bias=True, scale_bits=16, **choices) -> ARBLinear:
     weight = weight_of(**choices)
     return packed_linear(weight, torch.randn(weight.shape[0]) if bias else None, backend, scale_bits)
-
-
-def dense(module: ARBLinear, x: torch.Tensor) -> torch.Tensor:
-    bias = None if module.bias is None else module.bias.double()
-    return nn.functional.linear(x.double(), module.dequantize(torch.float64), bias)
 
 
 @pytest.mark.parametrize("permuted", [False, True])
@@ -99,15 +95,7 @@ def test_what_is_stored(scale_bits):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_as_one_graph(backend):
-    torch.compiler.reset()
-    module = layer(backend)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for shape in ((1, 300), (2, 20, 300)):
-        x = torch.randn(shape, requires_grad=True)
-        result = compiled(x)
-        assert relative_error(result, dense(module, x)) < 3e-6
-        result.sum().backward()
-        assert relative_error(x.grad, module.dequantize().sum(0).expand(shape)) < 3e-6
+    compiles_as_one_graph(layer(backend), 3e-6)
 
 
 class Attention(nn.Module):

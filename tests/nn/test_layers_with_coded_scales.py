@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from accelerate import cpu_offload
+from layer_checks import dense
 from packed_weights import random_binarized, random_factorized, relative_error
 from torch import nn
 
@@ -30,10 +31,6 @@ def empty(kind: str, device: str) -> ARBLinear:
         return ARBFactorizedLinear(300, 42, 70, bias=True, dtype=torch.float32, device=device, scale_bits=8)
     layout = planes_layout(int(kind[7]), col_scale="col" in kind)
     return ARBLinear(300, 42, layout, 128, bias=True, permuted=False, dtype=torch.float32, device=device, scale_bits=8)
-
-
-def dense(module: ARBLinear, x: torch.Tensor) -> torch.Tensor:
-    return nn.functional.linear(x.double(), module.dequantize(torch.float64), module.bias.double())
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "dequantize"])

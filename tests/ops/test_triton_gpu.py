@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from layer_checks import dense
 from packed_weights import random_binarized, random_packed
 from tiny_models import save_tiny, tokens
 from torch import nn
@@ -264,10 +265,6 @@ def test_two_devices():
 
 
 # The module
-
-
-def dense(layer: ARBLinear, x: torch.Tensor) -> torch.Tensor:
-    return nn.functional.linear(x.double(), layer.dequantize(torch.float64), layer.bias.double())
 
 
 @torch.no_grad()
