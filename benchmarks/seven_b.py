@@ -8,10 +8,11 @@ The checkpoint is made once in OUT: bfloat16, a file for each layer, random weig
 norms that make a hundredth of the channels 20 times as large. One layer's tensors serve all layers, whose time does not
 depend on the values. Token ids follow Zipf's law. Every run prints one JSON line.
 
-`seconds` is all of `quantize_checkpoint`, `phases` where it went (time inside of another phase counts for the inner one
-alone), `layers` the seconds of each layer. The first layer pays for what is compiled and loaded once, so `seconds_of_32`
-is what is outside the layers, plus the first layer, plus 31 times the median of the others. `--detail` also times the
-steps of the fit; it waits for the GPU at each, which costs some percent.
+`seconds` is all of `quantize_checkpoint`, `phases` where it went (time of a phase within another counts for the inner
+one alone), `layers` the seconds of each layer. The first layer pays for what is compiled and loaded once: so
+`seconds_of_32` is what is outside the layers, plus the first layer, plus 31 times the median of the others. `--detail`
+also times the steps of the fit; it waits for the GPU at each, which costs some percent, and needs OMP_NUM_THREADS=1 on
+a CPU, where the linears of a layer are fitted by several threads otherwise.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ SHAPES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4},
 }
 VOCABULARY = 32000
-# What is timed: phase -> functions, as "module:Class.method" or "module:function" below `optimum_arb`.
+# What is timed: phase -> functions, as "module:Class.method" or "module:function", of `optimum_arb` or torch.
 PHASES = {
     "reading": ["checkpoint.source:CheckpointSource.load"],
     "recording": ["calibration.walk:CalibrationWalk._record"],
@@ -54,6 +55,8 @@ PHASES = {
 DETAIL = {
     "fit: factorizing H": ["algorithms:prepare_hessian"],
     "fit: search of planes": ["algorithms:admm_planes"],
+    "fit: Cholesky and inverse": ["torch.linalg:cholesky_ex", "torch:cholesky_inverse", "torch:cholesky_solve"],
+    "fit: columns in turn": ["algorithms.planes:descend_columns", "algorithms.factor_descent:descend_columns"],
     "fit: refinement": ["algorithms:refine_blocks"],
     "fit: block loop": ["algorithms:binarize_blocks"],
     "fit: salient columns": ["algorithms.bitmap:salient_columns"],
@@ -115,7 +118,8 @@ class Phases:
         for phase, places in phases.items():
             for place in places:
                 module, _, path = place.partition(":")
-                owner: Any = importlib.import_module(f"optimum_arb.{module}")
+                name = module if module.startswith("torch") else f"optimum_arb.{module}"
+                owner: Any = importlib.import_module(name)
                 *outer, name = path.split(".")
                 for part in outer:
                     owner = getattr(owner, part)
@@ -289,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="a hidden size of 256 in place of 4096")
     parser.add_argument("--detail", action="store_true", help="time the steps of the fit too")
     parser.add_argument("--keep", action="store_true", help="keep the binarized models")
-    parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.samples = args.samples or (8 if args.tiny else 128)
     args.length = args.length or (256 if args.tiny else 2048)
@@ -299,14 +303,14 @@ def main(argv: list[str] | None = None) -> None:
         source = args.out / f"float-{shape}-{args.layers}"
         if not source.exists():
             make_checkpoint(source, shape, args.layers, args.device)
-        if args.run:
+        if args.worker:
             work(args, source, args.out / f"{args.method}-{os.environ.get('WORLD_SIZE', 1)}")
             continue
         for count in processes or [1]:
             command = [sys.executable]
             if processes:
                 command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
-            command += [__file__, "--run", "--out", args.out, "--method", args.method, "--layers", args.layers]
+            command += [__file__, "--worker", "--out", args.out, "--method", args.method, "--layers", args.layers]
             command += ["--config", json.dumps(args.config), "--samples", args.samples, "--length", args.length]
             command += ["--device", args.device] + ["--tiny"] * args.tiny + ["--detail"] * args.detail
             subprocess.run(list(map(str, command)), check=True)
