@@ -17,7 +17,8 @@ try:
 except ImportError:  # no GPU, or not on Linux: torch's operators do it
     triton = None
 
-TILE = 2048  # elements of a program: 16 rows of 128 columns are 16 registers of 128 threads
+TILE = 2048  # elements of a program: 16 rows of 128 columns are 8 registers of 256 threads
+WARPS = 8
 WIDEST = 1024  # columns of a zone
 SUMS = 64  # programs' sums that are added at once, of 16 columns
 SUM_COLUMNS = 16
@@ -46,7 +47,7 @@ def alternate(weight: torch.Tensor, fit: ZoneFit, num_iterations: int) -> None:
     fit.signs, fit.scale, fit.col_scale = fit.signs.contiguous(), fit.scale.contiguous(), fit.col_scale.contiguous()
     signs = fit.signs.view(torch.uint8)
     sums = torch.empty(2, groups, programs, columns, device=weight.device)
-    sizes = {"ORDER": order, "GROUPS": groups, "ROWS": tile, "WIDTH": width}
+    sizes = {"ORDER": order, "GROUPS": groups, "ROWS": tile, "WIDTH": width, "num_warps": WARPS}
     given = (weight, fit.groups, signs, fit.scale, fit.col_scale)
     for _ in range(num_iterations):
         for o in range(order):
@@ -63,7 +64,7 @@ def alternate(weight: torch.Tensor, fit: ZoneFit, num_iterations: int) -> None:
                 COLUMNS=SUM_COLUMNS,
             )
         if order > 1:
-            _sign_kernel[(programs,)](*given, rows, columns, GROUPS=groups, ROWS=tile, WIDTH=width)
+            _sign_kernel[(programs,)](*given, rows, columns, GROUPS=groups, ROWS=tile, WIDTH=width, num_warps=WARPS)
 
 
 if triton is not None:
