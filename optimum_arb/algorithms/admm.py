@@ -14,6 +14,9 @@ knows the next one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from .column_descent import sign_patterns
@@ -58,11 +61,30 @@ def admm_planes(
         shifted.diagonal().add_(rho)
         pull = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0]).mul_(rho)
         for _ in range((stage + 1) * iterations // stages - stage * iterations // stages):
-            free = torch.addmm(target, near - target - dual, pull)
+            with _rounded_products(weight.device):
+                free = torch.addmm(target, near - target - dual, pull)
             dual += free
             near = terms.nearest(dual)
             dual -= near
     return terms.fits(size)
+
+
+@contextmanager
+def _rounded_products(device: torch.device) -> Iterator[None]:
+    """Products of float32 matrices run on a GPU's tensor cores, their factors rounded to TF32 (10 bits behind the
+    point). Held-out output error, mean of 5 matrices of SmolLM2-135M: .1349 in float32, .1351 so, .1350 with factors
+    rounded to bfloat16."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    name, value = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 class _Terms:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .arb_rc_kernels import alternate, has_kernels
 from .residual import ZoneFit, nearest_signs
 
 
@@ -25,6 +26,9 @@ def arb_rc(weight: torch.Tensor, groups: torch.Tensor, order: int, num_iteration
         num_iterations: rounds (15 in the paper).
     """
     fit = _start(weight, groups, order)
+    if has_kernels(weight):
+        alternate(weight, fit, num_iterations)
+        return fit
     for _ in range(num_iterations):
         refine_rows_and_columns(weight, fit)
         if order > 1:

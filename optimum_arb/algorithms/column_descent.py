@@ -9,6 +9,8 @@ operators takes ten for each column.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 try:
@@ -53,7 +55,13 @@ def descend_columns(
 
 def sign_patterns(planes: int, like: torch.Tensor) -> torch.Tensor:
     """All patterns of P signs, pattern i the opposite of pattern `2^P - 1 - i`: `[2^P, P]`, in the dtype of `like`."""
-    return torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * planes).view(-1, planes).to(like)
+    return _patterns(planes, like.device, like.dtype)
+
+
+@lru_cache(maxsize=32)
+def _patterns(planes: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Kept, so that nothing waits for a copy to a GPU."""
+    return torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * planes).view(-1, planes).to(device, dtype)
 
 
 def _loop(current, step, row, col, ratio, patterns, taken, changes) -> None:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import torch
 
+from .split_kernel import has_kernel, split_gain
+
 MAX_SALIENT = 49  # candidates 1..49, as BiLLM released it
 QUANTILES = (0.10, 0.90, 81)  # the grid of break points, as BiLLM released it
 
@@ -43,6 +45,8 @@ def salient_columns(score: torch.Tensor, choice: str | int) -> torch.Tensor:
 
 def _salient_gain(values: torch.Tensor, limit: int) -> torch.Tensor:
     """The gain of taking the first 1..limit columns of `[N, k]` as the salient ones, float64 `[limit]`."""
+    if has_kernel(values):
+        return split_gain(values, torch.arange(1, limit + 1, device=values.device), 2)
     rows, columns = values.shape
     gain = torch.empty(limit, dtype=torch.float64, device=values.device)
     position = torch.arange(columns, device=values.device)
@@ -149,6 +153,8 @@ def _split_gain(values: torch.Tensor, thresholds: torch.Tensor, order: int) -> t
 
     In a sorted row the small group is one interval and the large group the two around it.
     """
+    if has_kernel(values):
+        return split_gain(values, thresholds, order)
     rows = _SortedRows(values)
     bound = thresholds.expand(len(values), -1)
     lower, upper = rows.up_to(-bound), rows.below(bound)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+# Bytes of page-locked memory that are taken at once: torch rounds each to a power of two.
+SLAB = 1 << 26
+
 # In place of a layer's name, for what enters the first one.
 INPUTS = ""
 
@@ -13,10 +16,14 @@ class Activations:
 
     A layer reads the batches of one generation and writes those of the next; `advance` makes the next the current one.
     Here a batch may be read no more once the next generation's has been written in its place.
+
+    Those of a GPU are in page-locked memory, to and from which it copies by itself: 6.4 GB a layer of a 7B with 128 x
+    2048 tokens.
     """
 
     def __init__(self) -> None:
         self._batches: list[torch.Tensor] = []
+        self._free: list[torch.Tensor] = []
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -26,7 +33,7 @@ class Activations:
 
     def put(self, batch: int, hidden: torch.Tensor) -> None:
         """Writes a batch of the next generation; batches come in their order."""
-        kept = hidden.detach().to("cpu")
+        kept = self._copy(hidden.detach(), batch) if hidden.is_cuda else hidden.detach().to("cpu")
         if batch == len(self._batches):
             self._batches.append(kept)
         else:
@@ -42,3 +49,19 @@ class Activations:
     def clear(self) -> None:
         """Lets go of all batches."""
         self._batches.clear()
+        self._free.clear()
+
+    def _copy(self, hidden: torch.Tensor, batch: int) -> torch.Tensor:
+        """A copy in the page-locked memory of the batch that it replaces, or in new one."""
+        if batch < len(self._batches):
+            before = self._batches[batch]
+            if before.is_pinned() and before.shape == hidden.shape and before.dtype == hidden.dtype:
+                return before.copy_(hidden)  # behind every read of it, which the same stream began earlier
+        if not self._free or self._free[-1].shape != hidden.shape or self._free[-1].dtype != hidden.dtype:
+            count = max(1, SLAB // max(1, hidden.nbytes))
+            try:
+                slab = torch.empty(count, *hidden.shape, dtype=hidden.dtype, pin_memory=True)
+            except RuntimeError:  # the system allows no more of it
+                return hidden.to("cpu")
+            self._free = list(slab)
+        return self._free.pop().copy_(hidden)

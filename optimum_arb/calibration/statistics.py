@@ -14,12 +14,15 @@ from .workers import one_thread
 
 # Rows of X^T X that are made at once: their product in float32 takes 180 MB at 11008 features, the whole one's 485 MB.
 PANEL = 4096
+# Whether torch (from 2.8 on) multiplies matrices in 16 bits into float32, on a GPU: at the speed of its tensor cores.
+MIXED = hasattr(torch.ops.aten.mm, "dtype")
 
 
 class Statistic:
     """X^T X of the inputs that one or several linears receive, and how many inputs were summed.
 
-    The product of each batch is of float32, and their sum of float64, which is exact while no batch's part of an entry
+    The product of each batch has sums in float32 (of inputs in 16 bits, which are not widened on a GPU, the products
+    themselves are exact), and their sum is of float64, which is exact while no batch's part of an entry
     is below 2^-29 of the sum. So, rounded to float32, it does not depend on the order of the batches: several processes
     that sum some each come to what one comes to (`calibration/distributed.py`).
 
@@ -39,11 +42,15 @@ class Statistic:
 
     def add(self, inputs: torch.Tensor) -> None:
         """Adds inputs `[..., K]`."""
-        rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(torch.float32)
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])
         total = self.total
+        if not (MIXED and rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)):
+            rows = rows.to(torch.float32)
         with one_thread(rows.device), torch.autocast(rows.device.type, enabled=False):
             for start in range(0, rows.shape[1], PANEL):
-                total[start : start + PANEL] += rows[:, start : start + PANEL].T @ rows
+                panel = rows[:, start : start + PANEL].T
+                wide = rows.dtype != torch.float32
+                total[start : start + PANEL] += torch.mm(panel, rows, out_dtype=torch.float32) if wide else panel @ rows
         self.tokens += rows.shape[0]
 
     @property

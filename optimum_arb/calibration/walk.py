@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..algorithms.refinement import release_graphs
 from ..experts import is_experts
 from ..nn import ARBExperts, ARBLinear
 from .activations import INPUTS, Activations
@@ -196,6 +197,7 @@ class CalibrationWalk:
                 elif outside:
                     with self.progress.layer("outside the layers", outside):
                         self._outside(outside, [name for group in groups for name in group.names])
+        release_graphs()
 
     def _outside(self, targets: list[str], layers: list[str]) -> None:
         if self.batches:
@@ -512,7 +514,8 @@ class CalibrationWalk:
         """The layer's output for a batch."""
 
         def run(batch: int) -> torch.Tensor:
-            return calls[batch].run(layer, inputs[batch].to(self.device), self.device)
+            hidden = inputs[batch].to(self.device, non_blocking=True)  # from page-locked memory the host need not wait
+            return calls[batch].run(layer, hidden, self.device)
 
         return run
 

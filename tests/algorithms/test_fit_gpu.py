@@ -1,0 +1,93 @@
+"""The fit on an accelerator against that on the CPU; run with `pytest -m gpu` where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from optimum_arb import ARBConfig
+from optimum_arb.algorithms import binarize, cuda_graph, output_error, refinement
+from optimum_arb.algorithms.partition import large_weights, salient_columns
+from optimum_arb.calibration.activations import Activations
+from optimum_arb.calibration.statistics import Statistic
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.fixture
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(384, 320, generator=generator) * torch.rand(320, generator=generator).mul(2).exp()
+    inputs = torch.randn(1024, 320, generator=generator) @ torch.randn(320, 320, generator=generator)
+    return weight, inputs.T @ inputs
+
+
+def test_the_searches_choose_as_on_the_cpu(problem):
+    block = problem[0][:, :128]
+    assert torch.equal(
+        salient_columns(block.square().cuda(), "search").cpu(), salient_columns(block.square(), "search")
+    )
+    for order in (1, 2):
+        found = large_weights(block.cuda(), block.abs().cuda(), order)
+        assert torch.equal(found.cpu(), large_weights(block, block.abs(), order))
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"method": "arb-rc"},
+        {"method": "arb-rc", "group_bitmap": "none"},
+        {"method": "billm"},
+        {},
+        {"planes": 2},
+        {"admm_iterations": 0, "refinement_sweeps": 2},
+        {"scale_bits": 8},
+        {"method": "arb-dbf"},
+    ],
+    ids=str,
+)
+def test_as_good_as_on_the_cpu(problem, choices):
+    weight, hessian = problem
+    config = ARBConfig(**choices)
+    on_cpu = output_error(weight, binarize(weight, hessian, config).dequantize(), hessian)
+    found = binarize(weight.cuda(), hessian.cuda(), config).dequantize().cpu()
+    assert output_error(weight, found, hessian) == pytest.approx(on_cpu, rel=0.03)
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_the_graph_gives_the_same_bits(problem, planes, monkeypatch):
+    weight, hessian = (tensor.cuda() for tensor in problem)
+    config = ARBConfig(planes=planes, refinement_sweeps=3)
+    refinement.release_graphs()
+    found = binarize(weight, hessian, config)
+    assert refinement._graphs._graphs, "no graph was captured"
+    monkeypatch.setattr(cuda_graph.Graphs, "run", lambda self, key, function, *tensors: function(*tensors))
+    expected = binarize(weight, hessian, config)
+    assert torch.equal(found.signs, expected.signs)
+    assert torch.equal(found.row_scale, expected.row_scale)
+    assert torch.equal(found.col_scale, expected.col_scale)
+    refinement.release_graphs()
+    assert not refinement._graphs._graphs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_inputs_in_16_bits(dtype):
+    inputs = torch.randn(3, 500, 192, generator=torch.Generator().manual_seed(0)).to(dtype)
+    statistic = Statistic(192, torch.device("cuda"))
+    statistic.add(inputs.cuda())
+    rows = inputs.reshape(-1, 192).double()
+    torch.testing.assert_close(statistic.hessian.cpu().double(), rows.T @ rows, rtol=1e-5, atol=1e-2)
+
+
+def test_hidden_states_come_back_from_page_locked_memory():
+    kept = Activations()
+    first = [torch.randn(1, 16, 32, device="cuda") for _ in range(3)]
+    for batch, hidden in enumerate(first):
+        kept.put(batch, hidden)
+    assert all(kept[batch].is_pinned() for batch in range(3))
+    places = [kept[batch].data_ptr() for batch in range(3)]
+    for batch, hidden in enumerate(first):
+        assert torch.equal(kept[batch].cuda(), hidden)
+        kept.put(batch, -hidden)
+    assert [kept[batch].data_ptr() for batch in range(3)] == places
+    assert all(torch.equal(kept[batch], -hidden.cpu()) for batch, hidden in enumerate(first))
