@@ -39,6 +39,7 @@ CONFIG_OPTIONS = (
     "col_scale",
     "hadamard",
     "admm_iterations",
+    "shrinkage",
     "rank",
     "factor_bits",
     "scale_bits",
@@ -47,6 +48,7 @@ CONFIG_OPTIONS = (
     "refine_learning_rate",
     "refine_signs",
     "modules_to_not_convert",
+    "other_modalities",
     "base_model",
 )
 
@@ -158,6 +160,12 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         help="iterations of arb-hrc's search of all blocks at once (default: 25; 0: block after block)",
     )
     method.add_argument(
+        "--shrinkage",
+        type=float,
+        metavar="X",
+        help="how much smaller the calibration matrix is made beside its diagonal (default: 0.05 for arb-hrc, else 0)",
+    )
+    method.add_argument(
         "--refine",
         metavar="HOW",
         help="tune each binarized layer to the float model's outputs (block), and then the whole model (model)",
@@ -171,6 +179,12 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     )
     method.add_argument(
         "--modules-to-not-convert", nargs="+", metavar="PATTERN", help="linears to keep in float: suffixes, or re:..."
+    )
+    method.add_argument(
+        "--other-modalities",
+        action="store_true",
+        default=None,
+        help="binarize the vision and audio towers beside a language model too (they stay in float by default)",
     )
     method.add_argument(
         "--override",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 import shutil
@@ -11,15 +12,21 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from optimum_arb import ARBConfig
 from optimum_arb.commands.quantize import CONFIG_OPTIONS, add_arguments, build_config, parse_overrides
+from optimum_arb.config import RECORDED
 
 QUICK = ("--num-samples", "2", "--sequence-length", "32")
 
 
-def parse(*options: str):
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return parser.parse_args(["model", "out", *options])
+    return parser
+
+
+def parse(*options: str):
+    return _parser().parse_args(["model", "out", *options])
 
 
 def test_saves_a_model_that_loads_with_its_tokenizer(binarized_model):
@@ -90,7 +97,7 @@ def test_every_option_reaches_the_configuration():
     config = build_config(parse("--no-col-scale", "--no-act-order"))
     assert (config.col_scale, config.act_order) == (False, False)
     others = {"planes", "refinement_sweeps", "modules_to_not_convert", "base_model", "col_scale", "act_order", "rank"}
-    others |= {"factor_bits", "scale_bits", "hadamard", "admm_iterations"}
+    others |= {"factor_bits", "scale_bits", "hadamard", "admm_iterations", "shrinkage", "other_modalities"}
     others |= {"refine", "refine_steps", "refine_learning_rate", "refine_signs"}
     assert set(given) | others == set(CONFIG_OPTIONS)
     assert build_config(parse("--planes", "3")).planes == 3
@@ -99,9 +106,34 @@ def test_every_option_reaches_the_configuration():
     assert build_config(parse("--scale-bits", "8")).scale_bits == 8
     assert build_config(parse("--hadamard", "128")).hadamard == 128
     assert build_config(parse("--admm-iterations", "0")).admm_iterations == 0
+    assert build_config(parse("--shrinkage", "0")).shrinkage == 0
+    assert build_config(parse("--other-modalities")).other_modalities is True
+    assert build_config(parse()).other_modalities is False
     assert build_config(parse("--refinement-sweeps", "2")).refinement_sweeps == 2
     assert build_config(parse("--method", "arb", "--salient-columns", "search")).salient_columns == "search"
     assert build_config(parse("--no-calibration")).dataset is None
+
+
+# What `ARBConfig` takes and `quantize` has no option of that name for, and why.
+WITHOUT_OPTION = {
+    "overrides": "--override, once for each pattern",
+    "backend": "chosen for each load of a binarized model",
+    "max_memory": "places a model that is calibrated on load; `quantize` holds one layer at a time",
+    "verify_checksums": "chosen for each load of a binarized model",
+    "format_version": "recorded by the run",
+    "requires": "recorded by the run",
+    **dict.fromkeys(set(RECORDED) - {"base_model"}, "recorded by the run"),
+}
+
+
+def test_every_field_has_an_option_or_a_reason():
+    fields = set(inspect.signature(ARBConfig.__init__).parameters) - {"self", "kwargs"}
+    assert fields - set(CONFIG_OPTIONS) == set(WITHOUT_OPTION)
+    assert not set(CONFIG_OPTIONS) - fields
+    options = {action.dest: action.option_strings for action in _parser()._actions}
+    for name in CONFIG_OPTIONS:
+        assert "--" + name.replace("_", "-") in options[name]
+    assert "--override" in options["override"]
 
 
 def test_overrides():
