@@ -211,6 +211,31 @@ def _mma(self: _Fragment, a: tuple, b: tuple, c: tuple) -> tuple[np.ndarray, ...
     return tuple(bits(count[..., r, n]) + start for (r, n), start in zip(places, c, strict=True))
 
 
+def _mma_half(self: _Fragment, a: tuple, b: tuple, c: tuple) -> tuple[np.ndarray, ...]:
+    """D = A B + C, A 16 x 16 and B 16 x 8 of float16 (subnormal ones too), D and C 16 x 8 float32.
+
+    Lane 4 g + t: A columns 2 t and 2 t + 1 of row g, then of row g + 8, then columns 2 t + 8 and 2 t + 9 of both; B rows
+    2 t and 2 t + 1 of column g, then 2 t + 8 and 2 t + 9; D and C as in `_mma`. The sum is rounded once: the hardware's
+    is less exact.
+    """
+    assert (len(a), len(b), len(c)) == (4, 2, 4)
+
+    def halves(register: np.ndarray) -> np.ndarray:  # [..., 8, 8 neighbouring columns]
+        whole = np.ascontiguousarray(np.broadcast_to(register, self.shape)).view(np.float16)
+        return whole.reshape(*self.shape[:-1], 8, 8).astype(np.float64)
+
+    top, bottom = (np.concatenate([halves(a[i]), halves(a[i + 2])], -1) for i in (0, 1))
+    left = np.concatenate([top, bottom], -2)  # [..., 16, 16]
+    right = np.concatenate([halves(b[0]), halves(b[1])], -1)  # [..., 8 tokens, 16]
+    product = left @ np.swapaxes(right, -1, -2)
+    lane = np.arange(LANES)
+    row, column = lane // 4, lane % 4 * 2
+    places = ((row, column), (row, column + 1), (row + 8, column), (row + 8, column + 1))
+    return tuple(
+        bits((product[..., r, n] + floats(start)).astype(np.float32)) for (r, n), start in zip(places, c, strict=True)
+    )
+
+
 def _select(self: _Fragment, a: np.ndarray, b: np.ndarray, predicate: np.ndarray) -> np.ndarray:
     return np.where(predicate != 0, a, b)
 
@@ -245,9 +270,11 @@ _INSTRUCTIONS: dict[str, tuple[str, tuple[str, ...], Callable]] = {
     "add.s32": ("s32", ("s32", "s32"), _int_op(np.add)),
     "mad.lo.s32": ("s32", ("s32", "s32", "s32"), _int_op(lambda a, b, c: a * b + c)),
     "and.b32": ("b32", ("b32", "b32"), _int_op(np.bitwise_and)),
+    "shr.u32": ("u32", ("u32", "u32"), _int_op(np.right_shift)),
     "prmt.b32": ("b32", ("b32", "b32", "imm"), _prmt),
     "shf.l.wrap.b32": ("b32", ("b32", "b32", "u32"), _shf_l_wrap),
     "lop3.b32": ("b32", ("b32", "b32", "b32", "imm"), _lop3),
     "shfl.sync.bfly.b32": ("b32", ("b32", "imm", "imm", "imm"), _bfly),
     "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc": ("s32", ("b32", "b32", "s32"), _mma),
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": ("f32", ("b32", "b32", "f32"), _mma_half),
 }

@@ -111,3 +111,87 @@ def add_sum() -> str:
 
 
 ADD_SUM_CONSTRAINTS = ",".join(["=&f"] * 4 + ["r"] * 4 + ["f"] * 8)
+
+
+# Sign bits as float16 numbers. A float16 whose only bit is bit b < 10 is the subnormal 2^(b - 24): a word of signs
+# under the mask 0x00010001 << b is two weights of 0 or 2^(b - 24), without a shift or a conversion. The input of the
+# columns whose signs are at bit b brings the factor 2^(14 - b). The upper byte of each half goes down by 8 first.
+
+HALF_SCALE = 2.0**11  # what undoes 2^(b - 24) 2^(14 - b), and the 1/2 of a correction that counts ones for signs
+
+
+def half_multiply(token_tiles: int) -> str:
+    """Adds row scale times sign product of one plane and one tile, for 8 or 16 tokens, to a lane's sums.
+
+    NVIDIA's `mma.m16n8k16` multiplies 16 rows by 16 columns of float16 signs with 8 tokens. Lane `4 g + t` holds word t
+    of rows g, g + 8, g + 16, g + 24 of 32; step b takes their bits b, b + 8, b + 16 and b + 24, which are the tile's
+    columns 16 b + 4 t, + 1, + 2, + 3. Of the result it holds tokens 2 t and 2 t + 1 of these rows.
+
+    With u = `token_tiles` (1 or 2), operands: the sums out (4 registers: rows g and g + 8, each two tokens; then rows
+    g + 16 and g + 24; then the next 8 tokens), four words, 16 u registers of inputs (for each 8 tokens and step b:
+    columns 4 t and 4 t + 2, then 4 t + 1 and 4 t + 3), 4 u of their scales and corrections (scale and correction of
+    tokens 2 t and 2 t + 1: scale, scale, correction, correction), four row scales, the sums in.
+    """
+    outputs = 8 * token_tiles
+    words = outputs
+    inputs = words + 4
+    factors = inputs + 16 * token_tiles
+    rows = factors + 4 * token_tiles
+    sums = rows + 4
+    lines = [f"{{ .reg .b32 w<4>; .reg .b32 a<8>; .reg .f32 d<{outputs}>; .reg .f32 u, f;"]
+    lines += [f"shr.u32 w{row}, ${words + row}, 8;" for row in range(4)]
+    for tile in range(token_tiles):
+        for pair in (0, 1):
+            for i in range(4):
+                lines.append(f"mov.b32 d{8 * tile + 4 * pair + i}, ${factors + 4 * tile + 2 + i % 2};")
+    for bit in range(8):
+        mask = f"0x{0x00010001 << bit:08X}"
+        for pair in (0, 1):
+            lines += [f"and.b32 a{4 * pair + i}, ${words + 2 * pair + i}, {mask};" for i in (0, 1)]
+            lines += [f"and.b32 a{4 * pair + 2 + i}, w{2 * pair + i}, {mask};" for i in (0, 1)]
+        for tile in range(token_tiles):
+            b = inputs + 16 * tile + 2 * bit
+            for pair in (0, 1):
+                first = 8 * tile + 4 * pair
+                found = ", ".join(f"d{first + i}" for i in range(4))
+                a = ", ".join(f"a{4 * pair + i}" for i in range(4))
+                lines.append(
+                    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                    f"{{{found}}}, {{{a}}}, {{${b}, ${b + 1}}}, {{{found}}};"
+                )
+    for tile in range(token_tiles):
+        for column in (0, 1):
+            lines.append(f"mov.b32 u, ${factors + 4 * tile + column};")
+            for row in range(4):
+                i = 8 * tile + 2 * row + column
+                lines.append(f"mul.f32 f, d{i}, u; fma.rn.f32 ${i}, f, ${rows + row}, ${sums + i};")
+    return " ".join(lines) + " }"
+
+
+def half_constraints(token_tiles: int) -> str:
+    return ",".join(
+        ["=&f"] * (8 * token_tiles) + ["r"] * (4 + 20 * token_tiles) + ["f"] * (4 + 8 * token_tiles)
+    )
+
+
+def half_add_sum(token_tiles: int) -> str:
+    """Adds row scale times the sum of the inputs of one tile (a mean) to a lane's sums.
+
+    Operands: the sums out, the scales and corrections, the row scales and the sums in of `half_multiply`.
+    """
+    factors = 8 * token_tiles
+    rows = factors + 4 * token_tiles
+    sums = rows + 4
+    lines = ["{ .reg .f32 u, c;"]
+    for tile in range(token_tiles):
+        for column in (0, 1):
+            first = factors + 4 * tile + column
+            lines.append(f"mov.b32 u, ${first}; mov.b32 c, ${first + 2}; mul.f32 u, u, c; sub.f32 u, 0f80000000, u;")
+            for row in range(4):
+                i = 8 * tile + 2 * row + column
+                lines.append(f"fma.rn.f32 ${i}, u, ${rows + row}, ${sums + i};")
+    return " ".join(lines) + " }"
+
+
+def half_add_sum_constraints(token_tiles: int) -> str:
+    return ",".join(["=&f"] * (8 * token_tiles) + ["r"] * (4 * token_tiles) + ["f"] * (4 + 8 * token_tiles))

@@ -1,0 +1,140 @@
+"""The kernel for five to sixteen tokens: its preparation in the interpreter, its assembly in an emulator."""
+
+import numpy as np
+import ptx
+import pytest
+import torch
+from packed_weights import random_packed
+
+from optimum_arb.layout import all_layouts, planes_layout
+from optimum_arb.ops.backends.triton import fragments, half_bits
+from optimum_arb.ops.backends.triton.prepack import Prepacked, join, prepack
+
+LAYOUTS = {layout.name: layout for layout in all_layouts()}
+
+
+def prepare(x: torch.Tensor, weight: Prepacked, parts: int = 1) -> np.ndarray:
+    """int32 `[parts * inputs, T, ceil(M / 8), 528]`."""
+    inputs, tiles, token_tiles = len(weight.program.inputs), weight.tiles, -(-len(x) // 8)
+    out = torch.full((parts * inputs, tiles, token_tiles, 528), -1, dtype=torch.int32)
+    index = weight.input_scale if weight.index is None else weight.index
+    half_bits._prepare[tiles, token_tiles, parts * inputs](
+        x, weight.input_scale, index, out, tiles, x.stride(0), len(x), inputs, parts, weight.index is not None, False
+    )
+    return out.numpy()
+
+
+def sign_word(words: list[np.ndarray], mask: int) -> np.ndarray:
+    """The product of planes: equal signs give +1, so XNOR, and XOR of three."""
+    chosen = [word for plane, word in enumerate(words) if mask >> plane & 1]
+    found = np.bitwise_xor.reduce(chosen)
+    return ~found if len(chosen) == 2 else found
+
+
+def emulate(weight: Prepacked, x: torch.Tensor, part: int = 0, parts: int = 1) -> np.ndarray:
+    """`[M, 32 G]` as the kernels compute it for one part of the weights: all tiles side by side, then their sum."""
+    token_tiles, count = -(-len(x) // 8), len(weight.program.inputs)
+    prepared = prepare(x, weight, parts)[part * count : (part + 1) * count]
+    words = weight.words.numpy().view(np.uint32)
+    groups, tiles, planes = words.shape[:3]
+    words = np.moveaxis(words.reshape(groups, tiles, planes, 32, 4), 2, 0)  # [planes, G, T, lane, j]
+    block = np.arange(tiles) // weight.tiles_per_block
+    row_scale = weight.row_scale.float().numpy()[:, block]  # [G, T, row scales, g, j]
+    sums = [np.zeros((groups, tiles, 32), dtype=np.uint32) for _ in range(8 * token_tiles)]
+    for mask, row, source, factor in weight.program.terms:
+        chunk = prepared[source].view(np.uint32)  # [T, token tiles, 528]
+        operand = chunk[..., :512].reshape(tiles, token_tiles, 4, 32, 4)
+        inputs = [operand[:, tile, q, :, j] for tile in range(token_tiles) for q in range(4) for j in range(4)]
+        lane = np.arange(32) % 4 * 4
+        factors = [chunk[:, tile, 512 + lane + j] for tile in range(token_tiles) for j in range(4)]
+        scale = np.repeat(np.moveaxis(row_scale[:, :, row] * np.float32(factor), -1, 0), 4, axis=-1)  # [j, G, T, lane]
+        scales = [ptx.bits(each) for each in scale]
+        if mask == 0:
+            text, constraints = fragments.half_add_sum(token_tiles), fragments.half_add_sum_constraints(token_tiles)
+            sums = ptx.run(text, constraints, [*factors, *scales, *sums])
+        else:
+            word = sign_word(list(words), mask)
+            text, constraints = fragments.half_multiply(token_tiles), fragments.half_constraints(token_tiles)
+            each = [np.ascontiguousarray(word[..., j]) for j in range(4)]
+            sums = ptx.run(text, constraints, [*each, *inputs, *factors, *scales, *sums])
+    # token tile, pair, half, token, G, T, g, t
+    found = np.stack([ptx.floats(each) for each in sums]).reshape(token_tiles, 2, 2, 2, groups, tiles, 8, 4)
+    found = found.sum(5, dtype=np.float32)
+    return found.transpose(0, 6, 3, 4, 1, 2, 5).reshape(8 * token_tiles, 32 * groups)[: len(x)]
+
+
+def check(packed, tokens: int) -> None:
+    x = torch.randn(tokens, packed.in_features, generator=torch.Generator().manual_seed(0))
+    dense = packed.unpack().dequantize(torch.float64)
+    size = (x.double().square() @ dense.square().T).sqrt().numpy()  # of a sum of terms of random signs
+    out = emulate(prepack(packed), x)
+    assert not out[:, packed.out_features :].any()  # the rows that fill the last group
+    error = out[:, : packed.out_features] - (x.double() @ dense.T).numpy()
+    assert np.linalg.norm(error) <= 4e-4 * np.linalg.norm(size)  # rounding x to float16 is 2e-4
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout(name, block_size):
+    check(random_packed(LAYOUTS[name], 42, 300, block_size, permuted=block_size == 128), tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "block_size", "permuted", "tokens"),
+    [(1, 64, 64, False, 8), (123, 192, 128, True, 9), (42, 576, -1, False, 16), (5, 4304, 128, True, 13)],
+)
+@pytest.mark.parametrize("name", ["planes-1", "planes-2-col", "planes-3-mean"])
+def test_shapes(name, rows, columns, block_size, permuted, tokens):
+    check(random_packed(LAYOUTS[name], rows, columns, block_size, permuted=permuted), tokens)
+
+
+def test_joined_weights():
+    """Each part of several weights of one input, with its own columns' order and scales."""
+    parts = [
+        random_packed(planes_layout(2, col_scale=True), count, 300, permuted=True, seed=seed)
+        for seed, count in enumerate((42, 7, 64))
+    ]
+    joined = join([prepack(part) for part in parts])
+    assert joined is not None
+    x = torch.randn(6, 300, generator=torch.Generator().manual_seed(3))
+    group = 0
+    for number, part in enumerate(parts):
+        out = emulate(joined, x, number, len(parts))[:, 32 * group :][:, : part.out_features]
+        expected = (x.double() @ part.unpack().dequantize(torch.float64).T).numpy()
+        assert np.linalg.norm(out - expected) < 4e-4 * np.linalg.norm(expected)
+        group += -(-part.out_features // 32)
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-3, 1e5, 1e30])
+def test_inputs_of_any_size(size):
+    """Each token of each tile has a scale of its own: a huge or a tiny token costs no other its precision."""
+    packed = random_packed(planes_layout(1, col_scale=True), 42, 256)
+    x = torch.randn(7, 256, generator=torch.Generator().manual_seed(0))
+    x[3] *= size
+    x[5, 100] *= 1e4
+    dense = packed.unpack().dequantize(torch.float64)
+    error = emulate(prepack(packed), x)[:, :42] - (x.double() @ dense.T).numpy()
+    size_of = (x.double().square() @ dense.square().T).sqrt().numpy()
+    assert (np.linalg.norm(error, axis=1) <= 4e-4 * np.linalg.norm(size_of, axis=1)).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_stays_with_its_token(bad):
+    packed = random_packed(planes_layout(2), 42, 256)
+    x = torch.randn(9, 256, generator=torch.Generator().manual_seed(0))
+    x[2, 7] = bad
+    out = emulate(prepack(packed), x)
+    assert np.isnan(out[2, :42]).all()
+    assert np.isfinite(np.delete(out, 2, 0)).all()
+
+
+def test_zeros_and_rows_alone():
+    """Zeros give zeros, and a token's sums do not depend on the others."""
+    packed = random_packed(planes_layout(1, col_scale=True), 42, 384, permuted=True)
+    weight = prepack(packed)
+    x = torch.randn(8, 384, generator=torch.Generator().manual_seed(0))
+    x[1] = 0
+    out = emulate(weight, x)
+    assert not out[1].any()
+    assert (emulate(weight, x[:5]) == out[:5]).all()
+    assert (emulate(weight, torch.cat([x, 1e6 * x]))[:8] == out).all()
