@@ -31,9 +31,10 @@ _CHUNK = gl.constexpr(528)  # words of 8 tokens of a tile: 1024 halves, and scal
 _SLOTS = gl.constexpr(SLOTS)
 _ROWS = gl.constexpr(ROWS)
 _TEXTS = gl.constexpr((*map(fragments.half_multiply, (1, 2)), *map(fragments.half_add_sum, (1, 2))))
-_CONSTRAINTS = gl.constexpr((*map(fragments.half_constraints, (1, 2)), *map(fragments.half_add_sum_constraints, (1, 2))))
+_CONSTRAINTS = gl.constexpr(
+    (*map(fragments.half_constraints, (1, 2)), *map(fragments.half_add_sum_constraints, (1, 2)))
+)
 _WAIT = gl.constexpr("{ griddepcontrol.wait; mov.b32 $0, $1; }")
-
 
 
 @dataclass(frozen=True)
@@ -251,9 +252,7 @@ def _multiply(
             next_at = words_at + (step + 1) * (COLUMN_WARPS * PLANES * _SLOTS)
             following = _load_words(next_at, gl.expand_dims(tile + COLUMN_WARPS < T, 0), PLANES)
         else:
-            words = _load_words(
-                words_at + step * (COLUMN_WARPS * PLANES * _SLOTS), gl.expand_dims(there, 0), PLANES
-            )
+            words = _load_words(words_at + step * (COLUMN_WARPS * PLANES * _SLOTS), gl.expand_dims(there, 0), PLANES)
         row_scale_at = scale_at + gl.expand_dims(tile // TILES_PER_BLOCK * (ROW_SCALES * _ROWS), 0)
         for i in gl.static_range(INPUTS):
             shift = (i * T + step * COLUMN_WARPS) * (TOKEN_TILES * _CHUNK)
