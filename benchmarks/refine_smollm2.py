@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=float, default=RefineSettings.held_out)
     parser.add_argument("--model-steps", type=int, default=0, help="steps of the last pass over the whole model")
     parser.add_argument("--model-lr", type=float, default=RefineSettings.learning_rate / 5)
+    parser.add_argument("--model-sign-lr", type=float, default=0.0, help="of the last pass; 0: signs stay")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--targets",
@@ -113,13 +114,24 @@ def main() -> None:
     batches = token_batches(tokens.view(args.samples, args.length), args.batch_size)
     start = time.perf_counter()
     follow = args.targets == "float"
-    walk = CalibrationWalk(model, targets, binarize, batches, args.device, after_layer=after_layer, follow_float=follow)
+    walk = CalibrationWalk(
+        model,
+        targets,
+        binarize,
+        batches,
+        args.device,
+        after_layer=after_layer,
+        follow_float=follow,
+        error_correction=config.resolved_error_correction,
+    )
     walk.run()
     last = None
     if args.model_steps:
         if walk.chain is None:
             parser.error("--model-steps needs --targets float")
-        of_model = replace(settings, steps=args.model_steps, learning_rate=args.model_lr)
+        of_model = replace(
+            settings, steps=args.model_steps, learning_rate=args.model_lr, sign_learning_rate=args.model_sign_lr
+        )
         last = refine_model(model, walk.chain, batches, walk.float_outputs, of_model, args.device)
         print(
             f"the model: divergence {last.before:.5f} -> {last.after:.5f} in {last.steps} steps, {last.seconds:.1f} s"

@@ -55,7 +55,7 @@ def refine_model(
     in_layers = {id(p) for layer in chain.modules for p in layer.parameters()}
     move(model, device)
     try:
-        with computing_in_float32(model) as stored, swapped(model, train_signs=False) as twins:
+        with computing_in_float32(model) as stored, swapped(model, settings.sign_learning_rate > 0) as twins:
             outside = [p for p in model.parameters() if p.ndim <= 1 and id(p) not in in_layers]
             of_float = [p.detach().clone() for p in outside]
             last = len(chain.modules) - 1
@@ -85,9 +85,7 @@ def refine_model(
                     found = logits(model, batches[batch], device)
                 return divergence(found, wanted, batches[batch])
 
-            result = tune(
-                model, twins, loss, train, held, replace(settings, sign_learning_rate=0.0), "the model", stored
-            )
+            result = tune(model, twins, loss, train, held, settings, "the model", stored)
     finally:
         move(model, torch.device("cpu"))
     return replace(result, seconds=time.perf_counter() - start)

@@ -108,7 +108,7 @@ class Refiner:
         if self.config.refine != "model":
             return
         assert walk.chain is not None  # a walk that follows the float model has one
-        settings = replace(self.settings, steps=MODEL_STEPS, learning_rate=MODEL_LEARNING_RATE)
+        settings = replace(self.settings, steps=MODEL_STEPS, learning_rate=MODEL_LEARNING_RATE, sign_learning_rate=0.0)
         batches, outputs = walk.batches[: walk.fitted], walk.float_outputs[: walk.fitted]
         self.model = refine_model(walk.model, walk.chain, batches, outputs, settings, walk.device)
 
