@@ -169,9 +169,7 @@ def half_multiply(token_tiles: int) -> str:
 
 
 def half_constraints(token_tiles: int) -> str:
-    return ",".join(
-        ["=&f"] * (8 * token_tiles) + ["r"] * (4 + 20 * token_tiles) + ["f"] * (4 + 8 * token_tiles)
-    )
+    return ",".join(["=&f"] * (8 * token_tiles) + ["r"] * (4 + 20 * token_tiles) + ["f"] * (4 + 8 * token_tiles))
 
 
 def half_add_sum(token_tiles: int) -> str:

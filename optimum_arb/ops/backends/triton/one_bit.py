@@ -12,7 +12,6 @@ the other rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -20,6 +19,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from . import fragments
+from .launch import Program
 from .prepack import ROWS, SLOTS, Prepacked
 
 MAX_TOKENS = 4  # the operands of more take more registers than a lane has to spare
@@ -373,7 +373,7 @@ class _Plan:
             overlap,
         )
         self.warps, self.overlap = config.warps, overlap
-        self.launches: tuple[Any, Any] | None = None
+        self.launches: tuple[Program, Program] | None = None
 
     def run(self, x: torch.Tensor, bias: torch.Tensor | None, experts: torch.Tensor | None) -> torch.Tensor:
         scratch = torch.empty(self.scratch, dtype=torch.int32, device=x.device)
@@ -401,9 +401,9 @@ class _Plan:
         if self.launches is None:
             prepare = _prepare[self.prepare_grid](*first, num_warps=1)
             decode = _decode[self.decode_grid](*second, num_warps=self.warps, launch_pdl=self.overlap)
-            self.launches = prepare[self.prepare_grid], decode[self.decode_grid]
+            self.launches = Program(prepare), Program(decode)
         else:
             stream = triton.runtime.driver.active.get_current_stream(x.device.index)
-            self.launches[0](*first, stream=stream)
-            self.launches[1](*second, stream=stream)
+            self.launches[0](self.prepare_grid, first, stream)
+            self.launches[1](self.decode_grid, second, stream)
         return out
