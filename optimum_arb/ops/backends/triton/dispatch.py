@@ -153,14 +153,25 @@ def run_prepared(
     """`few_tokens` of a weight that `prepare` returned; `parts` are the rows of each weight that was joined."""
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    joined = parts if len(parts) > 1 else None
     if rows.shape[0] > MAX_TOKENS:
         from .half_bits import HalfConfig, multiply
 
-        return multiply(rows, weight, bias, _half_config(*_product(rows, weight)) or HalfConfig(), joined)
-    from .one_bit import decode
+        config = _half_config(*_product(rows, weight)) or HalfConfig()
+        return multiply(rows, weight, bias, config, parts if len(parts) > 1 else None)
+    from . import one_bit
 
-    return decode(rows, weight, bias, _decode_config(*_product(rows, weight)), joined)
+    # what the host does for a token is felt: the table is asked once, not at every call
+    key = one_bit.likeness(rows, bias), parts
+    plan = weight.plans.get(key)
+    if plan is None:
+        chosen = _decode_config(*_product(rows, weight))
+        plan = one_bit.plan(rows, weight, bias, chosen, parts if len(parts) > 1 else None, None)
+        weight.plans[key] = plan
+    device = rows.device
+    if torch.cuda.current_device() != device.index:
+        with torch.cuda.device(device):
+            return plan.run(rows, bias, None)
+    return plan.run(rows, bias, None)
 
 
 @cache
