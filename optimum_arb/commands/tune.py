@@ -39,11 +39,11 @@ def run(args: argparse.Namespace) -> None:
     if unknown := set(tokens) - set(tables.TOKENS):
         raise ValueError(f"--tokens {sorted(unknown)}: the table has entries for {tables.TOKENS} only.")
     path = Path(args.output) if args.output else tables.user_directory() / tables.device_file(torch.device("cuda", 0))
-    kept = {(e.out_features, e.in_features, e.planes, e.tokens): e for e in tables.read(path)}
+    kept = {tables.key(e): e for e in tables.read(path)}
     rows = []
     deadline = None if args.seconds is None else time.monotonic() + args.seconds
     for entry, baseline in tune(shapes, tokens, args.workers, deadline):
-        kept[entry.out_features, entry.in_features, entry.planes, entry.tokens] = entry
+        kept[tables.key(entry)] = entry
         tables.write(path, kept.values())
         config = " ".join(f"{k}={v}" for k, v in entry.config.items() if k != "kernel")
         rows.append(

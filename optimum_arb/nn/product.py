@@ -102,7 +102,7 @@ class PackedProduct(ABC):
             return False
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return False  # what follows has no gradient
-        if not torch.compiler.is_compiling() and not self._looked:
+        if not self._looked and not torch.compiler.is_compiling():
             if torch.cuda.is_current_stream_capturing():
                 return False
             self._prepared = prepare_layer(self)

@@ -214,9 +214,9 @@ def _mma(self: _Fragment, a: tuple, b: tuple, c: tuple) -> tuple[np.ndarray, ...
 def _mma_half(self: _Fragment, a: tuple, b: tuple, c: tuple) -> tuple[np.ndarray, ...]:
     """D = A B + C, A 16 x 16 and B 16 x 8 of float16 (subnormal ones too), D and C 16 x 8 float32.
 
-    Lane 4 g + t: A columns 2 t and 2 t + 1 of row g, then of row g + 8, then columns 2 t + 8 and 2 t + 9 of both; B rows
-    2 t and 2 t + 1 of column g, then 2 t + 8 and 2 t + 9; D and C as in `_mma`. The sum is rounded once: the hardware's
-    is less exact.
+    Lane 4 g + t: A columns 2 t and 2 t + 1 of row g, then of row g + 8, then columns 2 t + 8 and 2 t + 9 of both; B
+    rows 2 t and 2 t + 1 of column g, then 2 t + 8 and 2 t + 9; D and C as in `_mma`. The sum is rounded once: the
+    hardware's is less exact.
     """
     assert (len(a), len(b), len(c)) == (4, 2, 4)
 

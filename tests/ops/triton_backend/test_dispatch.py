@@ -7,6 +7,8 @@ from packed_weights import random_packed, relative_error
 from optimum_arb.layout import planes_layout
 from optimum_arb.ops.backends.triton import dispatch, prepack
 from optimum_arb.ops.backends.triton.dispatch import few_tokens, input_grad, linear
+from optimum_arb.ops.backends.triton.half_bits import HalfConfig
+from optimum_arb.ops.backends.triton.table import Entry
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -42,11 +44,30 @@ def test_few_tokens_need_a_prepared_weight(monkeypatch):
     other = random_packed(planes_layout(1), 7, 256)
     asked = []
     monkeypatch.setattr(dispatch, "run_prepared", lambda rows, weight, bias, parts: asked.append((len(rows), parts)))
-    x = torch.randn(5, 256).half()
+    # as if the table had an entry of the kernel for 5 to 16 tokens, for the joined weights alone
+    known = {(49, 8): HalfConfig(), (49, 16): HalfConfig(2)}
+    monkeypatch.setattr(dispatch, "_half_config", lambda device, n, k, planes, tokens: known.get((n, tokens)))
+    x = torch.randn(17, 256).half()
     assert few_tokens(x[:1], [packed], None) is None
     prepack.make([packed])
     prepack.make([packed, other])
     for m in (0, 1, 4, 5):
         few_tokens(x[:m], [packed], None)
-    few_tokens(x[:2], [packed, other], None)
-    assert asked == [(1, (42,)), (4, (42,)), (2, (42, 7))]
+    for m in (2, 5, 8, 16, 17):
+        few_tokens(x[:m], [packed, other], None)
+    assert asked == [(1, (42,)), (4, (42,)), *[(m, (42, 7)) for m in (2, 5, 8, 16)]]
+
+
+def test_half_bits_where_it_is_the_fastest(monkeypatch):
+    def lookup(device, n, k, planes, tokens, half_bits=False):
+        took = {(4096, True): 5.0, (4096, False): 9.0, (64, True): 3.0, (64, False): 2.0, (7, True): 1.0}
+        if (n, half_bits) not in took:
+            return None
+        config = {"groups": 2, "row_warps": 1} if half_bits else {}
+        return Entry(n, k, planes, tokens, "half_bits" if half_bits else "hopper", config, took[n, half_bits])
+
+    monkeypatch.setattr(dispatch, "lookup", lookup)
+    dispatch._half_config.cache_clear()
+    found = {n: dispatch._half_config(torch.device("cpu"), n, 4096, 2, 8) for n in (4096, 64, 7, 3)}
+    dispatch._half_config.cache_clear()
+    assert found == {4096: HalfConfig(2, 1), 64: None, 7: HalfConfig(2, 1), 3: None}

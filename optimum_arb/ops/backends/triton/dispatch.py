@@ -18,9 +18,10 @@ from .gemm import GemmConfig, default_config, fits_hopper, gemm, gemm_input_grad
 from .table import bucket, lookup
 
 if TYPE_CHECKING:
-    from . import one_bit
+    from . import half_bits, one_bit
 
 MAX_TOKENS = 4  # of the one-bit kernel
+HALF_TOKENS = 16  # of the kernel that follows it where the table says that it is the fastest
 # Rows of experts, each of which reads a whole weight: about 16 tokens with 4 experts each.
 MAX_EXPERT_ROWS = 64
 
@@ -116,7 +117,7 @@ def grouped_linear(x: torch.Tensor, offsets: torch.Tensor, packed: PackedExperts
 
 
 def few_tokens(rows: torch.Tensor, weights: list[PackedWeight], bias: torch.Tensor | None) -> torch.Tensor | None:
-    """`[M * N]` by the one-bit kernel for weights that `prepare` has prepared; None where it is not to be used.
+    """`[M * N]` by the kernels for weights that `prepare` has prepared; None where these are not to be used.
 
     Args:
         rows: `[M, K]`.
@@ -126,24 +127,65 @@ def few_tokens(rows: torch.Tensor, weights: list[PackedWeight], bias: torch.Tens
     Returns:
         The results `[M, rows]` of the weights, one after another.
     """
-    if not 1 <= rows.shape[0] <= MAX_TOKENS:
+    if not 1 <= rows.shape[0] <= HALF_TOKENS:
         return None
     weight = prepack.find(weights)
-    if weight is None:
+    if weight is None or not takes(rows, weight):
         return None
     return run_prepared(rows, weight, bias, tuple(packed.out_features for packed in weights))
+
+
+def takes(rows: torch.Tensor, weight: prepack.Prepacked) -> bool:
+    """Whether `run_prepared` is the fastest for this number of rows."""
+    tokens = rows.shape[0]
+    if tokens <= MAX_TOKENS:
+        return tokens > 0
+    return tokens <= HALF_TOKENS and _half_config(*_product(rows, weight)) is not None
+
+
+def _product(rows: torch.Tensor, weight: prepack.Prepacked) -> tuple[torch.device, int, int, int, int]:
+    return rows.device, weight.rows, rows.shape[1], weight.program.planes, bucket(rows.shape[0])
 
 
 def run_prepared(
     rows: torch.Tensor, weight: prepack.Prepacked, bias: torch.Tensor | None, parts: tuple[int, ...]
 ) -> torch.Tensor:
     """`few_tokens` of a weight that `prepare` returned; `parts` are the rows of each weight that was joined."""
-    from .one_bit import decode
-
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    config = _decode_config(rows.device, weight.rows, rows.shape[1], weight.program.planes, bucket(rows.shape[0]))
-    return decode(rows, weight, bias, config, parts if len(parts) > 1 else None)
+    if rows.shape[0] > MAX_TOKENS:
+        from .half_bits import HalfConfig, multiply
+
+        config = _half_config(*_product(rows, weight)) or HalfConfig()
+        return multiply(rows, weight, bias, config, parts if len(parts) > 1 else None)
+    from . import one_bit
+
+    # what the host does for a token is felt: the table is asked once, not at every call
+    key = one_bit.likeness(rows, bias), parts
+    plan = weight.plans.get(key)
+    if plan is None:
+        chosen = _decode_config(*_product(rows, weight))
+        plan = one_bit.plan(rows, weight, bias, chosen, parts if len(parts) > 1 else None, None)
+        weight.plans[key] = plan
+    device = rows.device
+    if torch.cuda.current_device() != device.index:
+        with torch.cuda.device(device):
+            return plan.run(rows, bias, None)
+    return plan.run(rows, bias, None)
+
+
+@cache
+def _half_config(
+    device: torch.device, out_features: int, in_features: int, planes: int, tokens: int
+) -> half_bits.HalfConfig | None:
+    """None where the kernels that read the stored order are faster, or nobody has measured it."""
+    entry = lookup(device, out_features, in_features, planes, tokens, True)
+    other = lookup(device, out_features, in_features, planes, tokens)
+    if entry is None or (other is not None and other.microseconds < entry.microseconds):
+        return None
+    from .half_bits import HalfConfig
+
+    return HalfConfig(**entry.config)
 
 
 @cache

@@ -8,6 +8,9 @@ in float32. The second is launched while the first still runs and fetches its fi
 A row of the result does not depend on the other rows, or on their number up to 8 and from 9 on.
 """
 
+# mypy: disable-error-code="assignment"
+# ruff: noqa: RUF005
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import fragments
-from .launch import Launcher, cdiv, overlaps, size_class, tensor_class
+from .launch import Launcher, cdiv, overlaps, tensor_class
 from .one_bit import _sign_word
 from .prepack import ROWS, SLOTS, Prepacked
 
@@ -52,6 +55,30 @@ class HalfConfig:
     row_warps: int = 2
     column_warps: int = 4
     prefetch: bool = True
+
+
+def candidates(out_features: int, in_features: int, tokens: int) -> list[HalfConfig]:
+    """Cuts worth timing for a weight `[out_features, in_features]`.
+
+    Args:
+        out_features: N.
+        in_features: K.
+        tokens: 1 to `MAX_TOKENS`.
+    """
+    found = []
+    for groups in (1, 2, 4):
+        for row_warps in (1, 2, 4):
+            for column_warps in (2, 4, 8, 16):
+                warps = row_warps * column_warps
+                programs = cdiv(out_features, ROWS * groups * row_warps)
+                # sums and inputs of a warp: what would not fit the 65536 registers of a multiprocessor twice
+                wide = groups * cdiv(tokens, 8)
+                if not 4 <= warps <= 16 or wide > 4 or wide * warps > 32 or 2 * column_warps > cdiv(in_features, 128):
+                    continue
+                if programs < 64 and groups * row_warps > 1:
+                    continue
+                found.append(HalfConfig(groups, row_warps, column_warps))
+    return found
 
 
 @triton.jit(do_not_specialize=["T", "x_stride", "M"])

@@ -42,18 +42,36 @@ class Launcher:
         """
         program = self._programs.get((device.index, key))
         if program is not None:
-            stream = triton.runtime.driver.active.get_current_stream(device.index)
-            if DIRECT and not _hooked():
-                run, function, metadata = program[1:]
-                run(*grid, stream, function, metadata, None, None, None, *args)
-            else:
-                program[0][grid](*args, stream=stream)
+            program(grid, args, triton.runtime.driver.active.get_current_stream(device.index))
             return
         made = self.kernel[grid](*args, **options)
         # on the CPU there is Triton's interpreter, or a compiler without a GPU
         if made is not None and device.type == "cuda":
-            known = (made.run, made.function, made.packed_metadata) if DIRECT else ()
-            self._programs[(device.index, key)] = (made, *known)
+            self._programs[(device.index, key)] = Program(made)
+
+
+class Program:
+    """A compiled kernel, launched without what Triton prepares for profilers alone (half of the time of its launch).
+
+    Args:
+        made: what Triton's own launch returned.
+    """
+
+    __slots__ = ("_known", "_made")
+
+    def __init__(self, made: Any):
+        self._made = made
+        self._known: tuple[Any, Any, Any] | None = None
+
+    def __call__(self, grid: tuple[int, int, int], args: tuple[Any, ...], stream: int) -> None:
+        """Launches on this stream of the current device; `args` are all, compile-time ones too."""
+        if DIRECT and not _hooked():
+            if self._known is None:
+                self._known = self._made.run, self._made.function, self._made.packed_metadata
+            run, function, metadata = self._known
+            run(*grid, stream, function, metadata, None, None, None, *args)
+        else:
+            self._made[grid](*args, stream=stream)
 
 
 # Triton's own call of a compiled program prepares what only profilers read: half of its time. What lies below it is

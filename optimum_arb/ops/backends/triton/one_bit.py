@@ -11,8 +11,8 @@ the other rows.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -20,6 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from . import fragments
+from .launch import Program
 from .prepack import ROWS, SLOTS, Prepacked
 
 MAX_TOKENS = 4  # the operands of more take more registers than a lane has to spare
@@ -302,27 +303,39 @@ def decode(
         `[M * N]` of x's dtype: the results `[M, rows]` of the parts, one after another; with experts `[M, N]`, the
         parts side by side.
     """
-    # Triton's own launch looks at every argument again: 25 us a kernel in Python, against 6 of a plan's
-    key = (
-        x.shape[0],
-        x.dtype,
-        x.data_ptr() % 16,
-        None if bias is None else (bias.dtype, bias.data_ptr() % 16),
-        config,
-        part_rows,
-        experts is None,
-    )
-    plan = weight.plans.get(key)
-    if plan is None:
-        plan = weight.plans[key] = _Plan(x, weight, bias, config, part_rows or (weight.rows,), experts)
+    found = plan(x, weight, bias, config, part_rows, experts)
     device = x.device.index
     if torch.cuda.current_device() != device:
         with torch.cuda.device(device):
-            return plan.run(x, bias, experts)
-    return plan.run(x, bias, experts)
+            return found.run(x, bias, experts)
+    return found.run(x, bias, experts)
 
 
-class _Plan:
+def plan(
+    x: torch.Tensor,
+    weight: Prepacked,
+    bias: torch.Tensor | None,
+    config: DecodeConfig,
+    part_rows: tuple[int, ...] | None,
+    experts: torch.Tensor | None,
+) -> Plan:
+    """What `decode` runs with these arguments, and with any x and bias that are alike in `likeness`."""
+    # Triton's own launch looks at every argument again: 25 us a kernel in Python, against 6 of a plan's
+    key = (likeness(x, bias), config, part_rows, experts is None)
+    found: Plan | None = weight.plans.get(key)
+    if found is None:
+        found = weight.plans[key] = Plan(x, weight, bias, config, part_rows or (weight.rows,), experts)
+    return found
+
+
+def likeness(x: torch.Tensor, bias: torch.Tensor | None) -> tuple[Hashable, ...]:
+    """Equal for inputs and biases that one plan serves."""
+    if bias is None:
+        return x.shape[0], x.dtype, x.data_ptr() % 16
+    return x.shape[0], x.dtype, x.data_ptr() % 16, bias.dtype, bias.data_ptr() % 16
+
+
+class Plan:
     """The two launches of a product of some weight and number of tokens, compiled and with all but x and bias known."""
 
     def __init__(
@@ -373,7 +386,7 @@ class _Plan:
             overlap,
         )
         self.warps, self.overlap = config.warps, overlap
-        self.launches: tuple[Any, Any] | None = None
+        self.launches: tuple[Program, Program] | None = None
 
     def run(self, x: torch.Tensor, bias: torch.Tensor | None, experts: torch.Tensor | None) -> torch.Tensor:
         scratch = torch.empty(self.scratch, dtype=torch.int32, device=x.device)
@@ -401,9 +414,9 @@ class _Plan:
         if self.launches is None:
             prepare = _prepare[self.prepare_grid](*first, num_warps=1)
             decode = _decode[self.decode_grid](*second, num_warps=self.warps, launch_pdl=self.overlap)
-            self.launches = prepare[self.prepare_grid], decode[self.decode_grid]
+            self.launches = Program(prepare), Program(decode)
         else:
             stream = triton.runtime.driver.active.get_current_stream(x.device.index)
-            self.launches[0](*first, stream=stream)
-            self.launches[1](*second, stream=stream)
+            self.launches[0](self.prepare_grid, first, stream)
+            self.launches[1](self.decode_grid, second, stream)
         return out

@@ -34,8 +34,9 @@ class Entry:
         in_features: K.
         planes: stored sign planes.
         tokens: M, one of `TOKENS`.
-        kernel: "one_bit", or a kernel of `GemmConfig`.
-        config: the fields of `DecodeConfig` or `GemmConfig`.
+        kernel: "one_bit", "half_bits" (beside the entry of a kernel of `GemmConfig`, for weights that are prepacked),
+            or a kernel of `GemmConfig`.
+        config: the fields of `DecodeConfig`, `HalfConfig` or `GemmConfig`.
         microseconds: what it took when it was tuned.
     """
 
@@ -94,19 +95,21 @@ def write(path: Path, entries: Iterable[Entry]) -> None:
     temporary.replace(path)
 
 
+def key(entry: Entry) -> tuple[int, int, int, int, bool]:
+    """What a table has one entry of."""
+    return entry.out_features, entry.in_features, entry.planes, entry.tokens, entry.kernel == "half_bits"
+
+
 @cache
 def _entries(name: str) -> tuple[Entry, ...]:
     shipped = Path(__file__).parent / "tables" / name
-    found = {
-        (e.out_features, e.in_features, e.planes, e.tokens): e
-        for path in (shipped, user_directory() / name)
-        for e in read(path)
-    }
-    return tuple(found.values())
+    return tuple({key(e): e for path in (shipped, user_directory() / name) for e in read(path)}.values())
 
 
 @cache
-def lookup(device: torch.device, out_features: int, in_features: int, planes: int, tokens: int) -> Entry | None:
+def lookup(
+    device: torch.device, out_features: int, in_features: int, planes: int, tokens: int, half_bits: bool = False
+) -> Entry | None:
     """The entry of the nearest product on this device, by tokens, then planes, then shape; None where there is none.
 
     Args:
@@ -115,9 +118,14 @@ def lookup(device: torch.device, out_features: int, in_features: int, planes: in
         in_features: K.
         planes: stored sign planes.
         tokens: M, of `TOKENS`.
+        half_bits: look for an entry of this kernel and these tokens alone.
     """
     entries = _entries(device_file(device))
-    few = [e for e in entries if (e.kernel == "one_bit") == (tokens <= FEW_TOKENS)]
+    if half_bits:
+        few = [e for e in entries if e.kernel == "half_bits" and e.tokens == tokens]
+    else:
+        gemm = [e for e in entries if e.kernel != "half_bits"]
+        few = [e for e in gemm if (e.kernel == "one_bit") == (tokens <= FEW_TOKENS)]
     sizes = {e.tokens for e in few}
     if not sizes:
         return None

@@ -11,13 +11,14 @@ import torch
 
 from ....layout import planes_layout
 from ..packed import PackedWeight
-from . import one_bit, prepack
+from . import half_bits, one_bit, prepack
 from .available import has_one_bit_kernel
 from .gemm import GemmConfig, candidates, gemm
 from .table import TOKENS, Entry
 from .timing import copies_for, graph_time, random_weight
 
 Shape = tuple[int, int, int]  # out_features, in_features, planes
+Config = one_bit.DecodeConfig | half_bits.HalfConfig | GemmConfig
 
 
 def one_bit_candidates(out_features: int, in_features: int) -> list[one_bit.DecodeConfig]:
@@ -32,21 +33,23 @@ def one_bit_candidates(out_features: int, in_features: int) -> list[one_bit.Deco
     return found
 
 
-def _calls(tokens: int, shape: Shape) -> list[tuple[str, one_bit.DecodeConfig | GemmConfig]]:
+def _calls(tokens: int, shape: Shape) -> list[tuple[str, Config]]:
     out_features, in_features, _ = shape
+    prepacked = has_one_bit_kernel(torch.device("cuda", torch.cuda.current_device()))
     if tokens <= one_bit.MAX_TOKENS:
-        if not has_one_bit_kernel(torch.device("cuda", torch.cuda.current_device())):
-            return []
-        return [("one_bit", config) for config in one_bit_candidates(out_features, in_features)]
-    return [(config.kernel, config) for config in candidates(out_features, in_features, tokens)]
+        return [("one_bit", c) for c in one_bit_candidates(out_features, in_features)] if prepacked else []
+    found: list[tuple[str, Config]] = [(c.kernel, c) for c in candidates(out_features, in_features, tokens)]
+    if prepacked and tokens <= half_bits.MAX_TOKENS:
+        found += [("half_bits", c) for c in half_bits.candidates(out_features, in_features, tokens)]
+    return found
 
 
-def _run(
-    x: torch.Tensor, config: one_bit.DecodeConfig | GemmConfig, packed: PackedWeight, ready: prepack.Prepacked | None
-) -> torch.Tensor:
+def _run(x: torch.Tensor, config: Config, packed: PackedWeight, ready: prepack.Prepacked | None) -> torch.Tensor:
     if isinstance(config, GemmConfig):
         return gemm(x, packed, config=config)
     assert ready is not None
+    if isinstance(config, half_bits.HalfConfig):
+        return half_bits.multiply(x, ready, None, config).view(x.shape[0], -1)
     return one_bit.decode(x, ready, None, config).view(x.shape[0], -1)
 
 
@@ -55,7 +58,7 @@ def compile_all(work: Iterable[tuple[Shape, int]]) -> None:
     for shape, tokens in work:
         out_features, in_features, planes = shape
         packed = random_weight(planes_layout(planes, col_scale=True), out_features, in_features, 128, True, "cuda")
-        ready = prepack.prepack(packed) if tokens <= one_bit.MAX_TOKENS else None
+        ready = prepack.prepack(packed) if tokens <= half_bits.MAX_TOKENS else None
         x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
         for _, config in _calls(tokens, shape):
             try:
@@ -70,7 +73,8 @@ def tune(
 ) -> Iterator[tuple[Entry, float]]:
     """The fastest kernel of each product on the current CUDA device, one after another.
 
-    A candidate counts only where its result agrees with a dense float32 product.
+    From 5 to 16 tokens there are two: of the kernel for prepacked weights, and of those that read the stored order. A
+    candidate counts only where its result agrees with a dense float32 product.
 
     Args:
         shapes: (out_features, in_features, planes) to time, with row and column scales and a permutation.
@@ -99,7 +103,7 @@ def _tune_shape(shape: Shape, tokens: list[int], deadline: float | None) -> Iter
     layout = planes_layout(planes, col_scale=True)
     count = copies_for(planes * out_features * in_features // 8)
     weights = [random_weight(layout, out_features, in_features, 128, True, "cuda", seed) for seed in range(count)]
-    ready = [prepack.prepack(packed) for packed in weights] if min(tokens) <= one_bit.MAX_TOKENS else []
+    ready = [prepack.prepack(packed) for packed in weights] if min(tokens) <= half_bits.MAX_TOKENS else []
     dense = weights[0].unpack().dequantize()
     dense_count = copies_for(2 * out_features * in_features)
     copies = [dense.to(torch.bfloat16).T.contiguous().T for _ in range(dense_count)]
@@ -109,7 +113,7 @@ def _tune_shape(shape: Shape, tokens: list[int], deadline: float | None) -> Iter
         x = torch.randn(size, in_features, device="cuda", dtype=torch.bfloat16)
         baseline = graph_time(lambda i, x=x: torch.mm(x, copies[i % dense_count].T), dense_count)  # type: ignore[misc]
         expected = x.float() @ dense.T
-        best: tuple[float, str, one_bit.DecodeConfig | GemmConfig] | None = None
+        best: dict[bool, tuple[float, str, Config]] = {}
         for kernel, config in _calls(size, shape):
             try:
                 out = _run(x, config, weights[0], ready[0] if ready else None)
@@ -123,8 +127,9 @@ def _tune_shape(shape: Shape, tokens: list[int], deadline: float | None) -> Iter
             except Exception:  # a configuration that this GPU cannot run
                 torch.cuda.synchronize()
                 continue
-            if best is None or took < best[0]:
-                best = (took, kernel, config)
-        if best is not None:
-            entry = Entry(out_features, in_features, planes, size, best[1], asdict(best[2]), round(best[0], 2))
+            half = kernel == "half_bits"
+            if half not in best or took < best[half][0]:
+                best[half] = (took, kernel, config)
+        for took, kernel, config in best.values():
+            entry = Entry(out_features, in_features, planes, size, kernel, asdict(config), round(took, 2))
             yield entry, baseline
