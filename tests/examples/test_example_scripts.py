@@ -14,11 +14,15 @@ from pathlib import Path
 
 import pytest
 from fresh_process import python
-from tiny_models import save_tiny, text
+from tiny_models import VOCABULARY, save_tiny, text, tiny_model, tiny_tokenizer
+from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from optimum_arb import ARBConfig, save_model
+from optimum_arb.commands.printing import size
+from optimum_arb.data import bundled_text
+from optimum_arb.inspection import inspect_model
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -57,6 +61,38 @@ def script(monkeypatch, capsys):
 
     yield call
     logging.set_verbosity(verbosity)
+
+
+def test_quickstart(tmp_path, script):
+    """The table's bits and bytes are those of the files that it wrote."""
+    source = save_tiny(tmp_path / "full", "LlamaForCausalLM", max_position_embeddings=128)
+    tokenizer = tiny_tokenizer()
+    words = list(dict.fromkeys(bundled_text("wikitext-2")[:2000].split()))[: VOCABULARY - 5]
+    tokenizer.backend_tokenizer.model = WordLevel(
+        {
+            **dict(zip(words, range(5, VOCABULARY), strict=True)),
+            "<pad>": 0,
+            "<s>": 1,
+            "</s>": 2,
+            "<unk>": 3,
+            "<mask>": 4,
+        },
+        unk_token="<unk>",
+    )
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    tokenizer.save_pretrained(source)
+    printed = script("quickstart.py", "--model", source, "--quick", "--directory", tmp_path / "out")
+    rows = {line.split("  ")[0]: re.split(r"  +", line.strip()) for line in printed.splitlines() if "  " in line}
+    assert rows["full precision"][1:3] == [
+        "32",
+        size(sum(p.numel() * 4 for p in tiny_model("LlamaForCausalLM").parameters())),
+    ]
+    for name in ("round-to-nearest", "arb-hrc, 1 plane", "arb-hrc, 2 planes"):
+        out = tmp_path / "out" / name.replace(", ", "-").replace(" ", "-")
+        found = inspect_model(out)
+        assert rows[name][1:3] == [f"{found.bits_per_weight:.3f}", size((out / "model.safetensors").stat().st_size)]
+        assert float(rows[name][3].replace(",", "")) > 1
+    assert "What is the capital of France?" in printed
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
