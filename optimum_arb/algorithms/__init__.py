@@ -209,12 +209,13 @@ def _factorize(
     """arb-dbf: a product of two sign matrices, or round-to-nearest of whole rows where that is better and no larger."""
     from .dbf import binarize_factors
 
-    rank, scale_bits = config.resolved_rank(*target.shape), config.resolved_scale_bits
+    rows, columns = target.shape
+    rank, scale_bits = config.resolved_rank(rows, columns), config.resolved_scale_bits
     damping = config.resolved_damp_percent
     factors = binarize_factors(target, hessian, rank, damping, config.resolved_num_iterations, config.seed)
-    if stored_bits(*target.shape, rank, scale_bits) < rounded_bits(*target.shape, scale_bits):
+    if stored_bits(rows, columns, rank, scale_bits) < rounded_bits(rows, columns, scale_bits):
         return factors
-    stored = unpack_factors(pack_factors(factors, scale_bits), target.shape[1])
+    stored = unpack_factors(pack_factors(factors, scale_bits), columns)
     if not rounding_is_better(target, stored.dequantize(), ROUNDED_BLOCK, hessian, damping):
         return factors
     bits, scale = round_to_nearest(target, ROUNDED_BLOCK)

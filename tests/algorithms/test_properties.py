@@ -212,11 +212,11 @@ def test_one_level_is_stored_as_one_plane():
     same."""
     weight = torch.randn(48, 96, generator=torch.Generator().manual_seed(0)).sign()
     hessian = torch.eye(96)
-    for given in (None, hessian):
-        found = binarize(weight, given, ARBConfig(method="arb-dbf", factor_bits=1.6, num_iterations=5))
+    for metric in (None, hessian):
+        found = binarize(weight, metric, ARBConfig(method="arb-dbf", factor_bits=1.6, num_iterations=5))
         assert isinstance(found, BinarizedWeight)
         assert torch.equal(found.dequantize(), weight)
-        few = binarize(weight, given, ARBConfig(method="arb-dbf", factor_bits=1.1, num_iterations=5))
+        few = binarize(weight, metric, ARBConfig(method="arb-dbf", factor_bits=1.1, num_iterations=5))
         assert isinstance(few, FactorizedWeight)
 
 
