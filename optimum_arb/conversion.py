@@ -13,6 +13,7 @@ from .algorithms import binarize, hadamard_gain, output_error
 from .config import ARBConfig
 from .modules import linear_shape
 from .nn import ARBFactorizedLinear, ARBLinear, packed_linear
+from .packing import BinarizedWeight
 
 # Where an `ARBLinear` remembers the class that it replaced, if that was not `nn.Linear`.
 _FLOAT_CLASS = "_arb_float_class"
@@ -84,6 +85,8 @@ def binarize_linear(
             if gain <= 1:
                 config = config.without_hadamard()
         found = binarize(weight, hessian, config)
+        if gain is not None and gain > 1 and isinstance(found, BinarizedWeight) and not found.hadamard:
+            gain = 1.0  # of all rows together it did not pay
         packed = packed_linear(found, None if absent else bias, config.backend, config.resolved_scale_bits)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

@@ -33,6 +33,8 @@ FACTOR_TENSOR_NAMES = (*OUTER.values(), *INNER.values(), "scale_grid")
 OUTER_LAYOUT: Layout = planes_layout(1)
 INNER_LAYOUT: Layout = planes_layout(1, col_scale=True)
 LAYOUT_NAME = "factors"
+# What is stored where that has less error than the factors in no more bits: one plane with a scale for each row.
+ROUNDED_LAYOUT, ROUNDED_BLOCK = planes_layout(1), -1
 # The tensors of scales -> how many grids each has in 8 bits, in the order of `scale_grid`.
 SCALE_GRIDS = {"row_scale": 1, "inner_row_scale": 1, "inner_col_scale": 1}
 
@@ -178,12 +180,18 @@ def rank_for_bits(out_features: int, in_features: int, bits: float, scale_bits: 
     """
     budget = bits * out_features * in_features
     rank = int((budget - scale_bits * (out_features + in_features)) / (out_features + in_features + scale_bits))
-    while rank > 1 and _stored_bits(out_features, in_features, rank, scale_bits) > budget:
+    while rank > 1 and stored_bits(out_features, in_features, rank, scale_bits) > budget:
         rank -= 1  # rows end at whole bytes, which the division above does not know
     return max(rank, 1)
 
 
-def _stored_bits(out_features: int, in_features: int, rank: int, scale_bits: int) -> int:
+def stored_bits(out_features: int, in_features: int, rank: int, scale_bits: int = 16) -> int:
+    """The bits of the tensors of `pack_factors`, scales in float16 or in 8 bits."""
     signs = out_features * packed_bytes(rank, TILE) + rank * packed_bytes(in_features, TILE)
     grids = 64 * sum(SCALE_GRIDS.values()) if scale_bits == 8 else 0
     return 8 * signs + scale_bits * (out_features + rank + in_features) + grids
+
+
+def rounded_bits(out_features: int, in_features: int, scale_bits: int = 16) -> int:
+    """Likewise of one plane of `ROUNDED_LAYOUT`."""
+    return out_features * (8 * packed_bytes(in_features, TILE) + scale_bits) + (64 if scale_bits == 8 else 0)

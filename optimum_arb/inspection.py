@@ -16,6 +16,7 @@ from huggingface_hub import get_safetensors_metadata
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .config import ARBConfig
+from .factors import LAYOUT_NAME
 from .keys import KeyMap
 from .layer_warnings import LayerWarning, layer_warnings
 from .layout import form_name
@@ -150,7 +151,8 @@ def inspect_model(name: str | Path) -> Inspection:
         else:
             shape = linear_shape(model.get_submodule(key))
             described = describe(linears[key], choices, *shape)
-            form = form_name(choices.layout_name, described.get("hadamard", 0))
+            layout = LAYOUT_NAME if "rank" in described else described["layout"].name
+            form = form_name(layout, described.get("hadamard", 0))
             parts = list(linears[key].tensors.values())
         count = sum(tensor_bytes(tensor) for tensor in parts)
         bits = 8 * count / math.prod(shape)

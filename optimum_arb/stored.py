@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .config import ARBConfig
-from .factors import factor_shapes
+from .factors import ROUNDED_BLOCK, ROUNDED_LAYOUT, factor_shapes
 from .packing import STORED_NAMES, packed_shapes
 from .safetensors_header import check_header_length
 
@@ -90,7 +90,8 @@ def describe(linear: StoredLinear, config: ARBConfig, out_features: int, in_feat
     """
     tensors = linear.tensors
     scale_bits = 8 if "scale_grid" in tensors else 16
-    if config.factorized:
+    rounded = config.factorized and not any(name.startswith("inner") for name in tensors)
+    if config.factorized and not rounded:
         # the tensors say which rank the budget of bits was resolved to
         stored = tensors["inner"].shape if "inner" in tensors else ()
         rank = config.rank or (stored[0] if len(stored) == 2 and stored[0] else 1)
@@ -98,20 +99,18 @@ def describe(linear: StoredLinear, config: ARBConfig, out_features: int, in_feat
         _check_tensors(linear, config, factor_shapes(out_features, in_features, rank, scale_bits), form)
         common = {"scale_dtypes": _scale_dtypes(linear), "backend": config.backend, "scale_bits": scale_bits}
         return {"rank": rank, **common}
-    layout = config.layout
+    layout, block_size = (ROUNDED_LAYOUT, ROUNDED_BLOCK) if rounded else (config.layout, config.block_size)
     columns = tensors["salient_columns"].shape if "salient_columns" in tensors else ()
     salient = min(columns[-1], in_features) if columns else 0
-    permuted = "permutation" in tensors
+    permuted = "permutation" in tensors and not rounded
     hadamard = config.hadamard if "input_signs" in tensors else 0
     if not layout.is_planes:
         scale_bits = 16  # the grid is refused as a tensor that the layout does not have
-    shapes = packed_shapes(
-        layout, out_features, in_features, config.block_size, permuted, salient, scale_bits, hadamard
-    )
-    _check_tensors(linear, config, shapes, f"layout {layout.name}, block_size={config.block_size}")
+    shapes = packed_shapes(layout, out_features, in_features, block_size, permuted, salient, scale_bits, hadamard)
+    _check_tensors(linear, config, shapes, f"layout {layout.name}, block_size={block_size}")
     return {
         "layout": layout,
-        "block_size": config.block_size,
+        "block_size": block_size,
         "permuted": permuted,
         "salient": salient,
         "scale_dtypes": _scale_dtypes(linear),

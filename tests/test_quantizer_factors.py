@@ -12,7 +12,7 @@ from svd_factors import install
 from tiny_models import outputs, save_tiny, tokens
 from transformers import AutoModelForCausalLM
 
-from optimum_arb import ARBConfig, ARBLinear, model_report
+from optimum_arb import ARBConfig, ARBLinear, algorithms, model_report
 from optimum_arb.export import export_gguf
 from optimum_arb.inspection import inspect_model
 from optimum_arb.nn import ARBFactorizedLinear
@@ -118,6 +118,37 @@ def test_per_module(llama, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config)
     assert type(model.model.layers[0].mlp.up_proj) is ARBFactorizedLinear
     assert type(model.model.layers[0].mlp.gate_proj) is ARBLinear
+
+
+@pytest.mark.parametrize("scale_bits", [16, 8])
+def test_where_one_plane_is_better(llama, tmp_path, monkeypatch, scale_bits):
+    """It takes the place of the factors; that is told, loaded, and checked."""
+    narrow = []
+
+    def better(target, *_):
+        narrow.append(target.shape)
+        return target.shape[0] < 64  # k_proj and v_proj
+
+    monkeypatch.setattr(algorithms, "rounding_is_better", better)
+    model = binarize(llama, factor_bits=1.8, scale_bits=scale_bits)
+    assert len(narrow) == 14
+    assert type(model.model.layers[0].self_attn.k_proj) is ARBLinear
+    assert type(model.model.layers[0].self_attn.q_proj) is ARBFactorizedLinear
+    forms = {module.name: module.layout for module in model_report(model).modules}
+    assert sorted(forms.values()) == ["factors"] * 10 + ["planes-1"] * 4
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = tokens(1, 8)
+    assert torch.equal(outputs(again, ids), outputs(model, ids))
+    assert {module.name: module.layout for module in inspect_model(tmp_path).modules} == forms
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), ids), outputs(model, ids))
+    tensors = load_file(tmp_path / "model.safetensors")
+    key = "model.layers.0.self_attn.k_proj.weight"
+    tensors[key] = tensors[key][:, :-1].clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"k_proj.*layout planes-1, block_size=-1"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_planes_alone_are_still_version_1(llama, tmp_path):

@@ -8,7 +8,15 @@ import math
 import torch
 
 from ..config import BITMAP_METHODS, ARBConfig
-from ..factors import FactorizedWeight
+from ..factors import (
+    ROUNDED_BLOCK,
+    ROUNDED_LAYOUT,
+    FactorizedWeight,
+    pack_factors,
+    rounded_bits,
+    stored_bits,
+    unpack_factors,
+)
 from ..hadamard import random_signs, rotate
 from ..packing import BinarizedWeight
 from .admm import admm_planes
@@ -16,6 +24,7 @@ from .assembly import assemble_bitmap, assemble_planes
 from .bitmap import BitmapFit, fit_bitmap_block
 from .coded_scales import code_scales
 from .compensation import binarize_blocks
+from .guard import no_worse_than_rounding, round_to_nearest, rounding_is_better
 from .hessian import PreparedHessian, identity_hessian, prepare_hessian
 from .planes import PlanesFit, fit_planes
 from .refinement import refine_blocks
@@ -37,7 +46,9 @@ def binarize(
         config: the choices, overrides applied (`ARBConfig.for_module`).
 
     Returns:
-        The binarized weight, scales in float32: a `FactorizedWeight` of "arb-dbf", else a `BinarizedWeight`.
+        The binarized weight, scales in float32. A `FactorizedWeight` of "arb-dbf", unless round-to-nearest of whole
+        rows has less error in no more bits, then that; of other methods a `BinarizedWeight`, without a Hadamard
+        transform where round-to-nearest has less error than the fit with one.
 
     Raises:
         ValueError: NaN or Inf in the weight or the calibration matrix, or shapes that do not fit.
@@ -60,8 +71,10 @@ def binarize(
         return factors
     if config.hadamard and hessian is not None:
         result = _binarize_rotated(target, hessian, config)
-        result.row_scale = result.row_scale * unit
-        return result
+        damping = config.resolved_damp_percent, config.resolved_shrinkage
+        if not rounding_is_better(target, result.dequantize(), config.block_size, hessian, *damping):
+            result.row_scale = result.row_scale * unit
+            return result
     if hessian is None:
         config = copy.copy(config)
         config.dataset = None  # what no input reached is fitted as without calibration
@@ -72,13 +85,16 @@ def binarize(
         target = target[:, prepared.permutation]
     target = torch.where(prepared.dead, 0.0, target)  # what never has an input may as well cost nothing
     if config.method == "rtn":
-        result = _round_to_nearest(target, prepared, config)
+        result = _round_to_nearest(target, config)
     elif config.method in BITMAP_METHODS:
         result = _binarize_bitmap(target, prepared, config)
     else:
         result = _binarize_planes(target, prepared, config)
-    result.permutation = prepared.permutation
     result.row_scale = result.row_scale * unit
+    # the compensation as released is there to be compared with, bit for bit
+    if config.method in BITMAP_METHODS and (hessian is None or config.compensation == "exact"):
+        result = no_worse_than_rounding(target, result, unit, None if hessian is None else prepared)
+    result.permutation = prepared.permutation
     return result
 
 
@@ -187,28 +203,29 @@ def _binarize_planes(target: torch.Tensor, hessian: PreparedHessian, config: ARB
     return assemble_planes(fits, config.layout, config.block_size)
 
 
-def _factorize(target: torch.Tensor, hessian: torch.Tensor | None, config: ARBConfig) -> FactorizedWeight:
-    """arb-dbf: a product of two sign matrices."""
+def _factorize(
+    target: torch.Tensor, hessian: torch.Tensor | None, config: ARBConfig
+) -> BinarizedWeight | FactorizedWeight:
+    """arb-dbf: a product of two sign matrices, or round-to-nearest of whole rows where that is better and no larger."""
     from .dbf import binarize_factors
 
-    return binarize_factors(
-        target,
-        hessian,
-        config.resolved_rank(*target.shape),
-        config.resolved_damp_percent,
-        config.resolved_num_iterations,
-        config.seed,
-    )
+    rows, columns = target.shape
+    rank, scale_bits = config.resolved_rank(rows, columns), config.resolved_scale_bits
+    damping = config.resolved_damp_percent
+    factors = binarize_factors(target, hessian, rank, damping, config.resolved_num_iterations, config.seed)
+    if stored_bits(rows, columns, rank, scale_bits) < rounded_bits(rows, columns, scale_bits):
+        return factors
+    stored = unpack_factors(pack_factors(factors, scale_bits), columns)
+    if not rounding_is_better(target, stored.dequantize(), ROUNDED_BLOCK, hessian, damping):
+        return factors
+    bits, scale = round_to_nearest(target, ROUNDED_BLOCK)
+    return BinarizedWeight(ROUNDED_LAYOUT, ROUNDED_BLOCK, bits[None], scale[:, :, None])
 
 
-def _round_to_nearest(target: torch.Tensor, hessian: PreparedHessian, config: ARBConfig) -> BinarizedWeight:
-    """`sign(W)` with the row scale `mean|W|`: the nearest signs and the least-squares scale (XNOR-Net, arXiv
-    1603.05279). Looks at no calibration."""
-    fits = []
-    for block in target.split(_width(config, target), 1):
-        bits = torch.where(block >= 0, 1.0, -1.0)
-        fits.append(PlanesFit(bits[None], block.abs().mean(1)[None], torch.ones_like(block[:1])))
-    return assemble_planes(fits, config.layout, config.block_size)
+def _round_to_nearest(target: torch.Tensor, config: ARBConfig) -> BinarizedWeight:
+    """Looks at no calibration."""
+    bits, scale = round_to_nearest(target, config.block_size)
+    return BinarizedWeight(config.layout, config.block_size, bits[None], scale[:, :, None])
 
 
 def _binarize_bitmap(target: torch.Tensor, hessian: PreparedHessian, config: ARBConfig) -> BinarizedWeight:

@@ -62,22 +62,14 @@ def prepare_hessian(
     """
     if not torch.isfinite(hessian).all():
         raise ValueError("the calibration matrix has NaN or Inf: the layer's inputs overflowed or were not finite")
-    full = hessian.to(torch.float64)
-    diagonal = full.diagonal()
-    mean = diagonal.mean()
-    # a common scale, so that one damping and one ridge serve inputs of any size; 1e-30 and 1e30 both pass
-    full = full / mean if mean > 0 else full.clone()
+    full = _of_unit_mean(hessian)
     dead = full.diagonal() <= 0
     permutation = None
     if act_order:
         permutation = torch.argsort(full.diagonal(), descending=True, stable=True)
         full = full[permutation][:, permutation]
         dead = dead[permutation]
-    damped = full.clone()
-    if shrinkage:
-        damped *= 1 - shrinkage
-        damped.diagonal().copy_(full.diagonal())
-    damped.diagonal()[dead] = 1.0
+    damped = _shrunk(full, dead, shrinkage)
     columns = len(full)
     identity = torch.eye(columns, dtype=torch.float64, device=full.device)
     damping = max(damp_percent, 1e-8)
@@ -95,6 +87,40 @@ def prepare_hessian(
         f"the calibration matrix cannot be factorized even with a damping of {damping / 10:g} times its mean "
         "diagonal: calibrate with more text or raise damp_percent"
     )
+
+
+def damped_hessian(hessian: torch.Tensor, damp_percent: float, shrinkage: float = 0.0) -> torch.Tensor:
+    """The matrix that `prepare_hessian` factorizes, in the order of the columns, without its factors.
+
+    Args:
+        hessian, damp_percent, shrinkage: as there.
+
+    Returns:
+        float32 `[K, K]`, rows and columns of 0 where there never was an input.
+    """
+    full = _of_unit_mean(hessian)
+    dead = full.diagonal() <= 0
+    damped = _shrunk(full, dead, shrinkage)
+    damped.diagonal().add_(max(damp_percent, 1e-8) * damped.diagonal().mean())
+    damped.diagonal()[dead] = 0.0
+    return damped.float()
+
+
+def _of_unit_mean(hessian: torch.Tensor) -> torch.Tensor:
+    """A float64 copy over the mean of its diagonal: a common scale, so that one damping and one ridge serve inputs of
+    any size; 1e-30 and 1e30 both pass."""
+    full = hessian.to(torch.float64)
+    mean = full.diagonal().mean()
+    return full / mean if mean > 0 else full.clone()
+
+
+def _shrunk(full: torch.Tensor, dead: torch.Tensor, shrinkage: float) -> torch.Tensor:
+    damped = full.clone()
+    if shrinkage:
+        damped *= 1 - shrinkage
+        damped.diagonal().copy_(full.diagonal())
+    damped.diagonal()[dead] = 1.0
+    return damped
 
 
 def identity_hessian(columns: int, device: torch.device) -> PreparedHessian:
