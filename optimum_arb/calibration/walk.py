@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..algorithms.refinement import release_graphs
 from ..experts import is_experts
 from ..nn import ARBExperts, ARBLinear
 from .activations import INPUTS, Activations
@@ -197,7 +196,6 @@ class CalibrationWalk:
                 elif outside:
                     with self.progress.layer("outside the layers", outside):
                         self._outside(outside, [name for group in groups for name in group.names])
-        release_graphs()
 
     def _outside(self, targets: list[str], layers: list[str]) -> None:
         if self.batches:
