@@ -21,7 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import fragments
-from .launch import Launcher, cdiv, overlaps, size_class, tensor_class
+from .launch import Launcher, cdiv, overlaps, tensor_class
 from .one_bit import _sign_word
 from .prepack import ROWS, SLOTS, Prepacked
 
