@@ -31,7 +31,7 @@ class ModuleReport:
         output_error: the same of its outputs on the calibration tokens; None without calibration.
         experts: of experts, how many there are; None for a linear.
         starved: of experts, how many were binarized from their weights alone, since fewer calibration tokens than
-            `expert_conversion.STARVED_TOKENS` were routed to them.
+            `experts.conversion.STARVED_TOKENS` were routed to them.
         planes: sign planes of all columns.
         block_size: columns that share a row scale.
         tokens: calibration tokens that reached it (of experts: summed over them).

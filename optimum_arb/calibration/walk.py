@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..algorithms.refinement import release_graphs
-from ..experts import is_experts
+from ..experts.matrices import is_experts
 from ..nn import ARBExperts, ARBLinear
 from .activations import INPUTS, Activations
 from .calls import Call, Stop, hidden_states, like, replaced_forwards
