@@ -129,8 +129,11 @@ def test_saves_the_tokenizer_and_loads_with_it(tmp_path):
     assert "arb-hrc" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("family", "dataset"), [("LlamaForCausalLM", tokens()), ("MixtralForCausalLM", None)])
-def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch, family, dataset):
+@pytest.mark.parametrize(
+    ("family", "dataset", "steps"), [("LlamaForCausalLM", tokens(), 4), ("MixtralForCausalLM", None, 1)]
+)
+def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch, family, dataset, steps):
+    """In each step of a layer: query, key and value; output; gate and up; down."""
     save(tmp_path / "float", family, num_hidden_layers=4)
     seen = []
     binarize_all = walk_module.CalibrationWalk._binarize_all
@@ -144,7 +147,7 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch, family, dataset
 
     monkeypatch.setattr(walk_module.CalibrationWalk, "_binarize_all", look)
     quantize_checkpoint(tmp_path / "float", tmp_path / "out", ARBConfig(dataset=dataset, block_size=64))
-    assert seen == [([i], [j for j in range(4) if j != i], True, True) for i in range(4)]
+    assert seen == [([i], [j for j in range(4) if j != i], True, True) for i in range(4) for _ in range(steps)]
 
 
 def test_each_layer_is_read_once(tmp_path, monkeypatch):
