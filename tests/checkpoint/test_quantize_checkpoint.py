@@ -14,7 +14,7 @@ from tiny_models import FAMILIES, save_tiny, text, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_arb import ARBConfig, model_report, quantize_checkpoint
-from optimum_arb.calibration import walk as walk_module
+from optimum_arb.calibration.fitting import Fitting
 from optimum_arb.checkpoint import source as source_module
 
 CALIBRATED = [
@@ -136,7 +136,7 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch, family, dataset
     """In each step of a layer: query, key and value; output; gate and up; down."""
     save(tmp_path / "float", family, num_hidden_layers=4)
     seen = []
-    binarize_all = walk_module.CalibrationWalk._binarize_all
+    binarize_all = Fitting.binarize
 
     def look(self, names, statistics):
         layers = self.model.model.layers
@@ -145,7 +145,7 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch, family, dataset
         seen.append((here, gone, self.model.model.embed_tokens.weight.is_meta, self.model.lm_head.weight.is_meta))
         return binarize_all(self, names, statistics)
 
-    monkeypatch.setattr(walk_module.CalibrationWalk, "_binarize_all", look)
+    monkeypatch.setattr(Fitting, "binarize", look)
     quantize_checkpoint(tmp_path / "float", tmp_path / "out", ARBConfig(dataset=dataset, block_size=64))
     assert seen == [([i], [j for j in range(4) if j != i], True, True) for i in range(4) for _ in range(steps)]
 

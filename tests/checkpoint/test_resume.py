@@ -17,7 +17,7 @@ from tiny_models import save_tiny, tokens
 from optimum_arb import ARBConfig, quantize_checkpoint
 from optimum_arb import quantizer as quantizer_module
 from optimum_arb.checkpoint import quantize as quantize_module
-from optimum_arb.checkpoint.quantize import work_directory
+from optimum_arb.checkpoint.run import work_directory
 from optimum_arb.checkpoint.work import WorkDirectory
 
 CONFIG = {"block_size": 64, "batch_size": 2}
