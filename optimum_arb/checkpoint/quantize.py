@@ -121,7 +121,7 @@ def quantize_checkpoint(
         )
     staging = work.path / "model"
     if resume:
-        before = _finished_before(work, staging, output, config) if ranks.is_first else None
+        before = _finished_before(work, staging, output, config, overwrite) if ranks.is_first else None
         if done := ranks.exchange(before, "looking for a finished model")[0]:
             if not ranks.is_first:
                 work.clear()
@@ -242,8 +242,12 @@ def _in_memory(
     return QuantizedCheckpoint(output, model_report(model), quantization, time.perf_counter() - began, 0, files)
 
 
-def _finished_before(work: WorkDirectory, staging: Path, output: Path, config: ARBConfig) -> QuantizedCheckpoint | None:
+def _finished_before(
+    work: WorkDirectory, staging: Path, output: Path, config: ARBConfig, overwrite: bool
+) -> QuantizedCheckpoint | None:
     """The model of a run that was interrupted when its model was whole, or that was not interrupted at all."""
+    if not work.exists and overwrite:
+        return None  # the model there may be the one to replace: of a run that was killed before it kept anything
     if work.exists:
         work.read()
         if work.published is None:

@@ -265,6 +265,15 @@ def test_the_previous_model_stays_until_the_new_one_is_whole(tmp_path, monkeypat
     assert_same_files(out, finished / "out")
 
 
+def test_the_model_to_replace_is_not_taken_for_the_new_one(tmp_path, finished):
+    """Of the same choices but of another float model: a run that was killed before it kept anything left it there."""
+    save_tiny(tmp_path / "other", "LlamaForCausalLM", num_hidden_layers=1)
+    out = tmp_path / "out"
+    quantize_checkpoint(tmp_path / "other", out, config())
+    quantize_checkpoint(finished / "float", out, config(), overwrite=True, resume=True)
+    assert_same_files(out, finished / "out")
+
+
 def test_cut_short_while_the_model_takes_its_place(tmp_path, monkeypatch, finished):
     """The model is whole then: resuming needs neither the layers nor the float model."""
     out = tmp_path / "out"
