@@ -1,6 +1,7 @@
 """Fits of a few linears under other options: held-out output error, true bits, seconds. Also the time of large shapes.
 
-    python benchmarks/fit_study.py MODEL --device cpu --rows loop-1,admm-1,hadamard-1
+    python benchmarks/fit_study.py MODEL --rows all
+    python benchmarks/fit_study.py MODEL --device cuda --rows loop-1,admm-1,hadamard-1
     python benchmarks/fit_study.py --shapes --device cuda --rows time-hrc,time-hrc-loop,time-rc,time-dbf
 
 MODEL is a directory with a float model and its tokenizer. Linears are fitted under `X^T X` of the float model on the
@@ -73,6 +74,10 @@ def rows() -> dict[str, Row]:
             f"scales-8-{planes}-block-256": Row({**searched, "scale_bits": 8, "block_size": 256}),
             f"scales-8-{planes}-rows": Row({**searched, "scale_bits": 8, "block_size": -1}),
         }
+    found |= {
+        "loop-1-no-order": Row({"admm_iterations": 0, "act_order": False}),
+        "admm-1-order": Row({"admm_iterations": 20, "act_order": True}),
+    }
     one = {"hadamard": 128, "admm_iterations": 20}
     whole = {**one, "block_size": -1}
     found |= {f"iterations-{count}": Row({**whole, "admm_iterations": count}) for count in (10, 20, 40)}
@@ -227,7 +232,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Fit a few linears under other options.")
     parser.add_argument("model", type=Path, nargs="?", help="directory of a float model with its tokenizer")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--rows", default="loop-1,admm-1,hadamard-1", help=f"of {', '.join(known)}")
+    parser.add_argument(
+        "--rows", default="loop-1,admm-1,hadamard-1", help=f"all (of a MODEL or of --shapes), or of {', '.join(known)}"
+    )
     parser.add_argument(
         "--config", type=json.loads, help="another row, named 'config': choices of ARBConfig as JSON, {} for defaults"
     )
@@ -244,7 +251,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON file of all figures")
     args = parser.parse_args(argv)
     chosen = {} if args.config is None else {"config": Row(args.config)}
-    names = [name for name in args.rows.split(",") if name]
+    timed = [name for name in known if name.startswith("time-")]
+    if args.rows == "all":
+        names = timed if args.model is None else [name for name in known if name not in timed]
+    else:
+        names = [name for name in args.rows.split(",") if name]
     unknown = [name for name in names if name not in known]
     if unknown:
         parser.error(f"unknown row {unknown[0]!r}: the rows are {', '.join(known)}")

@@ -47,7 +47,7 @@ PHASES = {
     "recording": ["calibration.walk:CalibrationWalk._record"],
     "propagate": ["calibration.walk:CalibrationWalk._turn"],  # a layer's time that no other phase takes
     "summing ranks": ["calibration.distributed:Ranks.sum_statistics"],
-    "fit": ["calibration.walk:CalibrationWalk._binarize_all"],
+    "fit": ["calibration.fitting:Fitting.binarize"],
     "waiting for ranks": ["calibration.distributed:Ranks.exchange"],
     "writing": ["checkpoint.streamed:StreamedWeights._write"],
     "assembling": ["checkpoint.quantize:_write_model", "checkpoint.quantize:publish"],

@@ -25,7 +25,8 @@ class Record:
 
     Attributes:
         method: the method that made it.
-        weight_error: squared error of the weight over its squared norm; None for a model loaded binarized.
+        weight_error: squared error of the weight over its squared norm, with error correction of the weight that was
+            fitted in place of the model's; None for a model loaded binarized.
         output_error: squared error of the module's outputs on the calibration tokens over the outputs' squared norm;
             None without calibration.
         tokens: calibration tokens that reached the module.

@@ -16,6 +16,7 @@ from huggingface_hub import get_safetensors_metadata
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .config import ARBConfig
+from .experts.stored import describe_experts, packed_experts
 from .factors import LAYOUT_NAME
 from .keys import KeyMap
 from .layer_warnings import LayerWarning, layer_warnings
@@ -24,7 +25,6 @@ from .modules import linear_shape, select_modules
 from .packing import STORED_NAMES
 from .report import ModuleReport
 from .stored import StoredTensor, describe, packed_linears, read_headers
-from .stored_experts import describe_experts, packed_experts
 from .stored_report import find_report, matching_modules, read_report
 
 logger = logging.getLogger(__name__)

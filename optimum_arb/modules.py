@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import ARBConfig
-from .expert_keys import unsupported_conversions
-from .experts import ExpertMatrix, expert_matrices, is_experts
+from .experts.keys import unsupported_conversions
+from .experts.matrices import ExpertMatrix, expert_matrices, is_experts
 from .patterns import matches
 
 ROUTER_NAMES = ("gate", "router", "shared_expert_gate")

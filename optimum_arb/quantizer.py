@@ -30,8 +30,9 @@ from .checksums import placeholder, skipped, verify
 from .config import ARBConfig
 from .conversion import Record, binarize_linear, empty_linear, float_linear
 from .custom_data import CalibrationInputs
-from .expert_conversion import binarize_experts, held_out_errors, packed_form
-from .expert_keys import conversions_for_loading, conversions_for_saving
+from .experts.conversion import binarize_experts, held_out_errors, packed_form
+from .experts.keys import conversions_for_loading, conversions_for_saving
+from .experts.stored import describe_experts, packed_experts
 from .hub.base_model import base_model_facts
 from .keys import KeyMap
 from .load_dtypes import cast_loaded, expected_dtypes
@@ -51,7 +52,6 @@ from .stored_checks import (
     check_scales,
     check_shapes,
 )
-from .stored_experts import describe_experts, packed_experts
 from .stored_report import read_report, restore_records
 from .streaming import BinarizeOnLoad
 from .tensor_parallel import is_divided, localize, prepare, whole_state_dict

@@ -27,11 +27,12 @@ class ModuleReport:
         weights: number of weights that it stands for.
         bits_per_weight: all stored bits of its packed weight over `weights`.
         stored_bytes: bytes of its packed weight (without the bias, which stays as it was).
-        weight_error: squared error of the weight over its squared norm; None for a model loaded binarized.
+        weight_error: squared error of the weight over its squared norm, with error correction of the weight that was
+            fitted in place of the model's; None for a model loaded binarized.
         output_error: the same of its outputs on the calibration tokens; None without calibration.
         experts: of experts, how many there are; None for a linear.
         starved: of experts, how many were binarized from their weights alone, since fewer calibration tokens than
-            `expert_conversion.STARVED_TOKENS` were routed to them.
+            `experts.conversion.STARVED_TOKENS` were routed to them.
         planes: sign planes of all columns.
         block_size: columns that share a row scale.
         tokens: calibration tokens that reached it (of experts: summed over them).

@@ -12,7 +12,7 @@ from transformers.core_model_loading import ConversionOps
 
 from .calibration.workers import one_thread
 from .conversion import binarize_linear
-from .expert_conversion import binarize_matrix
+from .experts.conversion import binarize_matrix
 from .nn import ARBExperts
 
 if TYPE_CHECKING:

@@ -117,10 +117,10 @@ def test_every_method_of_the_literature(mixtral, tmp_path, method, data):
 def test_what_transformers_converts_in_other_ways_is_reported(mixtral, monkeypatch):
     from transformers.core_model_loading import Transpose, WeightConverter
 
-    from optimum_arb import expert_keys
+    from optimum_arb.experts import keys
 
     odd = WeightConverter("mlp.experts.down_proj", "mlp.experts.down_proj", operations=[Transpose(1, 2)])
-    monkeypatch.setattr(expert_keys, "get_model_conversion_mapping", lambda model: [odd])
+    monkeypatch.setattr(keys, "get_model_conversion_mapping", lambda model: [odd])
     selection = select_modules(tiny_moe("MixtralForCausalLM"), ARBConfig(dataset=None))
     assert f"{LAYER.format(0)}.gate_up_proj" in selection.convert
     reason = selection.keep[f"{LAYER.format(0)}.down_proj"]
@@ -167,9 +167,9 @@ def test_the_walk_gives_experts_the_inputs_of_the_binarized_prefix():
 
 
 def test_starved_experts_in_the_report(mixtral, monkeypatch, caplog):
-    from optimum_arb import expert_conversion
+    from optimum_arb.experts import conversion
 
-    monkeypatch.setattr(expert_conversion, "STARVED_TOKENS", 60)
+    monkeypatch.setattr(conversion, "STARVED_TOKENS", 60)
     with caplog.at_level("INFO", logger="optimum_arb"):
         model = binarize(mixtral, method="arb-hrc", dataset=tokens(), num_samples=4)
     report = model_report(model)

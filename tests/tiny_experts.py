@@ -102,7 +102,7 @@ def save_moe(path: Path, family: str, **changes) -> Path:
 
 def experts_of(family: str, **changes) -> nn.Module:
     """The experts of the last layer."""
-    from optimum_arb.experts import is_experts
+    from optimum_arb.experts.matrices import is_experts
 
     return [module for module in tiny_moe(family, **changes).modules() if is_experts(module)][-1]
 

@@ -65,3 +65,23 @@ class Activations:
                 return hidden.to("cpu")
             self._free = list(slab)
         return self._free.pop().copy_(hidden)
+
+
+class EveryOther(Activations):
+    """The hidden states of the model that is binarized, behind those of the float model; only to be read.
+
+    Args:
+        both: in turn those of the float model and of the other.
+        which: 1, or 0 for those of the float model.
+    """
+
+    def __init__(self, both: Activations, which: int = 1):
+        super().__init__()
+        self._both = both
+        self._which = which
+
+    def __len__(self) -> int:
+        return len(self._both) // 2
+
+    def __getitem__(self, batch: int) -> torch.Tensor:
+        return self._both[2 * batch + self._which]

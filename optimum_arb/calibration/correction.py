@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..experts import is_experts
+from ..experts.matrices import is_experts
 from ..modules import linear_shape
 from .calls import Stop
 

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from ..experts import is_experts
+from ..experts.matrices import is_experts
 from .experts import LayerStatistics, RoutedInputs
 from .statistics import Statistic, Sums
 

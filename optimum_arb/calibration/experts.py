@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..experts import is_experts
+from ..experts.matrices import is_experts
 from .correction import Corrections
 from .statistics import InputStatistics
 

@@ -68,3 +68,14 @@ def find_layers(model: nn.Module, targets: Iterable[str]) -> list[Layers]:
             names = [f"{name}.{index}" for index in range(len(module))]
             groups.append(Layers(names, list(module), [[t for t in targets if t.startswith(n + ".")] for n in names]))
     return groups
+
+
+def no_one_chain(groups: list[Layers]) -> str | None:
+    """Why a model's hidden states cannot be followed from layer to layer, or None if they can."""
+    if len(groups) != 1:
+        lists = ", ".join(group.names[0].rpartition(".")[0] for group in groups) or "none"
+        return f"it needs one list of layers, and these hold linears to binarize: {lists}"
+    if not groups[0].is_chain():
+        name = groups[0].names[0].rpartition(".")[0]
+        return f"the layers of {name} hand on more than their hidden states, or do not run in order"
+    return None

@@ -25,7 +25,7 @@ from ..nn import ARBExperts, ARBLinear
 from ..result import Result
 from .calls import Call
 from .trainable import Trainable, trainable
-from .walk import LayerTurn
+from .turn import LayerTurn
 
 OBJECTIVES = ("token", "channel", "total")
 WARMUP = 10  # steps in which the learning rates rise: Adam's first steps know the gradient's size from one batch

@@ -2,76 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..experts import is_experts
-from ..nn import ARBExperts, ARBLinear
-from .activations import INPUTS, Activations
-from .calls import Call, Stop, hidden_states, like, replaced_forwards
-from .correction import Corrections, Reading, Step, corrected, find_steps, sharing_weights
+from .activations import INPUTS, Activations, EveryOther
+from .calls import Call, Stop
+from .correction import Corrections, Reading, Step, find_steps, sharing_weights
 from .distributed import Ranks
-from .experts import LayerStatistics, RoutedInputs, Taken
-from .layers import Layers, find_layers
+from .experts import LayerStatistics, Taken
+from .fitting import Binarize, BinarizeExperts, Fitting, Measure
+from .layers import Layers, find_layers, no_one_chain
 from .progress import Progress
+from .runs import ModelRuns
+from .turn import AfterLayer, LayerTurn
 from .weights import OUTSIDE, LayerWeights
 from .workers import in_order, one_thread
-
-# Matrices that are fitted at once on the CPU: the three large ones of a decoder layer and its attention's take equally
-# long, so that more would not end sooner, and each holds some copies of its weight and calibration matrix.
-FITS = 4
-
-# (name, float module, calibration matrix or None, tokens) -> the binarized module and its output error
-Binarize = Callable[[str, nn.Module, "torch.Tensor | None", int], "tuple[ARBLinear, float | None]"]
-# (name, float experts, their inputs or None) -> the binarized module and the output errors of its matrices
-BinarizeExperts = Callable[[str, nn.Module, "RoutedInputs | None"], "tuple[ARBExperts, list[float]]"]
-# (name, float module, binarized module, what the layer received); is called after each of the two above
-Measure = Callable[[str, nn.Module, nn.Module, LayerStatistics], None]
-
-
-@dataclass
-class LayerTurn:
-    """A layer of a chain that was binarized and has not yet computed the inputs of the next.
-
-    Attributes:
-        name: of the layer.
-        layer: the layer with its binarized modules, on `device`; it may be changed.
-        targets: names in the model of what was binarized in it.
-        device: where it runs.
-        inputs: its hidden states in, batch by batch, on the CPU.
-        references: hidden states out, on the CPU: what the float layer made of `inputs` or, where the walk follows the
-            float model, of the float model's hidden states.
-        calls: its other arguments, batch by batch.
-        modules: name -> the float module that was binarized; with error correction, of the weight that was fitted.
-        statistics: their calibration matrices.
-        fitted: how many batches something may be fitted to; the others follow them.
-    """
-
-    name: str
-    layer: nn.Module
-    targets: list[str]
-    device: torch.device
-    inputs: Activations
-    references: list[torch.Tensor]
-    calls: list[Call]
-    modules: dict[str, nn.Module]
-    statistics: LayerStatistics
-    fitted: int
-
-    def run(self, batch: int) -> torch.Tensor:
-        """The layer's output `[B, L, H]` for a batch as it is now, on `device`; with a gradient where that is on."""
-        return self.calls[batch].run(self.layer, self.inputs[batch].to(self.device), self.device)
-
-
-AfterLayer = Callable[[LayerTurn], None]
 
 
 class CalibrationWalk:
@@ -134,13 +83,9 @@ class CalibrationWalk:
     ):
         self.model = model
         self.ranks = ranks or Ranks()
-        self.records = {} if records is None else records
         if after_layer is not None and self.ranks.size > 1:
             raise ValueError("Scales cannot be tuned by a layer's output on several ranks: start one process.")
         self.fitted = len(batches) - held_out - self.ranks.first_batch(len(batches))  # of this rank's
-        self.measure = measure
-        self.binarize_experts = binarize_experts
-        self.binarize = binarize
         self.batches = batches
         self.device = torch.device(device)
         self.weights = weights or LayerWeights()
@@ -153,9 +98,13 @@ class CalibrationWalk:
         self.float_outputs: list[torch.Tensor] = []
         self.chain: Layers | None = None  # with `follow_float`, the layers
         self.progress = progress or Progress()
-        self.errors: list[float] = []
+        self.runs = ModelRuns(model, self.weights)
+        noted = {} if records is None else records
+        self.fitting = Fitting(
+            model, binarize, binarize_experts, self.device, self.progress, self.ranks, noted, measure
+        )
+        self.errors = self.fitting.errors
         self._targets = list(targets)
-        self._model_kwargs = self._call_kwargs()
 
     @torch.no_grad()
     def run(self) -> None:
@@ -165,11 +114,11 @@ class CalibrationWalk:
             ValueError: NaN or Inf in a weight or in the activations that reach a module, which it names.
         """
         with torch.autocast(self.device.type, enabled=False):
-            groups = self._find_layers()
+            groups = find_layers(self.model, self._targets)
             inside = {name for group in groups for names in group.targets for name in names}
             outside = [name for name in self._targets if name not in inside]
             if groups and self.batches:
-                self._probe(groups)
+                self.runs.probe(groups, self.batches[0])
             if self.follow_float:
                 self._check_one_chain(groups)
             elif self.error_correction and (reason := self._no_one_chain(groups)) is not None:
@@ -179,6 +128,7 @@ class CalibrationWalk:
                         f"{reason}. Set error_correction=0."
                     )
                 self.error_correction = 0.0
+            self.fitting.error_correction = self.error_correction
             self.follow_float = self.follow_float or self.error_correction > 0
             if self.follow_float:
                 self.chain = groups[0]
@@ -200,15 +150,12 @@ class CalibrationWalk:
     def _outside(self, targets: list[str], layers: list[str]) -> None:
         if self.batches:
             with self.weights.whole(layers):
-                self._binarize_all(targets, self._statistics_of_whole_runs(targets))
+                self.fitting.binarize(targets, self._statistics_of_whole_runs(targets))
                 self.weights.finish(OUTSIDE)
         else:
             with self.weights.outside():
-                self._binarize_all(targets, None)
+                self.fitting.binarize(targets, None)
                 self.weights.finish(OUTSIDE)
-
-    def _find_layers(self) -> list[Layers]:
-        return find_layers(self.model, self._targets)
 
     def _check_one_chain(self, groups: list[Layers]) -> None:
         if (reason := self._no_one_chain(groups)) is not None:
@@ -216,118 +163,7 @@ class CalibrationWalk:
 
     def _no_one_chain(self, groups: list[Layers]) -> str | None:
         """Why the float model's hidden states cannot be followed layer by layer, or None if they can."""
-        if not self.batches:
-            return "there is no calibration"
-        if len(groups) != 1:
-            lists = ", ".join(group.names[0].rpartition(".")[0] for group in groups) or "none"
-            return f"it needs one list of layers, and these hold linears to binarize: {lists}"
-        if not groups[0].is_chain():
-            name = groups[0].names[0].rpartition(".")[0]
-            return f"the layers of {name} hand on more than their hidden states, or do not run in order"
-        return None
-
-    def _call_kwargs(self) -> dict[str, Any]:
-        """Keep no cache, and as few logits as the model can be asked for."""
-        parameters = inspect.signature(self.model.forward).parameters
-        wanted = {"use_cache": False, "logits_to_keep": 1}
-        return {key: value for key, value in wanted.items() if key in parameters}
-
-    def _run_model(self, batch: torch.Tensor | Mapping[str, Any]) -> None:
-        kwargs = dict(self._model_kwargs)
-        if not isinstance(batch, torch.Tensor):
-            kwargs.update(batch)
-        else:
-            kwargs["input_ids"] = batch
-            if getattr(self.model.config, "is_encoder_decoder", False):
-                kwargs["decoder_input_ids"] = batch
-        with suppress(Stop):
-            self.model(**kwargs)
-
-    def _probe(self, groups: list[Layers]) -> None:
-        """One short run that shows how the layers are called; sorts the groups by the order in which they run.
-
-        Where the weights are not in memory, the first layer of each kind runs, and those like it hand on their input.
-        """
-        order: list[int] = []
-        handles = []
-        for index, group in enumerate(groups):
-            group.seen = [[] for _ in group.modules]
-            for layer, calls in zip(group.modules, group.seen, strict=True):
-
-                def look(module, args, kwargs, output, calls=calls, index=index):
-                    calls.append((hidden_states(args, kwargs), output))
-                    order.append(index)
-
-                handles.append(layer.register_forward_hook(look, with_kwargs=True))
-        batch = self.batches[0]
-        short = batch[:1, :8] if isinstance(batch, torch.Tensor) else batch
-        try:
-            if self.weights.resident:
-                self._run_model(short)  # as it is, every layer of it
-            else:
-                self._run_one_of_each_kind(groups, short)
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
-            given = "token ids alone" if isinstance(batch, torch.Tensor) else ", ".join(map(repr, batch))
-            raise ValueError(
-                f"{type(self.model).__name__} does not run on {given} ({type(error).__name__}: {error}). Give a list "
-                "of its inputs, as its processor makes them, as dataset, or dataset=None to binarize without "
-                "calibration."
-            ) from error
-        finally:
-            for handle in handles:
-                handle.remove()
-        if not all(group.is_chain() for group in groups):
-            self.weights.stay(f"the layers of {type(self.model).__name__} hand on more than their hidden states")
-        last = len(order)
-        rank = [order.index(index) if index in order else last for index in range(len(groups))]
-        groups[:] = [groups[index] for index in sorted(range(len(groups)), key=rank.__getitem__)]
-
-    def _run_one_of_each_kind(self, groups: list[Layers], batch: torch.Tensor | Mapping[str, Any]) -> None:
-        modules: list[nn.Module] = []
-        forwards: list[Callable] = []
-        first: list[str] = []
-        for group in groups:
-            kinds = group.kinds()
-            first += [group.names[index] for index in sorted(set(kinds))]
-            for index, kind in enumerate(kinds):
-                if kind != index:
-
-                    def hand_on(*args, seen=group.seen[kind], **kwargs):
-                        return like(seen[0][1], hidden_states(args, kwargs)) if seen else None
-
-                    modules.append(group.modules[index])
-                    forwards.append(hand_on)
-        with replaced_forwards(modules, forwards), self.weights.whole(first):
-            self._run_model(batch)
-
-    def _record(self, group: Layers) -> tuple[Activations, list[list[Call]]]:
-        """The hidden states that enter the first layer, and each layer's other arguments, batch by batch."""
-        first = self.activations
-        first.clear()
-        calls: list[list[Call]] = [[] for _ in group.modules]
-
-        def recorder(index: int):
-            def forward(*args, **kwargs):
-                hidden = hidden_states(args, kwargs)
-                if index == 0:
-                    assert hidden is not None  # `Layers.is_chain` has seen it
-                    self._put(first, len(calls[0]), hidden, hidden)
-                kept = (None, *args[1:]) if args else ()
-                rest = {k: v for k, v in kwargs.items() if args or k != "hidden_states"}
-                batch = len(calls[index])
-                calls[index].append(Call(kept, rest).sharing(calls[index][0] if batch else None))
-                if index == len(group.modules) - 1:
-                    raise Stop
-                return like(group.seen[index][0][1], hidden)
-
-            return forward
-
-        recorders = [recorder(index) for index in range(len(group.modules))]
-        with replaced_forwards(group.modules, recorders), one_thread(self.device):
-            for tokens in self.ranks.batches(self.batches):
-                self._run_model(tokens)
-        first.advance(INPUTS)
-        return first, calls
+        return no_one_chain(groups) if self.batches else "there is no calibration"
 
     def _walk_chain(self, group: Layers, before: list[str]) -> None:
         """A chain of layers; the layers of the groups before it run in the model before they do."""
@@ -336,7 +172,8 @@ class CalibrationWalk:
                 self.progress.already_done(name)
             return
         with self.weights.whole(before):
-            hidden, calls = self._record(group)
+            calls = self._record(group)
+        hidden = self.activations
         finished = [self.weights.is_finished(name) for name in group.names]
         done = next(index for index, found in enumerate(finished) if not found)
         # what an interrupted run finished need not run again if its outputs were kept
@@ -350,19 +187,31 @@ class CalibrationWalk:
             calls[index].clear()
         hidden.clear()
 
+    def _record(self, group: Layers) -> list[list[Call]]:
+        """Keeps the hidden states that enter the first layer; each layer's other arguments, batch by batch."""
+        self.activations.clear()
+
+        def put(batch: int, hidden: torch.Tensor) -> None:
+            self._put(self.activations, batch, hidden, hidden)
+
+        with one_thread(self.device):
+            calls = self.runs.record(group, self.ranks.batches(self.batches), put)
+        self.activations.advance(INPUTS)
+        return calls
+
     def _turn(self, group: Layers, index: int, finished: bool, hidden: Activations, calls: list[Call]) -> None:
         """One layer: its calibration matrices, its binarized form, its outputs."""
         name, layer, names = group.names[index], group.modules[index], group.targets[index]
         self.weights.load(name)
         layer.to(self.device)
-        inputs = _EveryOther(hidden) if self.follow_float else hidden
+        inputs = EveryOther(hidden) if self.follow_float else hidden
         references: list[torch.Tensor] = []
         work = bool(names) and not finished
         try:
             if self.follow_float and not (work and self.error_correction):
                 with self.weights.in_float(name, layer) as of_float:
                     of_float.to(self.device)
-                    references += self._outputs(of_float, _EveryOther(hidden, 0), calls)
+                    references += self._outputs(of_float, EveryOther(hidden, 0), calls)
                     if of_float is not layer:
                         of_float.to("cpu")
             if work:
@@ -420,7 +269,7 @@ class CalibrationWalk:
                 if outputs is not None:
                     outputs.append(output.to("cpu"))
                 del output, found
-        return self._binarize_all(list(modules), statistics), statistics
+        return self.fitting.binarize(list(modules), statistics), statistics
 
     def _binarize_in_steps(
         self,
@@ -445,7 +294,7 @@ class CalibrationWalk:
             the modules with the weights that they were fitted to, and their statistics if there is an `after_layer`.
         """
         of_float = sharing_weights(layer)
-        wanted, given = _EveryOther(hidden, 0), _EveryOther(hidden)
+        wanted, given = EveryOther(hidden, 0), EveryOther(hidden)
         steps = None
         if calls:
             steps = find_steps(layer, modules, lambda: self._runs(layer, given, calls[:1])(0))
@@ -457,7 +306,7 @@ class CalibrationWalk:
             statistics = LayerStatistics({target: modules[target] for target in step.names})
             statistics.corrections = Corrections(step, modules, self.device)
             self._gather(name, layer, of_float, step, step is steps[-1], statistics, wanted, given, calls, references)
-            fitted |= self._binarize_all(step.names, statistics)
+            fitted |= self.fitting.binarize(step.names, statistics)
             if self.after_layer is not None:
                 every.absorb(statistics)
         return fitted, every
@@ -533,7 +382,7 @@ class CalibrationWalk:
             with self.progress.layer(name, names):
                 self.weights.load(name)
                 layer.to(self.device)
-                self._binarize_all(names, None)
+                self.fitting.binarize(names, None)
                 layer.to("cpu")
                 self.weights.finish(name)
 
@@ -541,7 +390,8 @@ class CalibrationWalk:
         for name, layer, names, seen in zip(group.names, group.modules, group.targets, group.seen, strict=True):
             with self.progress.layer(name, names):
                 if names:
-                    self._binarize_all(names, self._statistics_of_whole_runs(names, layer if len(seen) == 1 else None))
+                    statistics = self._statistics_of_whole_runs(names, layer if len(seen) == 1 else None)
+                    self.fitting.binarize(names, statistics)
 
     def _statistics_of_whole_runs(self, names: list[str], last: nn.Module | None = None) -> LayerStatistics:
         """Statistics from runs of the whole model, each ended after the module `last` if there is one."""
@@ -555,7 +405,7 @@ class CalibrationWalk:
 
                 def taken(tokens: torch.Tensor | Mapping[str, Any]) -> Taken:
                     with statistics.taking() as found:
-                        self._run_model(tokens)
+                        self.runs.run(tokens)
                     return found
 
                 for batch, found in enumerate(in_order(taken, self.ranks.batches(self.batches), self.device)):
@@ -565,82 +415,3 @@ class CalibrationWalk:
             if handle is not None:
                 handle.remove()
         return statistics
-
-    def _binarize_all(self, names: list[str], statistics: LayerStatistics | None) -> dict[str, nn.Module]:
-        """Returns: name -> the float module that was binarized on this rank."""
-        owners = self.ranks.owners({name: self.model.get_submodule(name) for name in names})
-        if statistics is not None:
-            self.ranks.sum_statistics(statistics, owners)
-        done: dict[str, nn.Module] = {}
-        sources: dict[str, nn.Module] = {}
-        own = [name for name in names if owners.get(name, self.ranks.rank) == self.ranks.rank]
-        linears = [name for name in own if not is_experts(self.model.get_submodule(name))]
-
-        def fit(name: str) -> tuple[nn.Module, list[float], float]:
-            start = time.perf_counter()
-            module = sources[name] = self._to_fit(name, statistics)
-            hessian = None if statistics is None else statistics.linears.hessian(name)
-            tokens = 0 if statistics is None else statistics.linears.tokens(name)
-            packed, error = self.binarize(name, module, hessian, tokens)
-            return packed, [] if error is None else [error], time.perf_counter() - start
-
-        if statistics is not None:  # made of the wider sums once, not by several threads
-            for name in linears:
-                statistics.linears.hessian(name)
-        fits = in_order(fit, linears, self.device, FITS)
-        for name in own:
-            packed: nn.Module
-            errors: list[float]
-            module = self.model.get_submodule(name)
-            if is_experts(module):
-                start = time.perf_counter()
-                assert self.binarize_experts is not None
-                routed = None if statistics is None else statistics.experts.pop(name)
-                with one_thread(self.device):
-                    packed, errors = self.binarize_experts(name, module, routed)
-                seconds = time.perf_counter() - start
-            else:
-                packed, errors, seconds = next(fits)
-                module = sources[name]
-            self.errors += errors
-            if self.measure is not None and statistics is not None:
-                self.measure(name, module, packed, statistics)
-                statistics.held_out_experts.pop(name, None)
-            if name in owners:  # of experts, every rank has them all by now
-                done[name] = packed
-            self.model.set_submodule(name, packed)
-            self.progress.linear(name, seconds, errors)
-        fits.close()
-        for name, module in self.ranks.share(done, self.device, self.records).items():
-            self.model.set_submodule(name, module)
-        return sources
-
-    def _to_fit(self, name: str, statistics: LayerStatistics | None) -> nn.Module:
-        """The float module of this name, with error correction that of the weight to fit."""
-        module = self.model.get_submodule(name)
-        if statistics is None or statistics.corrections is None:
-            return module
-        hessian = statistics.linears.hessian(name)
-        if hessian is None:
-            return module
-        return corrected(module, hessian, statistics.corrections.sums.pop(name), self.error_correction)
-
-
-class _EveryOther(Activations):
-    """The hidden states of the model that is binarized, behind those of the float model; only to be read.
-
-    Args:
-        both: in turn those of the float model and of the other.
-        which: 1, or 0 for those of the float model.
-    """
-
-    def __init__(self, both: Activations, which: int = 1):
-        super().__init__()
-        self._both = both
-        self._which = which
-
-    def __len__(self) -> int:
-        return len(self._both) // 2
-
-    def __getitem__(self, batch: int) -> torch.Tensor:
-        return self._both[2 * batch + self._which]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..calibration.weights import OUTSIDE, LayerWeights
 from ..conversion import Record, empty_linear
-from ..expert_conversion import packed_form
+from ..experts.conversion import packed_form
 from ..modules import Selection, linear_shape
 from ..nn import ARBExperts, ARBLinear
 from ..packing import TENSOR_NAMES

@@ -43,6 +43,7 @@ CONFIG_OPTIONS = (
     "rank",
     "factor_bits",
     "scale_bits",
+    "error_correction",
     "refine",
     "refine_steps",
     "refine_learning_rate",
@@ -164,6 +165,12 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="X",
         help="how much smaller the calibration matrix is made beside its diagonal (default: 0.05 for arb-hrc, else 0)",
+    )
+    method.add_argument(
+        "--error-correction",
+        type=float,
+        metavar="X",
+        help="how far each linear makes up for errors made before it, from 0 to 1 (default: the method's own choice)",
     )
     method.add_argument(
         "--refine",

@@ -72,7 +72,7 @@ class ARBConfig(ResolvedChoices, QuantizationConfigMixin):
         scale_bits: of a stored scale: 16 (float16), or 8 (codes on a logarithmic grid), which "rtn", "arb-hrc" and
             "arb-dbf" may have; None is 16. The scales of experts have 16.
         error_correction: strength, from 0 to 1, with which each linear is fitted to make up for the errors of what was
-            binarized before it (see `docs/method.md`); None is 0.5 for "arb-hrc" and "arb-dbf" with calibration where
+            binarized before it (see `docs/method.md`); None is 0.75 for "arb-hrc" and "arb-dbf" with calibration where
             the model's layers form a chain, and 0 otherwise.
         refine: whether the binarized model is tuned to what the float model puts out, on the calibration text: "block"
             tunes each decoder layer, its norms and biases included, once it is binarized; "model" then also tunes

@@ -168,7 +168,7 @@ def _check_error_correction(config: ARBConfig) -> None:
     if strength is None:
         return
     if not isinstance(strength, (int, float)) or isinstance(strength, bool) or not 0 <= strength <= 1:
-        raise ValueError(f"error_correction={strength!r} must be a number from 0 to 1; 0.5 is usual.")
+        raise ValueError(f"error_correction={strength!r} must be a number from 0 to 1; 0.75 is usual.")
     if strength and config.dataset is None:
         raise ValueError(f"error_correction={strength} does nothing without calibration: give a dataset.")
 

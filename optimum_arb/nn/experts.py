@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from .. import packing
-from ..expert_packing import PackedForm, expert_dequantized, expert_part
-from ..experts import expert_matrices, first_matrix
+from ..experts.matrices import expert_matrices, first_matrix
+from ..experts.packing import PackedForm, expert_dequantized, expert_part
 from ..ops import grouped_linear
 from ..packing import BinarizedWeight
 from .casting import keep_dtype
@@ -29,7 +29,7 @@ class ARBExperts(nn.Module):
     Attributes, children (the activation), biases and the formula of the gate are those of the float module. A matrix
     begins in float; `set_packed` replaces it by packed tensors, parameters without gradients of three dimensions:
     `gate_up_proj` (uint8) and, where the layout has them, `gate_up_proj_row_scale` and so on by the names of
-    `optimum_arb.packing.TENSOR_NAMES`, as `optimum_arb.expert_packing.stack_experts` makes them.
+    `optimum_arb.packing.TENSOR_NAMES`, as `optimum_arb.experts.packing.stack_experts` makes them.
 
     Args:
         module: the float experts; it is not changed, its parameters are shared until they are replaced.

@@ -97,7 +97,7 @@ def grouped_linear(
     Args:
         x: `[M, K]`, of any floating dtype, rows sorted by expert.
         offsets: int32 or int64 `[E]`, not falling: the rows of expert e are `offsets[e - 1]` to `offsets[e]`.
-        weight: uint8 `[E, N, bytes]`, as `optimum_arb.expert_packing.stack_experts` returns it, and so all tensors up
+        weight: uint8 `[E, N, bytes]`, as `optimum_arb.experts.packing.stack_experts` returns it, and so all tensors up
             to `salient_col_scale`; scales may have been cast to another floating dtype.
         row_scale: see `weight`.
         col_scale: see `weight`.

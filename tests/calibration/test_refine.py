@@ -12,7 +12,7 @@ from optimum_arb import ARBConfig, ARBLinear
 from optimum_arb.calibration import CalibrationWalk, token_batches
 from optimum_arb.calibration.refine import Objective, RefineSettings, computing_in_float32, refine_layer, split_batches
 from optimum_arb.conversion import binarize_linear
-from optimum_arb.expert_conversion import binarize_experts
+from optimum_arb.experts.conversion import binarize_experts
 from optimum_arb.modules import select_modules
 
 FAST = RefineSettings(steps=24, evaluations=4, learning_rate=0.01, sign_learning_rate=0.05)

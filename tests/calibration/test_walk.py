@@ -9,6 +9,8 @@ from torch import nn
 
 from optimum_arb import ARBConfig, ARBLinear
 from optimum_arb.calibration import CalibrationWalk, token_batches
+from optimum_arb.calibration.layers import find_layers
+from optimum_arb.calibration.runs import ModelRuns
 from optimum_arb.conversion import binarize_linear
 from optimum_arb.modules import is_linear, select_modules
 
@@ -85,10 +87,8 @@ def test_layers_of_the_usual_form_run_by_themselves(family, monkeypatch):
     model = tiny_model(family)
     batches = token_batches(tokens(5, 24), 2)
     runs = []
-    run_model = CalibrationWalk._run_model
-    monkeypatch.setattr(
-        CalibrationWalk, "_run_model", lambda self, batch: (runs.append(batch.shape), run_model(self, batch))
-    )
+    run_model = ModelRuns.run
+    monkeypatch.setattr(ModelRuns, "run", lambda self, batch: (runs.append(batch.shape), run_model(self, batch)))
     gather(model, batches)
     outside = family in ("OPTForCausalLM", "BertModel")
     assert len(runs) == 1 + len(batches) * (1 + outside)
@@ -143,9 +143,9 @@ def test_recorded_arguments_are_each_layers_own():
     model = tiny_model("Gemma3ForCausalLM", attn_implementation="eager")
     walk = CalibrationWalk(model, targets(model), lambda *a: None, token_batches(tokens(2, 24), 1))
     with torch.no_grad():
-        (group,) = walk._find_layers()
-        walk._probe([group])
-        _, calls = walk._record(group)
+        (group,) = find_layers(model, targets(model))
+        walk.runs.probe([group], walk.batches[0])
+        calls = walk._record(group)
     masks = [layer[0].kwargs["attention_mask"] for layer in calls]
     assert masks[0].shape == masks[1].shape
     assert not torch.equal(masks[0], masks[1])

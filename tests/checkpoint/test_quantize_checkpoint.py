@@ -14,7 +14,7 @@ from tiny_models import FAMILIES, save_tiny, text, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_arb import ARBConfig, model_report, quantize_checkpoint
-from optimum_arb.calibration import walk as walk_module
+from optimum_arb.calibration.fitting import Fitting
 from optimum_arb.checkpoint import source as source_module
 
 CALIBRATED = [
@@ -129,11 +129,14 @@ def test_saves_the_tokenizer_and_loads_with_it(tmp_path):
     assert "arb-hrc" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("family", "dataset"), [("LlamaForCausalLM", tokens()), ("MixtralForCausalLM", None)])
-def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch, family, dataset):
+@pytest.mark.parametrize(
+    ("family", "dataset", "steps"), [("LlamaForCausalLM", tokens(), 4), ("MixtralForCausalLM", None, 1)]
+)
+def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch, family, dataset, steps):
+    """In each step of a layer: query, key and value; output; gate and up; down."""
     save(tmp_path / "float", family, num_hidden_layers=4)
     seen = []
-    binarize_all = walk_module.CalibrationWalk._binarize_all
+    binarize_all = Fitting.binarize
 
     def look(self, names, statistics):
         layers = self.model.model.layers
@@ -142,9 +145,9 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch, family, dataset
         seen.append((here, gone, self.model.model.embed_tokens.weight.is_meta, self.model.lm_head.weight.is_meta))
         return binarize_all(self, names, statistics)
 
-    monkeypatch.setattr(walk_module.CalibrationWalk, "_binarize_all", look)
+    monkeypatch.setattr(Fitting, "binarize", look)
     quantize_checkpoint(tmp_path / "float", tmp_path / "out", ARBConfig(dataset=dataset, block_size=64))
-    assert seen == [([i], [j for j in range(4) if j != i], True, True) for i in range(4)]
+    assert seen == [([i], [j for j in range(4) if j != i], True, True) for i in range(4) for _ in range(steps)]
 
 
 def test_each_layer_is_read_once(tmp_path, monkeypatch):

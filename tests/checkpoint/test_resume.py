@@ -17,7 +17,7 @@ from tiny_models import save_tiny, tokens
 from optimum_arb import ARBConfig, quantize_checkpoint
 from optimum_arb import quantizer as quantizer_module
 from optimum_arb.checkpoint import quantize as quantize_module
-from optimum_arb.checkpoint.quantize import work_directory
+from optimum_arb.checkpoint.run import work_directory
 from optimum_arb.checkpoint.work import WorkDirectory
 
 CONFIG = {"block_size": 64, "batch_size": 2}
@@ -262,6 +262,15 @@ def test_the_previous_model_stays_until_the_new_one_is_whole(tmp_path, monkeypat
     quantize_checkpoint(finished / "float", out, config(), overwrite=True, resume=True)
     assert (out / "notes.txt").read_text() == "mine"
     (out / "notes.txt").unlink()
+    assert_same_files(out, finished / "out")
+
+
+def test_the_model_to_replace_is_not_taken_for_the_new_one(tmp_path, finished):
+    """Of the same choices but of another float model: a run that was killed before it kept anything left it there."""
+    save_tiny(tmp_path / "other", "LlamaForCausalLM", num_hidden_layers=1)
+    out = tmp_path / "out"
+    quantize_checkpoint(tmp_path / "other", out, config())
+    quantize_checkpoint(finished / "float", out, config(), overwrite=True, resume=True)
     assert_same_files(out, finished / "out")
 
 

@@ -11,8 +11,8 @@ from packed_weights import relative_error
 from tiny_experts import experts_of, other_experts, routing
 
 from optimum_arb import ARBConfig, ARBExperts, ARBLinear
-from optimum_arb.expert_conversion import binarize_matrix
-from optimum_arb.experts import expert_matrices, is_experts
+from optimum_arb.experts.conversion import binarize_matrix
+from optimum_arb.experts.matrices import expert_matrices, is_experts
 
 FORMS = {
     "gated": lambda: experts_of("MixtralForCausalLM"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from packed_weights import random_binarized, relative_error
 
-from optimum_arb.expert_packing import PackedForm, expert_dequantized, expert_part, stack_experts
+from optimum_arb.experts.packing import PackedForm, expert_dequantized, expert_part, stack_experts
 from optimum_arb.layout import all_layouts, bitmap_layout, planes_layout
 from optimum_arb.ops import experts as experts_module
 from optimum_arb.ops import grouped_linear

@@ -23,7 +23,7 @@ _TENSORS = (
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """Weights `[E, N, K]` in their packed form: the tensors of `optimum_arb.expert_packing` and what they mean."""
+    """Weights `[E, N, K]` in their packed form: the tensors of `optimum_arb.experts.packing` and what they mean."""
 
     layout: Layout
     block_size: int

@@ -18,7 +18,9 @@ DEVICE = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     """An H200 with Triton whose kernel is right."""
-    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    triton = types.ModuleType("triton")
+    triton.__version__ = "3.6.0"
+    monkeypatch.setitem(sys.modules, "triton", triton)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Test GPU")
@@ -44,6 +46,19 @@ def test_no_kernels_for_the_cpu(caplog):
     for device in ("cpu", "meta"):
         assert not has_kernels(torch.device(device))
         assert not has_one_bit_kernel(torch.device(device))
+    assert not warnings(caplog)
+
+
+@pytest.mark.parametrize("version", ["3.3.1", "3.2.0+git1", "2.3"])
+def test_triton_too_old(monkeypatch, caplog, version):
+    monkeypatch.setattr(sys.modules["triton"], "__version__", version)
+    check_once(caplog, f"these need Triton 3.4, which comes with torch 2.8, and {version} is installed")
+
+
+@pytest.mark.parametrize("version", ["3.4.0", "3.10.1+git1", "4.0"])
+def test_triton_new_enough(monkeypatch, caplog, version):
+    monkeypatch.setattr(sys.modules["triton"], "__version__", version)
+    assert has_kernels(DEVICE)
     assert not warnings(caplog)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from functools import cache
 
@@ -14,6 +15,8 @@ from ..packed import PackedWeight
 
 logger = logging.getLogger("optimum_arb")
 
+# the first with `gdc_wait` and Gluon
+FIRST_TRITON = (3, 4)
 # mma with operands of one bit is an instruction of these; 10.0 and later emulate it slowly
 ONE_BIT_CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0))
 
@@ -27,10 +30,18 @@ def has_kernels(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError:
         logger.warning(
             "Packed layers run without their GPU kernels, slowly, because Triton is not installed: pip install triton."
+        )
+        return False
+    if tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2]) < FIRST_TRITON:
+        logger.warning(
+            "Packed layers run without their GPU kernels, slowly: these need Triton %d.%d, which comes with torch 2.8, "
+            "and %s is installed.",
+            *FIRST_TRITON,
+            triton.__version__,
         )
         return False
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):

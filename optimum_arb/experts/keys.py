@@ -24,8 +24,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from .experts import ExpertMatrix
-from .packing import TENSOR_NAMES
+from ..packing import TENSOR_NAMES
+from .matrices import ExpertMatrix
 
 # Of the companions' names, those first that end in another one.
 SUFFIXES = tuple(sorted((f"_{name}" for name in TENSOR_NAMES[1:]), key=len, reverse=True))

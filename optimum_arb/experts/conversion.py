@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .algorithms import binarize, squared_errors
-from .calibration.distributed import Ranks
-from .calibration.experts import ROWS, LayerStatistics, RoutedInputs
-from .config import ARBConfig
-from .conversion import Record, linear_output_error
-from .expert_packing import PackedForm, stack_experts
-from .experts import ExpertMatrix, expert_matrices, expert_weight
-from .nn import ARBExperts, ARBLinear
-from .packing import BinarizedWeight, block_count, pack, unpack
+from ..algorithms import binarize, squared_errors
+from ..calibration.distributed import Ranks
+from ..calibration.experts import ROWS, LayerStatistics, RoutedInputs
+from ..config import ARBConfig
+from ..conversion import Record, linear_output_error
+from ..nn import ARBExperts, ARBLinear
+from ..packing import BinarizedWeight, block_count, pack, unpack
+from .matrices import ExpertMatrix, expert_matrices, expert_weight
+from .packing import PackedForm, stack_experts
 
 # Experts to which fewer calibration tokens were routed are binarized from their weights alone. In all of 8
 # measurements (docs/experts.md) 8 tokens are better than none: output errors of .382 to .334, .363 to .206, ...

@@ -10,8 +10,8 @@ from torch import nn
 from optimum_arb import ARBConfig
 from optimum_arb.calibration.experts import LayerStatistics, RoutedInputs
 from optimum_arb.conversion import binarize_linear
-from optimum_arb.expert_conversion import STARVED_TOKENS, binarize_experts, binarize_matrix, fixed_salient
-from optimum_arb.experts import expert_matrices
+from optimum_arb.experts.conversion import STARVED_TOKENS, binarize_experts, binarize_matrix, fixed_salient
+from optimum_arb.experts.matrices import expert_matrices
 from optimum_arb.nn import ARBExperts
 
 

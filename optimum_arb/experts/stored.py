@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from .config import ARBConfig
-from .expert_conversion import packed_form
-from .expert_keys import split_companion
-from .experts import ExpertMatrix
-from .keys import KeyMap
-from .packing import TENSOR_NAMES
-from .stored import StoredLinear, StoredTensor, describe
+from ..config import ARBConfig
+from ..keys import KeyMap
+from ..packing import TENSOR_NAMES
+from ..stored import StoredLinear, StoredTensor, describe
+from .conversion import packed_form
+from .keys import split_companion
+from .matrices import ExpertMatrix
 
 _DTYPES = {
     "U8": torch.uint8,

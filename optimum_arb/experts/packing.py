@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import packing
-from .layout import Layout
+from .. import packing
+from ..layout import Layout
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,119 @@
+"""The modules of a layer, each binarized where the ranks have it, and put in the place of the float one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..experts.matrices import is_experts
+from ..nn import ARBExperts, ARBLinear
+from .correction import corrected
+from .distributed import Ranks
+from .experts import LayerStatistics, RoutedInputs
+from .progress import Progress
+from .workers import in_order, one_thread
+
+# Matrices that are fitted at once on the CPU: the three large ones of a decoder layer and its attention's take equally
+# long, so that more would not end sooner, and each holds some copies of its weight and calibration matrix.
+FITS = 4
+
+# (name, float module, calibration matrix or None, tokens) -> the binarized module and its output error
+Binarize = Callable[[str, nn.Module, "torch.Tensor | None", int], "tuple[ARBLinear, float | None]"]
+# (name, float experts, their inputs or None) -> the binarized module and the output errors of its matrices
+BinarizeExperts = Callable[[str, nn.Module, "RoutedInputs | None"], "tuple[ARBExperts, list[float]]"]
+# (name, float module, binarized module, what the layer received); is called after each of the two above
+Measure = Callable[[str, nn.Module, nn.Module, LayerStatistics], None]
+
+
+class Fitting:
+    """What `CalibrationWalk` does once it knows what the modules of a layer receive; arguments as there.
+
+    Attributes:
+        errors: output errors of what was binarized here, in this order.
+        error_correction: strength; may be changed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        binarize: Binarize,
+        binarize_experts: BinarizeExperts | None,
+        device: torch.device,
+        progress: Progress,
+        ranks: Ranks,
+        records: dict[str, Any],
+        measure: Measure | None,
+    ):
+        self.model = model
+        self.errors: list[float] = []
+        self.error_correction = 0.0
+        self._linear = binarize
+        self._experts = binarize_experts
+        self._device = device
+        self._progress = progress
+        self._ranks = ranks
+        self._records = records
+        self._measure = measure
+
+    def binarize(self, names: list[str], statistics: LayerStatistics | None) -> dict[str, nn.Module]:
+        """Returns: name -> the float module that was binarized on this rank."""
+        owners = self._ranks.owners({name: self.model.get_submodule(name) for name in names})
+        if statistics is not None:
+            self._ranks.sum_statistics(statistics, owners)
+        done: dict[str, nn.Module] = {}
+        sources: dict[str, nn.Module] = {}
+        own = [name for name in names if owners.get(name, self._ranks.rank) == self._ranks.rank]
+        linears = [name for name in own if not is_experts(self.model.get_submodule(name))]
+
+        def fit(name: str) -> tuple[nn.Module, list[float], float]:
+            start = time.perf_counter()
+            module = sources[name] = self._to_fit(name, statistics)
+            hessian = None if statistics is None else statistics.linears.hessian(name)
+            tokens = 0 if statistics is None else statistics.linears.tokens(name)
+            packed, error = self._linear(name, module, hessian, tokens)
+            return packed, [] if error is None else [error], time.perf_counter() - start
+
+        if statistics is not None:  # made of the wider sums once, not by several threads
+            for name in linears:
+                statistics.linears.hessian(name)
+        fits = in_order(fit, linears, self._device, FITS)
+        for name in own:
+            packed: nn.Module
+            errors: list[float]
+            module = self.model.get_submodule(name)
+            if is_experts(module):
+                start = time.perf_counter()
+                assert self._experts is not None
+                routed = None if statistics is None else statistics.experts.pop(name)
+                with one_thread(self._device):
+                    packed, errors = self._experts(name, module, routed)
+                seconds = time.perf_counter() - start
+            else:
+                packed, errors, seconds = next(fits)
+                module = sources[name]
+            self.errors += errors
+            if self._measure is not None and statistics is not None:
+                self._measure(name, module, packed, statistics)
+                statistics.held_out_experts.pop(name, None)
+            if name in owners:  # of experts, every rank has them all by now
+                done[name] = packed
+            self.model.set_submodule(name, packed)
+            self._progress.linear(name, seconds, errors)
+        fits.close()
+        for name, module in self._ranks.share(done, self._device, self._records).items():
+            self.model.set_submodule(name, module)
+        return sources
+
+    def _to_fit(self, name: str, statistics: LayerStatistics | None) -> nn.Module:
+        """The float module of this name, with error correction that of the weight to fit."""
+        module = self.model.get_submodule(name)
+        if statistics is None or statistics.corrections is None:
+            return module
+        hessian = statistics.linears.hessian(name)
+        if hessian is None:
+            return module
+        return corrected(module, hessian, statistics.corrections.sums.pop(name), self.error_correction)

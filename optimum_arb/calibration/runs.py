@@ -1,0 +1,131 @@
+"""Runs of a whole model in calibration: how its layers are called, and what the first of them receives."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .calls import Call, Stop, hidden_states, like, replaced_forwards
+from .layers import Layers
+from .weights import LayerWeights
+
+
+class ModelRuns:
+    """
+    Args:
+        model: in evaluation mode.
+        weights: where its weights are.
+    """
+
+    def __init__(self, model: PreTrainedModel, weights: LayerWeights):
+        self.model = model
+        self.weights = weights
+        # keep no cache, and as few logits as the model can be asked for
+        wanted: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
+        parameters = inspect.signature(model.forward).parameters
+        self._options = {key: value for key, value in wanted.items() if key in parameters}
+
+    def run(self, batch: torch.Tensor | Mapping[str, Any]) -> None:
+        """Runs the model on a batch, or until something raises `Stop`."""
+        kwargs: dict[str, Any] = dict(self._options)
+        if not isinstance(batch, torch.Tensor):
+            kwargs.update(batch)
+        else:
+            kwargs["input_ids"] = batch
+            if getattr(self.model.config, "is_encoder_decoder", False):
+                kwargs["decoder_input_ids"] = batch
+        with suppress(Stop):
+            self.model(**kwargs)
+
+    def probe(self, groups: list[Layers], batch: torch.Tensor | Mapping[str, Any]) -> None:
+        """One short run that shows how the layers are called; sorts the groups by the order in which they run.
+
+        Where the weights are not in memory, the first layer of each kind runs, and those like it hand on their input.
+        """
+        order: list[int] = []
+        handles = []
+        for index, group in enumerate(groups):
+            group.seen = [[] for _ in group.modules]
+            for layer, calls in zip(group.modules, group.seen, strict=True):
+
+                def look(module, args, kwargs, output, calls=calls, index=index):
+                    calls.append((hidden_states(args, kwargs), output))
+                    order.append(index)
+
+                handles.append(layer.register_forward_hook(look, with_kwargs=True))
+        short = batch[:1, :8] if isinstance(batch, torch.Tensor) else batch
+        try:
+            if self.weights.resident:
+                self.run(short)  # as it is, every layer of it
+            else:
+                self._run_one_of_each_kind(groups, short)
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            given = "token ids alone" if isinstance(batch, torch.Tensor) else ", ".join(map(repr, batch))
+            raise ValueError(
+                f"{type(self.model).__name__} does not run on {given} ({type(error).__name__}: {error}). Give a list "
+                "of its inputs, as its processor makes them, as dataset, or dataset=None to binarize without "
+                "calibration."
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not all(group.is_chain() for group in groups):
+            self.weights.stay(f"the layers of {type(self.model).__name__} hand on more than their hidden states")
+        last = len(order)
+        rank = [order.index(index) if index in order else last for index in range(len(groups))]
+        groups[:] = [groups[index] for index in sorted(range(len(groups)), key=rank.__getitem__)]
+
+    def _run_one_of_each_kind(self, groups: list[Layers], batch: torch.Tensor | Mapping[str, Any]) -> None:
+        modules: list[nn.Module] = []
+        forwards: list[Callable] = []
+        first: list[str] = []
+        for group in groups:
+            kinds = group.kinds()
+            first += [group.names[index] for index in sorted(set(kinds))]
+            for index, kind in enumerate(kinds):
+                if kind != index:
+
+                    def hand_on(*args, seen=group.seen[kind], **kwargs):
+                        return like(seen[0][1], hidden_states(args, kwargs)) if seen else None
+
+                    modules.append(group.modules[index])
+                    forwards.append(hand_on)
+        with replaced_forwards(modules, forwards), self.weights.whole(first):
+            self.run(batch)
+
+    def record(
+        self,
+        group: Layers,
+        batches: Iterable[torch.Tensor | Mapping[str, Any]],
+        put: Callable[[int, torch.Tensor], None],
+    ) -> list[list[Call]]:
+        """Hands on the hidden states that enter the first layer; each layer's other arguments, batch by batch."""
+        calls: list[list[Call]] = [[] for _ in group.modules]
+
+        def recorder(index: int):
+            def forward(*args, **kwargs):
+                hidden = hidden_states(args, kwargs)
+                if index == 0:
+                    assert hidden is not None  # `Layers.is_chain` has seen it
+                    put(len(calls[0]), hidden)
+                kept = (None, *args[1:]) if args else ()
+                rest = {k: v for k, v in kwargs.items() if args or k != "hidden_states"}
+                batch = len(calls[index])
+                calls[index].append(Call(kept, rest).sharing(calls[index][0] if batch else None))
+                if index == len(group.modules) - 1:
+                    raise Stop
+                return like(group.seen[index][0][1], hidden)
+
+            return forward
+
+        recorders = [recorder(index) for index in range(len(group.modules))]
+        with replaced_forwards(group.modules, recorders):
+            for batch in batches:
+                self.run(batch)
+        return calls
