@@ -62,26 +62,33 @@ def prepare_hessian(
     """
     if not torch.isfinite(hessian).all():
         raise ValueError("the calibration matrix has NaN or Inf: the layer's inputs overflowed or were not finite")
+    # each of these is float64 `[K, K]`, 970 MB for the down projection of a 7B: none is kept longer than it is needed
     full = _of_unit_mean(hessian)
     dead = full.diagonal() <= 0
     permutation = None
     if act_order:
         permutation = torch.argsort(full.diagonal(), descending=True, stable=True)
-        full = full[permutation][:, permutation]
+        full = full[permutation]
+        full = full[:, permutation]
         dead = dead[permutation]
-    damped = _shrunk(full, dead, shrinkage)
-    columns = len(full)
-    identity = torch.eye(columns, dtype=torch.float64, device=full.device)
+    matrix = full.float()
+    damped = _shrink(full, dead, shrinkage)
+    mean = damped.diagonal().mean()
     damping = max(damp_percent, 1e-8)
     for _ in range(7):
-        attempt = damped + damping * damped.diagonal().mean() * identity
         # H = R R^T with R upper triangular is the Cholesky factorization of H read backwards
-        lower, failed = torch.linalg.cholesky_ex(attempt.flip(0, 1))
+        attempt = damped.flip(0, 1)
+        attempt.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(attempt)
+        del attempt
         if not failed:
             factor = lower.flip(0, 1)
+            del lower
+            identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
             inverse = torch.linalg.solve_triangular(factor, identity, upper=True)
+            del identity
             if torch.isfinite(inverse).all():
-                return PreparedHessian(full.float(), inverse.float(), factor.float(), dead, permutation)
+                return PreparedHessian(matrix, inverse.float(), factor.float(), dead, permutation)
         damping *= 10
     raise ValueError(
         f"the calibration matrix cannot be factorized even with a damping of {damping / 10:g} times its mean "
@@ -100,7 +107,7 @@ def damped_hessian(hessian: torch.Tensor, damp_percent: float, shrinkage: float 
     """
     full = _of_unit_mean(hessian)
     dead = full.diagonal() <= 0
-    damped = _shrunk(full, dead, shrinkage)
+    damped = _shrink(full, dead, shrinkage)
     damped.diagonal().add_(max(damp_percent, 1e-8) * damped.diagonal().mean())
     damped.diagonal()[dead] = 0.0
     return damped.float()
@@ -109,18 +116,19 @@ def damped_hessian(hessian: torch.Tensor, damp_percent: float, shrinkage: float 
 def _of_unit_mean(hessian: torch.Tensor) -> torch.Tensor:
     """A float64 copy over the mean of its diagonal: a common scale, so that one damping and one ridge serve inputs of
     any size; 1e-30 and 1e30 both pass."""
-    full = hessian.to(torch.float64)
+    full = hessian.to(torch.float64, copy=True)
     mean = full.diagonal().mean()
-    return full / mean if mean > 0 else full.clone()
+    return full.div_(mean) if mean > 0 else full
 
 
-def _shrunk(full: torch.Tensor, dead: torch.Tensor, shrinkage: float) -> torch.Tensor:
-    damped = full.clone()
+def _shrink(full: torch.Tensor, dead: torch.Tensor, shrinkage: float) -> torch.Tensor:
+    """In place."""
     if shrinkage:
-        damped *= 1 - shrinkage
-        damped.diagonal().copy_(full.diagonal())
-    damped.diagonal()[dead] = 1.0
-    return damped
+        diagonal = full.diagonal().clone()
+        full *= 1 - shrinkage
+        full.diagonal().copy_(diagonal)
+    full.diagonal()[dead] = 1.0
+    return full
 
 
 def identity_hessian(columns: int, device: torch.device) -> PreparedHessian:
