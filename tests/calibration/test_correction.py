@@ -1,0 +1,263 @@
+"""Error correction: the steps of a layer, the equation, and whole models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_experts import tiny_moe
+from tiny_models import tiny_model, tokens
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from optimum_arb import ARBConfig
+from optimum_arb.calibration import CalibrationWalk, token_batches
+from optimum_arb.calibration.calls import Stop
+from optimum_arb.calibration.correction import (
+    DAMPING,
+    LAYER_INPUT,
+    Corrections,
+    Read,
+    Reading,
+    Step,
+    find_steps,
+    sharing_weights,
+)
+from optimum_arb.calibration.layers import find_layers
+from optimum_arb.calibration.statistics import Statistic
+from optimum_arb.conversion import binarize_linear
+from optimum_arb.modules import select_modules
+
+QKV = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+GATED = [
+    (QKV, {}),
+    (["self_attn.o_proj"], {"self_attn.o_proj": LAYER_INPUT}),
+    (["mlp.gate_proj", "mlp.up_proj"], {}),
+    (["mlp.down_proj"], {"mlp.down_proj": "post_attention_layernorm"}),
+]
+STEPS = {
+    "LlamaForCausalLM": GATED,
+    "GPT2LMHeadModel": [
+        (["attn.c_attn"], {}),
+        (["attn.c_proj"], {"attn.c_proj": LAYER_INPUT}),
+        (["mlp.c_fc"], {}),
+        (["mlp.c_proj"], {"mlp.c_proj": "ln_2"}),
+    ],
+    # outputs are normalized before they are added: no linear adds to the stream itself
+    "Gemma2ForCausalLM": [(names, {}) for names, _ in GATED],
+    # one input for both branches, whose outputs are added to each other first
+    "PhiForCausalLM": [([*QKV, "mlp.fc1"], {}), (["self_attn.dense"], {}), (["mlp.fc2"], {})],
+}
+
+
+def first_layer(model, ids):
+    """Its name, itself, its targets by name, and a call that runs it on what it receives."""
+    targets = list(select_modules(model, ARBConfig(dataset=None, block_size=64)).modules())
+    group = find_layers(model, targets)[0]
+    name, layer = group.names[0], group.modules[0]
+    seen = []
+
+    def note(module, args, kwargs):
+        seen.append((args, kwargs))
+        raise Stop
+
+    handle = layer.register_forward_pre_hook(note, with_kwargs=True)
+    with torch.no_grad(), pytest.raises(Stop):
+        model(input_ids=ids)
+    handle.remove()
+    args, kwargs = seen[0]
+
+    def run(other=layer):
+        with torch.no_grad():
+            output = other(*args, **kwargs)
+        return output if isinstance(output, torch.Tensor) else output[0]
+
+    return name, layer, {target: model.get_submodule(target) for target in group.targets[0]}, run
+
+
+def without_prefix(steps, prefix):
+    def short(name):
+        return name.removeprefix(prefix)
+
+    return [([*map(short, step.names)], {short(k): v for k, v in step.residual.items()}) for step in steps]
+
+
+@pytest.mark.parametrize("family", STEPS)
+def test_steps_of_a_layer(family):
+    name, layer, modules, run = first_layer(tiny_model(family), tokens(1))
+    found = without_prefix(find_steps(layer, modules, run), name + ".")
+    expected = STEPS[family]
+    assert [(sorted(names), residual) for names, residual in found] == [(sorted(n), r) for n, r in expected]
+
+
+def test_steps_of_a_layer_in_parallel_branches():
+    """GPT-NeoX adds both branches up; which one reaches the stream first is not the same in every version."""
+    name, layer, modules, run = first_layer(tiny_model("GPTNeoXForCausalLM"), tokens(1))
+    found = without_prefix(find_steps(layer, modules, run), name + ".")
+    assert sorted(target for names, _ in found for target in names) == sorted(
+        target.removeprefix(name + ".") for target in modules
+    )
+    order = {target: index for index, (names, _) in enumerate(found) for target in names}
+    assert order["attention.query_key_value"] < order["attention.dense"]
+    assert order["mlp.dense_h_to_4h"] < order["mlp.dense_4h_to_h"]
+
+
+def test_experts_are_a_step_of_their_own():
+    name, layer, modules, run = first_layer(tiny_moe("MixtralForCausalLM"), tokens(1))
+    found = without_prefix(find_steps(layer, modules, run), name + ".")
+    assert [sorted(names) for names, _ in found] == [sorted(QKV), ["self_attn.o_proj"], ["mlp.experts"]]
+    assert found[1][1] == {"self_attn.o_proj": LAYER_INPUT}
+
+
+def test_what_no_input_reaches_comes_last():
+    name, layer, modules, run = first_layer(tiny_model("LlamaForCausalLM"), tokens(1))
+    layer.unused = nn.Linear(8, 8)
+    modules[f"{name}.unused"] = layer.unused
+    steps = find_steps(layer, modules, run)
+    assert (steps[-1].names, steps[-1].residual) == ([f"{name}.unused"], {})
+    assert len(steps) == 5
+
+
+def test_a_layer_that_shares_its_weights_stays_float():
+    _, layer, _, run = first_layer(tiny_model("LlamaForCausalLM"), tokens(1))
+    other = sharing_weights(layer)
+    assert {id(p) for p in other.parameters()} == {id(p) for p in layer.parameters()}
+    expected = run()
+    layer.mlp.up_proj = nn.Linear(96, 160, bias=False)
+    assert torch.equal(run(other), expected)
+    assert not torch.equal(run(), expected)
+
+
+def test_reading_ends_where_the_step_begins():
+    """What it reads is what hooks on the modules see; behind the step nothing runs."""
+    name, layer, modules, run = first_layer(tiny_model("LlamaForCausalLM"), tokens(1))
+    step = find_steps(layer, modules, run)[3]
+    seen = {}
+    for key, module in (("input", layer.mlp.down_proj), ("stream", layer.post_attention_layernorm)):
+        module.register_forward_pre_hook(lambda module, args, key=key: seen.update({key: args[0].clone()}))
+    run()
+    for whole in (False, True):
+        with Reading(layer, name, step, whole) as reading:
+            ended = False
+            with reading.reading() as read:
+                run()
+                ended = True
+        assert ended is whole
+        assert torch.equal(read.input, seen["input"])
+        assert torch.equal(read.streams["post_attention_layernorm"], seen["stream"])
+    assert not hasattr(reading._local, "found")
+
+
+def linear(rows, columns, kind=nn.Linear):
+    module = kind(columns, rows) if kind is nn.Linear else Conv1D(rows, columns)
+    with torch.no_grad():
+        module.weight.normal_()
+    return module
+
+
+def correct(step, modules, batches, strength):
+    """`batches` of (wanted, found); returns the corrections, solved."""
+    corrections = Corrections(step, modules, torch.device("cpu"))
+    statistic = Statistic(batches[0][1].input.shape[-1], torch.device("cpu"))
+    for wanted, found in batches:
+        corrections.add(corrections.differences(wanted, found), found.input)
+        statistic.add(found.input)
+    corrections.solve(step.names, statistic.hessian, strength)
+    return corrections, statistic.hessian
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_the_weight_is_that_of_dense_least_squares(kind, residual, strength):
+    """`[x; root(damping) I] T^T = [W x + s d; root(damping) W]`, in float64, for linears that share a sum and for those
+    that do not."""
+    torch.manual_seed(0)
+    columns, shapes = (12, {"a": 20, "b": 9}) if not residual else (20, {"a": 6})
+    modules = {name: linear(rows, columns, kind) for name, rows in shapes.items()}
+    step = Step(list(shapes), {"a": "norm"} if residual else {})
+    batches = []
+    for _ in range(3):
+        given = torch.randn(2, 30, columns) @ torch.randn(columns, columns)
+        streams = [{"norm": torch.randn(2, 30, shapes["a"])} if residual else {} for _ in range(2)]
+        batches.append((Read(given + 0.3 * torch.randn_like(given), streams[0]), Read(given, streams[1])))
+    corrections, hessian = correct(step, modules, batches, strength)
+    assert corrections.shared is not residual
+
+    x = torch.cat([found.input.reshape(-1, columns) for _, found in batches]).double()
+    wanted_x = torch.cat([wanted.input.reshape(-1, columns) for wanted, _ in batches]).double()
+    root = (DAMPING * hessian.diagonal().double().mean()).sqrt()
+    for name, module in modules.items():
+        transposed = module.weight.detach().double() if kind is Conv1D else module.weight.detach().double().T
+        d = (wanted_x - x) @ transposed
+        if residual:
+            d += torch.cat([(w.streams["norm"] - f.streams["norm"]).reshape(-1, shapes[name]) for w, f in batches])
+        left = torch.cat([x, root * torch.eye(columns, dtype=torch.float64)])
+        right = torch.cat([x @ transposed + strength * d, root * transposed])
+        dense = torch.linalg.lstsq(left, right).solution
+        result = corrections.corrected(name)
+        found = result.weight if kind is Conv1D else result.weight.T
+        assert result.weight.dtype == torch.float32
+        assert result.bias is module.bias
+        torch.testing.assert_close(found.double(), dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("inputs", ["equal", "zero", "infinite"])
+def test_where_nothing_can_be_corrected_the_linear_stays(inputs):
+    module = linear(4, 6)
+    x = torch.randn(10, 6) if inputs != "zero" else torch.zeros(10, 6)
+    x[0, 0] = torch.inf if inputs == "infinite" else x[0, 0]
+    wanted = x.clone() if inputs != "zero" else torch.randn(10, 6)
+    step = Step(["a"])
+    corrections, _ = correct(step, {"a": module}, [(Read(wanted), Read(x))], 0.5)
+    assert corrections.corrected("a") is module
+
+
+def test_the_form_of_the_sum_changes_nothing():
+    """A linear with more columns than twice its rows has a sum of its own, of less memory."""
+    torch.manual_seed(0)
+    module = linear(4, 12)
+    given = torch.randn(50, 12)
+    batch = [(Read(given + 0.1 * torch.randn(50, 12)), Read(given))]
+    own, _ = correct(Step(["a"]), {"a": module}, batch, 0.5)
+    other = {"a": module, "b": linear(9, 12)}
+    both, _ = correct(Step(["a", "b"]), other, batch, 0.5)
+    assert (own.shared, both.shared) == (False, True)
+    torch.testing.assert_close(own.corrected("a").weight, both.corrected("a").weight)
+
+
+def walk(model, batches, strength, **options):
+    config = ARBConfig(block_size=64, admm_iterations=0, refinement_sweeps=1)
+    targets = select_modules(model, config).modules()
+
+    def binarize(name, module, hessian, count):
+        packed, record = binarize_linear(name, module, config, hessian, count)
+        return packed, record.output_error
+
+    done = CalibrationWalk(model, targets, binarize, batches, error_correction=strength, **options)
+    done.run()
+    return done
+
+
+@pytest.mark.parametrize("family", ["LlamaForCausalLM", "GPT2LMHeadModel", "Gemma2ForCausalLM", "PhiForCausalLM"])
+def test_outputs_come_closer_to_those_of_the_float_model(family):
+    """On text that nothing was fitted to, what the last layer puts out."""
+    ids = tokens(48, 32)
+    original = tiny_model(family)
+    errors = {}
+    with torch.no_grad():
+        expected = original(input_ids=ids[40:], output_hidden_states=True).hidden_states[-1]
+        for strength in (0.0, 0.5):
+            model = tiny_model(family)
+            walk(model, token_batches(ids[:40], 8), strength)
+            found = model(input_ids=ids[40:], output_hidden_states=True).hidden_states[-1]
+            errors[strength] = float((found - expected).square().mean() / expected.square().mean())
+    assert errors[0.5] < 0.97 * errors[0.0]
+
+
+def test_the_float_models_outputs_are_kept_where_they_are_asked_for():
+    ids, original, model = tokens(6), tiny_model("LlamaForCausalLM"), tiny_model("LlamaForCausalLM")
+    done = walk(model, token_batches(ids, 2), 0.5, follow_float=True)
+    with torch.no_grad():
+        expected = original(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(original.model.norm(torch.cat(done.float_outputs)), expected)
+    assert not walk(tiny_model("LlamaForCausalLM"), token_batches(ids, 2), 0.5).float_outputs
