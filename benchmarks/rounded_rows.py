@@ -84,7 +84,8 @@ def main() -> None:
     args = parser.parse_args()
     linears = calibrate(args.model, args.layers)
     print(
-        "| method | calibrated | rows that round-to-nearest meets better | weights changed | error over its | time for it |"
+        "| method | calibrated | rows that round-to-nearest meets better | weights changed | error over its "
+        "| time for it |"
     )
     print("|---|---|---|---|---|---|")
     for name in args.forms:

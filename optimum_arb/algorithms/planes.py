@@ -53,7 +53,7 @@ class PlanesFit:
 
     def total(self, sizes: torch.Tensor) -> torch.Tensor:
         """The sum over the planes of `sizes * signs`, `sizes` of a shape that `[P, N, k]` fits; float `[N, k]`."""
-        return (self.signs * sizes).sum(0)
+        return _summed(self.signs * sizes)
 
     def copy(self) -> PlanesFit:
         """The same on tensors of its own."""
@@ -145,7 +145,10 @@ class Descent:
         fit = self.fit
         basis = fit.signs * fit.col[:, None, :]  # [P, N, k]
         weighted = basis @ self.metric
-        normal = torch.stack([(weighted * plane).sum(2) for plane in basis], 2).permute(1, 0, 2)  # [N, P, P]
+        if len(basis) == 1:
+            normal = (weighted * basis).sum(2).T[..., None]
+        else:
+            normal = torch.stack([(weighted * plane).sum(2) for plane in basis], 2).permute(1, 0, 2)  # [N, P, P]
         slope = (basis * self.gradient).sum(2).T
         step = _solve(normal.double(), slope.double()).T.to(fit.row.dtype)
         fit.row += step
@@ -167,7 +170,7 @@ class Descent:
         normal = (every.T @ every).double() * self.metric.double().repeat(planes, planes)
         step = _solve(normal[None], slope[None])[0].view(planes, columns).to(fit.col.dtype)
         fit.col += step
-        self.gradient -= (basis * step[:, None, :]).sum(0) @ self.metric
+        self.gradient -= _summed(basis * step[:, None, :]) @ self.metric
 
     def signs(self) -> None:
         """Coordinate descent over the columns, all rows at once.
@@ -223,17 +226,21 @@ def update_signs(weight: torch.Tensor, metric: torch.Tensor, fit: PlanesFit) -> 
     Descent.of(weight, metric, fit).signs()
 
 
+def _summed(planes: torch.Tensor) -> torch.Tensor:
+    """The sum over the planes of `[P, N, k]`: a launch less where there is one."""
+    return planes[0] if len(planes) == 1 else planes.sum(0)
+
+
 def _solve(normal: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
     """Batched `normal x = slope` in float64 with a ridge; where that fails all the same, no step."""
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
-    ridge = RIDGE * diagonal.mean(-1, keepdim=True)
+    ridge = RIDGE * (diagonal if normal.shape[-1] == 1 else diagonal.mean(-1, keepdim=True))
     ridge = torch.where(ridge > 0, ridge, 1.0)
     if normal.shape[-1] == 1:
-        step = slope / (normal[..., 0] + ridge)
-        return torch.where(torch.isfinite(step), step, 0.0)
+        return torch.nan_to_num(slope / (normal[..., 0] + ridge), 0.0, 0.0, 0.0)
     lower, failed = torch.linalg.cholesky_ex(normal + torch.diag_embed(ridge.expand_as(diagonal)))
     step = torch.cholesky_solve(slope[..., None], lower)[..., 0]
-    return torch.where((failed != 0)[:, None] | ~torch.isfinite(step), 0.0, step)
+    return torch.where((failed != 0)[:, None], 0.0, torch.nan_to_num(step, 0.0, 0.0, 0.0))
 
 
 def signs_in_order(weight: torch.Tensor, factor: torch.Tensor, fit: PlanesFit) -> None:

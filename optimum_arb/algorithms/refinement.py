@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .cuda_graph import Graphs
 from .hessian import PreparedHessian
 from .planes import Descent, PlanesFit, Rounding
-
-_graphs = Graphs()
-release_graphs = _graphs.clear  # what a GPU keeps between two calls of `refine_blocks`
 
 
 def refine_blocks(
@@ -40,30 +36,18 @@ def refine_blocks(
     matrix = hessian.damped
     error = weight - torch.cat([fit.reconstruction() for fit in fits], 1)
 
-    def improve(
-        metric: torch.Tensor, gradient: torch.Tensor, *before: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        return _improve(metric, gradient, PlanesFit(*before), col_scale, rounding)
-
-    # the grids of rounded scales are another tensor in each call
-    key = ("refine", col_scale, torch.get_float32_matmul_precision()) if rounding is None else None
     for _ in range(sweeps):
         for index, start in enumerate(range(0, columns, block_size)):
             here = slice(start, min(start + block_size, columns))
-            fit = fits[index]
-            given = (matrix[here, here], error @ matrix[:, here], fit.signs, fit.row, fit.col)
-            *better, change = improve(*given) if key is None else _graphs.run(key, improve, *given)
-            if key is not None and weight.is_cuda:
-                better = [part.clone() for part in better]  # the next block's run overwrites them
-            fits[index] = PlanesFit(*better)
+            gradient = error @ matrix[:, here]
+            fits[index], change = _improve(matrix[here, here], gradient, fits[index], col_scale, rounding)
             error[:, here] -= change
 
 
 def _improve(
     metric: torch.Tensor, gradient: torch.Tensor, before: PlanesFit, col_scale: bool, rounding: Rounding | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One block: signs `[P, N, k]`, row `[P, N]` and column scales `[P, k]`, and the change of Q `[N, k]`; no change
-    where the objective would not fall.
+) -> tuple[PlanesFit, torch.Tensor]:
+    """One block: its fit and the change of Q `[N, k]`; no change where the objective would not fall.
 
     Args:
         metric: `H_bb`, float32 `[k, k]`.
@@ -80,9 +64,9 @@ def _improve(
     # the objective's change is -2 <change, gradient> + <change H_bb, change>, and the gradient that the steps left is
     # the first one less change H_bb; chosen without asking the device
     better = (change * (gradient + descent.gradient)).sum(dtype=torch.float64) > 0
-    return (
+    fit = PlanesFit(
         torch.where(better, after.signs, before.signs),
         torch.where(better, after.row, before.row),
         torch.where(better, after.col, before.col),
-        torch.where(better, change, 0.0),
     )
+    return fit, torch.where(better, change, 0.0)

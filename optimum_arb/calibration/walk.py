@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..algorithms.refinement import release_graphs
 from .activations import INPUTS, Activations, EveryOther
 from .calls import Call, Stop
 from .correction import Corrections, Reading, Step, find_steps, sharing_weights
@@ -147,7 +146,6 @@ class CalibrationWalk:
                 elif outside:
                     with self.progress.layer("outside the layers", outside):
                         self._outside(outside, [name for group in groups for name in group.names])
-        release_graphs()
 
     def _outside(self, targets: list[str], layers: list[str]) -> None:
         if self.batches:

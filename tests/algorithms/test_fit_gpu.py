@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optimum_arb import ARBConfig
-from optimum_arb.algorithms import binarize, cuda_graph, output_error, refinement
+from optimum_arb.algorithms import binarize, output_error
 from optimum_arb.algorithms.partition import large_weights, salient_columns
 from optimum_arb.calibration.activations import Activations
 from optimum_arb.calibration.statistics import Statistic
@@ -52,22 +52,6 @@ def test_as_good_as_on_the_cpu(problem, choices):
     on_cpu = output_error(weight, binarize(weight, hessian, config).dequantize(), hessian)
     found = binarize(weight.cuda(), hessian.cuda(), config).dequantize().cpu()
     assert output_error(weight, found, hessian) == pytest.approx(on_cpu, rel=0.03)
-
-
-@pytest.mark.parametrize("planes", [1, 2])
-def test_the_graph_gives_the_same_bits(problem, planes, monkeypatch):
-    weight, hessian = (tensor.cuda() for tensor in problem)
-    config = ARBConfig(planes=planes, refinement_sweeps=3)
-    refinement.release_graphs()
-    found = binarize(weight, hessian, config)
-    assert refinement._graphs._graphs, "no graph was captured"
-    monkeypatch.setattr(cuda_graph.Graphs, "run", lambda self, key, function, *tensors: function(*tensors))
-    expected = binarize(weight, hessian, config)
-    assert torch.equal(found.signs, expected.signs)
-    assert torch.equal(found.row_scale, expected.row_scale)
-    assert torch.equal(found.col_scale, expected.col_scale)
-    refinement.release_graphs()
-    assert not refinement._graphs._graphs
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
