@@ -32,7 +32,7 @@ class Activations:
         return self._batches[batch]
 
     def put(self, batch: int, hidden: torch.Tensor) -> None:
-        """Writes a batch of the next generation; batches come in their order."""
+        """Writes a batch of the next generation; those of the first one come in their order."""
         kept = self._copy(hidden.detach(), batch) if hidden.is_cuda else hidden.detach().to("cpu")
         if batch == len(self._batches):
             self._batches.append(kept)
@@ -41,6 +41,8 @@ class Activations:
 
     def advance(self, layer: str) -> None:
         """What was put becomes what is read: the outputs of this layer, or what enters the first one (`INPUTS`)."""
+        if self._batches and self._batches[0].is_pinned():
+            torch.cuda.synchronize()
 
     def restore(self, layer: str) -> bool:
         """Whether the outputs of this layer, which an interrupted run computed, are at hand; they are current then."""
@@ -56,7 +58,8 @@ class Activations:
         if batch < len(self._batches):
             before = self._batches[batch]
             if before.is_pinned() and before.shape == hidden.shape and before.dtype == hidden.dtype:
-                return before.copy_(hidden)  # behind every read of it, which the same stream began earlier
+                # behind every read of it, which the same stream began earlier; `advance` waits for it
+                return before.copy_(hidden, non_blocking=True)
         if not self._free or self._free[-1].shape != hidden.shape or self._free[-1].dtype != hidden.dtype:
             count = max(1, SLAB // max(1, hidden.nbytes))
             try:
@@ -64,7 +67,7 @@ class Activations:
             except RuntimeError:  # the system allows no more of it
                 return hidden.to("cpu")
             self._free = list(slab)
-        return self._free.pop().copy_(hidden)
+        return self._free.pop().copy_(hidden, non_blocking=True)
 
 
 class EveryOther(Activations):

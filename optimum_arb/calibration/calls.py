@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
+
+from .activations import Activations
 
 
 class Stop(Exception):
@@ -47,6 +49,18 @@ class Call:
             return next(same, value)
 
         return Call(*tree_map(replace, (self.args, self.kwargs)))
+
+
+def layer_runs(
+    layer: nn.Module, inputs: Activations, calls: Sequence[Call], device: torch.device
+) -> Callable[[int], torch.Tensor]:
+    """A function that gives the layer's output for a batch, all on the device."""
+
+    def run(batch: int) -> torch.Tensor:
+        hidden = inputs[batch].to(device, non_blocking=True)  # from page-locked memory the host need not wait
+        return calls[batch].run(layer, hidden, device)
+
+    return run
 
 
 def hidden_states(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor | None:

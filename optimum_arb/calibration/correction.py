@@ -17,8 +17,9 @@ That inputs differ is taken into account by "asymmetric calibration" (GPTAQ, arX
 from __future__ import annotations
 
 import copy
+import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -31,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from ..experts.matrices import is_experts
 from ..modules import linear_shape
 from .calls import Stop
+from .statistics import add_product
 
 # of the mean diagonal of H; see docs/method.md
 DAMPING = 0.1
@@ -130,27 +132,41 @@ def sharing_weights(layer: nn.Module) -> nn.Module:
     return copy.deepcopy(layer, {id(tensor): tensor for tensor in chain(layer.parameters(), layer.buffers())})
 
 
+@dataclass
+class Read:
+    """What a run of a layer up to a step came to.
+
+    Attributes:
+        input: `x` `[..., K]` of the step's linears; None where the run did not reach them, and of experts.
+        streams: residual streams by the names of `Step.residual`.
+    """
+
+    input: torch.Tensor | None = None
+    streams: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
 class Reading:
-    """Takes down what a layer's linears put out, and its residual streams, while the layer runs inside `reading`.
+    """Takes down what a step receives, and the residual streams that it adds to, while a layer runs inside `reading`.
+
+    The tensors are those of the run itself: `find_steps` has seen that a stream is not written into, and nothing
+    follows the input where the run ends there.
 
     Args:
         layer: the layer.
         prefix: its name in the model.
         step: of which linears.
-        whole: whether the layer runs to its end; otherwise `Stop` is raised behind the step's last module.
+        whole: whether the layer runs to its end; otherwise `Stop` is raised where the step would begin.
     """
 
     def __init__(self, layer: nn.Module, prefix: str, step: Step, whole: bool):
         self._local = threading.local()
         self._handles = []
-        own = {name: layer.get_submodule(name.removeprefix(prefix + ".")) for name in step.names}
-        self._waiting = set(own)
         self._whole = whole
-        for name, module in own.items():
-            self._handles.append(module.register_forward_hook(self._output(name)))
         for source in set(step.residual.values()):
             module = layer.get_submodule(source) if source != LAYER_INPUT else layer
             self._handles.append(module.register_forward_pre_hook(self._stream(source), with_kwargs=True))
+        first = layer.get_submodule(step.names[0].removeprefix(prefix + "."))
+        self._handles.append(first.register_forward_pre_hook(self._begin))
 
     def __enter__(self) -> Reading:
         return self
@@ -160,10 +176,9 @@ class Reading:
             handle.remove()
 
     @contextmanager
-    def reading(self) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
-        """Yields: what this thread's run has by name of a linear, and by name of a stream; filled when it is over."""
-        found: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
-        self._local.found, self._local.ran = found, set()
+    def reading(self) -> Iterator[Read]:
+        """Yields: what this thread's run has; filled when it is over."""
+        self._local.found = found = Read()
         try:
             yield found
         except Stop:
@@ -171,90 +186,118 @@ class Reading:
         finally:
             del self._local.found
 
-    def _output(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            if isinstance(output, torch.Tensor):
-                self._local.found[0][name] = output.detach().clone()
-            self._local.ran.add(name)
-            if not self._whole and self._local.ran == self._waiting:
-                raise Stop
-
-        return hook
+    def _begin(self, module: nn.Module, args: tuple) -> None:
+        found = self._local.found
+        if not is_experts(module) and found.input is None:
+            found.input = args[0].detach().clone() if self._whole else args[0].detach()
+        if not self._whole:
+            raise Stop
 
     def _stream(self, source: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            value = args[0] if args else kwargs["hidden_states"]
-            self._local.found[1][source] = value.detach().clone()
+            self._local.found.streams[source] = (args[0] if args else kwargs["hidden_states"]).detach()
 
         return hook
 
 
 class Corrections:
-    """`sum d x^T` of each linear of a step, in float64 for the reason that `Statistic` gives.
+    """`sum d x^T` of the linears of a step, in float64 for the reason that `Statistic` gives.
+
+    With `e` for what the float model's `x` has and this one has not, `d = W e`, and the sum is `W sum e x^T`: where
+    linears only share an input they share that sum as well. It takes no product of every token with their weights, and
+    less memory. A linear that adds to the residual stream has a sum of its own.
 
     Args:
         step: the step.
         modules: name -> float module.
         device: where they are.
+
+    Attributes:
+        sums: by name of the first of the linears that share one, `sum e x^T` `[K, K]` or `sum d x^T` `[N, K]`.
+        members: name -> names of the linears that share it.
     """
 
     def __init__(self, step: Step, modules: Mapping[str, nn.Module], device: torch.device):
         wide = torch.float32 if device.type == "mps" else torch.float64
+        linears = {name: modules[name] for name in step.names if not is_experts(modules[name])}
+        shapes = {name: linear_shape(module) for name, module in linears.items()}
+        self._linears = linears
         self._residual = step.residual
+        self._changes: dict[str, torch.Tensor] = {}
+        self.shared = bool(linears) and not step.residual
+        self.shared &= 2 * sum(rows for rows, _ in shapes.values()) > next(iter(shapes.values()), (0, 0))[1]
+        self.members = {next(iter(shapes)): list(shapes)} if self.shared else {name: [name] for name in shapes}
         self.sums = {
-            name: torch.zeros(linear_shape(modules[name]), dtype=wide, device=device)
-            for name in step.names
-            if not is_experts(modules[name])
+            name: torch.zeros(shapes[name][1] if self.shared else shapes[name][0], shapes[name][1]).to(device, wide)
+            for name in self.members
         }
 
-    def differences(
-        self,
-        wanted: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]],
-        found: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]],
-    ) -> dict[str, torch.Tensor]:
-        """`d` `[..., N]`, float32, of one batch, by name of a linear.
+    def differences(self, wanted: Read, found: Read) -> dict[str, torch.Tensor]:
+        """`e` `[..., K]` or `d` `[..., N]`, float32, of one batch, by the names of `sums`.
 
         Args:
-            wanted: what `Reading.reading` gave for the float layer on the float model's inputs.
-            found: the same of the layer that is binarized.
+            wanted: of the float layer, on the float model's inputs.
+            found: of the layer that is binarized.
         """
+        if wanted.input is None or found.input is None:
+            return {}
+        change = wanted.input.float() - found.input.float()
+        if self.shared:
+            return dict.fromkeys(self.sums, change)
         result = {}
-        for name, output in found[0].items():
-            difference = wanted[0][name].float() - output.float()
+        for name, module in self._linears.items():
+            weight = module.get_parameter("weight")
+            product = change.to(weight.dtype) @ (weight if type(module) is Conv1D else weight.T)
+            result[name] = product.float()
             if (stream := self._residual.get(name)) is not None:
-                difference += wanted[1][stream].float() - found[1][stream].float()
-            result[name] = difference
+                result[name] += wanted.streams[stream].float() - found.streams[stream].float()
         return result
 
-    def add(self, differences: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]) -> None:
-        """Adds the products of one batch; `inputs` are the `x` `[..., K]` by name of a linear."""
+    def add(self, differences: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> None:
+        """Adds the products of one batch with its `x` `[..., K]`."""
+        rows = inputs.detach().flatten(0, -2)
         for name, difference in differences.items():
-            if name in self.sums and name in inputs:
-                rows = inputs[name].detach().reshape(-1, inputs[name].shape[-1]).float()
-                with torch.autocast(rows.device.type, enabled=False):
-                    self.sums[name] += difference.reshape(-1, difference.shape[-1]).T @ rows
+            add_product(self.sums[name], difference.flatten(0, -2), rows)
 
+    @torch.no_grad()
+    def solve(self, names: Collection[str], hessian: torch.Tensor, strength: float) -> None:
+        """Makes of the sums what is added to weights; they are let go.
 
-@torch.no_grad()
-def corrected(module: nn.Module, hessian: torch.Tensor, correction: torch.Tensor, strength: float) -> nn.Module:
-    """The float linear with the weight `T` of the equation above, in float32, beside the one that is given.
+        Args:
+            names: of the linears that are fitted here.
+            hessian: their H, `[K, K]`.
+            strength: s.
+        """
+        sums, self.sums = self.sums, {}
+        mean = float(hessian.diagonal().double().mean())
+        if not 0 < mean < math.inf:
+            return  # nothing came in, or what no fit can do with, which it says
+        lower = None
+        for leader, members in self.members.items():
+            total = sums.pop(leader)
+            if not set(members) & set(names) or not torch.isfinite(total).all() or not total.any():
+                continue
+            if lower is None:
+                damped = hessian.to(total.dtype, copy=True)
+                damped.diagonal().add_(DAMPING * mean)
+                lower = torch.linalg.cholesky(damped)
+                del damped
+            self._changes[leader] = torch.cholesky_solve(total.T, lower).T.mul_(strength)
 
-    Args:
-        module: an `nn.Linear` or `Conv1D`.
-        hessian: H `[K, K]`.
-        correction: `sum d x^T` `[N, K]`.
-        strength: s.
-    """
-    mean = float(hessian.diagonal().double().mean())
-    if not mean > 0 or not torch.isfinite(correction).all() or not correction.any():
-        return module
-    wide = correction.dtype
-    damped = hessian.to(wide, copy=True)
-    damped.diagonal().add_(DAMPING * mean)
-    change = torch.linalg.solve(damped, correction.T).T * strength
-    result = copy.copy(module)
-    result._parameters = dict(module._parameters)
-    weight = module.get_parameter("weight")
-    change = change.T if type(module) is Conv1D else change
-    result._parameters["weight"] = nn.Parameter((weight.to(wide) + change).float(), requires_grad=False)
-    return result
+    @torch.no_grad()
+    def corrected(self, name: str) -> nn.Module:
+        """The float linear with the weight `T` of the equation above, in float32; as it is where nothing is to be
+        corrected."""
+        module = self._linears[name]
+        leader = next(leader for leader, members in self.members.items() if name in members)
+        if leader not in self._changes:
+            return module
+        change = self._changes[leader] if self.shared else self._changes.pop(leader)
+        weight = module.get_parameter("weight")
+        wide = (weight.T if type(module) is Conv1D else weight).to(change.dtype)
+        target = wide + wide @ change if self.shared else change.add_(wide)
+        target = target.T if type(module) is Conv1D else target
+        result = copy.copy(module)
+        result._parameters = dict(module._parameters)
+        result._parameters["weight"] = nn.Parameter(target.float(), requires_grad=False)
+        return result

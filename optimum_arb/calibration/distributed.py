@@ -210,7 +210,7 @@ class Ranks:
         linears.assign(sums)
         if statistics.corrections is not None:
             for name, total in statistics.corrections.sums.items():
-                self._sum(total, [owners[name]], name)
+                self._sum(total, sorted({owners[each] for each in statistics.corrections.members[name]}), name)
 
     # The collectives
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from ..experts.matrices import is_experts
 from ..nn import ARBExperts, ARBLinear
-from .correction import corrected
 from .distributed import Ranks
 from .experts import LayerStatistics, RoutedInputs
 from .progress import Progress
@@ -59,8 +58,10 @@ class Fitting:
         self._records = records
         self._measure = measure
 
-    def binarize(self, names: list[str], statistics: LayerStatistics | None) -> dict[str, nn.Module]:
-        """Returns: name -> the float module that was binarized on this rank."""
+    def binarize(
+        self, names: list[str], statistics: LayerStatistics | None, keep: bool = False
+    ) -> dict[str, nn.Module]:
+        """Returns: if they are to be kept, name -> the float module that was binarized on this rank."""
         owners = self._ranks.owners({name: self.model.get_submodule(name) for name in names})
         if statistics is not None:
             self._ranks.sum_statistics(statistics, owners)
@@ -80,6 +81,7 @@ class Fitting:
         if statistics is not None:  # made of the wider sums once, not by several threads
             for name in linears:
                 statistics.linears.hessian(name)
+            self._correct(linears, statistics)
         fits = in_order(fit, linears, self._device, FITS)
         for name in own:
             packed: nn.Module
@@ -94,7 +96,7 @@ class Fitting:
                 seconds = time.perf_counter() - start
             else:
                 packed, errors, seconds = next(fits)
-                module = sources[name]
+                module = sources[name] if keep else sources.pop(name)
             self.errors += errors
             if self._measure is not None and statistics is not None:
                 self._measure(name, module, packed, statistics)
@@ -108,12 +110,16 @@ class Fitting:
             self.model.set_submodule(name, module)
         return sources
 
+    def _correct(self, linears: list[str], statistics: LayerStatistics) -> None:
+        reached = [name for name in linears if statistics.linears.hessian(name) is not None]
+        if statistics.corrections is not None and reached:  # with error correction, all share one input
+            hessian = statistics.linears.hessian(reached[0])
+            assert hessian is not None
+            with one_thread(self._device):
+                statistics.corrections.solve(reached, hessian, self.error_correction)
+
     def _to_fit(self, name: str, statistics: LayerStatistics | None) -> nn.Module:
         """The float module of this name, with error correction that of the weight to fit."""
-        module = self.model.get_submodule(name)
         if statistics is None or statistics.corrections is None:
-            return module
-        hessian = statistics.linears.hessian(name)
-        if hessian is None:
-            return module
-        return corrected(module, hessian, statistics.corrections.sums.pop(name), self.error_correction)
+            return self.model.get_submodule(name)
+        return statistics.corrections.corrected(name)

@@ -18,6 +18,30 @@ PANEL = 4096
 MIXED = hasattr(torch.ops.aten.mm, "dtype")
 
 
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Adds `left^T right` with sums in float32 to `total` `[M, K]`.
+
+    On a GPU, factors in 16 bits go through its tensor cores as they are, their products exact; a left factor in float32
+    is rounded to bfloat16 there where the right one is of it. All others are widened.
+
+    Args:
+        total: float64, or float32 where there is none.
+        left: `[T, M]`, in float32 or the dtype of `right`.
+        right: `[T, K]`.
+    """
+    alike = left.dtype == right.dtype or right.dtype == torch.bfloat16  # float16 would lose what is small
+    wide = not (MIXED and alike and right.is_cuda and right.dtype in (torch.bfloat16, torch.float16))
+    dtype = torch.float32 if wide else right.dtype
+    same = left is right
+    right = right.to(dtype)
+    left = right if same else left.to(dtype)
+    with one_thread(right.device), torch.autocast(right.device.type, enabled=False):
+        for start in range(0, left.shape[1], PANEL):
+            panel = left[:, start : start + PANEL].T
+            product = panel @ right if wide else torch.mm(panel, right, out_dtype=torch.float32)
+            total[start : start + PANEL] += product
+
+
 class Statistic:
     """X^T X of the inputs that one or several linears receive, and how many inputs were summed.
 
@@ -43,14 +67,7 @@ class Statistic:
     def add(self, inputs: torch.Tensor) -> None:
         """Adds inputs `[..., K]`."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
-        total = self.total
-        if not (MIXED and rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)):
-            rows = rows.to(torch.float32)
-        with one_thread(rows.device), torch.autocast(rows.device.type, enabled=False):
-            for start in range(0, rows.shape[1], PANEL):
-                panel = rows[:, start : start + PANEL].T
-                wide = rows.dtype != torch.float32
-                total[start : start + PANEL] += torch.mm(panel, rows, out_dtype=torch.float32) if wide else panel @ rows
+        add_product(self.total, rows, rows)
         self.tokens += rows.shape[0]
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .activations import INPUTS, Activations, EveryOther
-from .calls import Call, Stop
-from .correction import Corrections, Reading, Step, find_steps, sharing_weights
+from .calls import Call, Stop, layer_runs
 from .distributed import Ranks
 from .experts import LayerStatistics, Taken
 from .fitting import Binarize, BinarizeExperts, Fitting, Measure
 from .layers import Layers, find_layers, no_one_chain
 from .progress import Progress
 from .runs import ModelRuns
+from .steps import Steps
 from .turn import AfterLayer, LayerTurn
 from .weights import OUTSIDE, LayerWeights
 from .workers import in_order, one_thread
@@ -94,6 +94,7 @@ class CalibrationWalk:
         self.follow_float = follow_float
         self.error_correction = error_correction
         self._must_correct = must_correct
+        self._keeps_float = follow_float or after_layer is not None  # what the float model's last layer puts out
         # with `follow_float`, what comes out of the float model's last layer, batch by batch, once the walk is over
         self.float_outputs: list[torch.Tensor] = []
         self.chain: Layers | None = None  # with `follow_float`, the layers
@@ -192,7 +193,8 @@ class CalibrationWalk:
         self.activations.clear()
 
         def put(batch: int, hidden: torch.Tensor) -> None:
-            self._put(self.activations, batch, hidden, hidden)
+            for which in range(2) if self.follow_float else range(1):
+                self.activations.put(2 * batch + which if self.follow_float else batch, hidden)
 
         with one_thread(self.device):
             calls = self.runs.record(group, self.ranks.batches(self.batches), put)
@@ -207,20 +209,33 @@ class CalibrationWalk:
         inputs = EveryOther(hidden) if self.follow_float else hidden
         references: list[torch.Tensor] = []
         work = bool(names) and not finished
+        on = index + 1 < len(group.modules)
+        keep = self.after_layer is not None or not on  # the float layer's outputs, in memory
+
+        def take(batch: int, output: torch.Tensor) -> None:
+            if keep:
+                references.append(output.to("cpu"))
+            else:
+                hidden.put(2 * batch, output)
+
+        wanted = on or self._keeps_float
         try:
-            if self.follow_float and not (work and self.error_correction):
+            if self.follow_float and wanted and not (work and self.error_correction):
                 with self.weights.in_float(name, layer) as of_float:
                     of_float.to(self.device)
-                    references += self._outputs(of_float, EveryOther(hidden, 0), calls)
+                    run = layer_runs(of_float, EveryOther(hidden, 0), calls, self.device)
+                    for batch, output in enumerate(in_order(run, range(len(calls)), self.device)):
+                        take(batch, output)
                     if of_float is not layer:
                         of_float.to("cpu")
             if work:
                 modules = {target: self.model.get_submodule(target) for target in names}
                 if self.error_correction:
-                    found = self._binarize_in_steps(name, layer, modules, hidden, calls, references)
+                    steps = Steps(self.fitting, self.ranks, self.device, self.fitted, self.after_layer is not None)
+                    found = steps.binarize(name, layer, modules, hidden, calls, take if wanted else None)
                 else:
-                    keep = self.after_layer is not None and not self.follow_float
-                    found = self._binarize_at_once(layer, modules, inputs, calls, references if keep else None)
+                    kept = self.after_layer is not None and not self.follow_float
+                    found = self._binarize_at_once(layer, modules, inputs, calls, references if kept else None)
                 if self.after_layer is not None:
                     fitted, statistics = found
                     turn = LayerTurn(
@@ -229,10 +244,12 @@ class CalibrationWalk:
                     self.after_layer(turn)
                     del turn, fitted, statistics
                 del found, modules
-            if index + 1 < len(group.modules):
-                run = self._runs(layer, inputs, calls)
+            if on:
+                run = layer_runs(layer, inputs, calls, self.device)
                 for batch, output in enumerate(in_order(run, range(len(calls)), self.device)):
-                    self._put(hidden, batch, output, references[batch] if self.follow_float else output)
+                    if self.follow_float and keep:
+                        hidden.put(2 * batch, references[batch])
+                    hidden.put(2 * batch + 1 if self.follow_float else batch, output)
                 hidden.advance(name)
             elif self.follow_float:
                 self.float_outputs = references
@@ -257,7 +274,7 @@ class CalibrationWalk:
             the modules, and their statistics.
         """
         with LayerStatistics(modules) as statistics:
-            run = self._runs(layer, inputs, calls)
+            run = layer_runs(layer, inputs, calls, self.device)
 
             def taken(batch: int) -> tuple[torch.Tensor, Taken]:
                 with statistics.taking() as found:
@@ -269,110 +286,7 @@ class CalibrationWalk:
                 if outputs is not None:
                     outputs.append(output.to("cpu"))
                 del output, found
-        return self.fitting.binarize(list(modules), statistics), statistics
-
-    def _binarize_in_steps(
-        self,
-        name: str,
-        layer: nn.Module,
-        modules: dict[str, nn.Module],
-        hidden: Activations,
-        calls: list[Call],
-        references: list[torch.Tensor],
-    ) -> tuple[dict[str, nn.Module], LayerStatistics]:
-        """The modules of a layer in the order in which they run, each fitted to make up for the errors before it.
-
-        Args:
-            name: of the layer.
-            layer: the layer.
-            modules: name -> float module.
-            hidden: the hidden states of both models.
-            calls: the layer's other arguments.
-            references: the float layer's outputs go here.
-
-        Returns:
-            the modules with the weights that they were fitted to, and their statistics if there is an `after_layer`.
-        """
-        of_float = sharing_weights(layer)
-        wanted, given = EveryOther(hidden, 0), EveryOther(hidden)
-        steps = None
-        if calls:
-            steps = find_steps(layer, modules, lambda: self._runs(layer, given, calls[:1])(0))
-        steps = self.ranks.exchange(steps, "looking at how a layer runs")[0]
-        assert steps is not None  # the first rank has batches
-        fitted: dict[str, nn.Module] = {}
-        every = LayerStatistics(modules)
-        for step in steps:
-            statistics = LayerStatistics({target: modules[target] for target in step.names})
-            statistics.corrections = Corrections(step, modules, self.device)
-            self._gather(name, layer, of_float, step, step is steps[-1], statistics, wanted, given, calls, references)
-            fitted |= self.fitting.binarize(step.names, statistics)
-            if self.after_layer is not None:
-                every.absorb(statistics)
-        return fitted, every
-
-    def _gather(
-        self,
-        name: str,
-        layer: nn.Module,
-        of_float: nn.Module,
-        step: Step,
-        last: bool,
-        statistics: LayerStatistics,
-        wanted: Activations,
-        given: Activations,
-        calls: list[Call],
-        references: list[torch.Tensor],
-    ) -> None:
-        """Runs both forms of a layer up to a step, the float one to its end where the step is the last."""
-        corrections = statistics.corrections
-        assert corrections is not None
-        with (
-            statistics,
-            Reading(of_float, name, step, whole=last) as of_wanted,
-            Reading(layer, name, step, whole=False) as of_given,
-        ):
-
-            def taken(batch: int) -> tuple[torch.Tensor | None, dict[str, torch.Tensor], Taken]:
-                output = None
-                with of_wanted.reading() as ought:
-                    output = self._runs(of_float, wanted, calls)(batch)
-                with of_given.reading() as has, statistics.taking() as found:
-                    self._runs(layer, given, calls)(batch)
-                return output, corrections.differences(ought, has), found
-
-            for batch, (output, differences, found) in enumerate(in_order(taken, range(len(calls)), self.device)):
-                statistics.hold_out(batch >= self.fitted)
-                if batch < self.fitted:
-                    with one_thread(self.device):
-                        corrections.add(differences, {each.name: each.copy for each in found.inputs})
-                statistics.add(found)
-                if last:
-                    assert output is not None
-                    references.append(output.to("cpu"))
-                del output, differences, found
-
-    def _outputs(self, layer: nn.Module, inputs: Activations, calls: list[Call]) -> list[torch.Tensor]:
-        """The layer's outputs, batch by batch, on the CPU."""
-        run = self._runs(layer, inputs, calls)
-        return [output.to("cpu") for output in in_order(run, range(len(calls)), self.device)]
-
-    def _runs(self, layer: nn.Module, inputs: Activations, calls: list[Call]) -> Callable[[int], torch.Tensor]:
-        """The layer's output for a batch."""
-
-        def run(batch: int) -> torch.Tensor:
-            hidden = inputs[batch].to(self.device, non_blocking=True)  # from page-locked memory the host need not wait
-            return calls[batch].run(layer, hidden, self.device)
-
-        return run
-
-    def _put(self, kept: Activations, batch: int, hidden: torch.Tensor, of_float: torch.Tensor) -> None:
-        """Keeps the hidden states of a batch; where the float model is followed, behind those of the float model."""
-        if self.follow_float:
-            kept.put(2 * batch, of_float)
-            kept.put(2 * batch + 1, hidden)
-        else:
-            kept.put(batch, hidden)
+        return self.fitting.binarize(list(modules), statistics, self.after_layer is not None), statistics
 
     def _walk_without_inputs(self, group: Layers) -> None:
         for name, layer, names in zip(group.names, group.modules, group.targets, strict=True):

@@ -33,7 +33,7 @@ class DiskActivations(Activations):
         self.state: dict[str, Any] | None = None
         self._kept = kept
         self._current: list[dict[str, Any]] = []
-        self._next: list[dict[str, Any]] = []
+        self._next: dict[int, dict[str, Any]] = {}
         self._generation = 0
         self._reader: IO[bytes] | None = None
         self._writer: IO[bytes] | None = None
@@ -50,10 +50,9 @@ class DiskActivations(Activations):
         if self._writer is None:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._writer = open(self._path(self._generation + 1), "wb")  # noqa: SIM115 (closed by `advance`)
-        assert batch == len(self._next)  # batches come in their order
         data = _bytes(tensor)
         entry = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-        self._next.append({**entry, "start": self._writer.tell(), "crc32": zlib.crc32(data)})
+        self._next[batch] = {**entry, "start": self._writer.tell(), "crc32": zlib.crc32(data)}
         self._writer.write(data)
 
     def advance(self, layer: str) -> None:
@@ -64,7 +63,7 @@ class DiskActivations(Activations):
         self._generation += 1
         synchronize(self._path(self._generation))
         synchronize(self.directory)
-        self._current, self._next = self._next, []
+        self._current, self._next = [self._next[batch] for batch in range(len(self._next))], {}
         self._open()
         self.state = {"layer": layer, "generation": self._generation, "batches": self._current}
 
@@ -96,7 +95,7 @@ class DiskActivations(Activations):
             if file is not None:
                 file.close()
         self._reader = self._writer = self.state = None
-        self._current, self._next = [], []
+        self._current, self._next = [], {}
 
     def _open(self) -> None:
         if self._reader is not None:
