@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.logging import is_progress_bar_enabled
 
 from .allocation import Choice, allocate, interpolate
 from .calibration.sensitivity import divergences
 from .calibration.walk import CalibrationWalk
 from .config import ARBConfig
+from .config.choices import AUTO
 from .config.overrides import with_choices
 from .conversion import binarize_linear
 from .layout import MAX_PLANES
-from .modules import linear_shape
+from .modules import Selection, linear_shape
 from .nn import ARBLinear
+from .patterns import matches
 
 # Of the divergence that a linear causes, before linears are compared: error correction lets later linears make up for
 # earlier ones, so that the differences between them are smaller in the end.
@@ -148,9 +152,7 @@ def divided(
         )[0]
         scale = max(usual, 1e-12) ** (temper - 1)
         allowed = [
-            (form, damage)
-            for form, damage in curves
-            if target / spread <= form.bits / weights[name] <= target * spread
+            (form, damage) for form, damage in curves if target / spread <= form.bits / weights[name] <= target * spread
         ] or [min(curves, key=lambda one: one[0].bits)]
         choices[name] = [Choice(form.bits, damage * scale, dict(form.settings)) for form, damage in allowed]
     return allocate(choices, budget)
@@ -170,3 +172,79 @@ def chosen(
     forms = {name: candidates(configs[name], *shapes[name], target, kinds) for name in configs}
     damages = measured(model, forms, configs, batches, device, seed)
     return forms, damages, {name: rows * columns for name, (rows, columns) in shapes.items()}
+
+
+def divide_budget(
+    model: PreTrainedModel,
+    selection: Selection,
+    config: ARBConfig,
+    batches: Sequence[torch.Tensor | Mapping[str, Any]],
+    device: torch.device | str,
+) -> dict[str, dict[str, Any]]:
+    """What `overrides` must say of each linear so that all of them together keep to `target_bits_per_weight`.
+
+    A linear whose override says how it is binarized (its method, planes, rank or bits) keeps that, out of the budget.
+
+    Args:
+        model: the float model in evaluation mode, on the CPU.
+        selection: what is binarized of it.
+        config: the choices.
+        batches: the calibration inputs that something is fitted to.
+        device: where the model runs and trials are fitted.
+
+    Returns:
+        name -> settings, of each linear that has a choice; nothing where all have been chosen.
+
+    Raises:
+        ValueError: the target is below what the smallest choices and the fixed linears take, or less than the fixed
+            ones take by themselves; the model has experts to binarize; see also `divergences`.
+    """
+    target = config.target_bits_per_weight
+    assert target is not None
+    if experts := [name for name in selection.convert if name in selection.experts]:
+        raise ValueError(
+            f"{experts[0]}: target_bits_per_weight={target} divides bits among linears, not experts, yet. Give planes "
+            "instead, and other ones to some modules as overrides."
+        )
+    shapes = {name: linear_shape(model.get_submodule(name)) for name in selection.convert}
+    fixed = {name for name in selection.convert if _is_fixed(config, name)}
+    weights = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    budget = math.floor(target * sum(weights.values()))
+    budget -= sum(stored_bits(selection.convert[name], *shapes[name]) for name in fixed)
+    free = {name: choices for name, choices in selection.convert.items() if name not in fixed}
+    if budget < 0:
+        raise ValueError(
+            f"target_bits_per_weight={target} is {-budget:,} bits less than what the overrides give to "
+            f"{len(fixed)} modules: raise it, or give them less."
+        )
+    if not free:
+        return {}
+    kinds = [config.method] if config.method != AUTO else ["arb-hrc", "arb-dbf"]
+    own = budget / sum(weights[name] for name in free)
+    forms, damages, sizes = chosen(model, free, batches, device, own, kinds, config.seed)
+    found = divided(forms, damages, sizes, budget)
+    tell(found, sizes)
+    return {name: dict(choice.settings) for name, choice in found.items()}
+
+
+def _is_fixed(config: ARBConfig, name: str) -> bool:
+    given = (entry for pattern, entry in config.overrides.items() if matches(pattern, name))
+    return any(key in entry for entry in given for key in ("method", "planes", "rank", "factor_bits"))
+
+
+def tell(found: Mapping[str, Choice], weights: Mapping[str, int]) -> None:
+    """Prints which kind of linear got how many bits, where progress is printed."""
+    if not is_progress_bar_enabled():
+        return
+    kinds: dict[str, list[str]] = {}
+    for name in found:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    total = sum(choice.bits for choice in found.values()) / sum(weights.values())
+    print(f"{total:.4f} bits a weight, divided by what they do to the model's predictions:", file=sys.stderr)
+    for kind, names in kinds.items():
+        bits = [found[name].bits / weights[name] for name in names]
+        mean = sum(found[name].bits for name in names) / sum(weights[name] for name in names)
+        print(
+            f"  {kind}: {mean:.2f} bits a weight, from {min(bits):.2f} to {max(bits):.2f} ({len(names)} modules)",
+            file=sys.stderr,
+        )
