@@ -1,13 +1,14 @@
 """Fits of a few linears under other options: held-out output error, true bits, seconds. Also the time of large shapes.
 
-    python benchmarks/fit_study.py MODEL --rows all
+    python benchmarks/fit_study.py MODEL --device cuda --page docs/method.md
     python benchmarks/fit_study.py MODEL --device cuda --rows loop-1,admm-1,hadamard-1
     python benchmarks/fit_study.py --shapes --device cuda --rows time-hrc,time-hrc-loop,time-rc,time-dbf
 
 MODEL is a directory with a float model and its tokenizer. Linears are fitted under `X^T X` of the float model on the
 first 32 x 1024 tokens of WikiText-2's validation split; the error is `tr(E H E^T) / tr(W H W^T)`, E the error of the
 stored weight and H that of the first 32 x 1024 tokens of the split's second half; the mean over the linears. The test
-split is never looked at. Bits count every stored tensor. With `--linears` other linears are taken.
+split is never looked at. Bits count every stored tensor. With `--linears` other linears are taken. `--page` fits every
+row that the tables of a page name, and writes the figures into them.
 
 `--shapes` fits random weights under random calibration matrices and gives the seconds of a model of the shape of
 Llama-2-7B, from those of one linear of each shape; on a GPU also the highest allocation.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from page_tables import filled, names
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_arb import ARBConfig
@@ -239,6 +242,7 @@ def main(argv: list[str] | None = None) -> None:
         "--config", type=json.loads, help="another row, named 'config': choices of ARBConfig as JSON, {} for defaults"
     )
     parser.add_argument("--linears", default=",".join(LINEARS), help="suffixes of names, or one pattern re:...")
+    parser.add_argument("--page", type=Path, help="Markdown file whose tables name the rows, and are filled")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument(
@@ -251,17 +255,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON file of all figures")
     args = parser.parse_args(argv)
     chosen = {} if args.config is None else {"config": Row(args.config)}
-    timed = [name for name in known if name.startswith("time-")]
-    if args.rows == "all":
-        names = timed if args.model is None else [name for name in known if name not in timed]
-    else:
-        names = [name for name in args.rows.split(",") if name]
-    unknown = [name for name in names if name not in known]
+    page = None if args.page is None else args.page.read_text(encoding="utf-8")
+    wanted = [name for name in args.rows.split(",") if name] if page is None else names(page)
+    unknown = [name for name in wanted if name not in known]
     if unknown:
         parser.error(f"unknown row {unknown[0]!r}: the rows are {', '.join(known)}")
     if (args.model is None) == (args.shapes is None):
         parser.error("give a MODEL, or --shapes")
-    chosen |= {name: known[name] for name in names}
+    if page is not None and (args.shapes is not None or not wanted):
+        parser.error(f"{args.page} has no rows of a MODEL to fill")
+    chosen |= {name: known[name] for name in wanted}
     figures: dict[str, dict[str, Any]] = {}
     if args.shapes is None:
         patterns = [args.linears] if args.linears.startswith("re:") else args.linears.split(",")
@@ -284,6 +287,14 @@ def main(argv: list[str] | None = None) -> None:
             each = " | ".join(f"{value:.2f} s" for value in found["seconds_of_shapes"].values())
             peak = f"{found['gpu_bytes'] / 1e9:.1f}" if found["gpu_bytes"] else "-"
             print(f"| {name} | {each} | {found['seconds_of_model']:.0f} s | {peak} |", flush=True)
+    if page is not None:
+        device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "a CPU"
+        note = (
+            f"Printed {time.strftime('%Y-%m-%d')} on {device}, torch {torch.__version__}, by `python "
+            f"benchmarks/fit_study.py MODEL --page docs/{args.page.name}` with {len(linears)} matrices, "
+            f"{args.samples} x {args.length} tokens: {', '.join(f'`{name}`' for name in linears)}."
+        )
+        args.page.write_text(filled(page, figures, textwrap.fill(note, 120)), encoding="utf-8")
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"device": args.device, "rows": figures}, indent=1))

@@ -4,7 +4,8 @@
     python benchmarks/fuzz_checkpoints.py --mutations 200 --seed 1
     python benchmarks/fuzz_checkpoints.py --only 12 34        # some of them again, with their tracebacks
 
-Five tiny models (one, several files; permutations; salient columns; experts; transposed linears) are changed as
+Seven tiny models (one, several files; permutations; salient columns; experts; products of two sign matrices; scales of
+8 bits with a Hadamard transform; transposed linears) are changed as
 `checkpoint_mutations.py` says, and loaded by `AutoModelForCausalLM.from_pretrained` in worker processes. A load may
 end in an error, or in a model. Then, unless the change made the checksums anew or took them out, every packed tensor
 must be bit for bit one that was saved under that name. Failures are: a model without any packed tensor; a worker that
@@ -112,6 +113,9 @@ def make_models(folder: Path) -> None:
         ("shards", llama, {"dataset": ids, "num_samples": 4, "planes": 2, "seed": 1}, {"max_shard_size": "60KB"}),
         ("salient", llama, {"dataset": None, "method": "arb-rc", "num_iterations": 1}, {}),
         ("experts", mixtral, {"dataset": None}, {"max_shard_size": "200KB"}),
+        # k_proj: one plane in the place of factors that are worse
+        ("factors", llama, {"dataset": None, "method": "arb-dbf", "overrides": {"k_proj": {"factor_bits": 1.5}}}, {}),
+        ("grids", llama, {"dataset": ids, "num_samples": 4, "hadamard": 64, "scale_bits": 8, "block_size": -1}, {}),
         ("transposed", GPT2Config(**gpt2), {"dataset": None, "method": "rtn"}, {}),
     )
     for name, config, choices, options in made:

@@ -23,6 +23,7 @@ import logging
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -315,7 +316,13 @@ def main() -> None:
         print(f"{time.monotonic() - start:.0f} s")
         if args.json:
             gone = {name: reason for name, reason in reasons.items() if reason}
-            report = {"device": torch.cuda.get_device_name(), "bytes_per_us": speed, "rows": rows}
+            versions = {name.split()[0]: metadata.version(name.split()[0]) for name in peers}
+            report = {
+                "device": torch.cuda.get_device_name(),
+                "bytes_per_us": speed,
+                "versions": versions | {"torch": torch.__version__},
+                "rows": rows,
+            }
             args.json.write_text(json.dumps(report | {"not_installed": gone, "not_started": left}, indent=1))
 
 

@@ -83,9 +83,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     args = parser.parse_args()
     linears = calibrate(args.model, args.layers)
-    print(
-        "| method | calibrated | rows that round-to-nearest meets better | weights changed | error over its | time for it |"
-    )
+    print("| method | calibrated | rows that round-to-nearest meets better | weights changed | error over its | time |")
     print("|---|---|---|---|---|---|")
     for name in args.forms:
         for calibrated in (True, False):

@@ -33,7 +33,7 @@ from smollm2 import smollm2
 
 CALIBRATION = {"num_samples": 32, "sequence_length": 1024}
 CONTEXT_LENGTH, WINDOWS = 2048, 30
-REFINE_STEPS = 150  # of a layer
+REFINE_STEPS = 120  # of a layer
 SPLITS = ("test", "validation", "both")
 
 

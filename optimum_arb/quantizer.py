@@ -21,13 +21,15 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
+from .budget import divide_budget
 from .calibration import CalibrationWalk, model_tokens
 from .calibration.data import calibration_record, split_batches
-from .calibration.distributed import current_ranks, model_fingerprint
+from .calibration.distributed import Ranks, current_ranks, model_fingerprint
 from .calibration.experts import LayerStatistics, RoutedInputs
 from .calibration.refinement import Refiner, refinement_batch_size
 from .checksums import placeholder, skipped, verify
 from .config import ARBConfig
+from .config.choices import AUTO
 from .conversion import Record, binarize_linear, empty_linear, float_linear
 from .custom_data import CalibrationInputs
 from .experts.conversion import binarize_experts, held_out_errors, packed_form
@@ -262,6 +264,8 @@ class ARBHfQuantizer(HfQuantizer):
         device = calibration_device(self._device_map, ranks)
         model.eval()
         names = self.selection.modules()
+        if config.target_bits_per_weight is not None:
+            self._divide_budget(model, batches[: len(batches) - held_out], device, ranks)
         refiner = None if config.refine is None else Refiner(config, self.records)
         own: dict[str, Any] = {"binarize_experts": binarize_layer, "ranks": ranks, "records": self.records}
         own |= {"held_out": held_out, "measure": measure, "error_correction": config.resolved_error_correction}
@@ -292,6 +296,22 @@ class ARBHfQuantizer(HfQuantizer):
         self._error_correction = walk.error_correction
         if refiner is not None:
             self._refinement = refiner.summary(walk)
+
+    def _divide_budget(self, model: PreTrainedModel, batches: list[Any], device: torch.device, ranks: Ranks) -> None:
+        """Chooses the size of each linear, and records it as overrides."""
+        config = self.quantization_config
+        if ranks.size > 1:
+            raise ValueError(
+                f"target_bits_per_weight={config.target_bits_per_weight} is divided in one process, and {ranks.size} "
+                "were started: take the overrides from the configuration of a model that one process has made."
+            )
+        config.overrides |= divide_budget(model, self.selection, config, batches, device)
+        if config.method == AUTO:
+            config.method = "arb-hrc"  # of no linear here: each has its own among the overrides
+        for name in self.selection.convert:
+            choices = config.for_module(name)
+            assert choices is not None
+            self.selection.convert[name] = choices
 
     def _facts(self, model: PreTrainedModel) -> dict[str, Any]:
         """What all processes must have in common that binarize a model together."""

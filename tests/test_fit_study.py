@@ -21,7 +21,11 @@ def study():
     spec = importlib.util.spec_from_file_location("fit_study", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules["fit_study"] = module
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
     yield module
     del sys.modules["fit_study"]
 
@@ -56,6 +60,39 @@ def test_a_model(study, tmp_path, capsys):
         assert 0 < row["held_out_error"] < 1
     assert rows["hadamard-2"]["held_out_error"] < rows["loop-1"]["held_out_error"]
     assert rows["scales-8-1"]["bits_per_weight"] < rows["rho-0.3"]["bits_per_weight"] < 4
+
+
+PAGE = """\
+{note}
+<!-- table:begin benchmarks/fit_study.py -->
+| fit | row | true bits | held-out error |
+|---|---|---|---|
+| a | `loop-1` | 9 | .9 |
+| b | `scales-8-1` | - | - |
+<!-- table:end -->
+| outside | `loop-1` | 9 | .9 |
+"""
+
+
+def test_a_page_is_filled(study, tmp_path):
+    source = save_tiny(tmp_path / "model", "LlamaForCausalLM", tokenizer=True)
+    page, out = tmp_path / "page.md", tmp_path / "figures.json"
+    page.write_text(PAGE.format(note="<!-- note:begin benchmarks/fit_study.py -->\nold\n<!-- note:end -->"))
+    small = ["--linears", "layers.1.mlp.down_proj", "--samples", "4", "--length", "32"]
+    study.main([str(source), *small, "--page", str(page), "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert list(rows) == ["loop-1", "scales-8-1"]
+    lines = page.read_text().splitlines()
+    for label, name in (("a", "loop-1"), ("b", "scales-8-1")):
+        bits, error = rows[name]["bits_per_weight"], rows[name]["held_out_error"]
+        assert f"| {label} | `{name}` | {bits:.3f} | {f'{error:.4f}'.removeprefix('0')} |" in lines
+    assert lines[-1] == "| outside | `loop-1` | 9 | .9 |"
+    note = " ".join(lines[1 : lines.index("<!-- note:end -->")])
+    assert "old" not in note
+    assert "4 x 32 tokens: `layers.1.mlp.down_proj`" in note
+    page.write_text(PAGE.format(note=""))
+    with pytest.raises(ValueError, match="has no <!-- note:begin"):
+        study.filled(page.read_text(), rows, "new")
 
 
 def test_what_is_refused(study, tmp_path, capsys):

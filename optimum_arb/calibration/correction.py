@@ -11,7 +11,7 @@ added to the residual stream, `d` also has what the float model's stream there h
 strength, is below one because calibration tokens are few.
 
 That inputs differ is taken into account by "asymmetric calibration" (GPTAQ, arXiv 2504.02692) and by QEP (arXiv
-2504.09629, whose strength `s` is); the error of the residual stream is the part that is new here.
+2504.09629, whose strength `s` is); the error of the residual stream is added here.
 """
 
 from __future__ import annotations

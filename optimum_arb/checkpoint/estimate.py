@@ -154,6 +154,11 @@ def estimate(
     Raises:
         ValueError: a model that cannot be binarized, or whose architecture is not transformers' own.
     """
+    if config.target_bits_per_weight is not None:
+        raise ValueError(
+            f"target_bits_per_weight={config.target_bits_per_weight} chooses by the weights, which an estimate does "
+            "not read. Estimate with method='arb-dbf' and as many factor_bits: it stores as much, in memory at once."
+        )
     model_config = AutoConfig.from_pretrained(name)
     if getattr(model_config, "quantization_config", None) is not None:
         raise ValueError(f"{name} is already quantized: the estimate is for the float model.")

@@ -73,6 +73,8 @@ class StreamedRun:
         """As `optimum_arb.quantizer.Stream` says."""
         if quantizer.quantization_config.refine == "model":
             raise NotStreamable("refine='model' tunes all of its layers at once")
+        if quantizer.quantization_config.target_bits_per_weight is not None:
+            raise NotStreamable("target_bits_per_weight looks at the gradients of all of its layers at once")
         self.layers = [layer for group in find_layers(model, quantizer.selection.modules()) for layer in group.names]
         source = CheckpointSource(model, self._files, self._load_config, self.layers)
         identity = self._identity(model, quantizer, calibration)

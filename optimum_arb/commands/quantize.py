@@ -42,6 +42,7 @@ CONFIG_OPTIONS = (
     "shrinkage",
     "rank",
     "factor_bits",
+    "target_bits_per_weight",
     "scale_bits",
     "error_correction",
     "refine",
@@ -105,13 +106,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of which `build_config` makes an `ARBConfig`."""
     method = parser.add_argument_group("method")
-    method.add_argument("--method", help="arb-hrc (default), arb-dbf, arb-rc, arb-x, arb, billm or rtn")
+    method.add_argument("--method", help="arb-hrc (default), arb-dbf, auto, arb-rc, arb-x, arb, billm or rtn")
     method.add_argument("--planes", type=int, metavar="N", help="sign planes of arb-hrc: 1 (default), 2 or 3")
     method.add_argument(
         "--factor-bits",
         type=float,
         metavar="X",
         help="true bits a weight of arb-dbf, which decide its ranks (default: 1)",
+    )
+    method.add_argument(
+        "--target-bits-per-weight",
+        type=float,
+        metavar="X",
+        help="true bits a weight of all linears together: planes of arb-hrc, ranks of arb-dbf, or with --method auto "
+        "either, are chosen linear by linear",
     )
     method.add_argument("--scale-bits", type=int, metavar="N", help="bits of a stored scale: 16 (default) or 8")
     method.add_argument("--rank", type=int, metavar="N", help="rank of arb-dbf, the same for every linear")

@@ -27,7 +27,12 @@ class ARBConfig(ResolvedChoices, QuantizationConfigMixin):
         method: "arb-hrc" (sign planes with row and column scales fitted under the calibration matrix, the default),
             "arb-dbf" (a product of two sign matrices fitted under it: any number of bits from about 0.5 up), or a
             method of the literature: "rtn" (round-to-nearest), "billm" (arXiv 2402.04291), "arb", "arb-x" and
-            "arb-rc" (arXiv 2410.03129).
+            "arb-rc" (arXiv 2410.03129), or "auto": of "arb-hrc" and "arb-dbf" what suits each linear better, within
+            `target_bits_per_weight`.
+        target_bits_per_weight: true bits a weight of all binarized linears together, scales included, that are not
+            exceeded: the planes of "arb-hrc" or the ranks of "arb-dbf" are chosen linear by linear, by what they do to
+            the model's predictions on the calibration text. What was chosen is recorded in `overrides`; a linear whose
+            override already says it keeps that. None (the default) gives all linears the same.
         planes: sign planes of "arb-hrc", 1 to 3: about one stored bit a weight each.
         block_size: columns that share a row scale: 64, a multiple of 128, or -1 for whole rows.
         group_bitmap: of the papers' methods: "all" (the column-group bitmap of ARB-LLM, the default of "arb",
@@ -139,6 +144,7 @@ class ARBConfig(ResolvedChoices, QuantizationConfigMixin):
         factor_bits: float | None = None,
         scale_bits: int | None = None,
         error_correction: float | None = None,
+        target_bits_per_weight: float | None = None,
         refine: str | None = None,
         refine_steps: int | None = None,
         refine_learning_rate: float | None = None,
@@ -201,6 +207,7 @@ class ARBConfig(ResolvedChoices, QuantizationConfigMixin):
         self.factor_bits = factor_bits
         self.scale_bits = scale_bits
         self.error_correction = error_correction
+        self.target_bits_per_weight = target_bits_per_weight
         self.refine = refine
         self.refine_steps = refine_steps
         self.refine_learning_rate = refine_learning_rate

@@ -13,6 +13,7 @@ from ..patterns import check_pattern
 from ..scales import SCALE_BITS
 from ..version import FIRST_READERS, __version__
 from .choices import (
+    AUTO,
     BACKENDS,
     BITMAP_METHODS,
     COMPENSATIONS,
@@ -20,6 +21,7 @@ from .choices import (
     METHODS,
     OVERRIDABLE,
     REFINEMENTS,
+    SIZES,
     SPLIT_METRICS,
 )
 from .overrides import with_choices
@@ -41,13 +43,14 @@ def check_config(config: ARBConfig) -> None:
     _check_scale_bits(config)
     _check_error_correction(config)
     _check_refine(config)
+    _check_target(config)
     _check_mappings(config)
     _check_patterns(config)
 
 
 def _check_general(config: ARBConfig) -> None:
     """What every method has."""
-    _one_of("method", config.method, METHODS)
+    _one_of("method", config.method, (*METHODS, AUTO))
     _one_of("compensation", config.compensation, COMPENSATIONS)
     _one_of("split_metric", config.split_metric, SPLIT_METRICS)
     _one_of("backend", config.backend, BACKENDS)
@@ -190,6 +193,30 @@ def _check_refine(config: ARBConfig) -> None:
         raise ValueError(f"refine_learning_rate={rate!r} must be a number between 0 and 1; 0.005 is usual.")
     if not isinstance(config.refine_signs, (bool, type(None))):
         raise TypeError(f"refine_signs={config.refine_signs!r} must be True, False or None.")
+
+
+def _check_target(config: ARBConfig) -> None:
+    """The budget of bits that is divided among the linears."""
+    target = config.target_bits_per_weight
+    if target is None:
+        if config.method == AUTO:
+            raise ValueError("method='auto' compares methods at equal bits: give target_bits_per_weight.")
+        return
+    if not isinstance(target, (int, float)) or isinstance(target, bool) or not 0 < target <= 16:
+        raise ValueError(f"target_bits_per_weight={target!r} must be a number of bits, above 0 and at most 16.")
+    if config.method not in SIZES:
+        raise ValueError(
+            f"target_bits_per_weight={target} needs method {', '.join(map(repr, SIZES))}: {config.method!r} has one "
+            "size, and nothing to choose."
+        )
+    if config.dataset is None:
+        raise ValueError(f"target_bits_per_weight={target} is divided by what calibration tells: give a dataset.")
+    for name, usual in (("planes", 1), ("rank", None), ("factor_bits", None)):
+        if getattr(config, name) != usual:
+            raise ValueError(
+                f"{name}={getattr(config, name)} and target_bits_per_weight={target} both decide the bits: give one "
+                "of them, or the former as an override of some modules."
+            )
 
 
 def _check_factors(config: ARBConfig) -> None:

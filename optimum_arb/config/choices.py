@@ -1,6 +1,10 @@
 """What the choices of a configuration may be, and which of its keys are none of the user's."""
 
 METHODS = ("rtn", "billm", "arb", "arb-x", "arb-rc", "arb-hrc", "arb-dbf")
+# The method is chosen for each linear, within `target_bits_per_weight`.
+AUTO = "auto"
+# Which methods have sizes to choose from, and the keys that choose one.
+SIZES = {"arb-hrc": ("planes",), "arb-dbf": ("rank", "factor_bits"), AUTO: ()}
 BITMAP_METHODS = ("billm", "arb", "arb-x", "arb-rc")
 BACKENDS = ("auto", "triton", "cpu", "reference", "dequantize", "auto:batch-invariant", "triton:batch-invariant")
 HADAMARD_BLOCKS = (0, 64, 128, 256)

@@ -19,6 +19,8 @@ def with_choices(base: ARBConfig, choices: dict[str, Any]) -> ARBConfig:
     """
     config = copy.copy(base)
     config.overrides = {}
+    if choices:
+        config.target_bits_per_weight = None  # of all linears together
     config.__dict__.update({key: value for key, value in choices.items() if key != "skip"})
     if "method" in choices and choices["method"] not in BITMAP_METHODS:
         config.group_bitmap = choices.get("group_bitmap")

@@ -33,6 +33,7 @@ class ResolvedChoices:
     factor_bits: float | None
     scale_bits: int | None
     error_correction: float | None
+    target_bits_per_weight: float | None
     overrides: dict[str, dict[str, Any]]
 
     @property

@@ -39,6 +39,7 @@ class PackedProduct(ABC):
     shared_index: int
     _prepared: Prepacked | None  # the matrix as the GPU kernel for few tokens reads it
     _looked: bool  # for it
+    _most_tokens: int = MAX_TOKENS  # that it is read for
 
     @property
     @abstractmethod
@@ -106,5 +107,11 @@ class PackedProduct(ABC):
             if torch.cuda.is_current_stream_capturing():
                 return False
             self._prepared = prepare_layer(self)
+            # a number of the layer's own: compiled code asks for it
+            self._most_tokens = MAX_TOKENS
+            if self._prepared is not None:
+                self._most_tokens = self._prepared.most_tokens
+            elif self.shared_input is not None and self.shared_input.enabled:
+                self._most_tokens = self.shared_input.most_tokens
             self._looked = True
-        return 0 < x.numel() <= MAX_TOKENS * x.shape[-1] and x.dtype in (torch.float16, torch.bfloat16)
+        return 0 < x.numel() <= self._most_tokens * x.shape[-1] and x.dtype in (torch.float16, torch.bfloat16)

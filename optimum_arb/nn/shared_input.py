@@ -29,7 +29,7 @@ SHARED_INPUTS = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
-MAX_TOKENS = 4  # of the kernel that computes several weights at once
+MAX_TOKENS = 4  # of the kernels for few tokens, as long as no copy for them is made that says otherwise
 
 # Two threads that meet the same layers for the first time would each copy the weights.
 _PREPARING = threading.RLock()
@@ -139,6 +139,11 @@ class SharedInput:
         return torch.ops.optimum_arb.shared_input_linear(
             x, *tensors, bias, first.layout.name, first.block_size, first.backend
         )
+
+    @property
+    def most_tokens(self) -> int:
+        """Up to which number of tokens the layers are computed together."""
+        return MAX_TOKENS if self._prepared is None else self._prepared.most_tokens
 
     def prepare(self) -> bool:
         """Makes the copy of the weights that the kernel reads; returns whether it will be used."""

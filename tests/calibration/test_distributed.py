@@ -359,3 +359,17 @@ def test_from_disk_to_disk_and_resumed(sources):
     assert [key for key in found if not torch.equal(found[key], alone[key])] == []
     left = {path.name for path in sources.iterdir()} - set(CASES)
     assert left <= {"deep", "streamed", "rank0.json", "rank1.json"}
+
+
+@pytest.mark.parametrize(("size", "share"), [(2, 1.9), (3, 2.6), (4, 3.3), (5, 4.5), (8, 4.5)])
+def test_the_largest_share_of_a_layer_of_llama_2_7b(size, share):
+    """The figures of docs/parallel.md, counted in weights."""
+    shapes = dict.fromkeys("qkvo", (4096, 4096)) | {"gate": (11008, 4096), "up": (11008, 4096), "down": (4096, 11008)}
+    with torch.device("meta"):
+        linears = {name: nn.Linear(columns, rows) for name, (rows, columns) in shapes.items()}
+    ranks = Ranks()
+    ranks.size = size
+    work = [0] * size
+    for name, rank in ranks.owners(linears).items():
+        work[rank] += linears[name].weight.numel()
+    assert round(sum(work) / max(work), 1) == share

@@ -17,6 +17,7 @@ from tiny_models import save_tiny, tokens
 from optimum_arb import ARBConfig, quantize_checkpoint
 from optimum_arb import quantizer as quantizer_module
 from optimum_arb.checkpoint import quantize as quantize_module
+from optimum_arb.checkpoint import run as run_module
 from optimum_arb.checkpoint.run import work_directory
 from optimum_arb.checkpoint.work import WorkDirectory
 
@@ -166,9 +167,9 @@ def test_another_version_machine_or_dtype_is_refused(tmp_path, monkeypatch, fini
     out = tmp_path / "out"
     interrupt(monkeypatch, 9, finished / "float", out, config())
     for target, name, value, message in (
-        (quantize_module, "__version__", "9.9", 'versions.optimum_arb was "'),
-        (quantize_module.transformers, "__version__", "9.9", "versions.transformers was "),
-        (quantize_module.torch, "get_num_threads", lambda: 77, "machine.threads was "),
+        (run_module, "__version__", "9.9", 'versions.optimum_arb was "'),
+        (run_module.transformers, "__version__", "9.9", "versions.transformers was "),
+        (run_module.torch, "get_num_threads", lambda: 77, "machine.threads was "),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, value)

@@ -341,7 +341,7 @@ def test_other_names():
 def prepare(monkeypatch):
     """The weights that copies were asked for, by their rows."""
     asked: list[list[int]] = []
-    made = types.SimpleNamespace(rows=0)
+    made = types.SimpleNamespace(rows=0, most_tokens=8)
     fake = types.ModuleType("dispatch")
     fake.prepare = lambda weights: asked.append([packed.out_features for packed in weights]) or made
     monkeypatch.setitem(sys.modules, f"{triton.__name__}.dispatch", fake)
@@ -357,6 +357,11 @@ def test_one_copy_for_all(prepare):
     assert prepare_layer(found[0]) is None  # it has none of its own
     assert together._prepared is not None
     assert prepare == [[42, 7, 16]]
+    x = torch.randn(8, 300).half()
+    with torch.no_grad():
+        assert found[1]._few_tokens(x)
+        assert not found[1]._few_tokens(torch.cat([x, x]))
+    del prepare[1:]
     together.enabled = False
     assert prepare_layer(found[0]) is not None
     assert prepare[1:] == [[42]]
@@ -397,7 +402,8 @@ def test_few_tokens_of_a_layer(prepare):
         (x.bfloat16(), True),
         (x, False),
         (torch.randn(2, 2, 300).half(), True),
-        (torch.randn(5, 300).half(), False),
+        (torch.randn(8, 300).half(), True),  # as the copy says
+        (torch.randn(9, 300).half(), False),
         (torch.randn(0, 300).half(), False),
         (torch.randn(2, 1, 150).half(), False),  # the operator says what is wrong with it
         (x.half().requires_grad_(), False),

@@ -9,7 +9,7 @@ import torch
 
 from optimum_arb.ops.backends import reference
 from optimum_arb.ops.backends.triton import available
-from optimum_arb.ops.backends.triton.available import has_kernels, has_one_bit_kernel
+from optimum_arb.ops.backends.triton.available import has_half_bits_kernel, has_kernels, has_one_bit_kernel
 from optimum_arb.ops.linear import _backend
 
 DEVICE = torch.device("cuda", 0)
@@ -25,10 +25,11 @@ def machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Test GPU")
     monkeypatch.setattr(available, "_self_check", lambda device: 3e-5)
-    for cached in (has_kernels, has_one_bit_kernel):
+    monkeypatch.setattr(available, "_half_self_check", lambda device: 3e-4)
+    for cached in (has_kernels, has_one_bit_kernel, has_half_bits_kernel):
         cached.cache_clear()
     yield
-    for cached in (has_kernels, has_one_bit_kernel):
+    for cached in (has_kernels, has_one_bit_kernel, has_half_bits_kernel):
         cached.cache_clear()
 
 
@@ -39,6 +40,7 @@ def warnings(caplog) -> list[str]:
 def test_a_good_machine(caplog):
     assert has_kernels(DEVICE)
     assert has_one_bit_kernel(DEVICE)
+    assert has_half_bits_kernel(DEVICE)
     assert not warnings(caplog)
 
 
@@ -106,6 +108,29 @@ def test_a_kernel_that_does_not_compile(monkeypatch, caplog, failure):
     assert has_kernels(DEVICE)
     (found,) = warnings(caplog)
     assert f"does not compile here ({failure}); using the others" in found
+
+
+def test_the_kernel_for_5_to_16_tokens_alone(monkeypatch, caplog):
+    """Wrong, or not to be compiled, it leaves its tokens to the others, and the one-bit kernel where it is."""
+
+    def fail(device):
+        raise RuntimeError("ptxas said no")
+
+    for check, message in ((lambda device: float("nan"), "is wrong here"), (fail, "does not compile here (ptxas said")):
+        monkeypatch.setattr(available, "_half_self_check", check)
+        has_half_bits_kernel.cache_clear()
+        for _ in range(3):
+            assert not has_half_bits_kernel(DEVICE)
+        assert has_one_bit_kernel(DEVICE)
+        (found,) = warnings(caplog)
+        assert f"The half-bits tensor core kernel {message}" in found
+        caplog.clear()
+    monkeypatch.setattr(available, "_self_check", lambda device: 1.0)
+    for cached in (has_one_bit_kernel, has_half_bits_kernel):
+        cached.cache_clear()
+    assert not has_half_bits_kernel(DEVICE)  # it is not even asked: both read the same copy
+    (found,) = warnings(caplog)
+    assert "one-bit" in found
 
 
 @pytest.mark.parametrize(("capability", "works"), [((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 0), False)])

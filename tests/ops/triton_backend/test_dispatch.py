@@ -1,5 +1,7 @@
 """Which kernel computes, in Triton's interpreter: what does not need a GPU of it."""
 
+import math
+
 import pytest
 import torch
 from packed_weights import random_packed, relative_error
@@ -44,13 +46,13 @@ def test_few_tokens_need_a_prepared_weight(monkeypatch):
     other = random_packed(planes_layout(1), 7, 256)
     asked = []
     monkeypatch.setattr(dispatch, "run_prepared", lambda rows, weight, bias, parts: asked.append((len(rows), parts)))
-    # as if the table had an entry of the kernel for 5 to 16 tokens, for the joined weights alone
-    known = {(49, 8): HalfConfig(), (49, 16): HalfConfig(2)}
-    monkeypatch.setattr(dispatch, "_half_config", lambda device, n, k, planes, tokens: known.get((n, tokens)))
     x = torch.randn(17, 256).half()
     assert few_tokens(x[:1], [packed], None) is None
     prepack.make([packed])
-    prepack.make([packed, other])
+    # as if the table said that the kernel for 5 to 16 tokens is the fastest, for the joined weights alone
+    joined = prepack.make([packed, other])
+    assert joined is not None
+    joined.half.update({8: HalfConfig(), 16: HalfConfig(2)})
     for m in (0, 1, 4, 5):
         few_tokens(x[:m], [packed], None)
     for m in (2, 5, 8, 16, 17):
@@ -58,16 +60,54 @@ def test_few_tokens_need_a_prepared_weight(monkeypatch):
     assert asked == [(1, (42,)), (4, (42,)), *[(m, (42, 7)) for m in (2, 5, 8, 16)]]
 
 
-def test_half_bits_where_it_is_the_fastest(monkeypatch):
+@pytest.fixture
+def table(monkeypatch):
+    """A table of a GPU: `[(n, half_bits)]` -> microseconds at 8 and at 16 tokens."""
+    times: dict[tuple[int, bool], tuple[float, float]] = {}
+
     def lookup(device, n, k, planes, tokens, half_bits=False):
-        took = {(4096, True): 5.0, (4096, False): 9.0, (64, True): 3.0, (64, False): 2.0, (7, True): 1.0}
-        if (n, half_bits) not in took:
+        known = [rows for rows, half in times if half == half_bits]
+        if not known:
             return None
+        nearest = min(known, key=lambda rows: abs(math.log2(rows / n)))
         config = {"groups": 2, "row_warps": 1} if half_bits else {}
-        return Entry(n, k, planes, tokens, "half_bits" if half_bits else "hopper", config, took[n, half_bits])
+        took = times[nearest, half_bits][tokens == 16]
+        return Entry(nearest, k, planes, tokens, "half_bits" if half_bits else "hopper", config, took)
 
     monkeypatch.setattr(dispatch, "lookup", lookup)
-    dispatch._half_config.cache_clear()
-    found = {n: dispatch._half_config(torch.device("cpu"), n, 4096, 2, 8) for n in (4096, 64, 7, 3)}
-    dispatch._half_config.cache_clear()
-    assert found == {4096: HalfConfig(2, 1), 64: None, 7: HalfConfig(2, 1), 3: None}
+    monkeypatch.setattr(dispatch, "has_half_bits_kernel", lambda device: True)
+    monkeypatch.setattr(dispatch, "has_one_bit_kernel", lambda device: True)
+    return times
+
+
+def most_tokens(*rows: int) -> int:
+    ready = dispatch.prepare([random_packed(planes_layout(1), n, 128) for n in rows])
+    assert ready is not None
+    return ready.most_tokens
+
+
+def test_half_bits_where_it_is_the_fastest(table, monkeypatch):
+    assert most_tokens(64) == 4  # nobody has measured it
+    table[64, True] = (5.0, 6.0)
+    assert most_tokens(64) == 16  # nobody has measured anything else
+    table[64, False] = (7.0, 5.0)
+    assert most_tokens(64) == 8
+    table[64, False] = (4.0, 9.0)
+    assert most_tokens(64) == 4
+    table[64, False] = (7.0, 7.0)
+    ready = dispatch.prepare([random_packed(planes_layout(1), 64, 128)])
+    assert ready is not None
+    assert ready.half == {8: HalfConfig(2, 1), 16: HalfConfig(2, 1)}
+    monkeypatch.setattr(dispatch, "has_half_bits_kernel", lambda device: False)
+    assert most_tokens(64) == 4
+
+
+def test_half_bits_of_shapes_that_nobody_measured(table):
+    """They keep the ratio of the nearest shape; joined ones are compared with one product after another."""
+    table[64, True], table[64, False] = (5.0, 5.0), (4.0, 8.0)
+    table[32, False] = (3.0, 3.0)
+    assert most_tokens(48) == 4
+    assert most_tokens(32, 32) == 16  # 5 and 5 against 6 and 6
+    assert most_tokens(64, 64) == 4  # 10 against 8
+    table[64, True], table[64, False] = (5.0, 9.0), (6.0, 8.0)
+    assert most_tokens(96) == 8

@@ -73,17 +73,27 @@ def check(packed, tokens: int) -> None:
     assert np.linalg.norm(error) <= 4e-4 * np.linalg.norm(size)  # rounding x to float16 is 2e-4
 
 
-@pytest.mark.parametrize("block_size", [64, 128])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout(name, block_size):
-    check(random_packed(LAYOUTS[name], 42, 300, block_size, permuted=block_size == 128), tokens=5)
+def test_every_layout(name):
+    check(random_packed(LAYOUTS[name], 42, 200, permuted=True), tokens=5)
+
+
+@pytest.mark.slow  # the emulator takes its time: a second for a layout with many terms
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_in_blocks_of_64(name):
+    check(random_packed(LAYOUTS[name], 42, 300, 64), tokens=5)
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "block_size", "permuted", "tokens"),
-    [(1, 64, 64, False, 8), (123, 192, 128, True, 9), (42, 576, -1, False, 16), (5, 4304, 128, True, 13)],
+    ("name", "rows", "columns", "block_size", "permuted", "tokens"),
+    [
+        ("planes-1", 1, 64, 64, False, 8),
+        ("planes-3-mean", 7, 192, 64, True, 9),
+        ("planes-2-col", 42, 320, -1, False, 16),
+        pytest.param("planes-1", 5, 4304, 128, True, 13, marks=pytest.mark.slow),
+        pytest.param("planes-3-mean", 5, 4304, 128, False, 13, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("name", ["planes-1", "planes-2-col", "planes-3-mean"])
 def test_shapes(name, rows, columns, block_size, permuted, tokens):
     check(random_packed(LAYOUTS[name], rows, columns, block_size, permuted=permuted), tokens)
 
@@ -91,12 +101,12 @@ def test_shapes(name, rows, columns, block_size, permuted, tokens):
 def test_joined_weights():
     """Each part of several weights of one input, with its own columns' order and scales."""
     parts = [
-        random_packed(planes_layout(2, col_scale=True), count, 300, permuted=True, seed=seed)
-        for seed, count in enumerate((42, 7, 64))
+        random_packed(planes_layout(2, col_scale=True), count, 200, permuted=True, seed=seed)
+        for seed, count in enumerate((42, 7, 32))
     ]
     joined = join([prepack(part) for part in parts])
     assert joined is not None
-    x = torch.randn(6, 300, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(6, 200, generator=torch.Generator().manual_seed(3))
     group = 0
     for number, part in enumerate(parts):
         out = emulate(joined, x, number, len(parts))[:, 32 * group :][:, : part.out_features]
@@ -130,9 +140,9 @@ def test_what_is_no_number_stays_with_its_token(bad):
 
 def test_zeros_and_rows_alone():
     """Zeros give zeros, and a token's sums do not depend on the others."""
-    packed = random_packed(planes_layout(1, col_scale=True), 42, 384, permuted=True)
+    packed = random_packed(planes_layout(1, col_scale=True), 42, 256, permuted=True)
     weight = prepack(packed)
-    x = torch.randn(8, 384, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
     x[1] = 0
     out = emulate(weight, x)
     assert not out[1].any()

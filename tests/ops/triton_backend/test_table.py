@@ -161,7 +161,7 @@ SHIPPED = sorted((Path(table.__file__).parent / "tables").glob("*.json"))
 def test_shipped_tables(path):
     entries = read(path)
     assert entries
-    keys = [(e.out_features, e.in_features, e.planes, e.tokens) for e in entries]
+    keys = [table.key(e) for e in entries]
     assert len(set(keys)) == len(keys)
     assert path.name == device_file(path.stem)
     for found in entries:
@@ -173,6 +173,7 @@ def test_shipped_tables(path):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_configs_of_shipped_tables(path):
     pytest.importorskip("triton")
+    from optimum_arb.ops.backends.triton import half_bits
     from optimum_arb.ops.backends.triton.gemm import GemmConfig
     from optimum_arb.ops.backends.triton.one_bit import MAX_TOKENS, DecodeConfig
 
@@ -180,5 +181,9 @@ def test_configs_of_shipped_tables(path):
         if found.kernel == "one_bit":
             assert found.tokens <= MAX_TOKENS
             assert DecodeConfig(**found.config).warps in (1, 2, 4, 8, 16, 32)
+        elif found.kernel == "half_bits":
+            assert MAX_TOKENS < found.tokens <= half_bits.MAX_TOKENS
+            cuts = half_bits.candidates(found.out_features, found.in_features, found.tokens)
+            assert half_bits.HalfConfig(**found.config) in cuts
         else:
             assert GemmConfig(**found.config).kernel == found.kernel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -65,19 +66,29 @@ def has_one_bit_kernel(device: torch.device) -> bool:
         return False
     if torch.cuda.get_device_capability(device) not in ONE_BIT_CAPABILITIES:
         return False
+    return _works("one-bit tensor core", 1e-3, _self_check, device)
+
+
+@cache
+def has_half_bits_kernel(device: torch.device) -> bool:
+    """Whether the kernel for 5 to 16 tokens works on this device, found as `has_one_bit_kernel` is and told alike."""
+    return has_one_bit_kernel(device) and _works("half-bits tensor core", 1e-3, _half_self_check, device)
+
+
+def _works(name: str, most: float, check: Callable[[torch.device], float], device: torch.device) -> bool:
     # said only where it takes long enough to look like a hang, which is once: Triton keeps what it compiled on disk
     notice = threading.Timer(2, logger.warning, ["Compiling GPU kernels of packed layers; this takes seconds, once."])
     notice.daemon = True
     notice.start()
     try:
-        error = _self_check(device)
+        error = check(device)
     except Exception as failure:  # a Triton without Gluon, or with another form of it, fails in many ways
-        logger.warning("The one-bit tensor core kernel does not compile here (%s); using the others.", failure)
+        logger.warning("The %s kernel does not compile here (%s); using the others.", name, failure)
         return False
     finally:
         notice.cancel()
-    if not error < 1e-3:
-        logger.warning("The one-bit tensor core kernel is wrong here (relative error %.1e); using the others.", error)
+    if not error < most:
+        logger.warning("The %s kernel is wrong here (relative error %.1e); using the others.", name, error)
         return False
     return True
 
@@ -85,6 +96,25 @@ def has_one_bit_kernel(device: torch.device) -> bool:
 def _self_check(device: torch.device) -> float:
     from . import one_bit, prepack
 
+    packed, x, expected = _check_product(device, 2)
+    out = one_bit.decode(x, prepack.prepack(packed), None, one_bit.DecodeConfig(warps=4))
+    return float((out.view(expected.shape).double() - expected).norm() / expected.norm())
+
+
+def _half_self_check(device: torch.device) -> float:
+    """The larger error of both numbers of operands."""
+    from . import half_bits, prepack
+
+    errors = []
+    for tokens in (5, 16):
+        packed, x, expected = _check_product(device, tokens)
+        out = half_bits.multiply(x, prepack.prepack(packed), None, half_bits.HalfConfig(1, 1, 4))
+        errors.append((out.view(expected.shape).double() - expected).norm() / expected.norm())
+    return float(torch.stack(errors).max())  # NaN where one is
+
+
+def _check_product(device: torch.device, tokens: int) -> tuple[PackedWeight, torch.Tensor, torch.Tensor]:
+    """A random weight, float32 inputs and their product in float64."""
     rows, columns = 96, 320
     generator = torch.Generator().manual_seed(0)
     weight = BinarizedWeight(
@@ -96,7 +126,5 @@ def _self_check(device: torch.device) -> float:
         torch.randperm(columns, generator=generator),
     )
     packed = PackedWeight(weight.layout, 128, columns, **{k: v.to(device) for k, v in pack(weight).items()})
-    x = torch.randn(2, columns, generator=generator).to(device)
-    out = one_bit.decode(x, prepack.prepack(packed), None, one_bit.DecodeConfig(warps=4)).view(2, rows)
-    expected = x.double() @ packed.unpack().dequantize(torch.float64).T
-    return float((out.double() - expected).norm() / expected.norm())
+    x = torch.randn(tokens, columns, generator=generator).to(device)
+    return packed, x, x.double() @ packed.unpack().dequantize(torch.float64).T

@@ -12,16 +12,17 @@ from .. import grouped, reference
 from ..grouped import PackedExperts
 from ..packed import PackedWeight
 from . import prepack
-from .available import has_one_bit_kernel
+from .available import has_half_bits_kernel, has_one_bit_kernel
 from .dequantize import dequantize
 from .gemm import GemmConfig, default_config, fits_hopper, gemm, gemm_input_grad, is_fusable
+from .launch import likeness
 from .table import bucket, lookup
 
 if TYPE_CHECKING:
     from . import half_bits, one_bit
 
-MAX_TOKENS = 4  # of the one-bit kernel
-HALF_TOKENS = 16  # of the kernel that follows it where the table says that it is the fastest
+# Tuned numbers of tokens of the kernel that follows the one-bit kernel where the table says that it is the fastest.
+HALF_TOKENS = (8, 16)
 # Rows of experts, each of which reads a whole weight: about 16 tokens with 4 experts each.
 MAX_EXPERT_ROWS = 64
 
@@ -127,24 +128,12 @@ def few_tokens(rows: torch.Tensor, weights: list[PackedWeight], bias: torch.Tens
     Returns:
         The results `[M, rows]` of the weights, one after another.
     """
-    if not 1 <= rows.shape[0] <= HALF_TOKENS:
+    if not 1 <= rows.shape[0] <= HALF_TOKENS[-1]:
         return None
     weight = prepack.find(weights)
-    if weight is None or not takes(rows, weight):
+    if weight is None or rows.shape[0] > weight.most_tokens:
         return None
     return run_prepared(rows, weight, bias, tuple(packed.out_features for packed in weights))
-
-
-def takes(rows: torch.Tensor, weight: prepack.Prepacked) -> bool:
-    """Whether `run_prepared` is the fastest for this number of rows."""
-    tokens = rows.shape[0]
-    if tokens <= MAX_TOKENS:
-        return tokens > 0
-    return tokens <= HALF_TOKENS and _half_config(*_product(rows, weight)) is not None
-
-
-def _product(rows: torch.Tensor, weight: prepack.Prepacked) -> tuple[torch.device, int, int, int, int]:
-    return rows.device, weight.rows, rows.shape[1], weight.program.planes, bucket(rows.shape[0])
 
 
 def run_prepared(
@@ -153,39 +142,71 @@ def run_prepared(
     """`few_tokens` of a weight that `prepare` returned; `parts` are the rows of each weight that was joined."""
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    if rows.shape[0] > MAX_TOKENS:
-        from .half_bits import HalfConfig, multiply
-
-        config = _half_config(*_product(rows, weight)) or HalfConfig()
-        return multiply(rows, weight, bias, config, parts if len(parts) > 1 else None)
-    from . import one_bit
-
     # what the host does for a token is felt: the table is asked once, not at every call
-    key = one_bit.likeness(rows, bias), parts
+    key = likeness(rows, bias), parts
     plan = weight.plans.get(key)
     if plan is None:
-        chosen = _decode_config(*_product(rows, weight))
-        plan = one_bit.plan(rows, weight, bias, chosen, parts if len(parts) > 1 else None, None)
-        weight.plans[key] = plan
+        plan = weight.plans[key] = _plan(rows, weight, bias, parts if len(parts) > 1 else None)
     device = rows.device
     if torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
-            return plan.run(rows, bias, None)
-    return plan.run(rows, bias, None)
+            return plan.run(rows, bias)
+    return plan.run(rows, bias)
 
 
-@cache
+def _plan(
+    rows: torch.Tensor, weight: prepack.Prepacked, bias: torch.Tensor | None, parts: tuple[int, ...] | None
+) -> one_bit.Plan | half_bits.Plan:
+    tokens = rows.shape[0]
+    if tokens > prepack.ONE_BIT_TOKENS:
+        from . import half_bits
+
+        cut = weight.half.get(bucket(tokens)) or half_bits.HalfConfig()
+        return half_bits.Plan(rows, weight, bias, cut, parts or (weight.rows,))
+    from . import one_bit
+
+    chosen = _decode_config(rows.device, weight.rows, rows.shape[1], weight.program.planes, bucket(tokens))
+    return one_bit.Plan(rows, weight, bias, chosen, parts or (weight.rows,), None)
+
+
 def _half_config(
-    device: torch.device, out_features: int, in_features: int, planes: int, tokens: int
+    device: torch.device, parts: tuple[int, ...], in_features: int, planes: int, tokens: int
 ) -> half_bits.HalfConfig | None:
-    """None where the kernels that read the stored order are faster, or nobody has measured it."""
-    entry = lookup(device, out_features, in_features, planes, tokens, True)
-    other = lookup(device, out_features, in_features, planes, tokens)
-    if entry is None or (other is not None and other.microseconds < entry.microseconds):
+    """None where the kernels that read the stored order are faster, one part after another, or nobody has measured it.
+
+    A shape that was not measured is taken to keep the nearest one's ratio of the two.
+    """
+    joined = sum(parts)
+    entry = lookup(device, joined, in_features, planes, tokens, True)
+    if entry is None:
+        return None
+    took = [
+        _stored_order_time(device, rows, columns, planes, tokens)
+        for rows, columns in (
+            (entry.out_features, entry.in_features),
+            (joined, in_features),
+            *((n, in_features) for n in parts),
+        )
+    ]
+    if None not in took:
+        there, here, *alone = [time for time in took if time is not None]
+        if entry.microseconds / there * here > sum(alone):
+            return None
+    if not has_half_bits_kernel(device):
         return None
     from .half_bits import HalfConfig
 
     return HalfConfig(**entry.config)
+
+
+def _stored_order_time(
+    device: torch.device, out_features: int, in_features: int, planes: int, tokens: int
+) -> float | None:
+    """Microseconds of the kernels that read the stored order, by the nearest shape and the number of weights."""
+    entry = lookup(device, out_features, in_features, planes, tokens)
+    if entry is None:
+        return None
+    return entry.microseconds * (out_features * in_features) / (entry.out_features * entry.in_features)
 
 
 @cache
@@ -225,4 +246,13 @@ def prepare(weights: list[PackedWeight]) -> prepack.Prepacked | None:
     Returns:
         The copy; None where the one-bit kernel does not run here or the weights do not fit together.
     """
-    return prepack.make(weights) if has_one_bit_kernel(weights[0].weight.device) else None
+    device = weights[0].weight.device
+    weight = prepack.make(weights) if has_one_bit_kernel(device) else None
+    if weight is not None and not weight.half:
+        parts = tuple(packed.out_features for packed in weights)
+        for tokens in HALF_TOKENS:
+            config = _half_config(device, parts, weights[0].in_features, weight.program.planes, tokens)
+            if config is None:
+                break  # what computes is told by a limit
+            weight.half[tokens] = config
+    return weight

@@ -24,7 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import fragments
-from .launch import Launcher, cdiv, overlaps, tensor_class
+from .launch import Program, cdiv, likeness, overlaps
 from .one_bit import _sign_word
 from .prepack import ROWS, SLOTS, Prepacked
 
@@ -303,9 +303,6 @@ def _multiply(
         _store(out, out_ptr, bias_ptr, row, start, end, M, 8 * tile, BIAS, out_layout)
 
 
-_run_prepare, _run_multiply = Launcher(_prepare), Launcher(_multiply)
-
-
 def multiply(
     x: torch.Tensor,
     weight: Prepacked,
@@ -325,20 +322,28 @@ def multiply(
     Returns:
         `[M * N]` of x's dtype: the results `[M, rows]` of the parts, one after another.
     """
+    key = (likeness(x, bias), config, part_rows)
+    plan = weight.plans.get(key)
+    if plan is None:
+        plan = weight.plans[key] = Plan(x, weight, bias, config, part_rows or (weight.rows,))
     device = x.device
     if x.is_cuda and torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
-            return multiply(x, weight, bias, config, part_rows)
-    plan = weight.plans.get((config, part_rows))
-    if plan is None:
-        plan = weight.plans[config, part_rows] = _Plan(weight, config, part_rows or (weight.rows,), overlaps(device))
+            return plan.run(x, bias)
     return plan.run(x, bias)
 
 
-class _Plan:
-    """What the two launches of a product of some weight take, as far as x and the bias do not matter."""
+class Plan:
+    """The two launches of a product of some weight and number of tokens, compiled and with all but x and bias known."""
 
-    def __init__(self, weight: Prepacked, config: HalfConfig, parts: tuple[int, ...], overlap: bool):
+    def __init__(
+        self,
+        x: torch.Tensor,
+        weight: Prepacked,
+        bias: torch.Tensor | None,
+        config: HalfConfig,
+        parts: tuple[int, ...],
+    ):
         starts = [0]
         for rows in parts:
             starts.append(starts[-1] + cdiv(rows, ROWS))
@@ -346,65 +351,55 @@ class _Plan:
         # a program must not cross from part to part
         while any(start % (groups * row_warps) for start in starts[1:-1]):
             groups, row_warps = (groups, row_warps // 2) if row_warps > 1 else (groups // 2, 1)
-        self.weight, self.overlap = weight, overlap
-        self.inputs = len(parts) * len(weight.program.inputs)
+        tokens, tiles, inputs = x.shape[0], weight.tiles, len(weight.program.inputs)
+        token_tiles = 1 if tokens <= 8 else 2
+        overlap = overlaps(x.device)
+        self.scratch = len(parts) * inputs * tiles * token_tiles * 528
+        self.results = tokens * weight.rows
         ends = [sum(parts[: i + 1]) for i in range(len(parts))]
-        self.ends = (*[*ends, 0, 0][:3], *[*starts[: len(parts)], 0, 0][1:3])
-        self.grid = (cdiv(weight.groups, groups * row_warps), 1, 1)
-        self.warps = row_warps * config.column_warps
         index = weight.input_scale if weight.index is None else weight.index
+        self.prepare_grid = (tiles, token_tiles, len(parts) * inputs)
         self.prepare_weights = (weight.input_scale, index)
-        inputs = len(weight.program.inputs)
         self.prepare_constants = (inputs, len(parts), weight.index is not None, overlap)
-        self.constants = (
+        self.tiles, self.tokens = tiles, tokens
+        self.grid = (cdiv(weight.groups, groups * row_warps), 1, 1)
+        self.weights = (weight.words, weight.row_scale)
+        self.rest = (
+            tiles,
+            weight.groups,
+            tokens,
+            *[*ends, 0, 0][:3],
+            *[*starts[: len(parts)], 0, 0][1:3],
             weight.program.planes,
             weight.program.row_scales,
             inputs,
             weight.program.terms,
             weight.tiles_per_block,
+            bias is not None,
+            len(parts),
+            token_tiles,
+            groups,
+            row_warps,
+            config.column_warps,
+            config.prefetch,
+            overlap,
         )
-        self.cut = (len(parts), groups, row_warps, config.column_warps, config.prefetch, overlap)
-        self.options: dict[str, Any] = {"launch_pdl": True} if overlap else {}
-        self.key = (weight.row_scale.dtype, *self.constants, *self.cut)
+        self.options: dict[str, Any] = {"num_warps": row_warps * config.column_warps}
+        if overlap:
+            self.options["launch_pdl"] = True
+        self.launches: tuple[Program, Program] | None = None
 
     def run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        weight, tiles, device = self.weight, self.weight.tiles, x.device
-        tokens = x.shape[0]
-        token_tiles = 1 if tokens <= 8 else 2
-        scratch = torch.empty(self.inputs * tiles * token_tiles * 528, dtype=torch.int32, device=device)
-        out = torch.empty(tokens * weight.rows, dtype=x.dtype, device=device)
-        stride = x.stride(0)
-        _run_prepare(
-            (tensor_class(x), self.prepare_constants),
-            (tiles, token_tiles, self.inputs),
-            (x, *self.prepare_weights, scratch, tiles, stride, tokens, *self.prepare_constants),
-            device,
-            num_warps=4,
-        )
-        parts, groups, row_warps, column_warps, prefetch, overlap = self.cut
-        constants = (*self.constants, bias is not None, parts, token_tiles)
-        _run_multiply(
-            (x.dtype, None if bias is None else tensor_class(bias), token_tiles, self.key),
-            self.grid,
-            (
-                scratch,
-                weight.words,
-                weight.row_scale,
-                scratch if bias is None else bias,
-                out,
-                tiles,
-                weight.groups,
-                tokens,
-                *self.ends,
-                *constants,
-                groups,
-                row_warps,
-                column_warps,
-                prefetch,
-                overlap,
-            ),
-            device,
-            num_warps=self.warps,
-            **self.options,
-        )
+        device = x.device
+        scratch = torch.empty(self.scratch, dtype=torch.int32, device=device)
+        out = torch.empty(self.results, dtype=x.dtype, device=device)
+        first = (x, *self.prepare_weights, scratch, self.tiles, x.stride(0), self.tokens, *self.prepare_constants)
+        second = (scratch, *self.weights, scratch if bias is None else bias, out, *self.rest)
+        if self.launches is None:
+            prepare = _prepare[self.prepare_grid](*first, num_warps=4)
+            self.launches = Program(prepare), Program(_multiply[self.grid](*second, **self.options))
+        else:
+            stream = triton.runtime.driver.active.get_current_stream(device.index)
+            self.launches[0](self.prepare_grid, first, stream)
+            self.launches[1](self.grid, second, stream)
         return out

@@ -91,6 +91,13 @@ def tensor_class(tensor: torch.Tensor) -> tuple[torch.dtype, bool]:
     return tensor.dtype, tensor.data_ptr() % 16 == 0
 
 
+def likeness(x: torch.Tensor, bias: torch.Tensor | None) -> tuple[Hashable, ...]:
+    """Equal for inputs `[M, K]` and biases that one plan of launches serves."""
+    if bias is None:
+        return x.shape[0], x.dtype, x.data_ptr() % 16
+    return x.shape[0], x.dtype, x.data_ptr() % 16, bias.dtype, bias.data_ptr() % 16
+
+
 def size_class(size: int) -> tuple[bool, bool, bool]:
     """What Triton compiles for in an integer of 1 or more."""
     return size == 1, size % 16 == 0, size >= 2**31

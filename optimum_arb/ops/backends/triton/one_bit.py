@@ -11,7 +11,6 @@ the other rows.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +19,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from . import fragments
-from .launch import Program
-from .prepack import ROWS, SLOTS, Prepacked
+from .launch import Program, likeness
+from .prepack import ONE_BIT_TOKENS, ROWS, SLOTS, Prepacked
 
-MAX_TOKENS = 4  # the operands of more take more registers than a lane has to spare
+MAX_TOKENS = ONE_BIT_TOKENS  # the operands of more take more registers than a lane has to spare
 
 _PREPARE = gl.constexpr(fragments.prepare())
 _PREPARE_CONSTRAINTS = gl.constexpr(fragments.PREPARE_CONSTRAINTS)
@@ -303,36 +302,16 @@ def decode(
         `[M * N]` of x's dtype: the results `[M, rows]` of the parts, one after another; with experts `[M, N]`, the
         parts side by side.
     """
-    found = plan(x, weight, bias, config, part_rows, experts)
+    # Triton's own launch looks at every argument again: 25 us a kernel in Python, against 6 of a plan's
+    key = (likeness(x, bias), config, part_rows, experts is None)
+    plan = weight.plans.get(key)
+    if plan is None:
+        plan = weight.plans[key] = Plan(x, weight, bias, config, part_rows or (weight.rows,), experts)
     device = x.device.index
     if torch.cuda.current_device() != device:
         with torch.cuda.device(device):
-            return found.run(x, bias, experts)
-    return found.run(x, bias, experts)
-
-
-def plan(
-    x: torch.Tensor,
-    weight: Prepacked,
-    bias: torch.Tensor | None,
-    config: DecodeConfig,
-    part_rows: tuple[int, ...] | None,
-    experts: torch.Tensor | None,
-) -> Plan:
-    """What `decode` runs with these arguments, and with any x and bias that are alike in `likeness`."""
-    # Triton's own launch looks at every argument again: 25 us a kernel in Python, against 6 of a plan's
-    key = (likeness(x, bias), config, part_rows, experts is None)
-    found: Plan | None = weight.plans.get(key)
-    if found is None:
-        found = weight.plans[key] = Plan(x, weight, bias, config, part_rows or (weight.rows,), experts)
-    return found
-
-
-def likeness(x: torch.Tensor, bias: torch.Tensor | None) -> tuple[Hashable, ...]:
-    """Equal for inputs and biases that one plan serves."""
-    if bias is None:
-        return x.shape[0], x.dtype, x.data_ptr() % 16
-    return x.shape[0], x.dtype, x.data_ptr() % 16, bias.dtype, bias.data_ptr() % 16
+            return plan.run(x, bias, experts)
+    return plan.run(x, bias, experts)
 
 
 class Plan:
@@ -388,7 +367,7 @@ class Plan:
         self.warps, self.overlap = config.warps, overlap
         self.launches: tuple[Program, Program] | None = None
 
-    def run(self, x: torch.Tensor, bias: torch.Tensor | None, experts: torch.Tensor | None) -> torch.Tensor:
+    def run(self, x: torch.Tensor, bias: torch.Tensor | None, experts: torch.Tensor | None = None) -> torch.Tensor:
         scratch = torch.empty(self.scratch, dtype=torch.int32, device=x.device)
         out = torch.empty(self.tokens * self.weight_rows, dtype=x.dtype, device=x.device)
         owner = scratch if experts is None else experts

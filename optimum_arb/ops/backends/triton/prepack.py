@@ -21,6 +21,7 @@ from ..packed import PackedWeight
 
 ROWS = 32  # rows of a warp's tile
 SLOTS = 128  # columns of a tile
+ONE_BIT_TOKENS = 4  # of `one_bit`
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Prepacked:
             not exist.
         index: int32 `[T * 128]`: the columns of the input; None where they are 0, 1, 2, ...
         experts: E where these are the weights of experts, all tensors then stacked along a new first dimension; else 0.
-        plans: kept by `one_bit`.
+        half: tuned number of tokens -> `HalfConfig`, up to which `half_bits` is the fastest; by `dispatch.prepare`.
+        plans: kept by `dispatch`, `one_bit` and `half_bits`.
     """
 
     program: Program
@@ -77,6 +79,7 @@ class Prepacked:
     input_scale: torch.Tensor
     index: torch.Tensor | None
     experts: int = 0
+    half: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
     plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # launches that were made ready
 
     @property
@@ -86,6 +89,11 @@ class Prepacked:
     @property
     def groups(self) -> int:
         return self.words.shape[-6]
+
+    @property
+    def most_tokens(self) -> int:
+        """Up to which number of tokens the kernels that read this copy are the fastest."""
+        return max(self.half, default=ONE_BIT_TOKENS)
 
 
 def prepack(packed: PackedWeight) -> Prepacked:
@@ -238,6 +246,7 @@ def experts(packed: PackedExperts) -> Prepacked | None:
         input_scale=torch.stack([weight.input_scale for weight in found]),
         index=torch.stack(indices) if indices else None,
         experts=len(found),
+        half={},
         plans={},
     )
 
