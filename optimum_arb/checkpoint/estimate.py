@@ -178,12 +178,15 @@ def estimate(
         assumptions.append(
             f"searched salient columns: {SEARCHED_SALIENT} a block, as SmolLM2-135M has; the range is for 1 to 49"
         )
-    ram, gpu = streamed_memory(model, linears, packed, float_dtype, tokens, device, activations_on_disk)
+    corrected = tokens[0] > 0 and config.resolved_error_correction > 0
+    held = model, linears, packed, float_dtype, tokens, device, activations_on_disk, corrected
+    ram, gpu = streamed_memory(*held)
     assumptions.append("the layers form a chain; otherwise all weights are in memory at once")
     measured = None
     if budget is not None:
         shapes = [(one.rows, one.columns, one.config, one.copies) for one in linears]
-        measured = probe(model_config, [linear.name for linear in linears], shapes, tokens, device, budget)
+        strength = config.resolved_error_correction if corrected else 0.0
+        measured = probe(model_config, [linear.name for linear in linears], shapes, tokens, device, budget, strength)
         assumptions += measured.assumptions
     if tokens[0]:
         assumptions.append(f"the calibration text has {tokens[0]} sequences of {tokens[1]} tokens")

@@ -40,12 +40,15 @@ def streamed_memory(
     tokens: tuple[int, int],
     device: str,
     activations_on_disk: bool = False,
+    corrected: bool = False,
 ) -> tuple[int, int | None]:
     """Bytes of the largest resident memory of the process, and of the GPU (None without one).
 
     At its worst the quantizer holds one layer in float, the hidden states of all calibration tokens, the layer's
-    calibration matrices and the workspace of its largest linear: of the factorization (seven float64 and four float32
-    matrices of [K, K]) or of the fit (seven float32 of [N, K]); or, at the end, what is in no layer.
+    calibration matrices and the workspace of its largest linear: of the factorization (five float64 and three float32
+    matrices of [K, K]) or of the fit (seven float32 of [N, K]); or, at the end, what is in no layer. With error
+    correction the hidden states are those of two models, and the matrices those of one step of the layer, with the sum
+    of what it corrects.
 
     Args:
         model: the skeleton.
@@ -55,6 +58,7 @@ def streamed_memory(
         tokens: calibration sequences and their length; (0, 0) without calibration.
         device: where layers run.
         activations_on_disk: whether the hidden states are kept in files.
+        corrected: whether there is error correction.
     """
     groups = find_layers(model, [one.name for one in linears])
     prefixes = {name: index for index, name in enumerate(name for group in groups for name in group.names)}
@@ -69,7 +73,7 @@ def streamed_memory(
     outside = sizes.pop(-1, 0) - twice
     layer = max(sizes.values(), default=0) + packed // max(1, len(prefixes))
     base = psutil.Process().memory_info().rss + RUNTIME
-    squares = 7 * 8 + 4 * 4 if tokens[0] else 0
+    squares = 5 * 8 + 3 * 4 if tokens[0] else 0
     workspace = max(squares * one.columns**2 + 7 * 4 * one.rows * one.columns for one in linears)
     if not tokens[0]:
         ram, on_device = 0, layer + workspace
@@ -82,10 +86,26 @@ def streamed_memory(
         activations = 4 * batch * (widest + width) * dtype.itemsize
         statistics = _statistics(linears, prefixes)
         # the sums are of float64 while the layer runs, and of float32 when it is fitted
-        ram, on_device = hidden, layer + max(2 * statistics + activations, statistics + workspace)
+        if corrected:
+            ram, on_device = (1 if activations_on_disk else 2) * hidden, layer + _step(linears, activations, workspace)
+        else:
+            ram, on_device = hidden, layer + max(2 * statistics + activations, statistics + workspace)
     if device == "cpu":
         return base + max(ram + on_device, outside), None
     return base + max(ram + layer, outside), on_device
+
+
+def _step(linears: Sequence[Shape], activations: int, workspace: int) -> int:
+    """Bytes of a step with error correction: its matrix and the sum of what is corrected, in float64 while the layer
+    runs and when the sum is divided by the matrix; then the fit."""
+    largest = 0
+    for one in linears:
+        if not one.experts:
+            square, total = one.columns**2, min(one.rows, one.columns) * one.columns
+            running = 8 * (square + total) + activations
+            solving = 4 * square + 2 * 8 * (square + total)
+            largest = max(largest, running, solving, 4 * square + 8 * total + workspace)
+    return max(largest, workspace)
 
 
 def _layer(name: str, prefixes: dict[str, int]) -> int:

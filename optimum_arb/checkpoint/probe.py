@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from ..algorithms.hessian import prepare_hessian
+from ..calibration.correction import Corrections, Step
 from ..calibration.data import TOKENS_PER_BATCH
 from ..calibration.statistics import InputStatistics
 from ..config import ARBConfig
@@ -23,6 +24,9 @@ from ..nn import ARBFactorizedLinear, ARBLinear
 
 FORWARD_SHARE = 0.4  # of the probe's time, where there is calibration
 VOCABULARY = 256
+# What error correction adds to a layer's one run in float, in such runs: it runs in both forms up to o_proj, gate_proj
+# and down_proj, and in one to its end, which of the weights of a layer of Llama-2-7B is 2 (.25 + .33 + .78) + .22.
+CORRECTED_RUNS = 1.94
 
 
 @dataclass
@@ -51,7 +55,13 @@ Shapes = list[tuple[int, int, ARBConfig, int]]
 
 
 def probe(
-    model_config: Any, names: list[str], shapes: Shapes, tokens: tuple[int, int], device: str, budget: float
+    model_config: Any,
+    names: list[str],
+    shapes: Shapes,
+    tokens: tuple[int, int],
+    device: str,
+    budget: float,
+    correction: float = 0.0,
 ) -> Probe:
     """Measures one linear of each width and one layer of the model, and adds up.
 
@@ -62,13 +72,16 @@ def probe(
         tokens: calibration sequences and their length; (0, 0) without calibration.
         device: "cpu" or "cuda".
         budget: seconds; no new measurement that would exceed it is begun.
+        correction: strength of error correction.
     """
     start = time.perf_counter()
     assumptions: list[str] = []
     forward: float | None = 0.0
     if tokens[0]:
-        forward = _forward_seconds(model_config, names, shapes, tokens, device, budget * FORWARD_SHARE, assumptions)
-    fit = _fit_seconds(shapes, bool(tokens[0]), device, budget - (time.perf_counter() - start), assumptions)
+        share = budget * FORWARD_SHARE
+        forward = _forward_seconds(model_config, names, shapes, tokens, device, share, assumptions, correction > 0)
+    left = budget - (time.perf_counter() - start)
+    fit = _fit_seconds(shapes, bool(tokens[0]), device, left, assumptions, correction)
     return Probe(
         seconds=None if forward is None else fit + forward,
         fit_seconds=fit,
@@ -87,7 +100,9 @@ def _timed(run: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def _fit_seconds(shapes: Shapes, calibrated: bool, device: str, budget: float, assumptions: list[str]) -> float:
+def _fit_seconds(
+    shapes: Shapes, calibrated: bool, device: str, budget: float, assumptions: list[str], correction: float
+) -> float:
     """The fits of all linears: for each width and configuration, `seconds = fixed + slope * rows`, measured."""
     groups: dict[tuple[int, str], list[int]] = {}
     configs: dict[str, ARBConfig] = {}
@@ -95,13 +110,14 @@ def _fit_seconds(shapes: Shapes, calibrated: bool, device: str, budget: float, a
         key = json.dumps(config.choices(), sort_keys=True, default=str)
         configs[key] = config
         groups.setdefault((columns, key), []).extend([rows] * copies)
-    _fit(64, 128, configs[next(iter(configs))], calibrated, device)  # the first call is slower
+    _fit(64, 128, configs[next(iter(configs))], calibrated, device, correction)  # the first call is slower
     total = 0.0
     left = len(groups)
     # small ones first: what they leave over is for the large ones
     for (columns, key), counts in sorted(groups.items()):
         start = time.perf_counter()
-        fixed, slope, exact = _fit_line(columns, max(counts), configs[key], calibrated, device, budget / left)
+        share = budget / left
+        fixed, slope, exact = _fit_line(columns, max(counts), configs[key], calibrated, device, share, correction)
         budget -= time.perf_counter() - start
         left -= 1
         total += sum(fixed + slope * count for count in counts)
@@ -111,7 +127,7 @@ def _fit_seconds(shapes: Shapes, calibrated: bool, device: str, budget: float, a
 
 
 def _fit_line(
-    columns: int, rows: int, config: ARBConfig, calibrated: bool, device: str, budget: float
+    columns: int, rows: int, config: ARBConfig, calibrated: bool, device: str, budget: float, correction: float
 ) -> tuple[float, float, bool]:
     """(fixed seconds, seconds a row, whether the full width was measured at two numbers of rows)."""
     start = time.perf_counter()
@@ -121,15 +137,15 @@ def _fit_line(
 
     width = min(columns, 512)
     few = min(rows, 128)
-    spent, prepared = _fit(few, width, config, calibrated, device)
+    spent, prepared = _fit(few, width, config, calibrated, device, correction)
     # of the cost, the factorization grows with the cube of the columns, the products with their square
     while width < columns and affordable(8 * spent):
         width = min(columns, 2 * width)
-        spent, prepared = _fit(few, width, config, calibrated, device)
+        spent, prepared = _fit(few, width, config, calibrated, device, correction)
     many, more = few, spent
     while many < rows and affordable((more - prepared) * min(rows / many, 4) + prepared):
         many = min(rows, 4 * many)
-        more, _ = _fit(many, width, config, calibrated, device)
+        more, _ = _fit(many, width, config, calibrated, device, correction)
     growth = columns / width
     if many > few:
         slope = max(more - spent, 0.0) / (many - few)
@@ -140,20 +156,30 @@ def _fit_line(
     return fixed * growth**3, slope * growth, width == columns and (many > few or many == rows)
 
 
-def _fit(rows: int, columns: int, config: ARBConfig, calibrated: bool, device: str) -> tuple[float, float]:
-    """Seconds to binarize a random linear, and of them the seconds to factorize its calibration matrix."""
+def _fit(
+    rows: int, columns: int, config: ARBConfig, calibrated: bool, device: str, correction: float
+) -> tuple[float, float]:
+    """Seconds to binarize a random linear, and of them the seconds to factorize its calibration matrix; both with what
+    error correction adds."""
     generator = torch.Generator().manual_seed(0)
     module = nn.Linear(columns, rows, bias=False, device="meta")
     module.weight = nn.Parameter(torch.randn(rows, columns, generator=generator).to(device) * 0.02)
     hessian = None
-    prepared = 0.0
+    prepared = corrected = 0.0
     if calibrated:
         # energies that fall by orders of magnitude, as those of real activations do
         inputs = torch.randn(256, columns, generator=generator) * torch.logspace(0, -2, columns)
         hessian = (inputs.T @ inputs + torch.diag(torch.logspace(1, -1, columns))).to(device)
         damping, order = config.resolved_damp_percent, config.resolved_act_order
         prepared = _timed(lambda: prepare_hessian(hessian, damping, order), device)
-    return _timed(lambda: binarize_linear("probe", module, config, hessian, 256), device), prepared
+        if correction:
+            sums = Corrections(Step(["probe"]), {"probe": module}, torch.device(device))
+            for total in sums.sums.values():
+                total.copy_(torch.randn(total.shape, generator=generator))
+            corrected = _timed(lambda: sums.solve(["probe"], hessian, correction), device)
+            corrected += _timed(lambda: sums.corrected("probe"), device)
+    spent = _timed(lambda: binarize_linear("probe", module, config, hessian, 256), device)
+    return spent + corrected, prepared + corrected
 
 
 def _forward_seconds(
@@ -164,8 +190,10 @@ def _forward_seconds(
     device: str,
     budget: float,
     assumptions: list[str],
+    corrected: bool,
 ) -> float | None:
-    """The passes of the calibration: each layer once in float with its statistics, once binarized."""
+    """The passes of the calibration: each layer once in float with its statistics, once binarized; with error
+    correction, `CORRECTED_RUNS` more, and sums as large as the statistics."""
     start = time.perf_counter()
     try:
         model, layers = _one_layer(model_config, device)
@@ -200,12 +228,16 @@ def _forward_seconds(
     run(1, min(32, length), True)
     size, samples = min(64, length), 1
     first = run(samples, size, True)
-    half = budget / 3  # of what is left, for each of the two passes; the rest was for making the layer
-    half = min(half, max(0.5, (budget - (time.perf_counter() - start)) / 2))
+    passes = 3 if corrected else 2
+    half = budget / (passes + 1)  # of what is left, for each of the passes; the rest was for making the layer
+    half = min(half, max(0.5, (budget - (time.perf_counter() - start)) / passes))
     scale = max(1.0, half / max(first, 1e-4) / 1.5)
     size = min(length, int(64 * scale)) if length > 64 else length
     samples = max(1, min(batch, tokens[0], int(64 * scale / size)))
     dense = run(samples, size, True) / (samples * size)
+    if corrected:
+        plain = run(samples, size, False) / (samples * size)
+        dense += CORRECTED_RUNS * plain + max(dense - plain, 0.0)
     for name in list(linears):
         rows, columns, config, _ = known[name]
         model.set_submodule(name, _random_packed(rows, columns, config, device))
