@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_experts import tiny_moe
-from tiny_models import tiny_model, tokens
+from tiny_models import save_tiny, tiny_model, tokens
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from optimum_arb import ARBConfig
+from optimum_arb import ARBConfig, quantize_checkpoint, quantizer
 from optimum_arb.calibration import CalibrationWalk, token_batches
 from optimum_arb.calibration.calls import Stop
 from optimum_arb.calibration.correction import (
@@ -261,3 +261,28 @@ def test_the_float_models_outputs_are_kept_where_they_are_asked_for():
         expected = original(input_ids=ids, output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(original.model.norm(torch.cat(done.float_outputs)), expected)
     assert not walk(tiny_model("LlamaForCausalLM"), token_batches(ids, 2), 0.5).float_outputs
+
+
+@pytest.mark.parametrize("refine", [None, "block"])
+def test_resumed_behind_a_finished_layer(tmp_path, monkeypatch, refine):
+    """Its float form is read again from the source, for the float model's hidden states."""
+    original = quantizer.binarize_linear
+    choices = {"dataset": tokens(6), "block_size": 64, "batch_size": 2, "admm_iterations": 0, "refine": refine}
+    config = ARBConfig(**choices, **({"refine_steps": 2} if refine else {}))
+    save_tiny(tmp_path / "float", "LlamaForCausalLM", num_hidden_layers=3)
+    quantize_checkpoint(tmp_path / "float", tmp_path / "whole", config)
+    fits = []
+
+    def interrupted(*args):
+        fits.append(args[0])
+        if len(fits) == 9:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizer, "binarize_linear", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="1 of 3 layers"):
+            quantize_checkpoint(tmp_path / "float", tmp_path / "resumed", config)
+    assert quantize_checkpoint(tmp_path / "float", tmp_path / "resumed", config, resume=True).resumed_layers == 1
+    whole, resumed = (tmp_path / name / "model.safetensors" for name in ("whole", "resumed"))
+    assert whole.read_bytes() == resumed.read_bytes()
