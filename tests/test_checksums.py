@@ -289,6 +289,18 @@ def test_the_choice_is_checked():
         ARBConfig(verify_checksums="no")
 
 
+def test_metadata_that_are_null(one):
+    """The library takes them for none, which would be a file without checksums."""
+    path = one / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = None
+    path.write_bytes(content[:8] + json.dumps(header).encode().ljust(length) + content[8 + length :])
+    with pytest.raises(ValueError, match="no intact safetensors file: its metadata are no table"):
+        LlamaForCausalLM.from_pretrained(one)
+
+
 def test_a_model_of_an_older_version(one, binarized, caplog):
     save_file(load_file(one / "model.safetensors"), one / "model.safetensors", metadata={"format": "pt"})
     assert verify(weights(one)) is None
