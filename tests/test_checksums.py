@@ -363,7 +363,9 @@ def test_another_kind_of_model(one):
 def test_architectures_that_are_no_names(one):
     config = json.loads((one / "config.json").read_text())
     (one / "config.json").write_text(json.dumps({**config, "architectures": 7}))
-    refusal(one, "architectures=7 in the model's config.json is no list of names")
+    # transformers 5.16 checks the field itself
+    with pytest.raises(Exception, match=r"architectures=7 in the model's config\.json is no list|Field 'architectures'"):
+        LlamaForCausalLM.from_pretrained(one)
 
 
 def test_a_pipe_is_not_waited_for(shards):
