@@ -113,7 +113,7 @@ def measure(source: Path, config: ARBConfig | None, evaluation: torch.Tensor, de
 
 
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
-    """The rows of one family as a table; a loss is in nats a token, above that of full precision where that is known."""
+    """The rows of one family as a table; losses are in nats a token, above full precision where that is measured."""
     lines = ["| method | true bits | perplexity | loss above full precision | seconds |", "|---|---|---|---|---|"]
     loss = {name: row["perplexity"]["negative_log_likelihood"] for name, row in rows.items()}
     for name, row in rows.items():
