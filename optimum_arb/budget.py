@@ -146,11 +146,11 @@ def divided(
             own = [form for form in options if form.kind == kind]
             known = [(form.bits, damage) for form, damage in tried if form.kind == kind]
             curves += zip(own, interpolate(known, [form.bits for form in own]), strict=True)
-        # the divergence that the linear causes at the target decides how much it counts
+        # the divergence that the linear causes at the target, by its weights, decides how much it counts
         usual = interpolate(
             sorted({form.bits: damage for form, damage in tried}.items()), [int(target * weights[name])]
         )[0]
-        scale = max(usual, 1e-12) ** (temper - 1)
+        scale = max(usual / weights[name], 1e-20) ** (temper - 1)
         allowed = [
             (form, damage) for form, damage in curves if target / spread <= form.bits / weights[name] <= target * spread
         ] or [min(curves, key=lambda one: one[0].bits)]

@@ -156,8 +156,8 @@ def estimate(
     """
     if config.target_bits_per_weight is not None:
         raise ValueError(
-            f"target_bits_per_weight={config.target_bits_per_weight} chooses by the weights, which an estimate does not "
-            "read. Estimate with method='arb-dbf' and as many factor_bits: it stores as much, in memory at once."
+            f"target_bits_per_weight={config.target_bits_per_weight} chooses by the weights, which an estimate does "
+            "not read. Estimate with method='arb-dbf' and as many factor_bits: it stores as much, in memory at once."
         )
     model_config = AutoConfig.from_pretrained(name)
     if getattr(model_config, "quantization_config", None) is not None:
