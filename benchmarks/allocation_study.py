@@ -1,6 +1,9 @@
 """Whether bits divided by the model's own sensitivity make a better model than the same bits everywhere.
 
-    python benchmarks/allocation_study.py MODEL --device cuda --targets 1.18,2.3 --tempers 0.5,1 --processes 4
+    python benchmarks/allocation_study.py MODEL --device cuda --processes 3 \\
+        --runs arb-dbf:1.18:uniform,arb-dbf:1.18:0.5,arb-dbf:1.18:1
+    python benchmarks/allocation_study.py MODEL --device cuda --processes 3 \\
+        --runs arb-hrc:2.34:uniform,arb-hrc:2.34:0.5:2.5,arb-hrc:2.34:1:2.5
 
 MODEL is the directory of the float model. Calibration is the first 32 x 1024 tokens of WikiText-2's validation split;
 perplexity is that of the second half of the same file, in windows of 2048 tokens, so that settings can be chosen by it:

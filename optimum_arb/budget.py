@@ -108,7 +108,7 @@ def measured(
                 packed, record = binarize_linear(
                     name, module, _quick(with_choices(configs[name], dict(form.settings))), hessian, tokens
                 )
-                made.append(packed.to("cpu"))
+                made.append(packed)  # a few bits a weight: it may stay on the device
                 error = record.output_error
         trials[name] = made
         return module, error

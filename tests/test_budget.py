@@ -205,7 +205,9 @@ def test_trials_leave_the_model_as_it_was():
     names = ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"]
     configs = dict.fromkeys(names, ARBConfig(**QUICK))
     shapes = [model.get_submodule(name).weight.shape for name in names]
-    forms = {name: candidates(configs[name], *shape, 2.0, ["arb-hrc"]) for name, shape in zip(names, shapes, strict=True)}
+    forms = {
+        name: candidates(configs[name], *shape, 2.0, ["arb-hrc"]) for name, shape in zip(names, shapes, strict=True)
+    }
     found = measured(model, forms, configs, [tokens()], "cpu", 0)
     assert all(one > two > three > 0 for one, two, three in found.values())
     assert all(torch.equal(parameter, kept[name]) for name, parameter in model.named_parameters())

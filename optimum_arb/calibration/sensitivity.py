@@ -36,7 +36,7 @@ def divergences(
 
     Args:
         model: the float model in evaluation mode, on the CPU, where it is put back.
-        trials: name of a linear -> binarized forms of it, on any device.
+        trials: name of a linear -> binarized forms of it, on `device` or, slower, the CPU.
         batches: token ids int64 `[B, L]`, or other inputs of the model's `forward` by their names.
         device: where the model runs, all of it, with the activations of one batch.
         seed: of the labels.
