@@ -34,8 +34,8 @@ from .patterns import matches
 # Of the divergence that a linear causes, before linears are compared: error correction lets later linears make up for
 # earlier ones, so that the differences between them are smaller in the end.
 TEMPER = 0.5
-# How far the bits of a linear may be from the target, as a factor.
-SPREAD = 2.0
+# How far the bits of a linear may be from the target, as a factor. At two planes it lets in one and three.
+SPREAD = {"arb-hrc": 2.5, "arb-dbf": 2.0}
 # Sizes of the factors that are tried, of the target; those between are interpolated.
 TRIED = (0.6, 1.0, 1.6)
 STEPS = 24  # sizes of factors to choose from
@@ -70,7 +70,6 @@ def stored_bits(config: ARBConfig, rows: int, columns: int) -> int:
 def candidates(config: ARBConfig, rows: int, columns: int, target: float, kinds: Sequence[str]) -> list[Candidate]:
     """The forms that a linear `[rows, columns]` may get, by rising bits within a kind."""
     found: dict[tuple[str, int], Candidate] = {}
-    weights = rows * columns
     if "arb-hrc" in kinds:
         for planes in range(1, MAX_PLANES + 1):
             settings = {"planes": planes} if config.method == "arb-hrc" else {"method": "arb-hrc", "planes": planes}
@@ -78,7 +77,7 @@ def candidates(config: ARBConfig, rows: int, columns: int, target: float, kinds:
             found["arb-hrc", bits] = Candidate(settings, bits, "arb-hrc", True)
     if "arb-dbf" in kinds:
         tried = [target * size for size in TRIED]
-        grid = [target * SPREAD ** (2 * step / STEPS - 1) for step in range(STEPS + 1)]
+        grid = [target * SPREAD["arb-dbf"] ** (2 * step / STEPS - 1) for step in range(STEPS + 1)]
         for bits_per_weight in [*tried, *grid]:
             choices = with_choices(config, {"method": "arb-dbf", "factor_bits": bits_per_weight})
             rank = choices.resolved_rank(rows, columns)
@@ -86,7 +85,7 @@ def candidates(config: ARBConfig, rows: int, columns: int, target: float, kinds:
             settings = {"rank": rank} if config.method == "arb-dbf" else {"method": "arb-dbf", "rank": rank}
             bits = stored_bits(with_choices(config, settings), rows, columns)
             found.setdefault(("arb-dbf", bits), Candidate(settings, bits, "arb-dbf", bits_per_weight in tried))
-    return [one for one in found.values() if one.tried or one.bits <= SPREAD * target * weights]
+    return list(found.values())
 
 
 @torch.no_grad()
@@ -133,9 +132,22 @@ def divided(
     weights: Mapping[str, int],
     budget: int,
     temper: float = TEMPER,
-    spread: float = SPREAD,
+    spread: Mapping[str, float] = SPREAD,
 ) -> dict[str, Choice]:
-    """The candidate of each linear, within the budget."""
+    """The candidate of each linear, within the budget.
+
+    Args:
+        forms: name -> candidates.
+        damages: name -> the divergence that each tried one of them causes, in their order.
+        weights: name -> number of weights.
+        budget: bits of all of them together.
+        temper: exponent of a linear's divergence for each of its weights, at the target. With 0, linears whose error
+            falls alike get the same bits; with 1, what they add up to is made as small as can be.
+        spread: by kind, how far the bits of a linear may be from the target, as a factor.
+
+    Raises:
+        ValueError: the smallest choices together exceed the budget.
+    """
     target = budget / sum(weights.values())
     choices: dict[str, list[Choice]] = {}
     for name, options in forms.items():

@@ -96,7 +96,8 @@ def test_on_disk_it_is_as_in_memory(llama, tmp_path):
     streamed = ARBConfig(overrides=made.config.overrides, dataset=tokens(), **QUICK)
     quantize_checkpoint(llama, tmp_path / "streamed", streamed)
     one, two = (load_file(tmp_path / part / "model.safetensors") for part in ("out", "streamed"))
-    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 @pytest.mark.parametrize("method", ["arb-hrc", "arb-dbf"])
@@ -177,8 +178,8 @@ def test_refused(llama, tmp_path):
         estimate(str(llama), ARBConfig(target_bits_per_weight=2.0))
     with pytest.raises(ValueError, match="experts"):
         binarize(save_tiny(tmp_path / "experts", "MixtralForCausalLM"), target_bits_per_weight=2.0)
+    config = ARBConfig(target_bits_per_weight=2.1, dataset=tokens(), **QUICK)
     with pytest.raises(ValueError, match="puts out no logits"):
-        config = ARBConfig(target_bits_per_weight=2.1, dataset=tokens(), **QUICK)
         AutoModel.from_pretrained(llama, quantization_config=config)
 
 
