@@ -164,7 +164,9 @@ def divided(
         )[0]
         scale = max(usual / weights[name], 1e-20) ** (temper - 1)
         allowed = [
-            (form, damage) for form, damage in curves if target / spread <= form.bits / weights[name] <= target * spread
+            (form, damage)
+            for form, damage in curves
+            if target / spread[form.kind] <= form.bits / weights[name] <= target * spread[form.kind]
         ] or [min(curves, key=lambda one: one[0].bits)]
         choices[name] = [Choice(form.bits, damage * scale, dict(form.settings)) for form, damage in allowed]
     return allocate(choices, budget)
