@@ -38,7 +38,7 @@ TEMPER = 0.5
 SPREAD = {"arb-hrc": 2.5, "arb-dbf": 2.0}
 # Sizes of the factors that are tried, of the target; those between are interpolated.
 TRIED = (0.6, 1.0, 1.6)
-STEPS = 24  # sizes of factors to choose from
+STEPS = 48  # sizes of factors to choose from
 SEQUENCES = 16  # that the model runs on, forth and back
 EFFORT = 3  # of the iterations of a fit, a trial has one in so many
 

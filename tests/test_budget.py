@@ -195,7 +195,7 @@ def test_uniform_where_nothing_counts_by_itself():
     }
     budget = int(1.5 * sum(weights.values()))
     even = divided(forms, damages, weights, budget, temper=0.0)
-    assert all(abs(choice.bits / weights[name] - 1.5) < 0.1 for name, choice in even.items())
+    assert all(abs(choice.bits / weights[name] - 1.5) < 0.2 for name, choice in even.items())
     bits = {name: choice.bits / weights[name] for name, choice in divided(forms, damages, weights, budget).items()}
     assert bits["c"] < bits["a"] < bits["b"]
 
