@@ -146,12 +146,19 @@ class PackedProduct(ABC):
         if not self._looked and not torch.compiler.is_compiling():
             if torch.cuda.is_current_stream_capturing():
                 return False
-            self._prepared = prepare_layer(self)
-            # a number of the layer's own: compiled code asks for it
-            self._most_tokens = MAX_TOKENS
-            if self._prepared is not None:
-                self._most_tokens = self._prepared.most_tokens
-            elif self.shared_input is not None and self.shared_input.enabled:
-                self._most_tokens = self.shared_input.most_tokens
-            self._looked = True
+            self.prepare()
         return 0 < x.numel() <= self._most_tokens * x.shape[-1] and x.dtype in (torch.float16, torch.bfloat16)
+
+    def prepare(self) -> None:
+        """Makes the copy that the GPU's kernels for few tokens read, where they run.
+
+        A call does so by itself unless it is compiled: to be called before code that compiles the very first one.
+        """
+        self._prepared = prepare_layer(self)
+        # a number of the layer's own: compiled code asks for it
+        self._most_tokens = MAX_TOKENS
+        if self._prepared is not None:
+            self._most_tokens = self._prepared.most_tokens
+        elif self.shared_input is not None and self.shared_input.enabled:
+            self._most_tokens = self.shared_input.most_tokens
+        self._looked = True
