@@ -156,6 +156,10 @@ class ARBFactorizedLinear(ARBLinear):
         if "_inner" in self.__dict__:
             self._inner.forget()
 
+    def prepare(self) -> None:
+        super().prepare()
+        self._inner.prepare()
+
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in super().__getstate__().items() if key != "_inner"}
 

@@ -333,6 +333,7 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
             "shared_input": None,
             "_prepared": None,
             "_looked": False,
+            "_plans": None,
             "_dequantized": None,
             "_dequantized_from": None,
         }

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from ..layout import Layout
-from ..ops.linear import linear_without_grad
+from ..ops.linear import linear_without_grad, plan
 from ..packing import TENSOR_NAMES
 from .input_transform import InputTransform
 from .shared_input import MAX_TOKENS, SharedInput, prepare_layer, run_prepared_layer
 
 if TYPE_CHECKING:
+    from ..ops.backends.triton.hopper_plan import HopperPlan
     from ..ops.backends.triton.prepack import Prepacked
+
+MAX_PLANS = 32  # of a layer: prompts come in many lengths
+
+Plans: TypeAlias = "dict[tuple[Hashable, ...], HopperPlan | None]"
 
 
 class PackedProduct(ABC):
@@ -40,6 +46,7 @@ class PackedProduct(ABC):
     _prepared: Prepacked | None  # the matrix as the GPU kernel for few tokens reads it
     _looked: bool  # for it
     _most_tokens: int = MAX_TOKENS  # that it is read for
+    _plans: Plans | None = None  # launches that were made ready, for inputs of a kind
 
     @property
     @abstractmethod
@@ -67,6 +74,7 @@ class PackedProduct(ABC):
     def forget(self) -> None:
         """Drops what was prepared and, of a group, computed: the matrix has changed."""
         self._prepared, self._looked = None, False
+        self._plans = None
         if self.shared_input is not None:
             self.shared_input.forget()
 
@@ -86,8 +94,40 @@ class PackedProduct(ABC):
             return run_prepared_layer(x, self._prepared, bias)
         tensors = self._operands()
         if not x.is_meta and not torch.compiler.is_compiling() and self._without_grad(x):
+            if x.is_cuda:
+                out = self._planned(x, tensors, bias)
+                if out is not None:
+                    return out
             return linear_without_grad(x, tensors, bias, self.layout, self.block_size, self.backend)
         return torch.ops.optimum_arb.linear(x, *tensors, bias, self.layout.name, self.block_size, self.backend)
+
+    def _planned(
+        self, x: torch.Tensor, tensors: list[torch.Tensor | None], bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The product by launches that were made ready at an earlier call; None where that cannot be.
+
+        Looking at every tensor again takes the host longer than the GPU takes for 64 tokens.
+        """
+        weight = tensors[0]
+        assert weight is not None
+        if x.data_ptr() % 16 or not x.is_contiguous() or torch.cuda.current_device() != x.get_device():
+            return None
+        if x.shape[-1] != self.columns or self.backend not in ("auto", "triton") or self.is_offloaded:
+            return None
+        key = (
+            x.numel(),
+            x.dtype,
+            *[None if tensor is None else id(tensor) for tensor in tensors],
+            weight.data_ptr(),
+            None if bias is None else (bias.dtype, bias.data_ptr() % 16),
+        )
+        plans = self._plans
+        if plans is None or len(plans) > MAX_PLANS:
+            plans = self._plans = {}
+        if key not in plans:
+            plans[key] = plan(x, tensors, bias, self.layout, self.block_size, self.backend)
+        found = plans[key]
+        return None if found is None else found.run(x, bias)
 
     def _without_grad(self, x: torch.Tensor) -> bool:
         """Whether this is a plain product without a gradient, for which the host need not ask the dispatcher."""
@@ -106,12 +146,19 @@ class PackedProduct(ABC):
         if not self._looked and not torch.compiler.is_compiling():
             if torch.cuda.is_current_stream_capturing():
                 return False
-            self._prepared = prepare_layer(self)
-            # a number of the layer's own: compiled code asks for it
-            self._most_tokens = MAX_TOKENS
-            if self._prepared is not None:
-                self._most_tokens = self._prepared.most_tokens
-            elif self.shared_input is not None and self.shared_input.enabled:
-                self._most_tokens = self.shared_input.most_tokens
-            self._looked = True
+            self.prepare()
         return 0 < x.numel() <= self._most_tokens * x.shape[-1] and x.dtype in (torch.float16, torch.bfloat16)
+
+    def prepare(self) -> None:
+        """Makes the copy that the GPU's kernels for few tokens read, where they run.
+
+        A call does so by itself unless it is compiled: to be called before code that compiles the very first one.
+        """
+        self._prepared = prepare_layer(self)
+        # a number of the layer's own: compiled code asks for it
+        self._most_tokens = MAX_TOKENS
+        if self._prepared is not None:
+            self._most_tokens = self._prepared.most_tokens
+        elif self.shared_input is not None and self.shared_input.enabled:
+            self._most_tokens = self.shared_input.most_tokens
+        self._looked = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,9 @@ from ..layout import Layout, layout_from_name
 from .backends import cpu, reference
 from .backends.packed import PackedWeight
 from .backends.triton.available import has_kernels
+
+if TYPE_CHECKING:
+    from .backends.triton.hopper_plan import HopperPlan
 
 # Behind a backend's name: every row of x is computed the same way, whatever the number of rows. GPU kernels only.
 BATCH_INVARIANT = ":batch-invariant"
@@ -100,6 +103,32 @@ def linear_without_grad(
     packed = PackedWeight(layout, block_size, x.shape[-1], *tensors)  # type: ignore[arg-type]
     packed.check()
     return compute(x, packed, bias, backend)
+
+
+def plan(
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor | None],
+    bias: torch.Tensor | None,
+    layout: Layout,
+    block_size: int,
+    backend: str,
+) -> HopperPlan | None:
+    """The GPU launches of `linear_without_grad` for inputs like x, made ready; None where there are none to keep.
+
+    Args:
+        x: floating `[..., K]`, contiguous, on a CUDA device.
+        tensors: as in `linear_without_grad`, and so the others.
+        bias: see there.
+        layout: see there.
+        block_size: see there.
+        backend: see there.
+    """
+    chosen = _backend(backend, x.device)
+    if backend.endswith(BATCH_INVARIANT) or chosen in (cpu, reference):
+        return None
+    packed = PackedWeight(layout, block_size, x.shape[-1], *tensors)  # type: ignore[arg-type]
+    packed.check()
+    return chosen.plan(x, packed, bias)
 
 
 @torch.library.impl("optimum_arb::linear", "CompositeExplicitAutograd")

@@ -421,6 +421,16 @@ def test_few_tokens_of_a_layer(prepare):
         assert not found._few_tokens(x.half())
 
 
+def test_prepared_before_the_first_call(prepare):
+    """As for code that compiles the first call."""
+    found = layers(rows=(42,))[0]
+    found.prepare()
+    assert prepare == [[42]]
+    with torch.no_grad():
+        assert found._few_tokens(torch.randn(8, 300).half())
+    assert prepare == [[42]]
+
+
 # The operator
 
 

@@ -361,6 +361,27 @@ def test_layers_of_one_input(name, permuted):
     assert not together.enabled
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("name", ["planes-1-col", "planes-2-col", "planes-3"])
+def test_the_same_launches_again(name, permuted):
+    """Those that a layer keeps ready, for inputs at other places, and the operator's own give the same bits."""
+    layer = module(name=name, permuted=permuted)
+    for m in (8, 16, 33, 64, 130):
+        for seed in range(3):
+            x = random_input(m, 512, torch.float16, seed=seed)
+            found = layer(x)
+            assert error(found, dense(layer, x)) < 1e-3
+            assert torch.equal(found, layer(x.clone().view(1, m, 512))[0])
+            if m > 16:
+                tensors = layer._operands()
+                assert torch.equal(
+                    found, torch.ops.optimum_arb.linear(x, *tensors, layer.bias, name, layer.block_size, "auto")
+                )
+    layer.weight_row_scale.mul_(2)
+    assert error(layer(x), dense(layer, x)) < 1e-3
+
+
 def test_bias_gradient_of_few_tokens():
     """Of an input that needs none: the copies' short way has no gradient."""
     layer = module()

@@ -129,6 +129,9 @@ class ARBLinearMethod(LinearMethodBase):
         placed.sort(key=lambda item: item[0])
         self._check_cover(loading, placed, gathered=layer.arb_gathered is not None)
         layer.arb_parts = nn.ModuleList(part for _, part in placed)
+        for part in layer.arb_parts:
+            if isinstance(part, ARBLinear) and part.weight.is_cuda and part.backend in ("auto", "triton"):
+                part.prepare()  # vLLM compiles the first call, which then cannot do it
         layer.weight = layer.arb_parts[0].weight  # vLLM's LoRA layers ask it for the device
         del layer.arb_loading
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..packed import PackedWeight
-from .launch import Launcher, cdiv, overlaps, power_of_2, size_class, tensor_class
+from .launch import Launch, Launcher, cdiv, overlaps, power_of_2, size_class, tensor_class
 
 ROWS, COLUMNS = 8, 512
 # From this many tokens on whole rows are permuted in shared memory: single elements gathered from memory move 0.6 TB/s
@@ -83,54 +83,68 @@ def gather_columns(x: torch.Tensor, packed: PackedWeight, *, scaled: bool = Fals
     """
     if x.stride(1) != 1:
         x = x.contiguous()
-    tokens, columns = x.shape
-    permutation, stride = packed.permutation, x.stride(0)
-    scale = packed.col_scale if scaled else None
-    width = cdiv(columns, multiple) * multiple
-    out = x.new_empty(tokens, width)
-    overlap = overlaps(x.device)
-    options = {"launch_pdl": True} if overlap else {}
-    args = (
-        out,
-        x,
-        x if permutation is None else permutation,
-        x if scale is None else scale,
-        tokens,
-        columns,
-        stride,
-        width,
-    )
-    key = (
-        tensor_class(x),
-        None if permutation is None else tensor_class(permutation),
-        None if scale is None else tensor_class(scale),
-        columns,
-        size_class(stride),
-        width,
-    )
-    if tokens >= ROW_TOKENS and permutation is not None and width <= MAX_ROW:
-        # a power of two: every number of rows is compiled anew
-        rows = min(8, power_of_2(cdiv(tokens, 256)))
-        size = power_of_2(width)
-        _gather_rows(
-            (key, rows),
-            (cdiv(tokens, rows), 1, 1),
-            (*args, scale is not None, overlap, rows, size),
-            x.device,
-            num_warps=min(max(size // 512, 1), 32),
-            **options,
+    return Gather(packed, x.shape[0], x.stride(0), tensor_class(x), x.device, scaled=scaled, multiple=multiple)(x)
+
+
+class Gather:
+    """`gather_columns` for a number of tokens, with all but x known.
+
+    Args:
+        packed: the weight whose columns x meets.
+        tokens: M.
+        stride: from row to row of x.
+        kind: `tensor_class` of x.
+        device: of x.
+        scaled: see `gather_columns`.
+        multiple: see there.
+    """
+
+    def __init__(
+        self,
+        packed: PackedWeight,
+        tokens: int,
+        stride: int,
+        kind: tuple[torch.dtype, bool],
+        device: torch.device,
+        *,
+        scaled: bool = False,
+        multiple: int = 1,
+    ):
+        columns = packed.in_features
+        permutation = self.permutation = packed.permutation
+        scale = self.scale = packed.col_scale if scaled else None
+        width = cdiv(columns, multiple) * multiple
+        overlap = overlaps(device)
+        options = {"launch_pdl": True} if overlap else {}
+        self.shape = (tokens, width)
+        self.sizes = (tokens, columns, stride, width)
+        key = (
+            kind,
+            None if permutation is None else tensor_class(permutation),
+            None if scale is None else tensor_class(scale),
+            columns,
+            size_class(stride),
+            width,
         )
+        if tokens >= ROW_TOKENS and permutation is not None and width <= MAX_ROW:
+            # a power of two: every number of rows is compiled anew
+            rows = min(8, power_of_2(cdiv(tokens, 256)))
+            size = power_of_2(width)
+            grid = (cdiv(tokens, rows), 1, 1)
+            warps = min(max(size // 512, 1), 32)
+            self.constants: tuple[bool | int, ...] = (scale is not None, overlap, rows, size)
+            self.launch = Launch(_gather_rows, (key, rows), grid, device, num_warps=warps, **options)
+        else:
+            rows = min(ROWS, power_of_2(tokens))
+            grid = (cdiv(width, COLUMNS), cdiv(tokens, rows), 1)
+            self.constants = (permutation is not None, scale is not None, overlap, rows, COLUMNS)
+            self.launch = Launch(_gather, (key, rows), grid, device, num_warps=4, **options)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(self.shape)
+        permutation = x if self.permutation is None else self.permutation
+        self.launch((out, x, permutation, x if self.scale is None else self.scale, *self.sizes, *self.constants))
         return out
-    rows = min(ROWS, power_of_2(tokens))
-    _gather(
-        (key, rows),
-        (cdiv(width, COLUMNS), cdiv(tokens, rows), 1),
-        (*args, permutation is not None, scale is not None, overlap, rows, COLUMNS),
-        x.device,
-        num_warps=4,
-        **options,
-    )
-    return out
 
 
 # Column scales in another dtype by the identity of the tensor that they were made of, whose end is theirs.

@@ -15,11 +15,13 @@ from . import prepack
 from .available import has_half_bits_kernel, has_one_bit_kernel
 from .dequantize import dequantize
 from .gemm import GemmConfig, default_config, fits_hopper, gemm, gemm_input_grad, is_fusable
+from .gemm import plan as make_plan
 from .launch import likeness
 from .table import bucket, lookup
 
 if TYPE_CHECKING:
     from . import half_bits, one_bit
+    from .hopper_plan import HopperPlan
 
 # Tuned numbers of tokens of the kernel that follows the one-bit kernel where the table says that it is the fastest.
 HALF_TOKENS = (8, 16)
@@ -223,10 +225,18 @@ def _decode_config(
 
 def many_tokens(rows: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """`[M, N]` by the kernels that read the stored order."""
-    tokens = rows.shape[0]
-    planes = packed.layout.planes
-    config = _tuned(rows.device, packed.out_features, packed.in_features, planes, bucket(max(tokens, 8)))
-    return gemm(rows, packed, bias, config=config or default_config(packed, tokens, rows.dtype))
+    return gemm(rows, packed, bias, config=_config(rows.device, rows.dtype, rows.shape[0], packed))
+
+
+def plan(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> HopperPlan | None:
+    """`many_tokens` made ready for inputs like x, see `gemm.plan`; None where the host has to look at each."""
+    config = _config(x.device, x.dtype, x.numel() // packed.in_features, packed)
+    return make_plan(x, packed, bias, config)
+
+
+def _config(device: torch.device, dtype: torch.dtype, tokens: int, packed: PackedWeight) -> GemmConfig:
+    tuned = _tuned(device, packed.out_features, packed.in_features, packed.layout.planes, bucket(max(tokens, 8)))
+    return tuned or default_config(packed, tokens, dtype)
 
 
 @cache

@@ -17,19 +17,19 @@ from typing import Literal
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ....packing import tile_width
 from ..packed import PackedWeight
 from .columns import gather_columns
 from .decode import arguments, decode_tile
 from .dequantize import dequantize
-from .launch import Launcher, capability, cdiv, overlaps, power_of_2, size_class, tensor_class
+from .launch import Launcher, capability, cdiv, power_of_2, size_class, tensor_class
+from .sums import Sum
 
 try:
-    from . import hopper
+    from .hopper_plan import HopperPlan
 except ImportError:  # a Triton without Gluon, or with another form of it
-    hopper = None  # type: ignore[assignment]
+    HopperPlan = None  # type: ignore[assignment, misc]
 
 Kernel = Literal["hopper", "portable", "dequantize"]
 
@@ -185,51 +185,7 @@ def _gemm_kernel(
     tl.store(at, sums.to(out.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
 
 
-@triton.jit(do_not_specialize=["M"])
-def _sum_kernel(
-    out,
-    parts,
-    bias,
-    M,
-    N,
-    SPLIT_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """out[i] = parts[0, i] + parts[1, i] + ... + bias[i mod N], in this order."""
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
-    # the compiler knows what N is divisible by, and so the size
-    size = M.to(tl.int64) * N
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size
-    total = tl.load(parts + i, mask=inside, other=0)
-    for part in tl.static_range(1, SPLIT_K):
-        total += tl.load(parts + part * size + i, mask=inside, other=0)
-    if HAS_BIAS:
-        total += tl.load(bias + i % N, mask=inside, other=0).to(tl.float32)
-    tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
-
-
 _gemm = Launcher(_gemm_kernel)
-_sum = Launcher(_sum_kernel)
-
-
-def sum_parts(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """Adds `parts` float32 `[split_k, M, N]` and the bias into `out` `[M, N]`, always in the same order."""
-    overlap = overlaps(out.device)
-    split_k, tokens, rows = parts.shape
-    block = 1024 if tokens * rows >= 2**18 else 256
-    _sum(
-        (out.dtype, None if bias is None else tensor_class(bias), rows, split_k, block),
-        (cdiv(tokens * rows, block), 1, 1),
-        (out, parts, parts if bias is None else bias, tokens, rows, split_k, bias is not None, overlap, block),
-        out.device,
-        num_warps=block // 256,
-        **({"launch_pdl": True} if overlap else {}),
-    )
 
 
 def is_fusable(packed: PackedWeight) -> bool:
@@ -240,7 +196,7 @@ def is_fusable(packed: PackedWeight) -> bool:
 def fits_hopper(packed: PackedWeight, dtype: torch.dtype) -> bool:
     """Whether "hopper" computes this weight for inputs of this dtype on the weight's device."""
     return (
-        hopper is not None
+        HopperPlan is not None
         and capability(packed.weight.device)[0] == 9
         and dtype in (torch.float16, torch.bfloat16)
         and packed.layout.name.startswith("planes-")
@@ -380,7 +336,8 @@ def _finish(filled: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dt
     if filled.dim() == 2:
         return filled
     out = torch.empty(filled.shape[1:], dtype=out_dtype, device=filled.device)
-    sum_parts(filled, bias, out)
+    split_k, tokens, rows = filled.shape
+    Sum(split_k, tokens, rows, out_dtype, bias, filled.device)(filled, bias, out)
     return out
 
 
@@ -394,29 +351,29 @@ def _split(config: GemmConfig, packed: PackedWeight) -> int:
 def _hopper(
     x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype, config: GemmConfig
 ) -> torch.Tensor:
-    scaled = False
-    if packed.permutation is not None:
-        scaled = packed.layout.planes == 1 and packed.layout.col_scales == 1
-        x = gather_columns(x, packed, scaled=scaled)
-    elif x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # the copy engine wants 16-byte rows
+    strided = x.stride(0) % 8 or x.data_ptr() % 16  # the copy engine wants 16-byte rows
+    if x.stride(1) != 1 or (packed.permutation is None and strided):
         x = x.clone(memory_format=torch.contiguous_format)
-    split_k = _split(config, packed)
-    filled = _output(x.shape[0], packed.out_features, split_k, out_dtype, x.device)
-    hopper.launch(
-        x,
-        packed,
-        bias if split_k == 1 else None,
-        filled,
-        block_m=config.block_m,
-        block_n=config.block_n,
-        warps=config.warps,
-        stages=config.stages,
-        tiles=config.tiles,
-        split_k=split_k,
-        scaled=scaled,
-        overlapped=True,
+    found = HopperPlan(
+        packed, x.shape[0], x.stride(0), tensor_class(x), out_dtype, bias, x.device, _split(config, packed), config
     )
-    return _finish(filled, bias, out_dtype)
+    return found.run(x, bias)
+
+
+def plan(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, config: GemmConfig) -> HopperPlan | None:
+    """The launches of `gemm` for any x `[..., K]` of this one's size, made ready; None where it is not by "hopper".
+
+    Args:
+        x: contiguous and 16-byte aligned, as those that are to follow.
+        packed: the weight.
+        bias: `[N]`, or None.
+        config: how.
+    """
+    if config.kernel != "hopper" or not x.numel() or not fits_hopper(packed, x.dtype):
+        return None
+    tokens, columns = x.numel() // packed.in_features, packed.in_features
+    kind = (x.dtype, True)
+    return HopperPlan(packed, tokens, columns, kind, x.dtype, bias, x.device, _split(config, packed), config)
 
 
 def _portable(

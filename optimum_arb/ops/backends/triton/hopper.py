@@ -32,7 +32,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..packed import PackedWeight
 from .columns import column_scales
-from .launch import Launcher, cdiv, tensor_class
+from .launch import Launch, Launcher, cdiv, tensor_class
 
 GROUP = 8  # tiles of rows whose programs run side by side, see `_place`
 TILE = gl.constexpr(128)
@@ -456,28 +456,17 @@ def _split_kernel(
     )  # fmt: skip
 
 
-def launch(
-    x: torch.Tensor,
-    packed: PackedWeight,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    *,
-    block_m: int,
-    block_n: int,
-    warps: int,
-    stages: int,
-    tiles: int,
-    split_k: int,
-    scaled: bool,
-    overlapped: bool,
-) -> None:
-    """Fills `out` `[M, N]`, or float32 `[split_k, M, N]` with sums that are still to be added.
+class Multiply:
+    """Fills a result `[M, N]`, or float32 `[split_k, M, N]` with sums that are still to be added.
 
     Args:
-        x: float16 or bfloat16 `[M, K]` in the weight's stored column order, contiguous, 16-byte aligned.
         packed: a weight of `planes-*` layout in tiles of 128 columns, all whole; 16-byte aligned.
-        bias: `[N]`, only where split_k is 1.
-        out: the result.
+        tokens: M.
+        stride: from row to row of x.
+        x_dtype: float16 or bfloat16.
+        out_dtype: of the result.
+        bias: `tensor_class` of the bias, only where split_k is 1; None where there is none.
+        device: of all tensors.
         block_m: tokens of a program, at most 256.
         block_n: weight rows of a program.
         warps: 4, or 8: two warpgroups and a copying warp.
@@ -487,60 +476,66 @@ def launch(
         scaled: x is multiplied by the (single) column scale already.
         overlapped: start while the launch before this one, which may write x, is still ending.
     """
-    layout = packed.layout
-    rows, columns = packed.out_features, packed.in_features
-    with_columns = bool(layout.col_scales) and not scaled
-    x_box, w_box, c_box = _boxes(x.dtype, layout.planes, block_m, block_n, tiles)
-    w_desc = _descriptor(packed.weight, *w_box)
-    c_desc = w_desc
-    if packed.col_scale is not None and with_columns:
-        c_desc = _descriptor(column_scales(packed.col_scale, x.dtype), *c_box)
-    row_scale, row_stride = packed.row_scale, packed.row_scale.shape[1]
-    tiles_per_block = columns // 128 if packed.block_size == -1 else packed.block_size // 128
-    constants = (
-        layout.planes,
-        with_columns,
-        layout.row_scales,
-        bias is not None,
-        overlapped,
-        block_m,
-        block_n,
-        stages,
-        tiles,
-        GROUP,
-    )
-    kernel = _split if warps == 8 else _shared
-    kernel(
-        (
-            x.dtype,
-            out.dtype,
-            None if bias is None else tensor_class(bias),
-            tensor_class(row_scale),
-            rows,
-            columns,
-            tiles_per_block,
-            constants,
-        ),
-        (cdiv(x.shape[0], block_m) * cdiv(rows, block_n), split_k, 1),
-        (
-            _descriptor(x, *x_box),
-            w_desc,
-            c_desc,
-            out,
-            out if bias is None else bias,
-            row_scale,
-            x.shape[0],
-            rows,
-            columns,
-            row_stride,
-            tiles_per_block,
-            cdiv(cdiv(columns // 128, tiles), split_k) * tiles,
-            *constants,
-        ),
-        x.device,
-        num_warps=4,
-        launch_pdl=overlapped,
-    )
+
+    def __init__(
+        self,
+        packed: PackedWeight,
+        tokens: int,
+        stride: int,
+        x_dtype: torch.dtype,
+        out_dtype: torch.dtype,
+        bias: tuple[torch.dtype, bool] | None,
+        device: torch.device,
+        *,
+        block_m: int,
+        block_n: int,
+        warps: int,
+        stages: int,
+        tiles: int,
+        split_k: int,
+        scaled: bool,
+        overlapped: bool,
+    ):
+        layout = packed.layout
+        rows, columns = packed.out_features, packed.in_features
+        with_columns = bool(layout.col_scales) and not scaled
+        self.x_box, w_box, self.c_box = _boxes(x_dtype, layout.planes, block_m, block_n, tiles)
+        self.x_shape, self.x_strides = (tokens, columns), (stride, 1)
+        self.w_desc = _descriptor(packed.weight, *w_box)
+        self.col_scale = packed.col_scale if with_columns else None
+        self.dtype = x_dtype
+        self.row_scale = packed.row_scale
+        tiles_per_block = columns // 128 if packed.block_size == -1 else packed.block_size // 128
+        constants = (
+            layout.planes,
+            with_columns,
+            layout.row_scales,
+            bias is not None,
+            overlapped,
+            block_m,
+            block_n,
+            stages,
+            tiles,
+            GROUP,
+        )
+        share = cdiv(cdiv(columns // 128, tiles), split_k) * tiles
+        self.rest = (tokens, rows, columns, self.row_scale.shape[1], tiles_per_block, share, *constants)
+        self.launch = Launch(
+            _split if warps == 8 else _shared,
+            (x_dtype, out_dtype, bias, tensor_class(self.row_scale), rows, columns, tiles_per_block, constants),
+            (cdiv(tokens, block_m) * cdiv(rows, block_n), split_k, 1),
+            device,
+            num_warps=4,
+            launch_pdl=overlapped,
+        )
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        """x: float16 or bfloat16 `[M, K]` in the weight's stored column order, 16-byte aligned, and so its rows."""
+        c_desc = self.w_desc
+        if self.col_scale is not None:
+            c_desc = _descriptor(column_scales(self.col_scale, self.dtype), *self.c_box)
+        x_desc = _descriptor(x, *self.x_box, self.x_shape, self.x_strides)
+        self.launch((x_desc, self.w_desc, c_desc, out, out if bias is None else bias, self.row_scale, *self.rest))
 
 
 _shared, _split = Launcher(_shared_kernel), Launcher(_split_kernel)
@@ -561,12 +556,18 @@ def _boxes(dtype: torch.dtype, planes: int, block_m: int, block_n: int, tiles: i
     )
 
 
-def _descriptor(tensor: torch.Tensor, box: list[int], layout: gl.NVMMASharedLayout) -> TensorDescriptor:
+def _descriptor(
+    tensor: torch.Tensor,
+    box: list[int],
+    layout: gl.NVMMASharedLayout,
+    shape: tuple[int, ...] | None = None,
+    strides: tuple[int, ...] | None = None,
+) -> TensorDescriptor:
     """`TensorDescriptor.from_tensor` without its checks, which take longer than a launch: `gemm` has made them."""
     made = object.__new__(TensorDescriptor)
     made.base = tensor
-    made.shape = tensor.shape
-    made.strides = tensor.stride()
+    made.shape = shape or tensor.shape
+    made.strides = strides or tensor.stride()
     made.block_shape = box
     made.layout = layout
     made.padding = "zero"

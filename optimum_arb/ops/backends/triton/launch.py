@@ -49,6 +49,38 @@ class Launcher:
         if made is not None and device.type == "cuda":
             self._programs[(device.index, key)] = Program(made)
 
+    def program(self, device: torch.device, key: Hashable) -> Program | None:
+        """What was compiled for this key on this device, if it has been launched."""
+        return self._programs.get((device.index, key))
+
+
+class Launch:
+    """A launch of which all but the tensors is known, and that looks for its program once.
+
+    Args:
+        launcher: of the kernel.
+        key: see `Launcher`, as the others.
+        grid: see there.
+        device: see there.
+        **options: see there.
+    """
+
+    __slots__ = ("_device", "_grid", "_key", "_launcher", "_options", "_program")
+
+    def __init__(
+        self, launcher: Launcher, key: Hashable, grid: tuple[int, int, int], device: torch.device, **options: Any
+    ):
+        self._launcher, self._key, self._grid, self._device, self._options = launcher, key, grid, device, options
+        self._program: Program | None = None
+
+    def __call__(self, args: tuple[Any, ...]) -> None:
+        """Launches on the current stream of the device, which must be the current device, with all arguments."""
+        if self._program is None:
+            self._launcher(self._key, self._grid, args, self._device, **self._options)
+            self._program = self._launcher.program(self._device, self._key)
+        else:
+            self._program(self._grid, args, triton.runtime.driver.active.get_current_stream(self._device.index))
+
 
 class Program:
     """A compiled kernel, launched without what Triton prepares for profilers alone (half of the time of its launch).
