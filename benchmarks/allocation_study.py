@@ -1,6 +1,9 @@
 """Whether bits divided by the model's own sensitivity make a better model than the same bits everywhere.
 
-    python benchmarks/allocation_study.py MODEL --device cuda --targets 1.18,2.3 --tempers 0.5,1 --processes 4
+    python benchmarks/allocation_study.py MODEL --device cuda --processes 3 \\
+        --runs arb-dbf:1.18:uniform,arb-dbf:1.18:0.5,arb-dbf:1.18:1
+    python benchmarks/allocation_study.py MODEL --device cuda --processes 3 \\
+        --runs arb-hrc:2.34:uniform,arb-hrc:2.34:0.5,arb-hrc:2.34:1
 
 MODEL is the directory of the float model. Calibration is the first 32 x 1024 tokens of WikiText-2's validation split;
 perplexity is that of the second half of the same file, in windows of 2048 tokens, so that settings can be chosen by it:
@@ -24,7 +27,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_arb import ARBConfig
-from optimum_arb.budget import chosen, divided
+from optimum_arb.budget import SPREAD, chosen, divided
 from optimum_arb.calibration import CalibrationWalk, token_batches
 from optimum_arb.conversion import binarize_linear, float_linear
 from optimum_arb.data import bundled_text
@@ -79,7 +82,7 @@ def main() -> None:
             print(f"{method} at {target}: sensitivities in {time.perf_counter() - begin:.1f} s", flush=True)
         forms, damages, weights = known[method, target]
         budget = int(target * sum(weights.values()))
-        spread = float(more[0]) if more else 2.0
+        spread = dict.fromkeys(SPREAD, float(more[0])) if more else SPREAD
         found = divided(forms, damages, weights, budget, float(temper), spread)
         overrides = {name: dict(choice.settings) for name, choice in found.items()}
         bits = {name: choice.bits / weights[name] for name, choice in found.items()}

@@ -193,7 +193,7 @@ class Worker:
             model = self._load(path)
         except BaseException as error:
             self._unlimit()
-            outcome, detail = self._judge(error)
+            outcome, detail = self._judge(error, _says_quantized(path))
             if verbose:
                 traceback.print_exc()
         else:
@@ -217,13 +217,19 @@ class Worker:
         signal.alarm(0)
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-    def _judge(self, error: BaseException) -> tuple[str, str]:
-        """What an error counts as, and what to write of it."""
+    def _judge(self, error: BaseException, quantized: bool) -> tuple[str, str]:
+        """What an error counts as, and what to write of it.
+
+        Args:
+            error: of a load.
+            quantized: whether the config.json still speaks of a quantization; else it is any float model's.
+        """
         frames = traceback.extract_tb(error.__traceback__)
         where = frames[-1].filename
         text = f"{type(error).__name__}: {str(error)[:300]}"
         ours = any(frame.filename.startswith(PACKAGE) for frame in frames)
-        if not ours and any(frame.filename.endswith("configuration_utils.py") for frame in frames[-6:]):
+        alone = not quantized or any(frame.filename.endswith("configuration_utils.py") for frame in frames[-6:])
+        if not ours and alone and not isinstance(error, Slow):
             return "refused", f"config.json alone: {text}"
         if isinstance(error, (MemoryError, Slow)) or not isinstance(error, Exception):
             return "failure", text
@@ -262,6 +268,14 @@ class Worker:
 
 class Slow(BaseException):
     """A load that takes too long."""
+
+
+def _says_quantized(path: Path) -> bool:
+    """Whether a config.json has a `quantization_config`, or cannot be read."""
+    try:
+        return "quantization_config" in json.loads((path / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return True
 
 
 def _raised(frame: traceback.FrameSummary) -> bool:

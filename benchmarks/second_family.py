@@ -33,6 +33,7 @@ from optimum_arb.evaluate import perplexity
 from optimum_arb.report import model_report
 
 SAMPLES = 128
+FULL = "full-precision"
 
 
 def configurations(refine_steps: int | None = None) -> dict[str, Callable[[torch.Tensor], ARBConfig] | None]:
@@ -49,7 +50,7 @@ def configurations(refine_steps: int | None = None) -> dict[str, Callable[[torch
         return lambda tokens: ARBConfig(**choices, **_calibration(tokens))
 
     rows: dict[str, Callable[[torch.Tensor], ARBConfig] | None] = {
-        "full-precision": None,
+        FULL: None,
         "rtn": lambda _: ARBConfig(method="rtn", block_size=-1, dataset=None),
         "billm": published("billm"),
         "arb-rc": published("arb-rc"),
@@ -112,12 +113,14 @@ def measure(source: Path, config: ARBConfig | None, evaluation: torch.Tensor, de
 
 
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
-    """The rows of one family as a table."""
-    lines = ["| method | true bits | perplexity | seconds |", "|---|---|---|---|"]
+    """The rows of one family as a table; losses are in nats a token, above full precision where that is measured."""
+    lines = ["| method | true bits | perplexity | loss above full precision | seconds |", "|---|---|---|---|---|"]
+    loss = {name: row["perplexity"]["negative_log_likelihood"] for name, row in rows.items()}
     for name, row in rows.items():
         bits = f"{row['bits_per_weight']:.2f}" if "bits_per_weight" in row else "-"
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else "-"
-        lines.append(f"| {name} | {bits} | {row['perplexity']['perplexity']:,.2f} | {seconds} |")
+        above = f"{loss[name] - loss[FULL]:.4f}" if FULL in rows and name != FULL else "-"
+        lines.append(f"| {name} | {bits} | {row['perplexity']['perplexity']:,.2f} | {above} | {seconds} |")
     return "\n".join(lines)
 
 

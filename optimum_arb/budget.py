@@ -34,11 +34,11 @@ from .patterns import matches
 # Of the divergence that a linear causes, before linears are compared: error correction lets later linears make up for
 # earlier ones, so that the differences between them are smaller in the end.
 TEMPER = 0.5
-# How far the bits of a linear may be from the target, as a factor.
-SPREAD = 2.0
+# How far the bits of a linear may be from the target, as a factor. At two planes it lets in one and three.
+SPREAD = {"arb-hrc": 2.5, "arb-dbf": 2.0}
 # Sizes of the factors that are tried, of the target; those between are interpolated.
 TRIED = (0.6, 1.0, 1.6)
-STEPS = 24  # sizes of factors to choose from
+STEPS = 48  # sizes of factors to choose from
 SEQUENCES = 16  # that the model runs on, forth and back
 EFFORT = 3  # of the iterations of a fit, a trial has one in so many
 
@@ -70,7 +70,6 @@ def stored_bits(config: ARBConfig, rows: int, columns: int) -> int:
 def candidates(config: ARBConfig, rows: int, columns: int, target: float, kinds: Sequence[str]) -> list[Candidate]:
     """The forms that a linear `[rows, columns]` may get, by rising bits within a kind."""
     found: dict[tuple[str, int], Candidate] = {}
-    weights = rows * columns
     if "arb-hrc" in kinds:
         for planes in range(1, MAX_PLANES + 1):
             settings = {"planes": planes} if config.method == "arb-hrc" else {"method": "arb-hrc", "planes": planes}
@@ -78,7 +77,7 @@ def candidates(config: ARBConfig, rows: int, columns: int, target: float, kinds:
             found["arb-hrc", bits] = Candidate(settings, bits, "arb-hrc", True)
     if "arb-dbf" in kinds:
         tried = [target * size for size in TRIED]
-        grid = [target * SPREAD ** (2 * step / STEPS - 1) for step in range(STEPS + 1)]
+        grid = [target * SPREAD["arb-dbf"] ** (2 * step / STEPS - 1) for step in range(STEPS + 1)]
         for bits_per_weight in [*tried, *grid]:
             choices = with_choices(config, {"method": "arb-dbf", "factor_bits": bits_per_weight})
             rank = choices.resolved_rank(rows, columns)
@@ -86,7 +85,7 @@ def candidates(config: ARBConfig, rows: int, columns: int, target: float, kinds:
             settings = {"rank": rank} if config.method == "arb-dbf" else {"method": "arb-dbf", "rank": rank}
             bits = stored_bits(with_choices(config, settings), rows, columns)
             found.setdefault(("arb-dbf", bits), Candidate(settings, bits, "arb-dbf", bits_per_weight in tried))
-    return [one for one in found.values() if one.tried or one.bits <= SPREAD * target * weights]
+    return list(found.values())
 
 
 @torch.no_grad()
@@ -108,7 +107,7 @@ def measured(
                 packed, record = binarize_linear(
                     name, module, _quick(with_choices(configs[name], dict(form.settings))), hessian, tokens
                 )
-                made.append(packed.to("cpu"))
+                made.append(packed)  # a few bits a weight: it may stay on the device
                 error = record.output_error
         trials[name] = made
         return module, error
@@ -133,9 +132,22 @@ def divided(
     weights: Mapping[str, int],
     budget: int,
     temper: float = TEMPER,
-    spread: float = SPREAD,
+    spread: Mapping[str, float] = SPREAD,
 ) -> dict[str, Choice]:
-    """The candidate of each linear, within the budget."""
+    """The candidate of each linear, within the budget.
+
+    Args:
+        forms: name -> candidates.
+        damages: name -> the divergence that each tried one of them causes, in their order.
+        weights: name -> number of weights.
+        budget: bits of all of them together.
+        temper: exponent of a linear's divergence for each of its weights, at the target. With 0, linears whose error
+            falls alike get the same bits; with 1, what they add up to is made as small as can be.
+        spread: by kind, how far the bits of a linear may be from the target, as a factor.
+
+    Raises:
+        ValueError: the smallest choices together exceed the budget.
+    """
     target = budget / sum(weights.values())
     choices: dict[str, list[Choice]] = {}
     for name, options in forms.items():
@@ -146,13 +158,15 @@ def divided(
             own = [form for form in options if form.kind == kind]
             known = [(form.bits, damage) for form, damage in tried if form.kind == kind]
             curves += zip(own, interpolate(known, [form.bits for form in own]), strict=True)
-        # the divergence that the linear causes at the target decides how much it counts
+        # the divergence that the linear causes at the target, by its weights, decides how much it counts
         usual = interpolate(
             sorted({form.bits: damage for form, damage in tried}.items()), [int(target * weights[name])]
         )[0]
-        scale = max(usual, 1e-12) ** (temper - 1)
+        scale = max(usual / weights[name], 1e-20) ** (temper - 1)
         allowed = [
-            (form, damage) for form, damage in curves if target / spread <= form.bits / weights[name] <= target * spread
+            (form, damage)
+            for form, damage in curves
+            if target / spread[form.kind] <= form.bits / weights[name] <= target * spread[form.kind]
         ] or [min(curves, key=lambda one: one[0].bits)]
         choices[name] = [Choice(form.bits, damage * scale, dict(form.settings)) for form, damage in allowed]
     return allocate(choices, budget)

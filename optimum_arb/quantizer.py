@@ -264,7 +264,7 @@ class ARBHfQuantizer(HfQuantizer):
         device = calibration_device(self._device_map, ranks)
         model.eval()
         names = self.selection.modules()
-        if config.target_bits_per_weight is not None:
+        if config.target_bits_per_weight is not None and self.stream is None:  # which refuses it
             self._divide_budget(model, batches[: len(batches) - held_out], device, ranks)
         refiner = None if config.refine is None else Refiner(config, self.records)
         own: dict[str, Any] = {"binarize_experts": binarize_layer, "ranks": ranks, "records": self.records}

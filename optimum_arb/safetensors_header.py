@@ -58,7 +58,9 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, Placed], dict[str, s
         with safe_open(path, framework="np"):  # checks all shapes, offsets and the length of the file
             pass
         header, start = _parse(path)
-        metadata = header.pop("__metadata__", None) or {}
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict):  # null, which the library takes for none
+            raise ValueError("its metadata are no table")
         tensors = {
             key: Placed(entry["dtype"], tuple(entry["shape"]), *(start + offset for offset in entry["data_offsets"]))
             for key, entry in header.items()

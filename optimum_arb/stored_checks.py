@@ -206,7 +206,7 @@ def check_permuted(linear: StoredLinear, name: str, config: ARBConfig, calibrati
 
 
 def _among(unreached: list, *names: str) -> bool:
-    return any(_same_module(known, name) for known in unreached for name in names)
+    return any(_same_module(known, name) for known in unreached if isinstance(known, str) for name in names)
 
 
 def _same_module(name: str, other: str) -> bool:

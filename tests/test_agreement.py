@@ -32,6 +32,10 @@ def script(folder: str, name: str):
 
 
 agreement = script("benchmarks", "agreement")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.experimental") is None,
+    reason="Triton is not installed, or older than 3.4",
+)
 SHAPES = [(6, 100, 128, True), (43, 192, 64, True), (42, 192, -1, False), (9, 576, 256, True)]
 
 
@@ -42,7 +46,7 @@ def test_backends_on_the_cpu(name):
         assert 0 < entry.error < BOUNDS[entry.dtype], entry
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="there is a GPU, where Triton does not interpret")
 @pytest.mark.parametrize("name", ["planes-1-col", "planes-2-col", "groups-all-salient-col"])
 def test_triton_in_its_interpreter(name):
@@ -96,7 +100,7 @@ def test_backends_generate_the_same_tokens(tiny, monkeypatch):
         assert answers(tiny, prompt, "cpu", 10) == expected
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="there is a GPU, where Triton does not interpret")
 def test_triton_generates_the_same_tokens(tiny, monkeypatch):
     prompt = tokens(1, 5)

@@ -151,7 +151,7 @@ def test_the_tutorial_is_what_the_commands_take(monkeypatch):
     written = {block.file for block in blocks if block.file}
     seen = []
     for block in blocks:
-        for line in block.code.splitlines() if block.language == "sh" else ():
+        for line in block.code.replace("\\\n", " ").splitlines() if block.language == "sh" else ():
             words = shlex.split(line) if line.count("'") % 2 == 0 else [""]
             if words[:1] == ["optimum-arb"]:
                 args = build_parser().parse_args(words[1:])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import outputs, save_tiny, tokens
 from transformers import AutoModelForCausalLM
 
-from optimum_arb import ARBConfig, conversion, model_report
+from optimum_arb import ARBConfig, algorithms, conversion, model_report
 from optimum_arb.inspection import inspect_model
 from optimum_arb.nn import ARBLinear
 
@@ -79,9 +79,13 @@ def test_what_is_measured_is_what_runs(llama):
     assert torch.allclose(layer(x), x @ layer.dequantize().T, rtol=1e-3, atol=1e-4)
 
 
-def test_where_it_does_not_pay(llama, tmp_path, monkeypatch):
+@pytest.mark.parametrize("found", ["by some rows", "by all"])
+def test_where_it_does_not_pay(llama, tmp_path, monkeypatch, found):
     """The linears that go without are listed, so that signs which are missing elsewhere are noticed."""
-    monkeypatch.setattr(conversion, "hadamard_gain", lambda weight, hessian, config: 0.9 if len(weight) > 96 else 1.5)
+    gain = 0.9 if found == "by some rows" else 1.5
+    monkeypatch.setattr(conversion, "hadamard_gain", lambda weight, *_: gain if len(weight) > 96 else 1.5)
+    if found == "by all":
+        monkeypatch.setattr(algorithms, "rounding_is_better", lambda weight, *_: len(weight) > 96)
     model = binarize(llama)
     block = model.model.layers[0]
     assert (block.mlp.up_proj.hadamard, block.self_attn.q_proj.hadamard) == (0, 64)

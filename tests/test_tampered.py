@@ -160,6 +160,16 @@ def test_a_dropped_permutation_is_told_by_the_configuration(packed):
     assert torch.isfinite(outputs(LlamaForCausalLM.from_pretrained(packed), tokens(1, 8))).all()
 
 
+@pytest.mark.parametrize("names", [[float("nan")], [None, 7], [[LINEAR]]])
+def test_names_that_are_none(packed, names):
+    tensors = load_file(packed / "model.safetensors")
+    del tensors[f"{LINEAR}.weight_permutation"]
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    calibration = json.loads((packed / "config.json").read_text())["quantization_config"]["calibration"]
+    change_config(packed, {"calibration": {**calibration, "unreached": names}})
+    refusal(packed, rf"{LINEAR}: the tensor '{LINEAR}\.weight_permutation' is missing")
+
+
 @pytest.mark.parametrize(
     ("tensor", "shown"), [(torch.zeros(7), r"F32 \[7\]"), (torch.zeros(96, dtype=torch.int64), r"I64 \[96\]")]
 )

@@ -36,7 +36,7 @@ def divergences(
 
     Args:
         model: the float model in evaluation mode, on the CPU, where it is put back.
-        trials: name of a linear -> binarized forms of it, on any device.
+        trials: name of a linear -> binarized forms of it, on `device` or, slower, the CPU.
         batches: token ids int64 `[B, L]`, or other inputs of the model's `forward` by their names.
         device: where the model runs, all of it, with the activations of one batch.
         seed: of the labels.
@@ -49,7 +49,7 @@ def divergences(
     sums = {name: torch.zeros(len(forms), dtype=torch.float64) for name, forms in trials.items()}
     count = 0
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.to(device)
+    nn.Module.to(model, device)
     try:
         with ExitStack() as stack, torch.enable_grad(), torch.autocast(device.type, enabled=False):
             for parameter in frozen:
@@ -61,7 +61,7 @@ def divergences(
             for batch in batches:
                 count += _backward(model, batch, device, generator)
     finally:
-        model.to("cpu")
+        nn.Module.to(model, "cpu")
     for name, values in sums.items():
         if not torch.isfinite(values).all():
             raise ValueError(
@@ -100,7 +100,7 @@ def _backward(
 ) -> int:
     """Runs the model on a batch, forth and back; returns how many distributions it put out."""
     known = inspect.signature(model.forward).parameters
-    inputs = {"use_cache": False} if "use_cache" in known else {}
+    inputs: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
     inputs |= {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
     if isinstance(batch, torch.Tensor) and getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = batch

@@ -191,6 +191,8 @@ def layer_figure(
             axes.scatter(
                 *_columns(rings), s=90, facecolors="none", edgecolors=colors.series[2], linewidths=1.6, zorder=4
             )
+    if held_out and calibrated:
+        axes.plot([], [], linestyle=(0, (1, 1.5)), color=colors.ink, linewidth=1.3, label="held-out")
     if shown and max(shown) > 5 * min(shown):
         _log_axis(axes.yaxis, shown)
     axes.set_xlabel("layer")
@@ -198,7 +200,7 @@ def layer_figure(
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(True, axis="y", color=colors.grid, linewidth=0.8)
     legend = figure.legend(
-        loc="outside upper center", ncols=min(7, max(1, len(kinds))), fontsize=8, frameon=False, handlelength=1.2,
+        loc="outside upper center", ncols=min(8, 1 + len(kinds)), fontsize=8, frameon=False, handlelength=1.2,
         columnspacing=1.2,
     )  # fmt: skip
     for text in legend.get_texts():
