@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .activations import Activations
 
@@ -25,9 +25,27 @@ class Call:
     args: tuple
     kwargs: dict[str, Any]
 
-    def run(self, layer: nn.Module, hidden: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """The hidden states that the layer makes of `hidden`, on its device."""
-        args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, (self.args, self.kwargs))
+    def run(
+        self,
+        layer: nn.Module,
+        hidden: torch.Tensor,
+        device: torch.device,
+        moved: Mapping[int, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """The hidden states that the layer makes of `hidden`, on its device.
+
+        Args:
+            layer, hidden, device: the layer and its input, on the device.
+            moved: tensors that are there already, by the id of those of this call.
+        """
+        known = moved or {}
+
+        def move(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x
+            return known[id(x)] if id(x) in known else x.to(device)
+
+        args, kwargs = tree_map(move, (self.args, self.kwargs))
         if args:
             args = (hidden, *args[1:])
         else:
@@ -55,10 +73,15 @@ def layer_runs(
     layer: nn.Module, inputs: Activations, calls: Sequence[Call], device: torch.device
 ) -> Callable[[int], torch.Tensor]:
     """A function that gives the layer's output for a batch, all on the device."""
+    # what all calls have in common is copied to a GPU once: each copy makes the host wait for it
+    moved: dict[int, torch.Tensor] = {}
+    if calls and device.type != "cpu":
+        first = [x for x in tree_leaves((calls[0].args, calls[0].kwargs)) if isinstance(x, torch.Tensor)]
+        moved = {id(x): x.to(device) for x in first}
 
     def run(batch: int) -> torch.Tensor:
         hidden = inputs[batch].to(device, non_blocking=True)  # from page-locked memory the host need not wait
-        return calls[batch].run(layer, hidden, device)
+        return calls[batch].run(layer, hidden, device, moved)
 
     return run
 

@@ -227,10 +227,10 @@ class Corrections:
         self.shared = bool(linears) and not step.residual
         self.shared &= 2 * sum(rows for rows, _ in shapes.values()) > next(iter(shapes.values()), (0, 0))[1]
         self.members = {next(iter(shapes)): list(shapes)} if self.shared else {name: [name] for name in shapes}
-        self.sums = {
-            name: torch.zeros(shapes[name][1] if self.shared else shapes[name][0], shapes[name][1]).to(device, wide)
-            for name in self.members
-        }
+        self.sums = {}
+        for name in self.members:
+            rows, columns = shapes[name]
+            self.sums[name] = torch.zeros(columns if self.shared else rows, columns, dtype=wide, device=device)
 
     def differences(self, wanted: Read, found: Read) -> dict[str, torch.Tensor]:
         """`e` `[..., K]` or `d` `[..., N]`, float32, of one batch, by the names of `sums`.

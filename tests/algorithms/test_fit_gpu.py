@@ -9,7 +9,8 @@ from optimum_arb import ARBConfig
 from optimum_arb.algorithms import binarize, output_error
 from optimum_arb.algorithms.partition import large_weights, salient_columns
 from optimum_arb.calibration.activations import Activations
-from optimum_arb.calibration.statistics import Statistic
+from optimum_arb.calibration.correction import Corrections, Read, Step
+from optimum_arb.calibration.statistics import Statistic, add_product
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -63,6 +64,48 @@ def test_sums_of_inputs_in_16_bits(dtype):
     torch.testing.assert_close(statistic.hessian.cpu().double(), rows.T @ rows, rtol=1e-5, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_with_a_factor_in_float32(dtype):
+    """In bfloat16 its rounding shows, of 2^-9."""
+    left = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
+    right = torch.randn(500, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
+    total = torch.zeros(64, 96, dtype=torch.float64, device="cuda")
+    add_product(total, left.cuda(), right.cuda())
+    expected = left.double().T @ right.double()
+    scale = float(expected.square().mean().sqrt())
+    bound = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    assert float((total.cpu() - expected).square().mean().sqrt()) < bound * scale
+
+
+def test_error_correction_as_on_the_cpu():
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(4, 200, 48, generator=generator)
+    wanted = given + 0.1 * torch.randn(4, 200, 48, generator=generator)
+    weights = {"a": torch.randn(80, 48, generator=generator), "b": torch.randn(30, 48, generator=generator)}
+    found = {}
+    for device in ("cpu", "cuda"):
+        modules = {name: torch.nn.Linear(48, len(weight), bias=False) for name, weight in weights.items()}
+        for name, module in modules.items():
+            module.weight.data = weights[name].to(device)
+        corrections = Corrections(Step(["a", "b"]), modules, torch.device(device))
+        statistic = Statistic(48, torch.device(device))
+        for index in range(4):
+            x = given[index].to(device)
+            corrections.add(corrections.differences(Read(wanted[index].to(device)), Read(x)), x)
+            statistic.add(x)
+        corrections.solve(["a", "b"], statistic.hessian, 0.75)
+        found[device] = {name: corrections.corrected(name).weight.cpu() for name in modules}
+    for name, weight in weights.items():
+        torch.testing.assert_close(found["cuda"][name], found["cpu"][name], rtol=1e-4, atol=1e-4)
+        assert float((found["cpu"][name] - weight).abs().max()) > 1e-3
+
+
+def test_random_numbers_after_a_fit_of_two_planes(problem):
+    """A CUDA graph that could not be captured left the generator unusable."""
+    binarize(problem[0].cuda(), problem[1].cuda(), ARBConfig(planes=2, refinement_sweeps=3))
+    assert torch.isfinite(torch.randn(8, device="cuda")).all()
+
+
 def test_hidden_states_come_back_from_page_locked_memory():
     kept = Activations()
     first = [torch.randn(1, 16, 32, device="cuda") for _ in range(3)]
@@ -73,5 +116,6 @@ def test_hidden_states_come_back_from_page_locked_memory():
     for batch, hidden in enumerate(first):
         assert torch.equal(kept[batch].cuda(), hidden)
         kept.put(batch, -hidden)
+    kept.advance("layer")
     assert [kept[batch].data_ptr() for batch in range(3)] == places
     assert all(torch.equal(kept[batch], -hidden.cpu()) for batch, hidden in enumerate(first))

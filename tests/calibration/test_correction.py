@@ -263,12 +263,11 @@ def test_the_float_models_outputs_are_kept_where_they_are_asked_for():
     assert not walk(tiny_model("LlamaForCausalLM"), token_batches(ids, 2), 0.5).float_outputs
 
 
-@pytest.mark.parametrize("refine", [None, "block"])
-def test_resumed_behind_a_finished_layer(tmp_path, monkeypatch, refine):
+def test_resumed_behind_a_finished_layer(tmp_path, monkeypatch):
     """Its float form is read again from the source, for the float model's hidden states."""
     original = quantizer.binarize_linear
-    choices = {"dataset": tokens(6), "block_size": 64, "batch_size": 2, "admm_iterations": 0, "refine": refine}
-    config = ARBConfig(**choices, **({"refine_steps": 2} if refine else {}))
+    choices = {"block_size": 64, "batch_size": 2, "admm_iterations": 0, "refine": "block", "refine_steps": 2}
+    config = ARBConfig(dataset=tokens(6), **choices)
     save_tiny(tmp_path / "float", "LlamaForCausalLM", num_hidden_layers=3)
     quantize_checkpoint(tmp_path / "float", tmp_path / "whole", config)
     fits = []
