@@ -74,7 +74,7 @@ def copy_repository(out: Path) -> None:
 def table(seconds: dict[str, list[float]]) -> str:
     """The note and the table. Step -> the clock's seconds, the processors', and the load before it."""
     lines = [
-        f"Walked by `benchmarks/tutorial.py` on {time.strftime('%Y-%m-%d')}, {os.cpu_count()} CPU cores (`load` is what",
+        f"Walked by `benchmarks/tutorial.py` on {time.strftime('%Y-%m-%d')}, {os.cpu_count()} CPU cores (load: what",
         "waited for them before a step, others' programs included):",
         "",
         "| step | seconds | of the processors | load |",
