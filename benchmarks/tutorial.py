@@ -1,11 +1,12 @@
 """Walks docs/tutorial.md word for word, from an empty virtual environment, and times its steps.
 
-    python benchmarks/tutorial.py --out runs/tutorial
+    python benchmarks/tutorial.py --out runs/tutorial --page
 
 The tracked and the new files of this repository are copied into the directory. There the shell blocks of the page are
 run as they stand, one after the other, each with the environment that step 1 makes; a block whose first line names a
 file is written to it. A block that ends with another exit code than 0 ends the walk with an error. For each step the
-clock's seconds, the processor's, and the load of the machine before it (others' work counts too) are printed.
+clock's seconds, the processor's, and the load of the machine before it (others' work counts too) are printed; `--page`
+writes them into the page.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "tutorial.md"
+TABLE = re.compile(r"(<!-- table:begin benchmarks/tutorial\.py -->\n).*?(<!-- table:end -->)", re.DOTALL)
 ACTIVATE = "if [ -f .venv/bin/activate ]; then . .venv/bin/activate; fi\n"
 
 
@@ -69,6 +71,33 @@ def copy_repository(out: Path) -> None:
     subprocess.run(["tar", "--extract", "--directory", str(out)], stdin=archive.stdout, check=True)
 
 
+def table(seconds: dict[str, list[float]]) -> str:
+    """The note and the table. Step -> the clock's seconds, the processors', and the load before it."""
+    lines = [
+        f"Walked by `benchmarks/tutorial.py` on {time.strftime('%Y-%m-%d')}, {os.cpu_count()} CPU cores (load: what",
+        "waited for them before a step, others' programs included):",
+        "",
+        "| step | seconds | of the processors | load |",
+        "|---|---|---|---|",
+    ]
+    for step, (clock, processors, load) in seconds.items():
+        lines.append(f"| {step} | {clock:.0f} | {processors:.0f} | {load:.1f} |")
+    clock, processors = (sum(spent[index] for spent in seconds.values()) for index in (0, 1))
+    return "\n".join([*lines, f"| all | {clock:.0f} | {processors:.0f} | |", ""])
+
+
+def written(page: str, text: str) -> str:
+    """The page with another text between the marks of its table.
+
+    Raises:
+        ValueError: it has no marks.
+    """
+    found, count = TABLE.subn(lambda marks: marks[1] + text + marks[2], page)
+    if count != 1:
+        raise ValueError("the page has no <!-- table:begin benchmarks/tutorial.py --> to write the seconds into.")
+    return found
+
+
 def processor_seconds() -> float:
     """Of all programs that were started and have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -78,6 +107,7 @@ def processor_seconds() -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Walk docs/tutorial.md word for word and time its steps.")
     parser.add_argument("--out", type=Path, required=True, help="an empty or new directory")
+    parser.add_argument("--page", action="store_true", help="write the seconds into docs/tutorial.md")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     if any(args.out.iterdir()):
@@ -102,11 +132,9 @@ def main(argv: list[str] | None = None) -> None:
         spent = seconds.setdefault(block.step, [0.0, 0.0, load])
         spent[0] += time.perf_counter() - start
         spent[1] += processor_seconds() - used
-    print(f"\n{os.cpu_count()} cores\n\n| step | seconds | of the processors | load before |\n|---|---|---|---|")
-    for step, (clock, processors, load) in seconds.items():
-        print(f"| {step} | {clock:.0f} | {processors:.0f} | {load:.1f} |")
-    clock, processors = (sum(spent[index] for spent in seconds.values()) for index in (0, 1))
-    print(f"| all | {clock:.0f} | {processors:.0f} | |")
+    print(table(seconds))
+    if args.page:
+        PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), table(seconds)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -161,3 +161,14 @@ def test_the_tutorial_is_what_the_commands_take(monkeypatch):
             elif words[:1] == ["python"] and words[1].endswith(".py"):
                 assert (ROOT / words[1]).is_file()
     assert seen == ["estimate", "quantize", "inspect", "evaluate", "verify"]
+
+
+def test_the_seconds_of_the_tutorial_go_into_its_page(monkeypatch):
+    walk = load("tutorial", monkeypatch)
+    page = walk.PAGE.read_text(encoding="utf-8")
+    filled = walk.written(page, walk.table({"1. Install": [60.4, 30.0, 1.25], "2. Get the model": [9.0, 8.0, 0.5]}))
+    assert "| 1. Install | 60 | 30 | 1.2 |" in filled
+    assert "| all | 69 | 38 | |" in filled
+    assert walk.written(filled, "") == walk.written(page, "")
+    with pytest.raises(ValueError, match="table:begin"):
+        walk.written("no marks", "")

@@ -280,7 +280,7 @@ def latency_figure(rows: Sequence[Mapping[str, Any]], baseline: str | None = Non
                 axes.plot(*_columns(found), color=of_model[name], linewidth=1.8, marker="o", markersize=5)
             for _, value in found if len(sizes) == 1 else ():
                 axes.annotate(
-                    _short(value), (names.index(name), value), xytext=(0, 4), textcoords="offset points", ha="center",
+                    f"{value:,.1f}", (names.index(name), value), xytext=(0, 4), textcoords="offset points", ha="center",
                     fontsize=7.5, color=colors.ink,
                 )  # fmt: skip
         if len(sizes) > 1:

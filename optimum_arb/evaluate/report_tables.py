@@ -270,7 +270,8 @@ def _latency(report: Mapping[str, Any]) -> Table:
 
 def _latency_note(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     block = report["reproduce"]
-    where = ", ".join([f"{block['threads']} CPU threads", *dict.fromkeys(block["gpus"])])
+    threads = block["threads"]
+    where = ", ".join([f"{threads} CPU thread{'s' if threads != 1 else ''}", *dict.fromkeys(block["gpus"])])
     note = (
         f"Prompts of {row['prompt_tokens']} tokens, {row['new_tokens']} new ones; medians of {row['repeats']} rounds "
         f"in which model and baseline take turns; {where}. A speedup is the median over the rounds of the baseline's "

@@ -98,7 +98,7 @@ def test_every_option_reaches_the_configuration():
     assert (config.col_scale, config.act_order) == (False, False)
     others = {"planes", "refinement_sweeps", "modules_to_not_convert", "base_model", "col_scale", "act_order", "rank"}
     others |= {"factor_bits", "scale_bits", "hadamard", "admm_iterations", "shrinkage", "other_modalities"}
-    others |= {"error_correction"}
+    others |= {"error_correction", "target_bits_per_weight"}
     others |= {"refine", "refine_steps", "refine_learning_rate", "refine_signs"}
     assert set(given) | others == set(CONFIG_OPTIONS)
     assert build_config(parse("--planes", "3")).planes == 3
@@ -109,6 +109,7 @@ def test_every_option_reaches_the_configuration():
     assert build_config(parse("--admm-iterations", "0")).admm_iterations == 0
     assert build_config(parse("--shrinkage", "0")).shrinkage == 0
     assert build_config(parse("--error-correction", "0.25")).error_correction == 0.25
+    assert build_config(parse("--method", "auto", "--target-bits-per-weight", "1.5")).target_bits_per_weight == 1.5
     assert build_config(parse("--other-modalities")).other_modalities is True
     assert build_config(parse()).other_modalities is False
     assert build_config(parse("--refinement-sweeps", "2")).refinement_sweeps == 2

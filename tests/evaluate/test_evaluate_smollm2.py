@@ -33,7 +33,7 @@ def test_round_to_nearest_is_measured_as_broken_and_refused(model, tmp_path, cap
     """Data-free round-to-nearest ruins this model (a perplexity of 571,376 in the README): every figure says so."""
     pytest.importorskip("matplotlib")
     packed = tmp_path / "rtn"
-    assert main(["quantize", str(model), str(packed), "--method", "rtn", "--no-calibration"]) == 0
+    assert main(["quantize", str(model), str(packed), "--method", "rtn", "--block-size", "-1", "--no-calibration"]) == 0
     options = ["--context-length", "256", "--max-windows", "4", "--batch-sizes", "1", "--repeats", "1"]
     options += ["--prompt-tokens", "32", "--new-tokens", "4", "--sample-tokens", "8", "--energy-seconds", "0.5"]
     arguments = ["evaluate", str(packed), "--baseline", str(model), *options, "--report", str(tmp_path / "report")]
