@@ -26,7 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from tiny_families import CONTEXT_LENGTH, FAMILIES, add_arguments, split_text, token_ids, trained
+from tiny_families import CONTEXT_LENGTH, FAMILIES, split_text, token_ids, trained
 
 from optimum_arb import ARBConfig
 from optimum_arb.evaluate import perplexity
@@ -167,7 +167,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--families", default="gpt2,gpt-neox", help=f"of {','.join(FAMILIES)}")
     parser.add_argument("--rows", default=",".join(known), help=f"of {','.join(known)}")
     parser.add_argument("--refine-steps", type=int, help="of the refined row (default: as ARBConfig has it)")
-    add_arguments(parser)
+    parser.add_argument("--steps", type=int, default=500, help="of 4 windows of 256 tokens (default: 500)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--bfloat16", action="store_true", help="train under autocast: faster where a CPU has AMX")
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     families, names = args.families.split(","), args.rows.split(",")
     for kind, chosen, possible in (("family", families, set(FAMILIES)), ("row", names, set(known))):

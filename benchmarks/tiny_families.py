@@ -209,19 +209,14 @@ def trained(out: Path, family: str, steps: int, device: str, bfloat16: bool, see
     return figures
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What can be chosen of the training."""
-    parser.add_argument("--steps", type=int, default=500, help="of 4 windows of 256 tokens (default: 500)")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--bfloat16", action="store_true", help="train under autocast: faster where a CPU has AMX")
-    parser.add_argument("--seed", type=int, default=0)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train a small language model on a part of a bundled text.")
     parser.add_argument("out", type=Path, help="directory of the model")
     parser.add_argument("--family", default="gpt2", choices=FAMILIES)
-    add_arguments(parser)
+    parser.add_argument("--steps", type=int, default=500, help="of 4 windows of 256 tokens (default: 500)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--bfloat16", action="store_true", help="train under autocast: faster where a CPU has AMX")
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     print(json.dumps(trained(args.out, args.family, args.steps, args.device, args.bfloat16, args.seed), indent=1))
 
