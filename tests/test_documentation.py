@@ -21,7 +21,7 @@ NAMES = {command.__name__.rpartition(".")[2] for command in COMMANDS}
 FOLDERS = "benchmarks|examples|scripts|tests|optimum_arb"
 FILE = re.compile(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./-]*\w\.(?:py|sh|ipynb|toml|jsonl)\b")
 PROGRAM = re.compile(r"(?:optimum-cli arb|optimum-arb|python -m optimum_arb|-m optimum_arb) ([a-z]+)\b([^\n`]*)")
-OPTION = re.compile(r"(?<!\S)\[?(--[a-z][a-z-]+)")
+OPTION = re.compile(r"(?<!\S)\[?(--[a-z][a-z0-9-]+)")
 NUMBER = re.compile(r"[~*]?\.?\d[\d,.]*")
 # Tables of figures that no program of this repository prints, and what they are.
 OTHER_SOURCES = {
