@@ -271,9 +271,10 @@ class Slow(BaseException):
 
 
 def _says_quantized(path: Path) -> bool:
-    """Whether a config.json has a `quantization_config`, or cannot be read."""
+    """Whether a config.json has a `quantization_config`, or cannot be read: /dev/zero and a pipe never end."""
+    file = path / "config.json"
     try:
-        return "quantization_config" in json.loads((path / "config.json").read_text())
+        return not file.is_file() or "quantization_config" in json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):
         return True
 
