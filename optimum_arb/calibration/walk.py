@@ -322,7 +322,9 @@ class CalibrationWalk:
                         self.runs.run(tokens)
                     return found
 
-                for batch, found in enumerate(in_order(taken, self.ranks.batches(self.batches), self.device)):
+                # layers that come and go with a run are there for one run at a time
+                most = None if self.weights.resident else 1
+                for batch, found in enumerate(in_order(taken, self.ranks.batches(self.batches), self.device, most)):
                     statistics.hold_out(batch >= self.fitted)
                     statistics.add(found)
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import zlib
 from pathlib import Path
 from typing import IO, Any
@@ -36,6 +37,7 @@ class DiskActivations(Activations):
         self._next: dict[int, dict[str, Any]] = {}
         self._generation = 0
         self._reader: IO[bytes] | None = None
+        self._reading = threading.Lock()
         self._writer: IO[bytes] | None = None
 
     def __len__(self) -> int:
@@ -43,7 +45,8 @@ class DiskActivations(Activations):
 
     def __getitem__(self, batch: int) -> torch.Tensor:
         assert self._reader is not None
-        return _read(self._reader, self._current[batch])
+        with self._reading:  # several threads ask, and the file has one position
+            return _read(self._reader, self._current[batch])
 
     def put(self, batch: int, hidden: torch.Tensor) -> None:
         tensor = hidden.detach().to("cpu").contiguous()

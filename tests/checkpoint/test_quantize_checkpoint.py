@@ -60,6 +60,25 @@ def test_the_same_files_as_through_memory(tmp_path, family):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.fixture
+def set_threads():
+    """Sets torch's threads for a test."""
+    threads = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("family", ["BertModel", "OPTForCausalLM"])
+def test_linears_outside_the_layers_with_several_threads(tmp_path, set_threads, family):
+    """Layers are loaded for a run of the whole model and let go of behind it: two runs at once would crash."""
+    set_threads(4)
+    save(tmp_path / "float", family)
+    config = ARBConfig(dataset=tokens(8), block_size=64, admm_iterations=2)
+    quantize_checkpoint(tmp_path / "float", tmp_path / "out", config)
+    in_memory(tmp_path / "float", tmp_path / "memory", config, family)
+    assert_same_files(tmp_path / "out", tmp_path / "memory")
+
+
 @pytest.mark.parametrize("family", ["MixtralForCausalLM", "BertModel"])
 def test_without_calibration(tmp_path, family):
     save(tmp_path / "float", family)
@@ -70,9 +89,11 @@ def test_without_calibration(tmp_path, family):
     assert result.report == model_report(model)
 
 
-@pytest.mark.parametrize("family", ["LlamaForCausalLM"])
-def test_hidden_states_on_disk(tmp_path, family):
-    save(tmp_path / "float", family)
+@pytest.mark.parametrize("threads", [1, 4])
+def test_hidden_states_on_disk(tmp_path, set_threads, threads):
+    """With several threads, which read the file at once."""
+    set_threads(threads)
+    save(tmp_path / "float", "LlamaForCausalLM")
     config = ARBConfig(dataset=tokens(6), block_size=64, batch_size=2)
     quantize_checkpoint(tmp_path / "float", tmp_path / "a", config)
     quantize_checkpoint(tmp_path / "float", tmp_path / "b", config, activations_on_disk=True)
@@ -138,12 +159,12 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch, family, dataset
     seen = []
     binarize_all = Fitting.binarize
 
-    def look(self, names, statistics):
+    def look(self, names, statistics, keep=False):
         layers = self.model.model.layers
         here = [i for i, layer in enumerate(layers) if not any(p.is_meta for p in layer.parameters())]
         gone = [i for i, layer in enumerate(layers) if all(p.is_meta for p in layer.parameters())]
         seen.append((here, gone, self.model.model.embed_tokens.weight.is_meta, self.model.lm_head.weight.is_meta))
-        return binarize_all(self, names, statistics)
+        return binarize_all(self, names, statistics, keep)
 
     monkeypatch.setattr(Fitting, "binarize", look)
     quantize_checkpoint(tmp_path / "float", tmp_path / "out", ARBConfig(dataset=dataset, block_size=64))
