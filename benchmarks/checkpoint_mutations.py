@@ -83,7 +83,8 @@ def mutate(folder: Path, others: Path, rng: random.Random) -> Mutation:
         rng: decides everything.
     """
     first = _once(folder, others, rng)
-    if rng.random() < 0.1:
+    # a pipe or a link to /dev/zero, if the first has made one, could not be read to its end by the second
+    if rng.random() < 0.1 and all(path.is_file() or path.is_dir() for path in folder.rglob("*")):
         try:
             second = _once(folder, others, rng)
         except Exception:  # the first has left nothing that could be changed so
