@@ -2,7 +2,7 @@
 
     python benchmarks/seven_b.py --out /dev/shm/seven --layers 2 --method arb-hrc
     python benchmarks/seven_b.py --out /dev/shm/seven --layers 2 --method arb-hrc --processes 1 2   # by torchrun
-    python benchmarks/seven_b.py --out /tmp/seven --tiny --device cpu                               # seconds, on a CPU
+    python benchmarks/seven_b.py --out runs/seven --tiny --device cpu                               # seconds, on a CPU
 
 The checkpoint is made once in OUT: bfloat16, a file for each layer, random weights with a few large input columns, and
 norms that make a hundredth of the channels 20 times as large. One layer's tensors serve all layers, whose time does not

@@ -76,9 +76,8 @@ def find_steps(layer: nn.Module, targets: Mapping[str, nn.Module], run: Callable
         run: runs the layer on some inputs.
     """
     seen: list[_Seen] = []
-    ran: list[
-        tuple[str, torch.Tensor | None, Any, int]
-    ] = []  # target, its input, its output, how much was seen before it
+    # a target, its input, its output, how many tensors were seen before it
+    ran: list[tuple[str, torch.Tensor | None, Any, int]] = []
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

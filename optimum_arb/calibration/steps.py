@@ -22,7 +22,8 @@ TakeOutput = Callable[[int, torch.Tensor], None]
 
 @dataclass
 class Steps:
-    """
+    """Binarizes layers step by step.
+
     Attributes:
         fitting: binarizes modules.
         ranks: the processes that do this together.
