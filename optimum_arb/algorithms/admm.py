@@ -19,8 +19,8 @@ from contextlib import contextmanager
 
 import torch
 
-from .column_descent import sign_patterns
 from .planes import PlanesFit
+from .sign_terms import SignTerms
 
 # The highest rho, for a matrix H of unit diagonal. Mean of 5 matrices of SmolLM2-135M, one plane, held-out output error
 # after 16 iterations and 2 sweeps: .1374 at .3, .1206 at .5, .1214 at .8, .1242 at 1.2.
@@ -51,9 +51,7 @@ def admm_planes(
     size = matrix.diagonal().sqrt() if col_scale else matrix.diagonal().mean().sqrt().expand(len(matrix))
     target = weight * size
     matrix = matrix / (size[:, None] * size)
-    terms = _Terms(target, block_size, planes, col_scale)
-    near = terms.reconstruction()
-    dual = torch.zeros_like(target)
+    terms = SignTerms(target, block_size, planes, col_scale)
     stages = min(STAGES, iterations)
     for stage in range(stages):
         rho = HIGHEST_RHO * (stage + 1) / stages
@@ -61,11 +59,10 @@ def admm_planes(
         shifted.diagonal().add_(rho)
         pull = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0]).mul_(rho)
         for _ in range((stage + 1) * iterations // stages - stage * iterations // stages):
+            terms.leave()
             with _rounded_products(weight.device):
-                free = torch.addmm(target, near - target - dual, pull)
-            dual += free
-            near = terms.nearest(dual)
-            dual -= near
+                terms.add_product(pull)
+            terms.project()
     return terms.fits(size)
 
 
@@ -85,101 +82,3 @@ def _rounded_products(device: torch.device) -> Iterator[None]:
         yield
     finally:
         setattr(matmul, name, before)
-
-
-class _Terms:
-    """The planes of all blocks: signs float `[N, K]` and `row` `[N, blocks]`, `col` `[K]` of each."""
-
-    def __init__(self, weight: torch.Tensor, block_size: int, planes: int, col_scale: bool):
-        columns = weight.shape[1]
-        self.block_size = block_size
-        self.col_scale = col_scale
-        self.block = torch.arange(columns, device=weight.device) // block_size
-        member = torch.zeros(columns, int(-(-columns // block_size)), device=weight.device)
-        self.member = member.scatter_(1, self.block[:, None], 1.0)  # [K, blocks]
-        self.patterns = sign_patterns(planes, weight)
-        self.signs: list[torch.Tensor] = []
-        self.row: list[torch.Tensor] = []
-        self.col: list[torch.Tensor] = []
-        residual = weight
-        for _ in range(planes):
-            self.signs.append(torch.where(residual >= 0, 1.0, -1.0))
-            self.col.append(torch.ones_like(weight[0]))
-            self.row.append(torch.zeros(len(weight), member.shape[1], device=weight.device))
-            for _ in range(3):
-                self._rescale(-1, residual * self.signs[-1])
-            residual = residual - self._term(-1)
-
-    def reconstruction(self) -> torch.Tensor:
-        """Q, `[N, K]`."""
-        total = self._term(0)
-        for plane in range(1, len(self.signs)):
-            total += self._term(plane)
-        return total
-
-    def nearest(self, wanted: torch.Tensor) -> torch.Tensor:
-        """The nearest signs to `wanted` `[N, K]` with the scales as they are, then each plane's scales in turn, as in
-        ARB-RC; returns the new Q."""
-        if len(self.signs) == 1:
-            self.signs[0] = torch.where(wanted >= 0, 1.0, -1.0)
-            self._rescale(0, wanted.abs())
-            return self._term(0)
-        self._nearest_signs(wanted)
-        residual = wanted - self.reconstruction()
-        for plane in range(len(self.signs)):
-            residual += self._term(plane)
-            self._rescale(plane, residual * self.signs[plane])
-            residual -= self._term(plane)
-        return wanted - residual
-
-    def _nearest_signs(self, wanted: torch.Tensor) -> None:
-        sizes = [self._size(plane) for plane in range(len(self.signs))]
-        goal = wanted.abs()
-        best = torch.full_like(goal, torch.inf)
-        taken = torch.zeros_like(goal, dtype=torch.int64)
-        flipped = torch.zeros_like(goal, dtype=torch.bool)
-        # levels come in pairs of opposite sign: half of the patterns serve |wanted|, their sign is put right after
-        half = self.patterns[: len(self.patterns) // 2]
-        for index, pattern in enumerate(half.tolist()):
-            level = sizes[0] * pattern[0]
-            for size, sign in zip(sizes[1:], pattern[1:], strict=True):
-                level = torch.add(level, size, alpha=sign)
-            distance = (goal - level.abs()).abs_()
-            nearer = distance < best
-            best = torch.minimum(best, distance)
-            taken.masked_fill_(nearer, index)
-            flipped = torch.where(nearer, level < 0, flipped)
-        turn = torch.where((wanted >= 0) == flipped, -1.0, 1.0)
-        for plane in range(len(self.signs)):
-            self.signs[plane] = half[:, plane][taken] * turn
-
-    def _rescale(self, plane: int, size: torch.Tensor) -> None:
-        """Row, then column scales of a plane by least squares: of the rank-one matrix of each block that is nearest to
-        `size` `[N, K]`."""
-        row, col = self.row[plane], self.col[plane]
-        row = _divide(size @ (col[:, None] * self.member), col.square() @ self.member)
-        self.row[plane] = row
-        if self.col_scale:
-            self.col[plane] = _divide((row[:, self.block] * size).sum(0), row.square().sum(0)[self.block])
-
-    def _size(self, plane: int) -> torch.Tensor:
-        return self.row[plane][:, self.block] * self.col[plane]
-
-    def _term(self, plane: int) -> torch.Tensor:
-        return self._size(plane) * self.signs[plane]
-
-    def fits(self, size: torch.Tensor) -> list[PlanesFit]:
-        """Block by block; `size` `[K]` is what the columns were scaled by."""
-        signs = torch.stack(self.signs).split(self.block_size, 2)
-        col = (torch.stack(self.col) / size).split(self.block_size, 1)
-        if not self.col_scale:
-            col = tuple(torch.ones_like(part) for part in col)
-        row = torch.stack(self.row) / (1.0 if self.col_scale else size[0])
-        return [
-            PlanesFit(bits.contiguous(), row[:, :, index].contiguous(), scale.contiguous())
-            for index, (bits, scale) in enumerate(zip(signs, col, strict=True))
-        ]
-
-
-def _divide(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    return numerator / torch.where(denominator > 0, denominator, 1.0)
