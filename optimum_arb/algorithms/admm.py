@@ -51,13 +51,14 @@ def admm_planes(
     size = matrix.diagonal().sqrt() if col_scale else matrix.diagonal().mean().sqrt().expand(len(matrix))
     target = weight * size
     matrix = matrix / (size[:, None] * size)
-    terms = SignTerms(target, block_size, planes, col_scale)
+    dtype = _product_dtype(weight.device)
+    terms = SignTerms(target, block_size, planes, col_scale, dtype)
     stages = min(STAGES, iterations)
     for stage in range(stages):
         rho = HIGHEST_RHO * (stage + 1) / stages
         shifted = matrix.clone()
         shifted.diagonal().add_(rho)
-        pull = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0]).mul_(rho)
+        pull = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0]).mul_(rho).to(dtype)
         for _ in range((stage + 1) * iterations // stages - stage * iterations // stages):
             terms.leave()
             with _rounded_products(weight.device):
@@ -82,3 +83,13 @@ def _rounded_products(device: torch.device) -> Iterator[None]:
         yield
     finally:
         setattr(matmul, name, before)
+
+
+def _product_dtype(device: torch.device) -> torch.dtype:
+    """Of the products of an iteration: bfloat16 on a CPU with AMX, which makes them 6 times faster so. Output error after
+    refinement over that in float32, mean of 12 matrices of SmolLM2-135M: 1.0004 with one plane, 1.0005 with two; of
+    single matrices .998 to 1.003."""
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    if device.type == "cpu" and amx is not None and amx() and torch.backends.mkldnn.is_available():
+        return torch.bfloat16
+    return torch.float32

@@ -27,7 +27,14 @@ class SignTerms:
         wanted: float32 `[N, K]`.
     """
 
-    def __init__(self, weight: torch.Tensor, block_size: int, planes: int, col_scale: bool):
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        block_size: int,
+        planes: int,
+        col_scale: bool,
+        product_dtype: torch.dtype = torch.float32,
+    ):
         """Starts with a greedy Z, plane after plane the signs of what the former ones left; this Z is also `wanted`.
 
         Args:
@@ -35,6 +42,7 @@ class SignTerms:
             block_size: columns of a block; the last one holds what is left.
             planes: P.
             col_scale: whether there are column scales; without, they are 1.
+            product_dtype: of the factors of `add_product` and of what comes of them, which is then summed in float32.
         """
         rows, columns = weight.shape
         width = min(block_size, columns)
@@ -42,7 +50,8 @@ class SignTerms:
         self._col_scale = col_scale
         target = weight.new_zeros(rows, blocks * width)
         target[:, :columns] = weight
-        wanted, gap = target.clone(), torch.empty_like(target)
+        wanted = target.clone()
+        gap = torch.empty_like(target, dtype=product_dtype)
         # one plane has the signs of what is wanted, and leaves nothing to others
         residual = target.clone() if planes > 1 else wanted
         signs = target.new_empty(planes, *target.shape) if planes > 1 else wanted[None]
@@ -56,9 +65,18 @@ class SignTerms:
         self._chunks = []
         for first in range(0, rows, height):
             here = slice(first, min(first + height, rows))
-            parts = [whole[here].view(-1, blocks, width) for whole in (target, wanted, gap, residual)]
-            parts += [signs[:, here].view(planes, -1, blocks, width), self.row[:, here], self.col]
-            self._chunks.append(_Chunk(*parts, scratch[:, : here.stop - first]))
+            self._chunks.append(
+                _Chunk(
+                    target=target[here].view(-1, blocks, width),
+                    wanted=wanted[here].view(-1, blocks, width),
+                    gap=gap[here].view(-1, blocks, width),
+                    residual=residual[here].view(-1, blocks, width),
+                    signs=signs[:, here].view(planes, -1, blocks, width),
+                    row=self.row[:, here],
+                    col=self.col,
+                    scratch=scratch[:, : here.stop - first],
+                )
+            )
         for plane in range(planes):
             for chunk in self._chunks:
                 chunk.take_signs(plane)
@@ -75,8 +93,17 @@ class SignTerms:
             chunk.leave()
 
     def add_product(self, pull: torch.Tensor) -> None:
-        """After `leave`, `wanted` becomes X + U, with `X = W - (W - Z + U) pull`; `pull` is float32 `[K, K]`."""
-        self.wanted.addmm_(self._gap, pull)
+        """After `leave`, `wanted` becomes X + U, with `X = W - (W - Z + U) pull`.
+
+        Args:
+            pull: `rho (H + rho I)^-1`, `[K, K]`, of `product_dtype`.
+        """
+        if pull.dtype == self.wanted.dtype:
+            self.wanted.addmm_(self._gap, pull)
+            return
+        product = self._gap @ pull
+        for chunk, rows in zip(self._chunks, product.split(len(self._chunks[0].wanted)), strict=True):
+            chunk.add(rows)
 
     def project(self) -> None:
         """The nearest signs to `wanted` with the scales as they are, then each plane's scales in turn, as in ARB-RC."""
@@ -130,7 +157,7 @@ class _Chunk:
     Attributes:
         target: W.
         wanted: X + U.
-        gap: what the product takes.
+        gap: what the product takes, in its dtype.
         residual: what is wanted and not in Z; in between, without a plane that is being rescaled. Of one plane the same
             tensor as `wanted`.
         signs: `[P, n, blocks, width]`, +1 or -1; of one plane `wanted` itself, whose signs count.
@@ -163,15 +190,20 @@ class _Chunk:
 
     def leave(self) -> None:
         """`wanted` becomes `W + U`, with the new `U = wanted - Z`, and `gap` becomes `Z - W - U`."""
-        last = self._term(-1)
+        near = self._term(-1)
         if len(self.row) == 1:
-            self.wanted.sub_(last).add_(self.target)
-            torch.sub(last, self.wanted, out=self.gap)
-            return
-        self.residual.sub_(last)
-        torch.sub(self.wanted, self.residual, out=self.gap)
-        torch.add(self.residual, self.target, out=self.wanted)
-        self.gap.sub_(self.wanted)
+            self.wanted.sub_(near).add_(self.target)
+        else:
+            self.residual.sub_(near)
+            torch.sub(self.wanted, self.residual, out=near)
+            torch.add(self.residual, self.target, out=self.wanted)
+        self.gap.copy_(near.sub_(self.wanted))
+
+    def add(self, product: torch.Tensor) -> None:
+        """A product `[n, K]` to what is wanted."""
+        columns = product.shape[1]
+        wide = self.scratch[0].flatten(1)[:, :columns].copy_(product)  # a sum of two dtypes is 6 times slower
+        self.wanted.flatten(1)[:, :columns].add_(wide)
 
     def choose_signs(self) -> None:
         """Those nearest to what is wanted; the residual is then that without the first plane."""
