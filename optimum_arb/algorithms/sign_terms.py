@@ -61,7 +61,7 @@ class SignTerms:
         self.col[:, columns:] = 0
         self.col = self.col.view(planes, blocks, width)
         height = min(rows, max(1, CHUNK // (blocks * width))) if weight.device.type == "cpu" else rows
-        scratch = weight.new_empty(4 + planes, height, blocks, width)
+        scratch = weight.new_empty(4 + planes if planes > 1 else 2, height, blocks, width)
         self._chunks = []
         for first in range(0, rows, height):
             here = slice(first, min(first + height, rows))
@@ -163,7 +163,7 @@ class _Chunk:
         signs: `[P, n, blocks, width]`, +1 or -1; of one plane `wanted` itself, whose signs count.
         row: `[P, n, blocks]`.
         col: of all rows, `[P, blocks, width]`.
-        scratch: `[P + 4, n, blocks, width]`, or fewer of one plane.
+        scratch: `[P + 4, n, blocks, width]`, of one plane `[2, n, blocks, width]`.
     """
 
     target: torch.Tensor
