@@ -164,7 +164,8 @@ def _power_of_two(values: torch.Tensor) -> float:
 
 
 def _prepare(hessian: torch.Tensor, config: ARBConfig, act_order: bool) -> PreparedHessian:
-    return prepare_hessian(hessian, config.resolved_damp_percent, act_order, config.resolved_shrinkage)
+    inverse = not config.resolved_admm_iterations  # only fits of one block after the other look at it
+    return prepare_hessian(hessian, config.resolved_damp_percent, act_order, config.resolved_shrinkage, inverse)
 
 
 def _binarize_rotated(target: torch.Tensor, hessian: torch.Tensor, config: ARBConfig) -> BinarizedWeight:

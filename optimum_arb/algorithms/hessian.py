@@ -15,7 +15,7 @@ class PreparedHessian:
     Attributes:
         matrix: float32 `[K, K]`, undamped, columns permuted; zero where no input was ever seen.
         inverse_factor: float32 `[K, K]`, the upper triangular U with `H^-1 = U^T U`, H damped (GPTQ, arXiv
-            2210.17323).
+            2210.17323); `[0, 0]` where it was not asked for.
         factor: float32 `[K, K]`, its inverse `R = U^-1`, upper triangular, `H = R R^T`.
         dead: bool `[K]`, columns whose input was always zero.
         permutation: int64 `[K]`: column j here is column `permutation[j]` of the weight; None without activation
@@ -42,7 +42,7 @@ class PreparedHessian:
 
 
 def prepare_hessian(
-    hessian: torch.Tensor, damp_percent: float, act_order: bool, shrinkage: float = 0.0
+    hessian: torch.Tensor, damp_percent: float, act_order: bool, shrinkage: float = 0.0, inverse: bool = True
 ) -> PreparedHessian:
     """Shrinks, damps and factorizes a calibration matrix.
 
@@ -56,6 +56,8 @@ def prepare_hessian(
         act_order: permute the columns by falling diagonal (dead columns last).
         shrinkage: how much smaller the entries beside the diagonal are made, as a fraction of them (Ledoit and Wolf
             2004): those of few samples are larger than those of all text.
+        inverse: whether the inverse factor is wanted, which takes longer than the factor: 93 of 230 ms at 1536 columns
+            on a core of a Xeon.
 
     Raises:
         ValueError: the matrix has NaN or Inf, or cannot be made positive definite.
@@ -84,16 +86,19 @@ def prepare_hessian(
         if not failed:
             factor = lower.flip(0, 1)
             del lower
-            identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-            inverse = torch.linalg.solve_triangular(factor, identity, upper=True)
-            del identity
-            if torch.isfinite(inverse).all():
-                return PreparedHessian(matrix, inverse.float(), factor.float(), dead, permutation)
+            inverse_factor = _triangular_inverse(factor) if inverse else factor[:0, :0]
+            if torch.isfinite(inverse_factor).all():
+                return PreparedHessian(matrix, inverse_factor.float(), factor.float(), dead, permutation)
         damping *= 10
     raise ValueError(
         f"the calibration matrix cannot be factorized even with a damping of {damping / 10:g} times its mean "
         "diagonal: calibrate with more text or raise damp_percent"
     )
+
+
+def _triangular_inverse(factor: torch.Tensor) -> torch.Tensor:
+    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, identity, upper=True)
 
 
 def damped_hessian(hessian: torch.Tensor, damp_percent: float, shrinkage: float = 0.0) -> torch.Tensor:

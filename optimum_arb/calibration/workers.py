@@ -9,12 +9,14 @@ machine has other work: threads that share a product wait for each other.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+
+from ..spare_threads import spare_threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -39,8 +41,9 @@ def in_order(
 ) -> Generator[Result, None, None]:
     """`task` of every item, without gradients; the results in the order of the items.
 
-    On the CPU as many tasks run at once as torch may use threads, each with a single one; on other devices one after
-    the other. The first error ends it, once the tasks under way have ended.
+    On the CPU as many tasks run at once as torch may use threads, each with a single one, and with those that too few
+    tasks would leave idle to spare (`spare_threads`); on other devices one after the other. The first error ends it,
+    once the tasks under way have ended.
 
     Args:
         task: is called from several threads at once.
@@ -62,13 +65,15 @@ def in_order(
             yield result
         return
 
+    threads = torch.get_num_threads()
+    spare = threads // max(len(items), 1) - 1 if isinstance(items, Sized) else 0
+
     def run(item: Item) -> Result:
         # a thread's own settings, which a new thread has not: no gradients, one thread
         torch.set_num_threads(1)
-        with torch.no_grad():
+        with torch.no_grad(), spare_threads(max(spare, 0)):
             return task(item)
 
-    threads = torch.get_num_threads()
     waiting: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="optimum_arb")
     try:

@@ -171,7 +171,8 @@ def _fit(
         inputs = torch.randn(256, columns, generator=generator) * torch.logspace(0, -2, columns)
         hessian = (inputs.T @ inputs + torch.diag(torch.logspace(1, -1, columns))).to(device)
         damping, order = config.resolved_damp_percent, config.resolved_act_order
-        prepared = _timed(lambda: prepare_hessian(hessian, damping, order), device)
+        inverse = not config.resolved_admm_iterations
+        prepared = _timed(lambda: prepare_hessian(hessian, damping, order, inverse=inverse), device)
         if correction:
             sums = Corrections(Step(["probe"]), {"probe": module}, torch.device(device))
             for total in sums.sums.values():

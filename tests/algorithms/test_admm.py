@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from optimum_arb.algorithms import output_error
-from optimum_arb.algorithms.admm import admm_planes
+from optimum_arb.algorithms.admm import _product_dtype, admm_planes
 from optimum_arb.algorithms.compensation import binarize_blocks
 from optimum_arb.algorithms.hessian import prepare_hessian
 from optimum_arb.algorithms.planes import fit_planes
@@ -70,3 +70,16 @@ def test_degenerate_weights_stay_finite(planes):
     for weight in (torch.zeros(4, 16), torch.ones(4, 16), torch.eye(16)[:4]):
         assert torch.isfinite(total(admm_planes(weight, matrix, 8, planes, 6))).all()
     assert not total(admm_planes(torch.zeros(4, 16), matrix, 8, planes, 6)).any()
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_products_in_16_bits_are_as_good(weight, prepared, planes, monkeypatch):
+    """What a CPU with AMX does, and what one without does."""
+    errors = []
+    for amx in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx, raising=False)
+        assert (_product_dtype(weight.device) == torch.bfloat16) == (amx and torch.backends.mkldnn.is_available())
+        fits = admm_planes(weight, prepared.damped, 128, planes, 25)
+        refine_blocks(weight, prepared, 128, fits, 2)
+        errors.append(output_error(weight, total(fits), prepared.damped))
+    assert errors[1] < 1.03 * errors[0]

@@ -57,3 +57,12 @@ def test_nan_is_refused(hessian):
     hessian[3, 4] = float("nan")
     with pytest.raises(ValueError, match="NaN or Inf"):
         prepare_hessian(hessian, 0.01, act_order=False)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_without_the_inverse_the_rest_is_the_same(hessian, act_order):
+    whole = prepare_hessian(hessian, 0.01, act_order, 0.05)
+    half = prepare_hessian(hessian, 0.01, act_order, 0.05, inverse=False)
+    assert half.inverse_factor.shape == (0, 0)
+    assert torch.equal(half.factor, whole.factor)
+    assert torch.equal(half.damped, whole.damped)

@@ -136,3 +136,18 @@ def test_fits_are_the_terms_on_columns_of_their_size(planes, col_scale):
     assert all(set(fit.signs.unique().tolist()) == {-1.0, 1.0} for fit in fits)
     total = torch.cat([fit.reconstruction() for fit in fits], 1)
     torch.testing.assert_close(total, terms.reconstruction() / size)
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_a_product_in_16_bits(planes):
+    """Differs from that in float32 by the rounding of its factors and of itself, 2^-9 each."""
+    weight, pull = random(33, 200), random(200, 200, seed=1) / 200
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        terms = SignTerms(weight, 128, planes, True, dtype)
+        terms.leave()
+        before = terms.wanted.clone()
+        terms.add_product(pull.to(dtype))
+        found.append(terms.wanted - before)
+    assert not torch.equal(*found)
+    assert (found[1] - found[0]).norm() < 0.005 * found[0].norm()

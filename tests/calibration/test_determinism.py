@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from optimum_arb import ARBConfig
 from optimum_arb.calibration.workers import in_order, one_thread
 from optimum_arb.config import METHODS
+from optimum_arb.spare_threads import spare_now
 
 CPU = torch.device("cpu")
 
@@ -124,6 +125,20 @@ def test_the_first_error_is_raised():
         with pytest.raises(ValueError, match="the third"):
             done.extend(in_order(task, range(10), CPU))
         assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("threads", "tasks", "spare"), [(1, 1, 0), (2, 1, 1), (4, 1, 3), (4, 2, 1), (4, 3, 0), (2, 5, 0)]
+)
+def test_threads_that_too_few_tasks_leave_idle(threads, tasks, spare):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert list(in_order(lambda _: spare_now(), list(range(tasks)), CPU)) == [spare] * tasks
+        assert list(in_order(lambda _: spare_now(), iter(range(tasks)), CPU)) == [0] * tasks  # how many is not known
+        assert spare_now() == 0
     finally:
         torch.set_num_threads(before)
 
