@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from optimum_arb.algorithms import output_error
+from optimum_arb.algorithms import admm, output_error
 from optimum_arb.algorithms.admm import _Terms, admm_planes
 from optimum_arb.algorithms.compensation import binarize_blocks
 from optimum_arb.algorithms.hessian import prepare_hessian
@@ -97,3 +97,13 @@ def test_degenerate_weights_stay_finite(planes):
     for weight in (torch.zeros(4, 16), torch.ones(4, 16), torch.eye(16)[:4]):
         assert torch.isfinite(total(admm_planes(weight, matrix, 8, planes, 6))).all()
     assert not total(admm_planes(torch.zeros(4, 16), matrix, 8, planes, 6)).any()
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 200, 517])
+def test_the_inverse_of_a_triangular_matrix(monkeypatch, size):
+    monkeypatch.setattr(admm, "LARGEST_SOLVE", 64)
+    generator = torch.Generator().manual_seed(size)
+    lower = torch.randn(size, size, generator=generator).tril(-1) / size + torch.eye(size)
+    inverse = admm._triangular_inverse(lower)
+    torch.testing.assert_close(inverse @ lower, torch.eye(size), atol=1e-5, rtol=0)
+    assert torch.equal(inverse, inverse.tril())
