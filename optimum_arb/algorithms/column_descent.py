@@ -4,7 +4,7 @@ A row of the weight is fitted by `sum_p +-row_p col_pj` in column j. Given what 
 would be `current_j + step_j`; the nearest of the 2^P levels is taken, and the change moves the steps of the columns
 that follow: `step_l -= ratio_jl * change`. Columns go in chunks: inside one the changes are carried one by one, what
 lies behind it gets them in one product. On a GPU a chunk is one launch (`_chunk_kernel`), where the loop over torch's
-operators takes ten for each column.
+operators takes four for each column, or fifteen with two planes.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ def descend_columns(
         The signs, float32 `[P, N, k]`, and the changes of the values, float32 `[k, N]`.
     """
     planes = len(row)
+    fused = current.is_cuda and triton is not None
+    if planes == 1 and not fused:
+        return _descend_one_plane(current, step, row, col, ratio)
     patterns = sign_patterns(planes, row)
     taken = torch.zeros(current.shape, dtype=torch.uint8, device=current.device)
     changes = torch.empty_like(current)
-    fused = current.is_cuda and triton is not None
     width = KERNEL_CHUNK if fused else CHUNK
     run = _run_kernel if fused else _loop
     for start in range(0, len(current), width):
@@ -51,6 +53,30 @@ def descend_columns(
         run(current[here], step[here], row, col[:, here], ratio[here, here], patterns, taken[here], changes[here])
         step[here.stop :].addmm_(ratio[here, here.stop :].T, changes[here], alpha=-1)
     return patterns[taken.long()].permute(2, 1, 0).contiguous(), changes
+
+
+def _descend_one_plane(
+    current: torch.Tensor, step: torch.Tensor, row: torch.Tensor, col: torch.Tensor, ratio: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`descend_columns` of one plane, by four of torch's operators for each column: both levels have the same size, and
+    the nearer one has the sign of the target."""
+    level = row[0] * col[0][:, None]  # [k, N]
+    value = level.abs()
+    changes = torch.empty_like(current)
+    columns = len(current)
+    # a view by an index takes as long as an operator on a column
+    each = list(zip(current.unbind(0), step.unbind(0), value.unbind(0), changes.unbind(0), strict=True))
+    for start in range(0, columns, CHUNK):
+        stop = min(start + CHUNK, columns)
+        for j in range(start, stop):
+            before, target, after, change = each[j]
+            after.copysign_(target.add_(before))
+            torch.sub(after, before, out=change)
+            if j + 1 < stop:
+                step[j + 1 : stop].addcmul_(ratio[j, j + 1 : stop, None], change, value=-1)
+        step[stop:].addmm_(ratio[start:stop, stop:].T, changes[start:stop], alpha=-1)
+    signs = torch.ones_like(value).copysign_(value.mul_(level))
+    return signs.T.contiguous()[None], changes
 
 
 def sign_patterns(planes: int, like: torch.Tensor) -> torch.Tensor:

@@ -62,8 +62,10 @@ def _improve(
     descent.finish(col_scale, rounding)
     change = after.reconstruction() - before.reconstruction()
     # the objective's change is -2 <change, gradient> + <change H_bb, change>, and the gradient that the steps left is
-    # the first one less change H_bb; chosen without asking the device
+    # the first one less change H_bb; a GPU is not asked for the outcome
     better = (change * (gradient + descent.gradient)).sum(dtype=torch.float64) > 0
+    if better.device.type == "cpu":  # where there is nothing to wait for
+        return (after, change) if better else (before, torch.zeros_like(change))
     fit = PlanesFit(
         torch.where(better, after.signs, before.signs),
         torch.where(better, after.row, before.row),

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from optimum_arb.algorithms import admm, output_error
-from optimum_arb.algorithms.admm import _Terms, admm_planes
+from optimum_arb.algorithms.admm import admm_planes
 from optimum_arb.algorithms.compensation import binarize_blocks
 from optimum_arb.algorithms.hessian import prepare_hessian
 from optimum_arb.algorithms.planes import fit_planes
@@ -62,33 +62,6 @@ def test_without_column_scales_they_stay_one(weight, prepared):
     assert all(torch.equal(fit.col, torch.ones_like(fit.col)) for fit in fits)
     refine_blocks(weight, prepared, 128, fits, 1, col_scale=False)
     assert output_error(weight, total(fits), prepared.damped) < 0.2
-
-
-@pytest.mark.parametrize("planes", [1, 2, 3])
-def test_nearest_signs_are_the_nearest(planes):
-    generator = torch.Generator().manual_seed(1)
-    wanted = torch.randn(7, 20, generator=generator)
-    terms = _Terms(wanted, 8, planes, True)
-    terms.row = [row * torch.randn(row.shape, generator=generator) for row in terms.row]  # of any sign
-    terms._nearest_signs(wanted)
-    sizes = torch.stack([terms._size(plane) for plane in range(planes)])
-    patterns = torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * planes).view(-1, planes)
-    best = (torch.einsum("qp,pnk->qnk", patterns, sizes) - wanted).abs().min(0).values
-    torch.testing.assert_close((terms.reconstruction() - wanted).abs(), best)
-
-
-@pytest.mark.parametrize("planes", [1, 2, 3])
-def test_projection_never_moves_away(planes):
-    """Signs, then scales: each step of `nearest` lowers the distance to what is wanted."""
-    generator = torch.Generator().manual_seed(2)
-    wanted = torch.randn(30, 200, generator=generator)
-    terms = _Terms(torch.randn(30, 200, generator=generator), 128, planes, True)
-    last = (wanted - terms.reconstruction()).norm()
-    for _ in range(4):
-        now = (wanted - terms.nearest(wanted)).norm()
-        assert now <= last * (1 + 1e-6)
-        torch.testing.assert_close(now, (wanted - terms.reconstruction()).norm())
-        last = now
 
 
 @pytest.mark.parametrize("planes", [1, 2, 3])
