@@ -44,6 +44,10 @@ def configurations() -> dict[str, ARBConfig | None]:
     }
     planes = {"hadamard": 128, "scale_bits": 8, **CALIBRATION}
     ours = {f"arb-hrc-{count}-hadamard": ARBConfig(planes=count, **planes) for count in (1, 2)}
+    for bits in (2.3, 2.95):
+        ours[f"arb-hrc-{bits}-hadamard"] = ARBConfig(
+            target_bits_per_weight=bits, hadamard=128, scale_bits=8, **CALIBRATION
+        )
     for bits in (0.85, 1.18, 1.6, 2.3, 2.95):
         ours[f"arb-dbf-{bits}"] = ARBConfig(method="arb-dbf", factor_bits=bits, scale_bits=8, **CALIBRATION)
     return {

@@ -14,11 +14,9 @@ knows the next one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
+from ..products import MIXED, product_float32
 from ..spare_threads import ahead
 from .planes import PlanesFit
 from .sign_terms import SignTerms
@@ -29,6 +27,8 @@ HIGHEST_RHO = 0.6
 # Values of rho, each of which costs an inverse of H + rho I, about as much as two iterations. 25 iterations come to
 # .1186 with 5, 20 to .1193 with 5 and .1191 with 10.
 STAGES = 5
+# Rows of a triangular system that is solved at once on a GPU; above, products are faster.
+LARGEST_SOLVE = 1024
 
 
 def admm_planes(
@@ -60,39 +60,49 @@ def admm_planes(
         rho = HIGHEST_RHO * (stage + 1) / stages
         shifted = matrix.clone()
         shifted.diagonal().add_(rho)
-        return torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0]).mul_(rho).to(dtype)
+        return _inverse(shifted).mul_(rho).to(dtype)
 
     for stage, pull in enumerate(ahead(make_pull, range(stages))):
         for _ in range((stage + 1) * iterations // stages - stage * iterations // stages):
             terms.leave()
-            with _rounded_products(weight.device):
-                terms.add_product(pull)
+            terms.add_product(pull)
             terms.project()
     return terms.fits(size)
 
 
-@contextmanager
-def _rounded_products(device: torch.device) -> Iterator[None]:
-    """Products of float32 matrices run on a GPU's tensor cores, their factors rounded to TF32 (10 bits behind the
-    point). Held-out output error, mean of 5 matrices of SmolLM2-135M: .1349 in float32, .1351 so, .1350 with factors
-    rounded to bfloat16."""
-    if device.type != "cuda":
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    name, value = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
-    before = getattr(matmul, name)
-    setattr(matmul, name, value)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
+def _inverse(matrix: torch.Tensor) -> torch.Tensor:
+    """Of a positive definite float32 `[K, K]`.
+
+    On a GPU `cholesky_inverse` solves for all columns of the identity twice: at 11008, on an H200, 71 ms where the
+    factorization takes 17; so the triangular factor is inverted there, by products of its parts.
+    """
+    lower = torch.linalg.cholesky_ex(matrix)[0]
+    if not matrix.is_cuda:
+        return torch.cholesky_inverse(lower)
+    inverse = _triangular_inverse(lower).to(_product_dtype(matrix.device))
+    return inverse.T @ inverse if inverse.dtype == lower.dtype else product_float32(inverse.T, inverse)
+
+
+def _triangular_inverse(lower: torch.Tensor) -> torch.Tensor:
+    """Of a lower triangular `[K, K]`: `[[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]`."""
+    size = len(lower)
+    if size <= LARGEST_SOLVE:
+        return torch.linalg.solve_triangular(lower, torch.eye(size, device=lower.device), upper=False)
+    half = -(-size // 128) * 64
+    first, second = _triangular_inverse(lower[:half, :half]), _triangular_inverse(lower[half:, half:])
+    inverse = torch.zeros_like(lower)
+    inverse[:half, :half], inverse[half:, half:] = first, second
+    inverse[half:, :half] = second @ (lower[half:, :half] @ first).neg_()
+    return inverse
 
 
 def _product_dtype(device: torch.device) -> torch.dtype:
-    """Of the products of an iteration: bfloat16 on a CPU with AMX, where that takes a sixth of the time ([576, 1536] by
-    [1536, 1536] on one core: 3 and 20 ms). Output error after refinement, over that with float32: 1.0004 with one plane,
-    the mean of 12 matrices of SmolLM2-135M (.999 to 1.002), 1.0005 with two, of 9 (.998 to 1.003)."""
+    """Of the products of an iteration: bfloat16 on a GPU, for its tensor cores, and on a CPU with AMX, where that takes
+    a sixth of the time ([576, 1536] by [1536, 1536] on one core: 3 and 20 ms). Output error after refinement, over that
+    with float32, on a CPU: 1.0004 with one plane, the mean of 12 matrices of SmolLM2-135M (.999 to 1.002), 1.0005 with
+    two, of 9 (.998 to 1.003)."""
+    if device.type == "cuda":
+        return torch.bfloat16 if MIXED else torch.float32
     amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
     if device.type == "cpu" and amx is not None and amx() and torch.backends.mkldnn.is_available():
         return torch.bfloat16

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..products import product_float32
 from .column_descent import sign_patterns
 from .planes import PlanesFit
 
@@ -101,7 +102,7 @@ class SignTerms:
         if pull.dtype == self.wanted.dtype:
             self.wanted.addmm_(self._gap, pull)
             return
-        product = self._gap @ pull
+        product = product_float32(self._gap, pull) if pull.is_cuda else self._gap @ pull
         for chunk, rows in zip(self._chunks, product.split(len(self._chunks[0].wanted)), strict=True):
             chunk.add(rows)
 

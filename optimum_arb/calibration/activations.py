@@ -19,7 +19,12 @@ class Activations:
 
     Those of a GPU are in page-locked memory, to and from which it copies by itself: 6.4 GB a layer of a 7B with 128 x
     2048 tokens.
+
+    Attributes:
+        in_memory: whether there is memory for them, and so for what is kept of a layer beside them.
     """
+
+    in_memory = True
 
     def __init__(self) -> None:
         self._batches: list[torch.Tensor] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -79,11 +80,54 @@ def layer_runs(
         first = [x for x in tree_leaves((calls[0].args, calls[0].kwargs)) if isinstance(x, torch.Tensor)]
         moved = {id(x): x.to(device) for x in first}
 
+    hidden = CopiedAhead(inputs, len(calls), device) if device.type == "cuda" else None
+
     def run(batch: int) -> torch.Tensor:
-        hidden = inputs[batch].to(device, non_blocking=True)  # from page-locked memory the host need not wait
-        return calls[batch].run(layer, hidden, device, moved)
+        given = inputs[batch].to(device) if hidden is None else hidden[batch]
+        return calls[batch].run(layer, given, device, moved)
 
     return run
+
+
+class CopiedAhead:
+    """Hidden states on a GPU: where batch follows batch, each is copied there while the one before it runs.
+
+    A layer of a 7B runs eight times over 128 x 2048 tokens, of which each takes 40 ms to copy. Nothing may write to a
+    batch that comes later than the last one asked for.
+
+    Args:
+        inputs: where they lie; from page-locked memory the host need not wait for a copy.
+        count: batches.
+        device: the GPU.
+    """
+
+    def __init__(self, inputs: Activations, count: int, device: torch.device):
+        self._inputs = inputs
+        self._count = count
+        self._device = device
+        self._ahead: tuple[int, torch.Tensor, torch.cuda.Event] | None = None
+        self._last = -1
+
+    def __getitem__(self, batch: int) -> torch.Tensor:
+        if self._ahead is None or self._ahead[0] != batch:
+            self._ahead = self._copy(batch)
+        _, hidden, done = self._ahead
+        here = torch.cuda.current_stream(self._device)
+        here.wait_event(done)
+        hidden.record_stream(here)
+        follows = batch == self._last + 1 and batch + 1 < self._count
+        self._ahead, self._last = self._copy(batch + 1) if follows else None, batch
+        return hidden
+
+    def _copy(self, batch: int) -> tuple[int, torch.Tensor, torch.cuda.Event]:
+        stream = _copying(self._device)
+        with torch.cuda.stream(stream):
+            return batch, self._inputs[batch].to(self._device, non_blocking=True), stream.record_event()
+
+
+@lru_cache(maxsize=16)
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def hidden_states(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor | None:

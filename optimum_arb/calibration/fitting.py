@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ..experts.matrices import is_experts
+from ..modules import linear_shape
 from ..nn import ARBExperts, ARBLinear
 from .distributed import Ranks
 from .experts import LayerStatistics, RoutedInputs
@@ -19,6 +21,8 @@ from .workers import in_order, one_thread
 # Matrices that are fitted at once on the CPU: the three large ones of a decoder layer and its attention's take equally
 # long, so that more would not end sooner, and each holds some copies of its weight and calibration matrix.
 FITS = 4
+# Weights of all fits at once on a GPU: gate and up projection of a 7B, some 3 GB of copies.
+FITTED_WEIGHTS = 1 << 27
 
 # (name, float module, calibration matrix or None, tokens) -> the binarized module and its output error
 Binarize = Callable[[str, nn.Module, "torch.Tensor | None", int], "tuple[ARBLinear, float | None]"]
@@ -82,7 +86,9 @@ class Fitting:
             for name in linears:
                 statistics.linears.hessian(name)
             self._correct(linears, statistics)
-        fits = in_order(fit, linears, self._device, FITS)
+        largest = max((math.prod(linear_shape(self.model.get_submodule(name))) for name in linears), default=1)
+        streams = min(FITS, len(linears), FITTED_WEIGHTS // largest)
+        fits = in_order(fit, linears, self._device, FITS, streams)
         for name in own:
             packed: nn.Module
             errors: list[float]

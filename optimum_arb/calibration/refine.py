@@ -31,6 +31,9 @@ OBJECTIVES = ("token", "channel", "total")
 WARMUP = 10  # steps in which the learning rates rise: Adam's first steps know the gradient's size from one batch
 LEAST_SIZE = 1e-3  # of a tensor, for its learning rate: biases may begin at zero
 BETAS = (0.9, 0.95)
+# Where the held-out loss does not fall, training goes on from the best state with rates divided by BACKOFF, down to
+# LEAST_RATE of them: what error correction has fitted well already, the usual rates make worse.
+BACKOFF, LEAST_RATE = 4.0, 1 / 16
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class RefineSettings:
         sign_learning_rate: the same of the latents of the signs, relative to the latent of a sign whose weight is
             fitted exactly; 0 leaves the signs as they are.
         evaluations: how often the held-out loss is looked at.
-        patience: evaluations without a new best after which a layer is left.
+        patience: evaluations without a new best after which the rates fall, in the end a layer is left.
         held_out: fraction of the calibration batches that are not trained on, at least one.
         objective: see `Objective`.
         seed: of the order of the batches.
@@ -151,7 +154,8 @@ def tune(
     groups = [{"params": [p], "lr": settings.learning_rate * _size(p)} for p in continuous]
     groups += [{"params": [p], "lr": settings.sign_learning_rate} for p in latents]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
+    rate = 1.0
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate * _rate(step, settings.steps))
     every = max(1, settings.steps // settings.evaluations)
     order: list[int] = []
     shuffle = random.Random(settings.seed)
@@ -179,10 +183,17 @@ def tune(
                 best, waited = now, 0
                 for copy, parameter in zip(kept, trained, strict=True):
                     copy.copy_(parameter.detach())
-            else:
-                waited += 1
-            if waited >= settings.patience:
+                continue
+            waited += 1
+            if waited < settings.patience:
+                continue
+            if rate <= LEAST_RATE:
                 break
+            rate, waited = rate / BACKOFF, 0
+            with torch.no_grad():
+                for copy, parameter in zip(kept, trained, strict=True):
+                    parameter.copy_(copy)
+            optimizer.state.clear()
     with torch.no_grad():
         for copy, parameter in zip(kept, trained, strict=True):
             parameter.grad = None

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..products import MIXED, product_float32
 from .workers import one_thread
 
 # Rows of X^T X that are made at once: their product in float32 takes 180 MB at 11008 features, the whole one's 485 MB.
 PANEL = 4096
-# Whether torch (from 2.8 on) multiplies matrices in 16 bits into float32, on a GPU: at the speed of its tensor cores.
-MIXED = hasattr(torch.ops.aten.mm, "dtype")
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -38,7 +37,7 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
     with one_thread(right.device), torch.autocast(right.device.type, enabled=False):
         for start in range(0, left.shape[1], PANEL):
             panel = left[:, start : start + PANEL].T
-            product = panel @ right if wide else torch.mm(panel, right, out_dtype=torch.float32)
+            product = panel @ right if wide else product_float32(panel, right)
             total[start : start + PANEL] += product
 
 

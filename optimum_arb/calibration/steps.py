@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -14,15 +15,18 @@ from .correction import Corrections, Read, Reading, Step, find_steps, sharing_we
 from .distributed import Ranks
 from .experts import LayerStatistics, Taken
 from .fitting import Fitting
+from .reuse import Outputs, Reuse, Settled, worth_keeping
 from .workers import in_order
 
 # of a batch's number and the float layer's output for it
 TakeOutput = Callable[[int, torch.Tensor], None]
+# what a run came to that is to be kept, and the input of the step's linears
+Made = tuple[dict[str, torch.Tensor], "torch.Tensor | None"]
 
 
 @dataclass
 class Steps:
-    """Binarizes layers step by step.
+    """Binarizes a layer step by step.
 
     Attributes:
         fitting: binarizes modules.
@@ -30,6 +34,7 @@ class Steps:
         device: where the layer is.
         fitted: how many batches something may be fitted to.
         keep: whether the statistics, and the modules with the weights that were fitted, are asked for.
+        runs_on: whether `outputs` will be asked for, of the layer as `binarize` leaves it.
     """
 
     fitting: Fitting
@@ -37,6 +42,9 @@ class Steps:
     device: torch.device
     fitted: int
     keep: bool
+    runs_on: bool
+    _reuse: Reuse | None = field(default=None, init=False)
+    _count: int = field(default=0, init=False)
 
     def binarize(
         self,
@@ -62,23 +70,51 @@ class Steps:
             if they are to be kept, the modules with the weights that they were fitted to, and their statistics.
         """
         of_float = sharing_weights(layer)
-        steps = None
+        looked: tuple[list[Step], list[Settled]] | None = None
         if calls:
             run = layer_runs(layer, EveryOther(hidden), calls, self.device)
-            steps = find_steps(layer, modules, lambda: run(0))
-        steps = self.ranks.exchange(steps, "looking at how a layer runs")[0]
-        assert steps is not None  # the first rank has batches
+            with Outputs(layer, [target.removeprefix(name + ".") for target in modules]) as outputs:
+                steps = find_steps(layer, modules, lambda: run(0))
+            looked = steps, outputs.settled(name, steps) if hidden.in_memory else []
+        looked = self.ranks.exchange(looked, "looking at how a layer runs")[0]
+        assert looked is not None  # the first rank has batches
+        steps, settled = looked
+        self._count = len(steps)
+
+        def reuse(form: nn.Module, runs: int) -> Reuse:
+            size = hidden[0].nbytes if calls and settled else 0
+            return Reuse(form, worth_keeping(settled, runs, size, len(calls), self.device), self.device)
+
+        both = reuse(of_float, len(steps)), reuse(layer, len(steps) + self.runs_on)
+        self._reuse = both[1]
         fitted: dict[str, nn.Module] = {}
         every = LayerStatistics(modules)
-        for step in steps:
+        for number, step in enumerate(steps, 1):
             statistics = LayerStatistics({target: modules[target] for target in step.names})
             statistics.corrections = Corrections(step, modules, self.device)
             last = step is steps[-1]
-            self._gather(name, layer, of_float, step, statistics, hidden, calls, take if last else None)
+            with both[0].run(number), both[1].run(number):
+                self._gather(name, layer, of_float, step, statistics, hidden, calls, both, take if last else None)
             fitted |= self.fitting.binarize(step.names, statistics, self.keep)
             if self.keep:
                 every.absorb(statistics)
         return fitted, every
+
+    @contextmanager
+    def outputs(
+        self, layer: nn.Module, hidden: Activations, calls: list[Call]
+    ) -> Iterator[Callable[[int], torch.Tensor]]:
+        """A function that gives the binarized layer's output for a batch, with what is known of it already."""
+        reuse = self._reuse
+        assert reuse is not None
+        run = layer_runs(layer, EveryOther(hidden), calls, self.device)
+
+        def output(batch: int) -> torch.Tensor:
+            with reuse.batch(batch):
+                return run(batch)
+
+        with reuse.run(self._count + 1):
+            yield output
 
     def _gather(
         self,
@@ -89,11 +125,13 @@ class Steps:
         statistics: LayerStatistics,
         hidden: Activations,
         calls: list[Call],
+        both: tuple[Reuse, Reuse],
         take: TakeOutput | None,
     ) -> None:
         """Runs both forms of a layer up to a step, the float one to its end where its outputs are taken."""
         corrections = statistics.corrections
         assert corrections is not None
+        reuse_float, reuse = both
         run_float = layer_runs(of_float, EveryOther(hidden, 0), calls, self.device)
         run = layer_runs(layer, EveryOther(hidden), calls, self.device)
         with (
@@ -102,20 +140,22 @@ class Steps:
             Reading(layer, name, step, whole=False) as of_given,
         ):
 
-            def taken(batch: int) -> tuple[torch.Tensor | None, dict[str, torch.Tensor], Taken]:
-                output, wanted = None, Read()
+            def taken(batch: int) -> tuple[torch.Tensor | None, dict[str, torch.Tensor], Taken, list[Made]]:
+                output, wanted, made_float = None, Read(), {}
                 if take is not None or (corrections.sums and batch < self.fitted):
-                    with of_wanted.reading() as wanted:
+                    with of_wanted.reading() as wanted, reuse_float.batch(batch) as made_float:
                         output = run_float(batch)
-                with of_given.reading() as given, statistics.taking() as found:
+                with of_given.reading() as given, statistics.taking() as found, reuse.batch(batch) as made:
                     run(batch)
                 if found.inputs:  # the run ended at the first of the linears that share this input
                     first = found.inputs[0]
                     found.inputs[1:] = [replace(first, name=other) for other in step.names if other != first.name]
                 differences = corrections.differences(wanted, given) if batch < self.fitted else {}
-                return output, differences, found
+                return output, differences, found, [(made_float, wanted.input), (made, given.input)]
 
-            for batch, (output, differences, found) in enumerate(in_order(taken, range(len(calls)), self.device)):
+            for batch, (output, differences, found, kept) in enumerate(in_order(taken, range(len(calls)), self.device)):
+                for form, (made, given) in zip(both, kept, strict=True):
+                    form.keep(batch, made, given)
                 statistics.hold_out(batch >= self.fitted)
                 if differences:
                     corrections.add(differences, found.inputs[0].copy)
@@ -123,4 +163,4 @@ class Steps:
                 if take is not None:
                     assert output is not None
                     take(batch, output)
-                del output, differences, found
+                del output, differences, found, kept, made, given

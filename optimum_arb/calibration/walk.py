@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -219,6 +220,7 @@ class CalibrationWalk:
                 hidden.put(2 * batch, output)
 
         wanted = on or self._keeps_float
+        steps: Steps | None = None
         try:
             if self.follow_float and wanted and not (work and self.error_correction):
                 with self.weights.in_float(name, layer) as of_float:
@@ -231,7 +233,8 @@ class CalibrationWalk:
             if work:
                 modules = {target: self.model.get_submodule(target) for target in names}
                 if self.error_correction:
-                    steps = Steps(self.fitting, self.ranks, self.device, self.fitted, self.after_layer is not None)
+                    kept = self.after_layer is not None
+                    steps = Steps(self.fitting, self.ranks, self.device, self.fitted, kept, on and not kept)
                     found = steps.binarize(name, layer, modules, hidden, calls, take if wanted else None)
                 else:
                     kept = self.after_layer is not None and not self.follow_float
@@ -245,11 +248,12 @@ class CalibrationWalk:
                     del turn, fitted, statistics
                 del found, modules
             if on:
-                run = layer_runs(layer, inputs, calls, self.device)
-                for batch, output in enumerate(in_order(run, range(len(calls)), self.device)):
-                    if self.follow_float and keep:
-                        hidden.put(2 * batch, references[batch])
-                    hidden.put(2 * batch + 1 if self.follow_float else batch, output)
+                plain = nullcontext(layer_runs(layer, inputs, calls, self.device))
+                with plain if steps is None else steps.outputs(layer, hidden, calls) as run:
+                    for batch, output in enumerate(in_order(run, range(len(calls)), self.device)):
+                        if self.follow_float and keep:
+                            hidden.put(2 * batch, references[batch])
+                        hidden.put(2 * batch + 1 if self.follow_float else batch, output)
                 hidden.advance(name)
             elif self.follow_float:
                 self.float_outputs = references

@@ -28,6 +28,8 @@ class DiskActivations(Activations):
         state: which file is current, and what it holds, as JSON; None before the first layer is finished.
     """
 
+    in_memory = False
+
     def __init__(self, directory: Path, kept: dict[str, Any] | None = None):
         super().__init__()
         self.directory = directory

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 _M_MMAP_THRESHOLD = -3
-_OWN_MAPPING = 1 << 20
+_OWN_MAPPING = 32 << 20
 _LARGEST_DEFAULT = 32 << 20  # what glibc's own threshold has become after large blocks were freed
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from optimum_arb.algorithms import output_error
+from optimum_arb.algorithms import admm, output_error
 from optimum_arb.algorithms.admm import _product_dtype, admm_planes
 from optimum_arb.algorithms.compensation import binarize_blocks
 from optimum_arb.algorithms.hessian import prepare_hessian
@@ -83,3 +83,13 @@ def test_products_in_16_bits_are_as_good(weight, prepared, planes, monkeypatch):
         refine_blocks(weight, prepared, 128, fits, 2)
         errors.append(output_error(weight, total(fits), prepared.damped))
     assert errors[1] < 1.03 * errors[0]
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 200, 517])
+def test_the_inverse_of_a_triangular_matrix(monkeypatch, size):
+    monkeypatch.setattr(admm, "LARGEST_SOLVE", 64)
+    generator = torch.Generator().manual_seed(size)
+    lower = torch.randn(size, size, generator=generator).tril(-1) / size + torch.eye(size)
+    inverse = admm._triangular_inverse(lower)
+    torch.testing.assert_close(inverse @ lower, torch.eye(size), atol=1e-5, rtol=0)
+    assert torch.equal(inverse, inverse.tril())

@@ -7,10 +7,13 @@ import torch
 
 from optimum_arb import ARBConfig
 from optimum_arb.algorithms import binarize, output_error
+from optimum_arb.algorithms.admm import _inverse
 from optimum_arb.algorithms.partition import large_weights, salient_columns
 from optimum_arb.calibration.activations import Activations
+from optimum_arb.calibration.calls import CopiedAhead
 from optimum_arb.calibration.correction import Corrections, Read, Step
 from optimum_arb.calibration.statistics import Statistic, add_product
+from optimum_arb.calibration.workers import in_order
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -119,3 +122,59 @@ def test_hidden_states_come_back_from_page_locked_memory():
     kept.advance("layer")
     assert [kept[batch].data_ptr() for batch in range(3)] == places
     assert all(torch.equal(kept[batch], -hidden.cpu()) for batch, hidden in enumerate(first))
+
+
+@pytest.mark.parametrize(
+    "choices", [{}, {"planes": 2, "hadamard": 64, "scale_bits": 8}, {"method": "arb-dbf"}], ids=str
+)
+def test_fits_on_streams_of_their_own_make_the_same_bits(problem, choices):
+    config = ARBConfig(**choices)
+    weights = [(problem[0] + 0.01 * index).cuda() for index in range(10)]
+    hessian = problem[1].cuda()
+
+    def fit(index):
+        return binarize(weights[index], hessian, config).dequantize()
+
+    alone = list(in_order(fit, range(10), torch.device("cuda")))
+    together = list(in_order(fit, range(10), torch.device("cuda"), streams=4))
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_an_error_on_a_stream_is_raised_once_the_others_ended():
+    def task(index):
+        if index == 2:
+            raise ValueError("of task 2")
+        return torch.full((1000,), float(index), device="cuda").sum()
+
+    with pytest.raises(ValueError, match="of task 2"):
+        list(in_order(task, range(8), torch.device("cuda"), streams=3))
+    found = list(in_order(lambda index: task(index + 3), range(8), torch.device("cuda"), streams=3))
+    assert [float(value) for value in found] == [1000.0 * (index + 3) for index in range(8)]
+
+
+def test_hidden_states_are_copied_ahead():
+    kept = Activations()
+    first = [torch.randn(1, 64, 256, device="cuda") for _ in range(6)]
+    for batch, hidden in enumerate(first):
+        kept.put(batch, hidden)
+    kept.advance("")
+    ahead = CopiedAhead(kept, 6, torch.device("cuda"))
+    for order in (range(6), (3, 1, 2, 3, 0), range(6)):
+        for batch in order:
+            hidden = ahead[batch]
+            kept.put(batch, hidden + 1)  # as a layer's outputs take the place of its inputs
+            assert torch.equal(hidden, first[batch])
+            first[batch] = first[batch] + 1
+    kept.advance("layer")
+    assert all(torch.equal(kept[batch].cuda(), hidden) for batch, hidden in enumerate(first))
+
+
+@pytest.mark.parametrize("size", [500, 3000])
+def test_the_inverse_of_a_calibration_matrix(size):
+    rows = torch.randn(2 * size, size, generator=torch.Generator().manual_seed(0))
+    matrix = rows.T @ rows / len(rows)
+    matrix.diagonal().add_(0.1)
+    inverse = _inverse(matrix.cuda()).cpu().double()
+    expected = torch.linalg.inv(matrix.double())
+    # its factor is rounded to bfloat16, by up to 2^-9
+    assert float((inverse - expected).norm() / expected.norm()) < 2**-8
