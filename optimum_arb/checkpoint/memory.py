@@ -1,10 +1,11 @@
 """Memory of the process: giving back what it does not use.
 
-glibc gives a block a mapping of its own, which ends when the block is freed, from a size on that moves: up to 32 MB once
-blocks of that size have been freed. Binarizing a layer allocates and frees thousands of matrices of some megabytes, and
-each new mapping is filled with zeros page by page: with mappings from 1 MB on, 24 of 104 CPU seconds of three layers of
-SmolLM2-135M went into that, with 32 MB from the start 4. What is freed below stays with the process until the end of a
-layer: with 16 layers of hidden size 512 at most 599 MB were resident in place of 551 (`benchmarks/streaming_memory.py`).
+glibc gives a block a mapping of its own, which ends when the block is freed, from a size on that moves: up to 32 MB
+once blocks of that size have been freed. Binarizing a layer allocates and frees thousands of matrices of some
+megabytes, and each new mapping is filled with zeros page by page: with mappings from 1 MB on, 24 of 104 CPU seconds of
+three layers of SmolLM2-135M went into that, with 32 MB from the start 4. What is freed below stays with the process
+until the end of a layer: with 16 layers of hidden size 512 at most 599 MB were resident in place of 551
+(`benchmarks/streaming_memory.py`).
 """
 
 from __future__ import annotations
