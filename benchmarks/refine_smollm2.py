@@ -4,10 +4,10 @@
 
 MODEL is the directory of the float model. Calibration is the first 32 x 1024 tokens of WikiText-2's validation split;
 perplexity is that of the second half of the same file, in windows of 2048 tokens, so that settings can be chosen by it:
-the test split is not looked at. Every run prints, per layer, the held-out loss before and after and the seconds, and
-writes a JSON file with the settings and all figures. `--unseen` adds, per layer, the error of sequences that nothing is
-fitted to, of first tokens and of the others, and, after the layers and after the last pass, where the loss in the text
-is: by the position in the window and in the windows that are worst.
+the test split is not looked at. Every run prints, per layer, the held-out loss before and after (in brackets before
+scales were rounded) and the seconds, and writes a JSON file with the settings and all figures. `--unseen` adds, per
+layer, the error of sequences that nothing is fitted to, of first tokens and of the others, and, after the layers and
+after the last pass, where the loss in the text is: by the position in the window and in the windows that are worst.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def main() -> None:
         if args.steps:
             result = results[turn.name] = refine_layer(turn, settings, held)
             print(
-                f"{turn.name}: loss {result.before:.5f} -> {result.after:.5f} in {result.steps} steps, "
-                f"{result.flipped:.2%} of the signs turned, {result.seconds:.1f} s",
+                f"{turn.name}: loss {result.before:.5f} -> {result.after:.5f} ({result.unrounded:.5f}) in "
+                f"{result.steps} steps, {result.flipped:.2%} of the signs turned, {result.seconds:.1f} s",
                 flush=True,
             )
         if unseen:
@@ -161,7 +161,8 @@ def main() -> None:
         used, outputs = batches[: unseen.start], walk.float_outputs[: unseen.start]
         last = refine_model(model, walk.chain, used, outputs, of_model, args.device, held)
         print(
-            f"the model: divergence {last.before:.5f} -> {last.after:.5f} in {last.steps} steps, {last.seconds:.1f} s"
+            f"the model: divergence {last.before:.5f} -> {last.after:.5f} ({last.unrounded:.5f}) in "
+            f"{last.steps} steps, {last.seconds:.1f} s"
         )
         if plain is not None:
             print("after the last pass:", _where(plain, _losses(_dense(model, device), text, device)), flush=True)

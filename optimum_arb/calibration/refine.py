@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,6 +74,7 @@ class Refinement(Result):
     Attributes:
         before: loss of what was binarized.
         after: loss of what is stored now, scales rounded; never more than `before`.
+        unrounded: loss of the best state before its scales were rounded.
         steps: steps taken.
         flipped: fraction of the signs that changed.
         seconds: wall time.
@@ -84,6 +85,7 @@ class Refinement(Result):
     steps: int
     flipped: float
     seconds: float
+    unrounded: float
 
 
 def refine_layer(turn: LayerTurn, settings: RefineSettings, held: Sequence[int] = ()) -> Refinement:
@@ -114,7 +116,7 @@ def refine_layer(turn: LayerTurn, settings: RefineSettings, held: Sequence[int] 
                 twin.set_confidence(float_weight(turn.modules[full]), turn.statistics.linears.hessian(full))
         result = tune(layer, twins, loss, train, held, settings, turn.name, stored)
     seconds = time.perf_counter() - start
-    return Refinement(result.before, result.after, result.steps, result.flipped, seconds)
+    return replace(result, seconds=seconds)
 
 
 def tune(
@@ -227,13 +229,13 @@ def tune(
         with torch.no_grad():
             for parameter, value in zip(small, first, strict=True):
                 parameter.copy_(value)
-        return Refinement(before, before, taken, 0.0, time.perf_counter() - start)
+        return Refinement(before, before, taken, 0.0, time.perf_counter() - start, best)
     now_signs = [plane for twin in twins.values() for plane in twin.current_signs()]
     changed = sum(int((old != new).sum()) for old, new in zip(signs, now_signs, strict=True))
     for twin in twins.values():
         twin.write_back()
     total = sum(plane.numel() for plane in signs)
-    return Refinement(before, after, taken, changed / max(total, 1), time.perf_counter() - start)
+    return Refinement(before, after, taken, changed / max(total, 1), time.perf_counter() - start, best)
 
 
 def split_batches(count: int, fraction: float) -> tuple[list[int], list[int]]:
