@@ -136,6 +136,10 @@ class TrainablePlanes(Trainable):
         # of scales in 8 bits; they are trained on it, since one layer's rounding at the end took back 0.0011 of 0.0026
         # nats that 12 steps of the last pass had gained
         self.scale_grid = packed.packed().get("scale_grid")
+        grids = (
+            () if self.scale_grid is None else self.scale_grid.split([self.layout.row_scales, self.layout.col_scales])
+        )
+        self._row_grid, self._col_grid = [grid if bool(grid.any()) else None for grid in grids] or [None, None]
 
     def scales(self) -> list[nn.Parameter]:
         return [scale for scale in (self.row_scale, self.col_scale, self.salient_col_scale) if scale is not None]
@@ -160,7 +164,7 @@ class TrainablePlanes(Trainable):
         """
         width = self.columns if self.block_size == -1 else self.block_size
         signs = [self._plane(index, (fixed or {}).get(index)) for index in range(len(self.signs))]
-        row_scale = self._stored(self.row_scale, slice(self.layout.row_scales))
+        row_scale = _on_grid(self.row_scale, self._row_grid)
         total: torch.Tensor | None = None
         for term in self.layout.terms:
             row = row_scale[:, :, term.row] * term.factor  # [N, blocks]
@@ -173,14 +177,6 @@ class TrainablePlanes(Trainable):
             total = value if total is None else total + value
         assert total is not None  # no layout is without terms
         return total
-
-    def _stored(self, scale: torch.Tensor, grids: slice) -> torch.Tensor:
-        """Scales `[..., G]` on their grids, with the gradient as it is; those of 16 bits as they are."""
-        if self.scale_grid is None or not self.scale_grid[grids].any():
-            return scale
-        with torch.no_grad():
-            change = nearest_on_grid(scale, self.scale_grid[grids]) - scale
-        return scale + change
 
     def _plane(self, index: int, fixed: float | None) -> torch.Tensor:
         """float32 `[N, K]`; zero outside the salient columns for a plane that is theirs alone."""
@@ -201,7 +197,7 @@ class TrainablePlanes(Trainable):
         scale: torch.Tensor | None = None
         if col is not None and col < self.layout.col_scales:
             assert self.col_scale is not None  # the layout says so
-            scale = self._stored(self.col_scale.T, slice(self.layout.row_scales, None))[:, col]
+            scale = _on_grid(self.col_scale.T, self._col_grid)[:, col]
         elif col is not None:
             assert self.salient_col_scale is not None
             scale = self._spread(self.salient_col_scale[col - self.layout.col_scales])
@@ -241,10 +237,8 @@ class TrainablePlanes(Trainable):
         return replace(
             self.unpacked,
             signs=torch.stack(planes[: self.layout.planes]),
-            row_scale=self._stored(self.row_scale, slice(self.layout.row_scales)).detach(),
-            col_scale=None
-            if self.col_scale is None
-            else self._stored(self.col_scale.T, slice(self.layout.row_scales, None)).T.detach(),
+            row_scale=_on_grid(self.row_scale, self._row_grid).detach(),
+            col_scale=None if self.col_scale is None else _on_grid(self.col_scale.T, self._col_grid).T.detach(),
             salient_signs=torch.stack(salient) if salient else None,
             salient_col_scale=None if self.salient_col_scale is None else self.salient_col_scale.detach(),
         )
@@ -325,6 +319,15 @@ class TrainableFactors(Trainable):
 
     def _pack(self) -> dict[str, torch.Tensor]:
         return pack_factors(self.factorized(), self.packed.scale_bits)
+
+
+def _on_grid(scale: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
+    """Scales `[..., G]` of 8 bits on their grids `[G, 2]`, with the gradient as it is; those of 16 bits as they are."""
+    if grid is None:
+        return scale
+    with torch.no_grad():
+        change = nearest_on_grid(scale, grid) - scale
+    return scale + change
 
 
 def _parameter(value: torch.Tensor | None) -> nn.Parameter | None:
