@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +94,8 @@ class CopiedAhead:
     """Hidden states on a GPU: where batch follows batch, each is copied there while the one before it runs.
 
     A layer of a 7B runs eight times over 128 x 2048 tokens, of which each takes 40 ms to copy. Nothing may write to a
-    batch that comes later than the last one asked for.
+    batch that comes later than the last one asked for. The host waits for the GPU where it is two batches ahead: memory
+    of a copy is free again when the GPU is done with it, not before, and took 2 GB more of a 7B's run without the wait.
 
     Args:
         inputs: where they lie; from page-locked memory the host need not wait for a copy.
@@ -107,12 +109,16 @@ class CopiedAhead:
         self._device = device
         self._ahead: tuple[int, torch.Tensor, torch.cuda.Event] | None = None
         self._last = -1
+        self._under_way: deque[torch.cuda.Event] = deque()
 
     def __getitem__(self, batch: int) -> torch.Tensor:
         if self._ahead is None or self._ahead[0] != batch:
             self._ahead = self._copy(batch)
         _, hidden, done = self._ahead
         here = torch.cuda.current_stream(self._device)
+        self._under_way.append(here.record_event())
+        if len(self._under_way) > 2:
+            self._under_way.popleft().synchronize()
         here.wait_event(done)
         hidden.record_stream(here)
         follows = batch == self._last + 1 and batch + 1 < self._count

@@ -21,8 +21,8 @@ from .workers import in_order, one_thread
 # Matrices that are fitted at once on the CPU: the three large ones of a decoder layer and its attention's take equally
 # long, so that more would not end sooner, and each holds some copies of its weight and calibration matrix.
 FITS = 4
-# Weights of all fits at once on a GPU: gate and up projection of a 7B, some 3 GB of copies.
-FITTED_WEIGHTS = 1 << 27
+# Weights of all fits at once on a GPU, which takes 40 bytes for each: query, key and value projection of a 7B.
+FITTED_WEIGHTS = 1 << 26
 
 # (name, float module, calibration matrix or None, tokens) -> the binarized module and its output error
 Binarize = Callable[[str, nn.Module, "torch.Tensor | None", int], "tuple[ARBLinear, float | None]"]
@@ -87,7 +87,7 @@ class Fitting:
                 statistics.linears.hessian(name)
             self._correct(linears, statistics)
         largest = max((math.prod(linear_shape(self.model.get_submodule(name))) for name in linears), default=1)
-        streams = min(FITS, len(linears), FITTED_WEIGHTS // largest)
+        streams = min(FITS, len(linears), max(1, FITTED_WEIGHTS // largest))
         fits = in_order(fit, linears, self._device, FITS, streams)
         for name in own:
             packed: nn.Module

@@ -23,8 +23,8 @@ import torch
 
 from ..spare_threads import spare_threads
 
-# Bytes of a GPU that torch may keep for the streams of tasks that have ended, out of the reach of all others.
-MOST_IDLE = 1 << 30
+# Bytes of a GPU that torch may keep for one stream, out of the reach of all others.
+MOST_IDLE = 2 << 30
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -133,11 +133,16 @@ def _on_streams(
         finally:
             idle.put(stream)
 
+    _give_back(device)
     results = deque(_pooled(run, items, streams))
-    if torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) > MOST_IDLE:
-        torch.cuda.empty_cache()
+    _give_back(device)
     while results:
         yield results.popleft()
+
+
+def _give_back(device: torch.device) -> None:
+    if torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) > MOST_IDLE:
+        torch.cuda.empty_cache()
 
 
 @lru_cache(maxsize=16)
