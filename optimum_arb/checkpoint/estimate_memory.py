@@ -12,11 +12,14 @@ from transformers import PreTrainedModel
 
 from ..calibration.data import TOKENS_PER_BATCH
 from ..calibration.layers import find_layers
+from ..calibration.reuse import KEPT_HIDDEN, LARGEST
 
 # What the process takes beyond its packages as soon as it computes: thread pools, kernels, allocator. Of a Llama with
 # hidden size 512, 377 MB were resident before the first layer and 400 after it, 358 before the run
 # (benchmarks/streaming_memory.py).
 RUNTIME = 42_000_000
+# Names of the linear at the end of an attention: its input is its own.
+ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense")
 
 
 class Shape(Protocol):
@@ -47,8 +50,8 @@ def streamed_memory(
     At its worst the quantizer holds one layer in float, the hidden states of all calibration tokens, the layer's
     calibration matrices and the workspace of its largest linear: of the factorization (five float64 and three float32
     matrices of [K, K]) or of the fit (seven float32 of [N, K]); or, at the end, what is in no layer. With error
-    correction the hidden states are those of two models, and the matrices those of one step of the layer, with the sum
-    of what it corrects.
+    correction the hidden states are those of two models, there is beside them what is kept of a layer, and the matrices
+    are those of one step of the layer, with the sum of what it corrects.
 
     Args:
         model: the skeleton.
@@ -87,12 +90,31 @@ def streamed_memory(
         statistics = _statistics(linears, prefixes)
         # the sums are of float64 while the layer runs, and of float32 when it is fitted
         if corrected:
-            ram, on_device = (1 if activations_on_disk else 2) * hidden, layer + _step(linears, activations, workspace)
+            kept = 0 if activations_on_disk else _kept(linears, width, tokens[0] * tokens[1] * dtype.itemsize, device)
+            ram = (1 if activations_on_disk else 2) * hidden + kept
+            on_device = layer + _step(linears, activations, workspace)
         else:
             ram, on_device = hidden, layer + max(2 * statistics + activations, statistics + workspace)
     if device == "cpu":
         return base + max(ram + on_device, outside), None
     return base + max(ram + layer, outside), on_device
+
+
+def _kept(linears: Sequence[Shape], width: int, column: int, device: str) -> int:
+    """Bytes of what is kept of a layer (`calibration/reuse.py`): in both of its forms what attention puts out, or the
+    inputs of its last linear; and the inputs of the MLP's last linear where they are few, or fewer on a CPU.
+
+    Args:
+        linears: what will be binarized.
+        width: hidden size.
+        column: bytes of one number of each token.
+        device: where layers run.
+    """
+    own = [one.columns for one in linears if not one.experts and one.name.rpartition(".")[2] in ATTENTION_OUTPUTS]
+    attention = max([width, *(columns for columns in own if columns <= KEPT_HIDDEN * width)])
+    widest = max((one.columns for one in linears if not one.experts), default=0)
+    few = attention + widest <= KEPT_HIDDEN * width or (device == "cpu" and widest * column <= LARGEST)
+    return column * (2 * attention + (widest if few else 0))
 
 
 def _step(linears: Sequence[Shape], activations: int, workspace: int) -> int:
@@ -124,6 +146,6 @@ def _statistics(linears: Sequence[Shape], prefixes: dict[str, int]) -> int:
     for one in linears:
         if not one.experts:
             parent, _, last = one.name.rpartition(".")
-            own = last if last in ("o_proj", "out_proj", "dense") else ""
+            own = last if last in ATTENTION_OUTPUTS else ""
             groups.setdefault(_layer(one.name, prefixes), {})[f"{parent}:{one.columns}:{own}"] = 4 * one.columns**2
     return max((sum(matrices.values()) for matrices in groups.values()), default=0)

@@ -133,7 +133,9 @@ def test_memory_does_not_grow_with_layers(tmp_path):
         )
         for on_disk in (True, False)
     )
-    assert in_memory.peak_ram_bytes - on_disk.peak_ram_bytes > 10**6 * 64 * 96 * 4 * 0.9
+    # the hidden states of both models, and what attention puts out in both; the input of down would be 41 GB
+    expected = 4 * 10**6 * 64 * 96 * 4
+    assert abs(in_memory.peak_ram_bytes - on_disk.peak_ram_bytes - expected) < 0.01 * expected
 
 
 def test_memory_is_that_of_the_run(tmp_path):
