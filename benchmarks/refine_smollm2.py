@@ -4,16 +4,21 @@
 
 MODEL is the directory of the float model. Calibration is the first 32 x 1024 tokens of WikiText-2's validation split;
 perplexity is that of the second half of the same file, in windows of 2048 tokens, so that settings can be chosen by it:
-the test split is not looked at. Every run prints, per layer, the held-out loss before and after and the seconds, and
-writes a JSON file with the settings and all figures.
+the test split is not looked at. Every run prints, per layer, the held-out loss before and after (in brackets before
+scales were rounded) and the seconds, and writes a JSON file with the settings and all figures. `--unseen` adds, per
+layer, the error of sequences that nothing is fitted to, of first tokens and of the others, and, after the layers and
+after the last pass, where the loss in the text is: by the position in the window and in the windows that are worst.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_arb import ARBConfig
 from optimum_arb.calibration import CalibrationWalk, token_batches
-from optimum_arb.calibration.refine import OBJECTIVES, Refinement, RefineSettings, refine_layer
+from optimum_arb.calibration.refine import OBJECTIVES, RATES, Refinement, RefineSettings, refine_layer
 from optimum_arb.calibration.refine_model import refine_model
 from optimum_arb.calibration.walk import LayerTurn
 from optimum_arb.conversion import binarize_linear, float_linear
@@ -52,6 +57,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=RefineSettings.learning_rate)
     parser.add_argument("--sign-lr", type=float, default=RefineSettings.sign_learning_rate, help="0: signs stay")
     parser.add_argument("--objective", default=RefineSettings.objective, choices=OBJECTIVES)
+    parser.add_argument("--rates", default=RefineSettings.rates, choices=RATES)
+    parser.add_argument("--unseen", type=int, default=0, help="further sequences that nothing is fitted to")
+    parser.add_argument("--apart", action="store_true", help="choose by a part of --samples that no fit has seen")
     parser.add_argument("--patience", type=int, default=RefineSettings.patience)
     parser.add_argument("--evaluations", type=int, default=RefineSettings.evaluations)
     parser.add_argument("--held-out", type=float, default=RefineSettings.held_out)
@@ -73,7 +81,7 @@ def main() -> None:
         tokenizer(bundled_text("wikitext-2"), add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64
     )
     half = len(ids) // 2
-    tokens = ids[: args.samples * args.length]
+    tokens = ids[: (args.samples + args.unseen) * args.length]
     if len(tokens) > half:
         parser.error("the calibration tokens reach into the second half of the text, on which perplexity is measured")
     choices: dict[str, Any] = {"method": args.method, **args.config}
@@ -88,6 +96,7 @@ def main() -> None:
         patience=args.patience,
         held_out=args.held_out,
         objective=args.objective,
+        rates=args.rates,
         seed=args.seed,
     )
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
@@ -101,17 +110,31 @@ def main() -> None:
         return packed, record.output_error
 
     results: dict[str, Refinement] = {}
+    batches = token_batches(tokens.view(-1, args.length), args.batch_size)
+    unseen = range(math.ceil(args.samples / args.batch_size), len(batches))
+    apart = max(1, round(unseen.start * args.held_out)) if args.apart else 0
+    held = range(unseen.start - apart, unseen.start)
+    device = torch.device(args.device)
+    text = ids[half:][: None if args.windows is None else args.windows * 2048]
+    plain = None
+    if args.unseen:
+        model.to(device)
+        plain = _losses(model, text, device)
+        model.to("cpu")
 
     def after_layer(turn: LayerTurn) -> None:
+        before = _errors(turn, unseen)
         if args.steps:
-            result = results[turn.name] = refine_layer(turn, settings)
+            result = results[turn.name] = refine_layer(turn, settings, held)
             print(
-                f"{turn.name}: loss {result.before:.5f} -> {result.after:.5f} in {result.steps} steps, "
-                f"{result.flipped:.2%} of the signs turned, {result.seconds:.1f} s",
+                f"{turn.name}: loss {result.before:.5f} -> {result.after:.5f} ({result.unrounded:.5f}) in "
+                f"{result.steps} steps, {result.flipped:.2%} of the signs turned, {result.seconds:.1f} s",
                 flush=True,
             )
+        if unseen:
+            figures = ", ".join(f"{b:.4f} -> {a:.4f}" for b, a in zip(before, _errors(turn, unseen), strict=True))
+            print(f"{turn.name}, unseen: others, first, worst first: {figures}", flush=True)
 
-    batches = token_batches(tokens.view(args.samples, args.length), args.batch_size)
     start = time.perf_counter()
     follow = args.targets == "float"
     walk = CalibrationWalk(
@@ -123,8 +146,11 @@ def main() -> None:
         after_layer=after_layer,
         follow_float=follow,
         error_correction=config.resolved_error_correction,
+        held_out=apart + len(unseen),
     )
     walk.run()
+    if plain is not None:
+        print("after the layers:", _where(plain, _losses(_dense(model, device), text, device)), flush=True)
     last = None
     if args.model_steps:
         if walk.chain is None:
@@ -132,10 +158,14 @@ def main() -> None:
         of_model = replace(
             settings, steps=args.model_steps, learning_rate=args.model_lr, sign_learning_rate=args.model_sign_lr
         )
-        last = refine_model(model, walk.chain, batches, walk.float_outputs, of_model, args.device)
+        used, outputs = batches[: unseen.start], walk.float_outputs[: unseen.start]
+        last = refine_model(model, walk.chain, used, outputs, of_model, args.device, held)
         print(
-            f"the model: divergence {last.before:.5f} -> {last.after:.5f} in {last.steps} steps, {last.seconds:.1f} s"
+            f"the model: divergence {last.before:.5f} -> {last.after:.5f} ({last.unrounded:.5f}) in "
+            f"{last.steps} steps, {last.seconds:.1f} s"
         )
+        if plain is not None:
+            print("after the last pass:", _where(plain, _losses(_dense(model, device), text, device)), flush=True)
     seconds = time.perf_counter() - start
     packed = {name: module for name, module in model.named_modules() if isinstance(module, ARBLinear)}
     bits = sum(stored_bytes(module.packed()) * 8 for module in packed.values())
@@ -162,6 +192,50 @@ def main() -> None:
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / f"{args.name}.json").write_text(json.dumps(figures, indent=1))
+
+
+def _errors(turn: LayerTurn, batches: Sequence[int]) -> tuple[float, float, float]:
+    """The relative squared error of the layer's outputs: of all tokens but the first, of the first, and its worst."""
+    first, others = [], []
+    with torch.no_grad():
+        for batch in batches:
+            wanted = turn.references[batch].to(turn.device).float()
+            error = (turn.run(batch).float() - wanted).square().sum(-1) / wanted.square().sum(-1)
+            first += error[:, 0].tolist()
+            others.append(float(error[:, 1:].mean()))
+    if not others:
+        return (math.nan,) * 3
+    return sum(others) / len(others), sum(first) / len(first), max(first)
+
+
+def _dense(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy in which binarized linears are float ones."""
+    model = copy.deepcopy(model)
+    for name, module in [(name, m) for name, m in model.named_modules() if isinstance(m, ARBLinear)]:
+        model.set_submodule(name, float_linear(module, torch.float32))
+    return model.to(device)
+
+
+@torch.no_grad()
+def _losses(model: nn.Module, text: torch.Tensor, device: torch.device, length: int = 2048) -> torch.Tensor:
+    """The loss of each token `[windows, length - 1]`, in nats."""
+    rows = []
+    for window in text[: len(text) // length * length].view(-1, 1, length).to(device):
+        logits = model(window, use_cache=False).logits[0, :-1].float()
+        rows.append(nn.functional.cross_entropy(logits, window[0, 1:], reduction="none").cpu())
+    return torch.stack(rows)
+
+
+def _where(plain: torch.Tensor, found: torch.Tensor) -> str:
+    """Perplexity, and the loss above the float model's by quarters of a window, and of its worst windows."""
+    above = found - plain
+    quarters = ", ".join(f"{float(part.mean()):.3f}" for part in above.chunk(4, 1))
+    start = above[:, :128].mean()
+    worst = ", ".join(f"{value:.2f}" for value in above.mean(1).sort(descending=True).values[:6].tolist())
+    return (
+        f"perplexity {math.exp(float(found.mean())):.2f}; above full precision {float(above.mean()):.3f}, first 128 "
+        f"{float(start):.3f}, quarters {quarters}, median window {float(above.mean(1).median()):.3f}, worst {worst}"
+    )
 
 
 def _layer(name: str) -> int:

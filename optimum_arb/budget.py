@@ -104,9 +104,8 @@ def measured(
         made, error = [], None
         for form in forms[name]:
             if form.tried:
-                packed, record = binarize_linear(
-                    name, module, _quick(with_choices(configs[name], dict(form.settings))), hessian, tokens
-                )
+                choices = _quick(with_choices(configs[name], dict(form.settings)))
+                packed, record = binarize_linear(name, module, choices, hessian, tokens, hadamard_must_pay=False)
                 made.append(packed)  # a few bits a weight: it may stay on the device
                 error = record.output_error
         trials[name] = made

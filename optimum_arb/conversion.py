@@ -55,7 +55,12 @@ class Record:
 
 @torch.no_grad()
 def binarize_linear(
-    name: str, module: nn.Module, config: ARBConfig, hessian: torch.Tensor | None = None, tokens: int = 0
+    name: str,
+    module: nn.Module,
+    config: ARBConfig,
+    hessian: torch.Tensor | None = None,
+    tokens: int = 0,
+    hadamard_must_pay: bool = True,
 ) -> tuple[ARBLinear, Record]:
     """Binarizes an `nn.Linear` or a `Conv1D`, on the device of its weight.
 
@@ -65,6 +70,8 @@ def binarize_linear(
         config: the choices for this module.
         hessian: float32 `[K, K]`, X^T X of its inputs, or None.
         tokens: how many inputs are summed in it.
+        hadamard_must_pay: whether a Hadamard transform that is asked for is left out where it does not lower the error,
+            by fits that take longer than that of the weight.
 
     Raises:
         ValueError: NaN or Inf in the weight or in the calibration matrix.
@@ -81,7 +88,7 @@ def binarize_linear(
     absent = bias is not None and bias.is_meta
     gain = None
     try:
-        if config.hadamard and hessian is not None:
+        if config.hadamard and hadamard_must_pay and hessian is not None:
             gain = hadamard_gain(weight, hessian, config)
             if gain <= 1:
                 config = config.without_hadamard()

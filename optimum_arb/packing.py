@@ -203,13 +203,16 @@ def _store_index(index: torch.Tensor, columns: int) -> torch.Tensor:
     return index.to(torch.int16 if columns <= 2**15 else torch.int32)[None]
 
 
-def pack(weight: BinarizedWeight, scale_bits: int = 16) -> dict[str, torch.Tensor]:
+def pack(
+    weight: BinarizedWeight, scale_bits: int = 16, scale_grid: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """The tensors that are stored, all of two dimensions, by their names in `STORED_NAMES`.
 
     Args:
         weight: the weight.
         scale_bits: 16, or 8 for plain planes (`Layout.is_planes`): then `row_scale` and `col_scale` are uint8 codes on
             the grids of `scale_grid`, see `optimum_arb.scales`.
+        scale_grid: grids to take where no others have a lower error, as for scales that are on them.
 
     | name | dtype | shape |
     |---|---|---|
@@ -253,7 +256,7 @@ def pack(weight: BinarizedWeight, scale_bits: int = 16) -> dict[str, torch.Tenso
         scales = {"row_scale": weight.row_scale.flatten(1)}
         if weight.col_scale is not None:
             scales["col_scale"] = weight.col_scale
-        coded, tensors["scale_grid"] = store_coded(scales, scale_grids(weight.layout))
+        coded, tensors["scale_grid"] = store_coded(scales, scale_grids(weight.layout), scale_grid)
         tensors.update(coded)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 

@@ -27,11 +27,12 @@ CODES = 255
 MAX_OCTAVES = 11
 
 
-def encode_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+def encode_scales(scale: torch.Tensor, known: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The codes of scales, and their grid.
 
     Args:
         scale: float, of any shape, none negative.
+        known: float32 `[2]`, a grid to take where no other has a lower error, as for scales that are on it.
 
     Returns:
         uint8 of the same shape, and float32 `[2]`: `low` and `step`. None where float16 does not hold a grid for these
@@ -51,9 +52,9 @@ def encode_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | No
         return None
     best: tuple[torch.Tensor, torch.Tensor] | None = None
     least = math.inf
-    for start in starts:
-        low = math.log2(start)
-        grid = torch.tensor([low, (math.log2(largest) - low) / (CODES - 1)], dtype=torch.float32, device=scale.device)
+    ends = [(math.log2(start), (math.log2(largest) - math.log2(start)) / (CODES - 1)) for start in starts]
+    grids = [torch.tensor(each, dtype=torch.float32, device=scale.device) for each in ends]
+    for grid in ([] if known is None else [known.to(scale.device)]) + grids:
         codes = _nearest(values, grid)
         lost = float((decode_scales(codes, grid).double() - values).square().sum())
         if lost < least:
@@ -74,6 +75,23 @@ def decode_scales(codes: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     low, step = grid[..., 0].double(), grid[..., 1].double()
     value = torch.exp2(low + step * (codes.double() - 1))
     return torch.where(codes > 0, value, 0.0).to(torch.float16)
+
+
+def nearest_on_grid(scale: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """The nearest values on grids to scales, whose signs stay.
+
+    Args:
+        scale: float `[..., G]`.
+        grid: float32 `[G, 2]`.
+
+    Returns:
+        of the shape and dtype of `scale`.
+    """
+    low, step = grid[..., 0].double(), grid[..., 1].double()
+    size, first = scale.abs().double(), torch.exp2(low)
+    at = (torch.maximum(size, first / 2).log2() - low) / torch.where(step > 0, step, 1.0)
+    codes = torch.where(size < first / 2, 0.0, at.round().clamp(0, CODES - 1) + 1).to(torch.uint8)
+    return torch.copysign(decode_scales(codes, grid).to(scale.dtype), scale)
 
 
 def round_scales(scale: torch.Tensor) -> torch.Tensor:
@@ -119,7 +137,7 @@ def store_scale(scale: torch.Tensor) -> torch.Tensor:
 
 
 def store_coded(
-    tensors: Mapping[str, torch.Tensor], grids: Mapping[str, int]
+    tensors: Mapping[str, torch.Tensor], grids: Mapping[str, int], known: torch.Tensor | None = None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Scales in 8 bits, and their grids.
 
@@ -127,16 +145,20 @@ def store_coded(
         tensors: scales by name, two-dimensional, none negative.
         grids: name -> number of grids. Those of "row_scale" take turns along the columns, those of "col_scale" have a
             row each; a single one is the whole tensor's.
+        known: float32 `[sum of grids, 2]`, as for `encode_scales`; rows of 0 are none.
 
     Returns:
         uint8 of the same shapes by name, or, where float16 does not hold a grid for a tensor, its scales as
         `store_scale` makes them; and float32 `[sum of grids, 2]`, rows of 0 for the latter.
     """
     stored: dict[str, torch.Tensor] = {}
-    every = []
+    every: list[torch.Tensor] = []
     for name, count in grids.items():
         parts = _by_grid(name, tensors[name], count)
-        encoded = [encode_scales(parts[..., index]) for index in range(count)]
+        at = sum(each.shape[0] for each in every)
+        rows = torch.zeros(count, 2) if known is None else known[at : at + count]
+        of_each = [row if bool(row.any()) else None for row in rows]
+        encoded = [encode_scales(parts[..., index], of_each[index]) for index in range(count)]
         if any(one is None for one in encoded):
             stored[name] = store_scale(tensors[name])
             every.append(torch.zeros(count, 2, device=parts.device))

@@ -28,9 +28,13 @@ def test_binarize_save_reload(tmp_path, family, data):
     assert {p.device.type for p in model.parameters()} == {DEVICE.type}
     assert report.bits_per_weight == on_cpu.bits_per_weight
     assert [m.starved for m in report.modules] == [m.starved for m in on_cpu.modules]
-    for here, there in zip(report.modules, on_cpu.modules, strict=True):
-        # rounding flips a few signs; the fit is as good
-        assert here.weight_error == pytest.approx(there.weight_error, rel=0.05)
+    # Rounding turns a few signs, and what comes later makes up for it. Among 7 runs on a CPU of weights changed by 1e-6
+    # of themselves, the means over the modules scattered by up to 1.5 %, a module's output error by 16 % and its weight
+    # error, which no calibrated fit minimizes, by 6 % (`benchmarks/roundings.py`).
+    for name, of_module in (("output_error", 0.25), ("weight_error", 0.15 if data == "calibrated" else 0.05)):
+        here, there = ([getattr(m, name) for m in r.modules if getattr(m, name) is not None] for r in (report, on_cpu))
+        assert here == pytest.approx(there, rel=of_module)
+        assert sum(here) == pytest.approx(sum(there), rel=0.05)
     ids = tokens(2, 8).to(DEVICE)
     expected = outputs(model, ids)
     model.save_pretrained(tmp_path / "packed")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..scales import CODES, decode_scales, encode_scales
+from ..scales import encode_scales, nearest_on_grid
 from .hessian import PreparedHessian
 from .planes import PlanesFit, normalize
 from .refinement import refine_blocks
@@ -70,9 +70,4 @@ def _grids(scale: torch.Tensor) -> torch.Tensor | None:
 
 
 def _round(scale: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    low, step = grid.double()[:, :1], grid.double()[:, 1:]
-    size = scale.abs().double()
-    first = torch.exp2(low)
-    at = (torch.maximum(size, first / 2).log2() - low) / torch.where(step > 0, step, 1.0)
-    codes = torch.where(size < first / 2, 0.0, at.round().clamp(0, CODES - 1) + 1).to(torch.uint8)
-    return torch.copysign(decode_scales(codes.T, grid).T.to(scale.dtype), scale)
+    return nearest_on_grid(scale.T, grid).T

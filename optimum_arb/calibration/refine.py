@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ from .calls import Call
 from .trainable import Trainable, trainable
 from .turn import LayerTurn
 
-OBJECTIVES = ("token", "channel", "total")
+OBJECTIVES = ("token", "root", "channel", "total")
+RATES = ("element", "tensor")
 WARMUP = 10  # steps in which the learning rates rise: Adam's first steps know the gradient's size from one batch
 LEAST_SIZE = 1e-3  # of a tensor, for its learning rate: biases may begin at zero
 BETAS = (0.9, 0.95)
@@ -42,14 +43,16 @@ class RefineSettings:
 
     Attributes:
         steps: steps of Adam, one calibration batch each.
-        learning_rate: of scales, norms and biases, relative to the root mean square of each tensor; it rises for 10
-            steps and falls to zero as a cosine.
+        learning_rate: of scales, norms and biases, relative to their sizes; it rises for 10 steps and falls to zero as
+            a cosine.
         sign_learning_rate: the same of the latents of the signs, relative to the latent of a sign whose weight is
             fitted exactly; 0 leaves the signs as they are.
         evaluations: how often the held-out loss is looked at.
         patience: evaluations without a new best after which the rates fall, in the end a layer is left.
         held_out: fraction of the calibration batches that are not trained on, at least one.
         objective: see `Objective`.
+        rates: what a learning rate is relative to: "element" is each element of scales and norms itself, "tensor" the
+            root mean square of its tensor, as always for biases.
         seed: of the order of the batches.
     """
 
@@ -60,6 +63,7 @@ class RefineSettings:
     patience: int = 3
     held_out: float = 0.125
     objective: str = "token"
+    rates: str = "element"
     seed: int = 0
 
 
@@ -70,6 +74,7 @@ class Refinement(Result):
     Attributes:
         before: loss of what was binarized.
         after: loss of what is stored now, scales rounded; never more than `before`.
+        unrounded: loss of the best state before its scales were rounded.
         steps: steps taken.
         flipped: fraction of the signs that changed.
         seconds: wall time.
@@ -80,16 +85,23 @@ class Refinement(Result):
     steps: int
     flipped: float
     seconds: float
+    unrounded: float
 
 
-def refine_layer(turn: LayerTurn, settings: RefineSettings) -> Refinement:
+def refine_layer(turn: LayerTurn, settings: RefineSettings, held: Sequence[int] = ()) -> Refinement:
     """Tunes a layer that a walk has binarized, in place.
+
+    Args:
+        turn: the layer.
+        settings: how.
+        held: numbers of the batches to choose by, none of them below `turn.fitted`, all of which are then trained on; a
+            part of these unless given.
 
     Raises:
         ValueError: fewer than two calibration batches, or outputs that are not finite.
     """
     start = time.perf_counter()
-    train, held = split_batches(turn.fitted, settings.held_out)
+    train, held = (range(turn.fitted), held) if held else split_batches(turn.fitted, settings.held_out)
     objective = Objective(turn.references[: turn.fitted], settings.objective)
     layer, device = turn.layer, turn.device
 
@@ -104,7 +116,7 @@ def refine_layer(turn: LayerTurn, settings: RefineSettings) -> Refinement:
                 twin.set_confidence(float_weight(turn.modules[full]), turn.statistics.linears.hessian(full))
         result = tune(layer, twins, loss, train, held, settings, turn.name, stored)
     seconds = time.perf_counter() - start
-    return Refinement(result.before, result.after, result.steps, result.flipped, seconds)
+    return replace(result, seconds=seconds)
 
 
 def tune(
@@ -133,7 +145,9 @@ def tune(
     """
     start = time.perf_counter()
     scales = [scale for twin in twins.values() for scale in twin.scales()]
-    small = [p for p in module.parameters() if p.ndim <= 1 and p.is_floating_point()]
+    named = {id(p): (name, p) for name, p in module.named_parameters() if p.ndim <= 1 and p.is_floating_point()}
+    biases = {key for key, (name, _) in named.items() if name.endswith("bias")}
+    small = [p for _, p in named.values()]
     latents = [latent for twin in twins.values() for latent in twin.latents]
     continuous = list({id(p): p for p in (*scales, *small)}.values())
     trained = [*continuous, *latents]
@@ -151,8 +165,10 @@ def tune(
     first = [p.detach().clone() for p in small]
     kept = [p.detach().clone() for p in trained]
     signs = [plane for twin in twins.values() for plane in twin.current_signs()]
-    groups = [{"params": [p], "lr": settings.learning_rate * _size(p)} for p in continuous]
-    groups += [{"params": [p], "lr": settings.sign_learning_rate} for p in latents]
+    by_element = settings.rates == "element"
+    steps = [_Steps(p, by_element and id(p) not in biases) for p in continuous]
+    groups = [{"params": [step.taken for step in steps], "lr": settings.learning_rate}]
+    groups += [{"params": latents, "lr": settings.sign_learning_rate}] if latents else []
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     rate = 1.0
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate * _rate(step, settings.steps))
@@ -172,10 +188,14 @@ def tune(
             reached = [gradient for gradient in gradients if gradient is not None]
             if not reached or not math.isfinite(float(torch.nn.utils.get_total_norm(reached))):
                 break  # what was best so far stays
-            for parameter, gradient in zip(trained, gradients, strict=True):
-                parameter.grad = gradient
+            for step, gradient in zip(steps, gradients, strict=False):
+                step.taken.grad = None if gradient is None else gradient * step.size
+            for latent, gradient in zip(latents, gradients[len(continuous) :], strict=True):
+                latent.grad = gradient
             optimizer.step()
             schedule.step()
+            for step in steps:
+                step.apply()
             if taken % every and taken != settings.steps:
                 continue
             now = held_out()
@@ -193,6 +213,8 @@ def tune(
             with torch.no_grad():
                 for copy, parameter in zip(kept, trained, strict=True):
                     parameter.copy_(copy)
+            for step in steps:
+                step.restart()
             optimizer.state.clear()
     with torch.no_grad():
         for copy, parameter in zip(kept, trained, strict=True):
@@ -207,13 +229,13 @@ def tune(
         with torch.no_grad():
             for parameter, value in zip(small, first, strict=True):
                 parameter.copy_(value)
-        return Refinement(before, before, taken, 0.0, time.perf_counter() - start)
+        return Refinement(before, before, taken, 0.0, time.perf_counter() - start, best)
     now_signs = [plane for twin in twins.values() for plane in twin.current_signs()]
     changed = sum(int((old != new).sum()) for old, new in zip(signs, now_signs, strict=True))
     for twin in twins.values():
         twin.write_back()
     total = sum(plane.numel() for plane in signs)
-    return Refinement(before, after, taken, changed / max(total, 1), time.perf_counter() - start)
+    return Refinement(before, after, taken, changed / max(total, 1), time.perf_counter() - start, best)
 
 
 def split_batches(count: int, fraction: float) -> tuple[list[int], list[int]]:
@@ -240,8 +262,9 @@ class Objective:
 
     Args:
         targets: all targets.
-        kind: "total" divides the whole error by the whole square, "token" that of each token by the token's own,
-            "channel" also that of each channel by the channel's, of tokens divided so.
+        kind: "total" divides the whole error by the whole square, "token" that of each token by the token's own, "root"
+            by the token's own size times the mean size, "channel" as "token" and also that of each channel by the
+            channel's, of tokens divided so.
     """
 
     def __init__(self, targets: Sequence[torch.Tensor], kind: str):
@@ -251,6 +274,9 @@ class Objective:
             total += float(target.double().square().sum())
             tokens += target.numel() // target.shape[-1]
         self.size = max(total / max(tokens, 1), torch.finfo(torch.float32).tiny)  # of a token, the mean
+        if kind == "root":
+            sizes = sum(float(self._sizes(t.float()).sqrt().double().sum()) for t in targets)
+            self.length = sizes / max(tokens, 1)
         if kind == "channel":
             rows = [(t.double() / self._sizes(t.double()).sqrt()[..., None]).flatten(0, -2) for t in targets]
             square = sum(row.square().sum(0) for row in rows) / max(tokens, 1)  # its sum is 1
@@ -265,7 +291,10 @@ class Objective:
             error = error / self.channels.to(error.device)
         if self.kind == "total":
             return error.sum(-1).mean() / self.size
-        return (error.sum(-1) / self._sizes(target)).mean()
+        sizes = self._sizes(target)
+        if self.kind == "root":
+            sizes = sizes.sqrt() * self.length
+        return (error.sum(-1) / sizes).mean()
 
     def _sizes(self, target: torch.Tensor) -> torch.Tensor:
         # a token whose target is all but zero would outweigh all others
@@ -347,9 +376,31 @@ def only_these_require_grad(module: nn.Module, trained: Sequence[nn.Parameter]) 
             parameter.requires_grad_(asked)
 
 
-def _size(parameter: torch.Tensor) -> float:
-    """Its root mean square, or what stands for it where it is zero."""
-    return max(float(parameter.detach().float().square().mean().sqrt()), LEAST_SIZE) if parameter.numel() else 1.0
+class _Steps:
+    """A parameter as `first + size * taken`, of which Adam trains the last: its steps are relative to the size.
+
+    Args:
+        parameter: float32.
+        by_element: whether the size is that of each element, so that one of zero stays, or their root mean square.
+    """
+
+    def __init__(self, parameter: nn.Parameter, by_element: bool):
+        self.parameter = parameter
+        self.first = parameter.detach().clone()
+        size = self.first.abs() if by_element else self.first.square().mean().sqrt().clamp_min(LEAST_SIZE)
+        self.size = torch.nan_to_num(size, 1.0)  # of a tensor without elements
+        self.taken = nn.Parameter(torch.zeros_like(self.first))
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Takes the parameter as it is for the first one."""
+        self.first.copy_(self.parameter)
+        self.taken.zero_()
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Gives the parameter its value."""
+        self.parameter.copy_(self.first + self.size * self.taken)
 
 
 def _rate(step: int, steps: int) -> float:

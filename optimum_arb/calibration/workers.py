@@ -143,4 +143,6 @@ def _on_streams(
 @lru_cache(maxsize=16)
 def _streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
     """The same ones in every call: torch keeps freed memory for each by itself."""
+    # torch loads its library of solvers with the first call of one, and fails where two threads make that at once
+    torch.linalg.cholesky_ex(torch.ones(1, 1, device=device))
     return [torch.cuda.Stream(device) for _ in range(count)]

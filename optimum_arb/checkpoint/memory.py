@@ -1,10 +1,11 @@
 """Memory of the process: giving back what it does not use.
 
-glibc keeps freed memory for later, up to 32 MB a block once blocks of that size have been freed. Binarizing a layer
-allocates and frees hundreds of matrices of some megabytes in changing sizes: of a Llama with hidden size 512, the most
-that was resident grew from 620 MB in the first layer to 730 MB in the sixth, while what was in use stayed the same.
-With blocks from 1 MiB on in mappings of their own it is 577 to 595 MB in every layer, and the run took no longer (37
-instead of 38 CPU seconds for 8 layers: `benchmarks/streaming_memory.py`).
+glibc gives a block a mapping of its own, which ends when the block is freed, from a size on that moves: up to 32 MB
+once blocks of that size have been freed. Binarizing a layer allocates and frees thousands of matrices of some
+megabytes, and each new mapping is filled with zeros page by page: with mappings from 1 MB on, 24 of 104 CPU seconds of
+three layers of SmolLM2-135M went into that, with 32 MB from the start 4. What is freed below stays with the process
+until the end of a layer: with 16 layers of hidden size 512 at most 599 MB were resident in place of 551
+(`benchmarks/streaming_memory.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any
 
 _M_MMAP_THRESHOLD = -3
 _OWN_MAPPING = 32 << 20
-_LARGEST_DEFAULT = 32 << 20  # what glibc's own threshold has become after large blocks were freed
 
 
 @lru_cache(maxsize=1)
@@ -35,16 +35,14 @@ def _libc() -> Any:
 
 @contextmanager
 def bounded_memory() -> Iterator[None]:
-    """Large blocks have mappings of their own in here, which end when they are freed."""
+    """Blocks from 32 MB on have mappings of their own; what smaller ones took goes back to the system in the end."""
     library = _libc()
     if library is not None:
         library.mallopt(_M_MMAP_THRESHOLD, _OWN_MAPPING)
     try:
         yield
     finally:
-        if library is not None:
-            library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_DEFAULT)
-            library.malloc_trim(0)
+        give_back_memory()
 
 
 def give_back_memory() -> None:

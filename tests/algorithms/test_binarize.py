@@ -65,7 +65,11 @@ def test_rows_do_not_depend_on_their_order(weight, hessian, form):
     order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(5))
     straight = binarize(weight, hessian, config).dequantize()[order]
     shuffled = binarize(weight[order], hessian, config).dequantize()
-    assert (straight - shuffled).norm() < 0.02 * straight.norm()  # a tie may fall the other way by rounding
+    if config.resolved_admm_iterations:  # a search: where its products are rounded to bfloat16 it ends elsewhere
+        errors = output_error(weight[order], straight, hessian), output_error(weight[order], shuffled, hessian)
+        assert errors[0] == pytest.approx(errors[1], rel=0.03)
+    else:
+        assert (straight - shuffled).norm() < 0.02 * straight.norm()  # a tie may fall the other way by rounding
 
 
 @pytest.mark.parametrize("form", FORMS, ids=ids)

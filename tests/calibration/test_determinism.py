@@ -9,9 +9,9 @@ import torch
 from tiny_experts import save_moe
 from tiny_models import outputs, save_tiny, tokens
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optimum_arb import ARBConfig
+from optimum_arb import ARBConfig, model_report
 from optimum_arb.calibration.workers import in_order, one_thread
 from optimum_arb.config import METHODS
 from optimum_arb.spare_threads import spare_now
@@ -143,28 +143,63 @@ def test_threads_that_too_few_tasks_leave_idle(threads, tasks, spare):
         torch.set_num_threads(before)
 
 
-# On a GPU
+# Other roundings
+
+
+def binarized(path, device: str, **choices) -> PreTrainedModel:
+    """On the CPU, binarized there or on a device."""
+    config = ARBConfig(dataset=tokens(16, 64), num_samples=16, block_size=64, **choices)
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, device_map=device).to("cpu")
+
+
+def check_as_good(path, first: PreTrainedModel, second: PreTrainedModel) -> None:
+    """Two models whose fits were rounded otherwise.
+
+    Signs at their thresholds turn, and what comes later is fitted to make up for that: the models differ, by as much as
+    from the float model where errors are corrected, and are as good. Among 13 runs on a CPU, of weights changed by 1e-6
+    of themselves (`benchmarks/roundings.py`), the error of the outputs scattered by up to 3.8 %, the mean output error
+    of the linears by 0.7 %; without error correction the outputs lay up to 0.73 of their error apart.
+    """
+    ids = tokens(64, 32, seed=3)
+    plain = outputs(AutoModelForCausalLM.from_pretrained(path), ids)
+    here, there = outputs(first, ids), outputs(second, ids)
+    errors = [float((found - plain).norm()) for found in (here, there)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+    reports = [model_report(model) for model in (first, second)]
+    assert reports[1].bits_per_weight == reports[0].bits_per_weight
+    assert reports[1].mean_output_error == pytest.approx(reports[0].mean_output_error, rel=0.02)
+    if first.config.quantization_config.resolved_error_correction == 0:
+        assert float((here - there).norm()) < min(errors)
+        pairs = zip(first.parameters(), second.parameters(), strict=True)
+        packed = [(a, b) for a, b in pairs if a.dtype == torch.uint8]
+        turned = sum(int(sum(((a ^ b) >> shift & 1).sum() for shift in range(8))) for a, b in packed)
+        assert turned < 0.1 * sum(a.numel() * 8 for a, _ in packed)
+
+
+CORRECTED = pytest.mark.parametrize("choices", [{}, {"error_correction": 0}], ids=["corrected", "alone"])
+
+
+@CORRECTED
+@pytest.mark.parametrize("planes", [1, 2])
+def test_weights_changed_by_a_rounding(tmp_path, llama, planes, choices):
+    changed = AutoModelForCausalLM.from_pretrained(llama)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.mul_(1 + 1e-6 * torch.randn(parameter.shape, generator=generator))
+    changed.save_pretrained(tmp_path)
+    first, second = (binarized(path, "cpu", planes=planes, **choices) for path in (llama, tmp_path))
+    assert digests(first) != digests(second)
+    check_as_good(llama, first, second)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+@CORRECTED
 @pytest.mark.parametrize("planes", [1, 2])
-def test_cpu_against_gpu(llama, planes):
-    """Products round otherwise there, and a sign at its threshold turns: the outputs of both differ by less than
-    either's error against the float model."""
-    device = torch.accelerator.current_accelerator()
-    config = {"dataset": tokens(16, 64), "num_samples": 16, "block_size": 64, "planes": planes}
-    on_cpu, on_gpu = (
-        AutoModelForCausalLM.from_pretrained(llama, quantization_config=ARBConfig(**config), device_map=where)
-        for where in ("cpu", device.type)
-    )
-    again = AutoModelForCausalLM.from_pretrained(llama, quantization_config=ARBConfig(**config), device_map=device.type)
-    assert digests(again.cpu()) == digests(on_gpu.cpu())
-    ids = tokens(4, 32, seed=2)
-    plain = outputs(AutoModelForCausalLM.from_pretrained(llama), ids)
-    first, second = outputs(on_cpu, ids), outputs(on_gpu, ids)
-    assert (first - second).norm() < 0.5 * (first - plain).norm()
-    packed = [(a, b) for a, b in zip(on_cpu.parameters(), on_gpu.parameters(), strict=True) if a.dtype == torch.uint8]
-    bits = sum(a.numel() * 8 for a, _ in packed)
-    turned = sum(int(sum(((a ^ b) >> shift & 1).sum() for shift in range(8))) for a, b in packed)
-    assert turned < 0.05 * bits
+def test_cpu_against_gpu(llama, planes, choices):
+    """Two runs there make the same bytes; a run here makes a model that is as good."""
+    device = torch.accelerator.current_accelerator().type
+    on_gpu, again = (binarized(llama, device, planes=planes, **choices) for _ in range(2))
+    assert digests(again) == digests(on_gpu)
+    check_as_good(llama, binarized(llama, "cpu", planes=planes, **choices), on_gpu)

@@ -100,7 +100,7 @@ def test_confidence_is_the_cost_of_turning_a_sign(problem, form):
 def test_a_transform_of_the_inputs_is_followed(problem):
     weight, hessian = problem
     binarized = binarize(weight, hessian, ARBConfig(hadamard=128))
-    twin = TrainablePlanes(SimpleNamespace(binarized=lambda: binarized, bias=None), True)  # type: ignore[arg-type]
+    twin = TrainablePlanes(SimpleNamespace(binarized=lambda: binarized, packed=dict, bias=None), True)  # type: ignore[arg-type]
     torch.testing.assert_close(dense(twin), binarized.dequantize(torch.float64), rtol=1e-4, atol=1e-4)
     twin.set_confidence(weight, hessian)
     own, latent = dense(twin), twin.latents[0]
@@ -158,3 +158,22 @@ def dense(twin):
 def error(difference, hessian):
     difference = difference.double()
     return float(((difference @ hessian.double()) * difference).sum())
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_scales_in_8_bits_are_trained_on_their_grid(problem, planes):
+    """What is packed at the end is what was trained, not a rounding of it."""
+    config = ARBConfig(planes=planes, block_size=64, scale_bits=8)
+    layer = packed_linear(binarize(*problem, config), scale_bits=8)
+    twin = trainable(layer, False)
+    before = dense(twin)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for scale in twin.scales():
+            scale.mul_(1 + 0.1 * torch.randn(scale.shape, generator=generator))
+    weight = twin.weight()
+    gradients = torch.autograd.grad(weight.square().sum(), twin.scales())
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
+    twin.write_back()
+    torch.testing.assert_close(layer.dequantize(torch.float64), dense(twin), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(dense(twin), before, rtol=0.01)
