@@ -3,8 +3,10 @@ import threading
 import pytest
 import torch
 
+from optimum_arb import spare_threads as module
 from optimum_arb.algorithms.admm import admm_planes
-from optimum_arb.spare_threads import ahead, spare_now, spare_threads
+from optimum_arb.algorithms.dbf import binarize_factors
+from optimum_arb.spare_threads import ahead, in_parts, product, spare_now, spare_threads
 
 
 @pytest.mark.parametrize("spare", [0, 1, 3])
@@ -44,6 +46,78 @@ def test_an_error_is_raised_where_its_result_is_wanted(spare):
         assert spare_now() == 0
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("spare", [0, 1, 3])
+def test_parts_come_in_order(spare):
+    threads = torch.get_num_threads()
+    waiting = threading.Event()
+
+    def task(i: int) -> tuple[int, bool]:
+        if i == 0:  # so that others have the time to begin
+            waiting.wait(0.1)
+        return i, torch.is_grad_enabled()
+
+    try:
+        with spare_threads(spare):
+            assert in_parts(task, range(7)) == [(i, False) for i in range(7)]
+            assert in_parts(task, range(1)) == [(0, False)]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_parts_behind_a_long_task_of_the_spare_thread_are_done_without_it():
+    threads = torch.get_num_threads()
+    held = threading.Event()
+    try:
+        with spare_threads(1):
+            results = ahead(lambda i: held.wait(10) if i else i, range(2))
+            assert next(results) == 0
+            assert in_parts(lambda i: i, range(4)) == list(range(4))
+            held.set()
+            assert next(results) is True
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 5, 3), (383, 300, 300), (385, 64, 512), (768, 200, 111), (1000, 40, 300)], ids=str
+)
+def test_products_are_the_same_with_spare_threads(shape, monkeypatch):
+    """Also of views that are transposed."""
+    monkeypatch.setattr(module, "LEAST", 0)
+    rows, inner, columns = shape
+    generator = torch.Generator().manual_seed(0)
+    threads = torch.get_num_threads()
+    left, right = torch.randn(inner, rows, generator=generator).T, torch.randn(columns, inner, generator=generator).T
+    try:
+        torch.set_num_threads(1)
+        found = []
+        for spare in (0, 1, 3):
+            with spare_threads(spare):
+                found.append(product(left, right))
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(found[0], (left.double() @ right.double()).float(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_factors_are_the_same_with_a_spare_thread(monkeypatch):
+    monkeypatch.setattr(module, "ROWS", 16)
+    monkeypatch.setattr(module, "LEAST", 0)
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(60, 70, generator=generator), torch.randn(200, 70, generator=generator)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        torch.set_num_threads(1)
+        for spare in (0, 1):
+            with spare_threads(spare):
+                found.append(binarize_factors(weight, inputs.T @ inputs, 50, 0.01, 8, 0).dequantize())
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("planes", [1, 2, 3])

@@ -4,7 +4,7 @@ A row of the weight is fitted by `sum_p +-row_p col_pj` in column j. Given what 
 would be `current_j + step_j`; the nearest of the 2^P levels is taken, and the change moves the steps of the columns
 that follow: `step_l -= ratio_jl * change`. Columns go in chunks: inside one the changes are carried one by one, what
 lies behind it gets them in one product. On a GPU a chunk is one launch (`_chunk_kernel`), where the loop over torch's
-operators takes four for each column, or fifteen with two planes.
+operators takes four to eight for each column.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def descend_columns(
     """
     planes = len(row)
     fused = current.is_cuda and triton is not None
-    if planes == 1 and not fused:
-        return _descend_one_plane(current, step, row, col, ratio)
+    if planes <= 2 and not fused:
+        return _descend_few_planes(current, step, row, col, ratio)
     patterns = sign_patterns(planes, row)
     taken = torch.zeros(current.shape, dtype=torch.uint8, device=current.device)
     changes = torch.empty_like(current)
@@ -55,28 +55,49 @@ def descend_columns(
     return patterns[taken.long()].permute(2, 1, 0).contiguous(), changes
 
 
-def _descend_one_plane(
+def _descend_few_planes(
     current: torch.Tensor, step: torch.Tensor, row: torch.Tensor, col: torch.Tensor, ratio: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`descend_columns` of one plane, by four of torch's operators for each column: both levels have the same size, and
-    the nearer one has the sign of the target."""
-    level = row[0] * col[0][:, None]  # [k, N]
-    value = level.abs()
+    """`descend_columns` of one or two planes, by four or seven of torch's operators for each column.
+
+    Levels come in pairs of opposite sign: the nearer one has the sign of the target. Of two planes the larger size then
+    is added to, or lessened by, the smaller one, as the target lies beyond the larger one or not.
+    """
+    levels = row[:, None, :] * col[:, :, None]  # [P, k, N]
+    value = levels[0].abs()
+    inner = None
+    if len(row) == 2:
+        other = levels[1].abs()
+        swapped = (other > value).to(value.dtype)
+        value, inner = torch.maximum(value, other), torch.minimum(value, other)
     changes = torch.empty_like(current)
+    goal = torch.empty_like(current[0])
     columns = len(current)
     # a view by an index takes as long as an operator on a column
     each = list(zip(current.unbind(0), step.unbind(0), value.unbind(0), changes.unbind(0), strict=True))
+    inners = [] if inner is None else inner.unbind(0)
     for start in range(0, columns, CHUNK):
         stop = min(start + CHUNK, columns)
         for j in range(start, stop):
             before, target, after, change = each[j]
-            after.copysign_(target.add_(before))
+            target.add_(before)
+            if inners:
+                torch.abs(target, out=goal).sub_(after)
+                after.add_(inners[j].copysign_(goal))
+            after.copysign_(target)
             torch.sub(after, before, out=change)
             if j + 1 < stop:
                 step[j + 1 : stop].addcmul_(ratio[j, j + 1 : stop, None], change, value=-1)
         step[stop:].addmm_(ratio[start:stop, stop:].T, changes[start:stop], alpha=-1)
-    signs = torch.ones_like(value).copysign_(value.mul_(level))
-    return signs.T.contiguous()[None], changes
+    one = torch.ones_like(value)
+    larger = torch.copysign(one, value)
+    if inner is None:
+        signs = larger[None]
+    else:
+        smaller = torch.copysign(one, inner).mul_(larger)
+        signs = torch.stack([torch.lerp(larger, smaller, swapped), torch.lerp(smaller, larger, swapped)])
+    signs *= torch.copysign(torch.ones_like(levels), levels)
+    return signs.transpose(1, 2).contiguous(), changes
 
 
 def sign_patterns(planes: int, like: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..spare_threads import product
 from .column_descent import descend_columns
 
 # Relative to the mean diagonal of the normal equations; it pulls towards the current value, so no step can raise the
@@ -135,16 +136,17 @@ def flip_inner(weight: torch.Tensor, hessian: torch.Tensor, factors: Factors) ->
     """
     left = factors.outer * factors.row[:, None] * factors.rank
     gram = left.T @ left
-    slope = left.T @ (weight - left @ (factors.inner * factors.col)) @ hessian
+    slope = product(left.T @ (weight - left @ (factors.inner * factors.col)), hessian)
     quadratic = gram.diagonal().clamp_min(0)[:, None] * hessian.diagonal()
     margin = torch.ones((), device=weight.device)
     for _ in range(ATTEMPTS):
         value = factors.inner * factors.col
-        chosen = -value * slope > (1 + margin) * value.square() * quadratic
-        change = torch.where(chosen, -2 * value, 0.0)
-        effect = gram @ change @ hessian
+        gain = torch.mul(value, slope).neg_().addcmul_(value.square().mul_(quadratic), 1 + margin, value=-1)
+        chosen = gain.gt_(0)  # as numbers, since a choice by a mask is 10 times slower on a CPU
+        change = value.mul_(chosen).mul_(-2)
+        effect = product(product(gram, change), hessian)
         # no look at the numbers from here: on a GPU the host would wait in every attempt
         lowers = ((change * effect).sum(dtype=torch.float64) < 2 * (change * slope).sum(dtype=torch.float64)).float()
-        factors.inner = torch.where(chosen, factors.inner * (1 - 2 * lowers), factors.inner)
-        slope = slope - lowers * effect
+        factors.inner = factors.inner.addcmul(chosen.mul_(factors.inner), lowers, value=-2)
+        slope.addcmul_(effect, lowers, value=-1)
         margin = torch.where(lowers > 0, margin * 0.7, margin * 2)

@@ -7,6 +7,8 @@ from functools import cached_property
 
 import torch
 
+from ..spare_threads import product
+
 
 @dataclass
 class PreparedHessian:
@@ -31,7 +33,7 @@ class PreparedHessian:
     @cached_property
     def damped(self) -> torch.Tensor:
         """H, damped, float32 `[K, K]`."""
-        return self.factor @ self.factor.T
+        return product(self.factor, self.factor.T)
 
     def block_metric(self, start: int, stop: int) -> torch.Tensor:
         """`M = (U_bb^T U_bb)^-1`, the Schur complement of the later columns: the metric of a block's error while

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..spare_threads import product
 from .hessian import PreparedHessian
 from .planes import Descent, PlanesFit, Rounding
 
@@ -39,7 +40,7 @@ def refine_blocks(
     for _ in range(sweeps):
         for index, start in enumerate(range(0, columns, block_size)):
             here = slice(start, min(start + block_size, columns))
-            gradient = error @ matrix[:, here]
+            gradient = product(error, matrix[:, here])
             fits[index], change = _improve(matrix[here, here], gradient, fits[index], col_scale, rounding)
             error[:, here] -= change
 

@@ -60,3 +60,22 @@ def test_the_kernel_does_as_the_loop(planes, rows, columns, monkeypatch):
         results.append((taken, changes))
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("columns", [1, 33, 100])
+def test_few_planes_do_as_many(planes, columns):
+    """The loop over patterns, which serves any number of planes; scales of any sign, and either plane the larger."""
+    weight, metric, row, col, signs = problem(17, columns, planes, seed=columns)
+    generator = torch.Generator().manual_seed(3)
+    row, col = (scale * torch.randn(scale.shape, generator=generator) for scale in (row, col))
+    current = values(signs, row, col).T.contiguous()
+    step = (((weight - current.T) @ metric).T / metric.diagonal()[:, None]).contiguous()
+    ratio = metric / metric.diagonal()
+    found, changes = C.descend_columns(current, step.clone(), row, col, ratio)
+    patterns = C.sign_patterns(planes, row)
+    taken = torch.zeros(current.shape, dtype=torch.uint8)
+    expected = torch.full_like(current, float("nan"))
+    C._loop(current, step, row, col, ratio, patterns, taken, expected)
+    torch.testing.assert_close(changes, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found, patterns[taken.long()].permute(2, 1, 0))
