@@ -49,7 +49,10 @@ class Trainable(nn.Module, ABC):
 
     Attributes:
         latents: float32, one for each sign matrix where the signs are trained, else none.
+        only_sizes: whether no scale needs another sign than it has: there are neither means nor differences.
     """
+
+    only_sizes = True
 
     def __init__(self, packed: ARBLinear, signs: Sequence[torch.Tensor], train_signs: bool):
         super().__init__()
@@ -60,6 +63,9 @@ class Trainable(nn.Module, ABC):
         latents = [nn.Parameter(torch.where(bits, 1.0, -1.0)) for bits in signs] if train_signs else []
         self.latents = nn.ParameterList(latents)
         self.bias = packed.bias
+        # of scales in 8 bits; they are trained on it, since one layer's rounding at the end took back 0.0011 of 0.0026
+        # nats that 12 steps of the last pass had gained
+        self._set_grid(packed.packed().get("scale_grid"))
 
     @abstractmethod
     def scales(self) -> list[nn.Parameter]:
@@ -98,6 +104,19 @@ class Trainable(nn.Module, ABC):
     def _store(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.packed._fill(tensors, None, tensors["weight"].device)
 
+    def _set_grid(self, grid: torch.Tensor | None) -> None:
+        """The grids of scales in 8 bits, `[grids, 2]`; rows of zeros stand for scales in 16."""
+        self.scale_grid = grid
+        self._coded = [] if grid is None else grid.any(1).tolist()  # so that no step asks the device
+
+    def _on_grid(self, scale: torch.Tensor, grids: slice) -> torch.Tensor:
+        """Scales `[..., G]` on their grids, with the gradient as it is; those of 16 bits as they are."""
+        if self.scale_grid is None or not any(self._coded[grids]):
+            return scale
+        with torch.no_grad():
+            change = nearest_on_grid(scale, self.scale_grid[grids]) - scale
+        return scale + change
+
     def _set_signs(self, index: int, signs: torch.Tensor) -> None:
         """Other signs for a matrix; latents that were of another keep their size."""
         self.signs[index] = signs
@@ -128,18 +147,12 @@ class TrainablePlanes(Trainable):
         super().__init__(packed, [*weight.signs, *_each(weight.salient_signs)], train_signs)
         self.unpacked = weight
         self.layout, self.block_size = weight.layout, weight.block_size
+        self.only_sizes = weight.layout.is_planes
         self.rows, self.columns = weight.shape
         self.row_scale = nn.Parameter(weight.row_scale.float())
         self.col_scale = _parameter(weight.col_scale)
         self.salient_col_scale = _parameter(weight.salient_col_scale)
         self.permutation, self.salient_columns = weight.permutation, weight.salient_columns
-        # of scales in 8 bits; they are trained on it, since one layer's rounding at the end took back 0.0011 of 0.0026
-        # nats that 12 steps of the last pass had gained
-        self.scale_grid = packed.packed().get("scale_grid")
-        grids = (
-            () if self.scale_grid is None else self.scale_grid.split([self.layout.row_scales, self.layout.col_scales])
-        )
-        self._row_grid, self._col_grid = [grid if bool(grid.any()) else None for grid in grids] or [None, None]
 
     def scales(self) -> list[nn.Parameter]:
         return [scale for scale in (self.row_scale, self.col_scale, self.salient_col_scale) if scale is not None]
@@ -164,7 +177,7 @@ class TrainablePlanes(Trainable):
         """
         width = self.columns if self.block_size == -1 else self.block_size
         signs = [self._plane(index, (fixed or {}).get(index)) for index in range(len(self.signs))]
-        row_scale = _on_grid(self.row_scale, self._row_grid)
+        row_scale = self._on_grid(self.row_scale, slice(self.layout.row_scales))
         total: torch.Tensor | None = None
         for term in self.layout.terms:
             row = row_scale[:, :, term.row] * term.factor  # [N, blocks]
@@ -197,7 +210,7 @@ class TrainablePlanes(Trainable):
         scale: torch.Tensor | None = None
         if col is not None and col < self.layout.col_scales:
             assert self.col_scale is not None  # the layout says so
-            scale = _on_grid(self.col_scale.T, self._col_grid)[:, col]
+            scale = self._on_grid(self.col_scale.T, slice(self.layout.row_scales, None))[:, col]
         elif col is not None:
             assert self.salient_col_scale is not None
             scale = self._spread(self.salient_col_scale[col - self.layout.col_scales])
@@ -237,15 +250,19 @@ class TrainablePlanes(Trainable):
         return replace(
             self.unpacked,
             signs=torch.stack(planes[: self.layout.planes]),
-            row_scale=_on_grid(self.row_scale, self._row_grid).detach(),
-            col_scale=None if self.col_scale is None else _on_grid(self.col_scale.T, self._col_grid).T.detach(),
+            row_scale=self._on_grid(self.row_scale, slice(self.layout.row_scales)).detach(),
+            col_scale=None
+            if self.col_scale is None
+            else self._on_grid(self.col_scale.T, slice(self.layout.row_scales, None)).T.detach(),
             salient_signs=torch.stack(salient) if salient else None,
             salient_col_scale=None if self.salient_col_scale is None else self.salient_col_scale.detach(),
         )
 
     @torch.no_grad()
     def round_scales(self) -> None:
-        stored = unpack(self._pack(), self.layout, self.columns, self.block_size, self.unpacked.hadamard)
+        tensors = self._pack()
+        self._set_grid(tensors.get("scale_grid"))
+        stored = unpack(tensors, self.layout, self.columns, self.block_size, self.unpacked.hadamard)
         if self.packed.scale_bits == 8:  # packing makes the scales positive
             for index, signs in enumerate(stored.signs):
                 self._set_signs(index, signs)
@@ -276,8 +293,9 @@ class TrainableFactors(Trainable):
         return [self.row_scale, self.rank_scale, self.col_scale]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        inner = nn.functional.linear(x * self.col_scale, self._current(1)) * self.rank_scale
-        y = nn.functional.linear(inner, self._current(0)) * self.row_scale
+        row_scale, rank_scale, col_scale = self._stored()
+        inner = nn.functional.linear(x * col_scale, self._current(1)) * rank_scale
+        y = nn.functional.linear(inner, self._current(0)) * row_scale
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     @torch.no_grad()
@@ -296,18 +314,20 @@ class TrainableFactors(Trainable):
         # of B_jk: V is column j of diag(a) A diag(m), times 2 b_k, in column k
         self._set_latent(1, (outer.T @ slope) / (outer.square().sum(0)[:, None] * self.col_scale * energy))
 
+    def _stored(self) -> list[torch.Tensor]:
+        """The scales of the rows, of the rank and of the columns, those of 8 bits on their grids."""
+        return [self._on_grid(scale[:, None], slice(at, at + 1))[:, 0] for at, scale in enumerate(self.scales())]
+
     @torch.no_grad()
     def factorized(self) -> FactorizedWeight:
-        """What the twin has become, scales in float32."""
-        outer, inner = self.current_signs()
-        return FactorizedWeight(
-            outer, inner, self.row_scale.detach(), self.rank_scale.detach(), self.col_scale.detach()
-        )
+        """What the twin has become, scales in float32; those of 8 bits are on their grids."""
+        return FactorizedWeight(*self.current_signs(), *self._stored())
 
     @torch.no_grad()
     def round_scales(self) -> None:
-        columns = self.col_scale.shape[0]
-        stored = unpack_factors(self._pack(), columns)
+        tensors = self._pack()
+        self._set_grid(tensors.get("scale_grid"))
+        stored = unpack_factors(tensors, self.col_scale.shape[0])
         for index, signs in enumerate((stored.outer_signs, stored.inner_signs)):
             self._set_signs(index, signs)  # packing makes the scales positive
         for scale, value in zip(self.scales(), (stored.row_scale, stored.rank_scale, stored.col_scale), strict=True):
@@ -318,16 +338,7 @@ class TrainableFactors(Trainable):
         self._store(self._pack())
 
     def _pack(self) -> dict[str, torch.Tensor]:
-        return pack_factors(self.factorized(), self.packed.scale_bits)
-
-
-def _on_grid(scale: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
-    """Scales `[..., G]` of 8 bits on their grids `[G, 2]`, with the gradient as it is; those of 16 bits as they are."""
-    if grid is None:
-        return scale
-    with torch.no_grad():
-        change = nearest_on_grid(scale, grid) - scale
-    return scale + change
+        return pack_factors(self.factorized(), self.packed.scale_bits, self.scale_grid)
 
 
 def _parameter(value: torch.Tensor | None) -> nn.Parameter | None:
