@@ -95,6 +95,22 @@ def test_no_bit_of_a_packed_layer_changes(dtype, monkeypatch):
     assert_same(found, walk(tiny_model("LlamaForCausalLM").to(dtype), packed))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("family", ["LlamaForCausalLM", "GPT2LMHeadModel", "Gemma2ForCausalLM", "MixtralForCausalLM"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_bit_changes_on_a_gpu(family, dtype, monkeypatch):
+    """What is kept lies in page-locked memory."""
+    device = torch.accelerator.current_accelerator()
+    choose = steps.worth_keeping
+    kept = []
+    monkeypatch.setattr(steps, "worth_keeping", lambda *args: kept.extend(found := choose(*args)) or found)
+    found = walk(tiny_model(family).to(dtype), packed, device=device)
+    assert any(each.linear is not None for each in kept)
+    without(monkeypatch)
+    assert_same(found, walk(tiny_model(family).to(dtype), packed, device=device))
+
+
 def test_no_bit_changes_where_a_layer_is_changed_after_its_fit(monkeypatch):
     """What `after_layer` does to a layer, the next one sees: what was kept before is not used."""
 
