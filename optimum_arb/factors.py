@@ -103,12 +103,20 @@ def _power_of_two(scale: torch.Tensor, size: float) -> float:
     return 2.0 ** round(math.log2(mean / size)) if mean > 0 else 1.0
 
 
-def pack_factors(weight: FactorizedWeight, scale_bits: int = 16) -> dict[str, torch.Tensor]:
+def _octaves(scale: torch.Tensor, balanced: torch.Tensor) -> float:
+    largest = float(scale.abs().max())
+    return float(round(math.log2(float(balanced.max()) / largest))) if largest > 0 else 0.0
+
+
+def pack_factors(
+    weight: FactorizedWeight, scale_bits: int = 16, scale_grid: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """The tensors that are stored, all of two dimensions, by their names in `FACTOR_TENSOR_NAMES`.
 
     Args:
         weight: the weight.
         scale_bits: 16, or 8 for scales that are codes on the grids of `scale_grid`, see `optimum_arb.scales`.
+        scale_grid: grids to take where no others have a lower error, as for scales that are on them.
 
     | name | dtype | shape |
     |---|---|---|
@@ -122,7 +130,7 @@ def pack_factors(weight: FactorizedWeight, scale_bits: int = 16) -> dict[str, to
     Raises:
         ValueError: a scale is NaN or Inf.
     """
-    weight = weight.balanced()
+    before, weight = weight, weight.balanced()
     tensors = {"weight": pack_bits(weight.outer_signs[None]), "inner": pack_bits(weight.inner_signs[None])}
     scales = {
         "row_scale": weight.row_scale[:, None],
@@ -130,7 +138,12 @@ def pack_factors(weight: FactorizedWeight, scale_bits: int = 16) -> dict[str, to
         "inner_col_scale": weight.col_scale[None],
     }
     if scale_bits == 8:
-        coded, tensors["scale_grid"] = store_coded(scales, SCALE_GRIDS)
+        if scale_grid is not None:  # balanced by powers of two, which move a logarithmic grid
+            pairs = zip((before.row_scale, before.rank_scale, before.col_scale), scales.values(), strict=True)
+            moves = [_octaves(one, other) for one, other in pairs]
+            moved = [[move if grid.any() else 0.0, 0.0] for move, grid in zip(moves, scale_grid, strict=True)]
+            scale_grid = scale_grid + torch.tensor(moved, device=scale_grid.device)
+        coded, tensors["scale_grid"] = store_coded(scales, SCALE_GRIDS, scale_grid)
     else:
         coded = {name: store_scale(scale) for name, scale in scales.items()}
     tensors.update(coded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -160,20 +161,25 @@ def error(difference, hessian):
     return float(((difference @ hessian.double()) * difference).sum())
 
 
-@pytest.mark.parametrize("planes", [1, 2])
-def test_scales_in_8_bits_are_trained_on_their_grid(problem, planes):
-    """What is packed at the end is what was trained, not a rounding of it."""
-    config = ARBConfig(planes=planes, block_size=64, scale_bits=8)
-    layer = packed_linear(binarize(*problem, config), scale_bits=8)
+@pytest.mark.parametrize("size", [1.0, 3.0])
+@pytest.mark.parametrize("form", ["one plane", "two planes", "factors"])
+def test_scales_in_8_bits_are_trained_on_their_grid(problem, form, size):
+    """What is packed at the end is what was trained, not a rounding of it, also where factors are balanced anew."""
+    layer = packed_linear(binarize(*problem, ARBConfig(scale_bits=8, **FORMS[form])), scale_bits=8)
     twin = trainable(layer, False)
     before = dense(twin)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for scale in twin.scales():
             scale.mul_(1 + 0.1 * torch.randn(scale.shape, generator=generator))
-    weight = twin.weight()
-    gradients = torch.autograd.grad(weight.square().sum(), twin.scales())
+        if form == "factors" and size != 1:
+            twin.row_scale.mul_(1 / size).clamp_max_(float(twin.row_scale.max()))
+            twin.scale_grid[0, 0] -= math.log2(size)
+    gradients = torch.autograd.grad(twin(torch.eye(COLUMNS)).square().sum(), twin.scales())
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
+    trained = dense(twin)
+    assert not torch.allclose(trained, before, rtol=0.01)
+    twin.round_scales()
+    torch.testing.assert_close(dense(twin), trained, rtol=1e-5, atol=1e-5)
     twin.write_back()
-    torch.testing.assert_close(layer.dequantize(torch.float64), dense(twin), rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(dense(twin), before, rtol=0.01)
+    torch.testing.assert_close(layer.dequantize(torch.float64), trained, rtol=1e-5, atol=1e-5)
