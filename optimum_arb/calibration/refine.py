@@ -28,7 +28,7 @@ from .trainable import Trainable, trainable
 from .turn import LayerTurn
 
 OBJECTIVES = ("token", "root", "channel", "total")
-RATES = ("element", "tensor")
+RATES = ("tensor", "element")
 WARMUP = 10  # steps in which the learning rates rise: Adam's first steps know the gradient's size from one batch
 LEAST_SIZE = 1e-3  # of a tensor, for its learning rate: biases may begin at zero
 BETAS = (0.9, 0.95)
@@ -51,8 +51,8 @@ class RefineSettings:
         patience: evaluations without a new best after which the rates fall, in the end a layer is left.
         held_out: fraction of the calibration batches that are not trained on, at least one.
         objective: see `Objective`.
-        rates: what a learning rate is relative to: "element" is each element of scales and norms itself, "tensor" the
-            root mean square of its tensor, as always for biases.
+        rates: what a learning rate is relative to: "tensor" is the root mean square of the tensor, "element" each
+            element of scales and norms itself, but for biases, and scales with means and differences among them.
         seed: of the order of the batches.
     """
 
@@ -63,7 +63,7 @@ class RefineSettings:
     patience: int = 3
     held_out: float = 0.125
     objective: str = "token"
-    rates: str = "element"
+    rates: str = "tensor"
     seed: int = 0
 
 
@@ -146,7 +146,8 @@ def tune(
     start = time.perf_counter()
     scales = [scale for twin in twins.values() for scale in twin.scales()]
     named = {id(p): (name, p) for name, p in module.named_parameters() if p.ndim <= 1 and p.is_floating_point()}
-    biases = {key for key, (name, _) in named.items() if name.endswith("bias")}
+    additive = {key for key, (name, _) in named.items() if name.endswith("bias")}
+    additive |= {id(scale) for twin in twins.values() if not twin.only_sizes for scale in twin.scales()}
     small = [p for _, p in named.values()]
     latents = [latent for twin in twins.values() for latent in twin.latents]
     continuous = list({id(p): p for p in (*scales, *small)}.values())
@@ -166,7 +167,7 @@ def tune(
     kept = [p.detach().clone() for p in trained]
     signs = [plane for twin in twins.values() for plane in twin.current_signs()]
     by_element = settings.rates == "element"
-    steps = [_Steps(p, by_element and id(p) not in biases) for p in continuous]
+    steps = [_Steps(p, by_element and id(p) not in additive) for p in continuous]
     groups = [{"params": [step.taken for step in steps], "lr": settings.learning_rate}]
     groups += [{"params": latents, "lr": settings.sign_learning_rate}] if latents else []
     optimizer = torch.optim.Adam(groups, betas=BETAS)

@@ -49,7 +49,10 @@ class Trainable(nn.Module, ABC):
 
     Attributes:
         latents: float32, one for each sign matrix where the signs are trained, else none.
+        only_sizes: whether no scale needs another sign than it has: there are neither means nor differences.
     """
+
+    only_sizes = True
 
     def __init__(self, packed: ARBLinear, signs: Sequence[torch.Tensor], train_signs: bool):
         super().__init__()
@@ -140,6 +143,7 @@ class TrainablePlanes(Trainable):
         super().__init__(packed, [*weight.signs, *_each(weight.salient_signs)], train_signs)
         self.unpacked = weight
         self.layout, self.block_size = weight.layout, weight.block_size
+        self.only_sizes = weight.layout.is_planes
         self.rows, self.columns = weight.shape
         self.row_scale = nn.Parameter(weight.row_scale.float())
         self.col_scale = _parameter(weight.col_scale)

@@ -10,7 +10,14 @@ from tiny_models import tiny_model, tokens
 
 from optimum_arb import ARBConfig, ARBLinear
 from optimum_arb.calibration import CalibrationWalk, token_batches
-from optimum_arb.calibration.refine import Objective, RefineSettings, computing_in_float32, refine_layer, split_batches
+from optimum_arb.calibration.refine import (
+    RATES,
+    Objective,
+    RefineSettings,
+    computing_in_float32,
+    refine_layer,
+    split_batches,
+)
 from optimum_arb.conversion import binarize_linear
 from optimum_arb.experts.conversion import binarize_experts
 from optimum_arb.modules import select_modules
@@ -111,6 +118,59 @@ def test_what_tuning_spoils_is_not_kept(rate):
         assert result.after == result.before == untouched[name].before
         assert result.flipped == 0
     assert same(model, plain)
+
+
+NORM = "model.layers.0.post_attention_layernorm.weight"
+
+
+@pytest.mark.parametrize("rates", RATES)
+def test_steps_are_relative_to_what_they_change(rates):
+    """Norm weights of channels with massive activations are thousands of times smaller than the others."""
+
+    def prepare(model):
+        with torch.no_grad():
+            model.get_parameter(NORM)[:2] = torch.tensor([1e-4, 0.0])
+
+    settings = RefineSettings(**{**vars(FAST), "rates": rates})
+    model, results = refined(settings=settings, prepare=prepare, samples=32)
+    assert results["model.layers.0"].after < results["model.layers.0"].before
+    small, zero, *others = model.get_parameter(NORM).tolist()
+    changes = [abs(other - 1) for other in others]
+    assert 0.01 < max(changes) < 0.3
+    if rates == "element":
+        assert zero == 0.0
+        assert abs(small / 1e-4 - 1) < 0.3
+    else:
+        assert max(abs(zero), abs(small)) > 10 * 1e-4
+
+
+def test_it_is_chosen_by_batches_that_are_apart():
+    """Those that nothing was fitted to, where they are given."""
+    model = tiny_model("LlamaForCausalLM")
+    config = ARBConfig(dataset=None)
+    selection = select_modules(model, config)
+    batches = token_batches(tokens(8, 24), 2)
+    before, results = {}, {}
+
+    def binarize(name, module, hessian, count):
+        packed, record = binarize_linear(name, module, selection.convert[name], hessian, count)
+        return packed, record.output_error
+
+    def losses(turn):
+        with torch.no_grad():
+            objective = Objective(turn.references[: turn.fitted], FAST.objective)
+            return float(objective(turn.run(3), turn.references[3]))
+
+    def tune(turn):
+        assert turn.fitted == 3
+        before[turn.name] = losses(turn)
+        result = results[turn.name] = refine_layer(turn, FAST, [3])
+        assert losses(turn) == pytest.approx(result.after, rel=1e-3)
+
+    CalibrationWalk(
+        model, selection.modules(), binarize, batches, after_layer=tune, follow_float=True, held_out=1
+    ).run()
+    assert {name: result.before for name, result in results.items()} == pytest.approx(before, rel=1e-3)
 
 
 def test_gradients_flow_into_what_is_listed_alone():
@@ -271,6 +331,9 @@ def test_objectives_by_their_definitions():
     sizes = targets[0].square().sum(-1)
     assert float(Objective(targets, "token")(output, targets[0])) == pytest.approx(
         float((error.sum(-1) / sizes).mean()), rel=1e-4
+    )
+    assert float(Objective(targets, "root")(output, targets[0])) == pytest.approx(
+        float((error.sum(-1) / sizes.sqrt()).mean() / every.norm(dim=1).mean()), rel=1e-4
     )
     channels = (every / every.norm(dim=1, keepdim=True)).square().mean(0)
     assert float(Objective(targets, "channel")(output, targets[0])) == pytest.approx(
