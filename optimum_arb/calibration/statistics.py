@@ -15,6 +15,8 @@ from .workers import one_thread
 
 # Rows of X^T X that are made at once: their product in float32 takes 180 MB at 11008 features, the whole one's 485 MB.
 PANEL = 4096
+# Panels of a square product, of which 5/8 is computed.
+SQUARE_PANELS = 4
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -25,7 +27,8 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 
     Args:
         total: float64, or float32 where there is none.
-        left: `[T, M]`, in float32 or the dtype of `right`.
+        left: `[T, M]`, in float32 or the dtype of `right`. Where it is `right` itself, what stands left of the diagonal
+            blocks of the panels is not added: `mirror` fills it in the end.
         right: `[T, K]`.
     """
     alike = left.dtype == right.dtype or right.dtype == torch.bfloat16  # float16 would lose what is small
@@ -35,10 +38,22 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
     right = right.to(dtype)
     left = right if same else left.to(dtype)
     with one_thread(right.device), torch.autocast(right.device.type, enabled=False):
-        for start in range(0, left.shape[1], PANEL):
-            panel = left[:, start : start + PANEL].T
-            product = panel @ right if wide else product_float32(panel, right)
-            total[start : start + PANEL] += product
+        for start, stop in panels(left.shape[1], same):
+            panel, first = left[:, start:stop].T, start if same else 0
+            product = panel @ right[:, first:] if wide else product_float32(panel, right[:, first:])
+            total[start:stop, first:] += product
+
+
+def panels(columns: int, square: bool) -> list[tuple[int, int]]:
+    """Where panels of a product begin and end; of a square one several, since half of it need not be computed."""
+    width = min(PANEL, -(-columns // SQUARE_PANELS)) if square else PANEL
+    return [(start, min(start + width, columns)) for start in range(0, columns, width)]
+
+
+def mirror(total: torch.Tensor) -> None:
+    """Fills what `add_product` left out of a square product."""
+    for start, stop in panels(len(total), True):
+        total[stop:, start:stop] = total[start:stop, stop:].T
 
 
 class Statistic:
@@ -66,13 +81,15 @@ class Statistic:
     def add(self, inputs: torch.Tensor) -> None:
         """Adds inputs `[..., K]`."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
-        add_product(self.total, rows, rows)
+        assert self._total is not None
+        add_product(self._total, rows, rows)
         self.tokens += rows.shape[0]
 
     @property
     def total(self) -> torch.Tensor:
         """The sum `[K, K]`, until it was asked for as `hessian`."""
         assert self._total is not None
+        mirror(self._total)
         return self._total
 
     @property

@@ -6,6 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from optimum_arb.calibration import InputStatistics
+from optimum_arb.calibration.statistics import Statistic
 
 
 class Layer(nn.Module):
@@ -100,3 +101,15 @@ def test_autocast_does_not_reach_the_sum(layer):
         statistics = gather(layer, [x])
     rows = x.flatten(0, 1)
     torch.testing.assert_close(statistics.hessian("q"), rows.T @ rows, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("features", [1, 3, 4, 37, 130])
+def test_the_half_that_is_not_computed_is_that_which_is(features):
+    batches = torch.randn(3, 50, features, generator=torch.Generator().manual_seed(features))
+    statistic = Statistic(features, torch.device("cpu"))
+    for batch in batches:
+        statistic.add(batch)
+    rows = batches.flatten(0, 1).double()
+    torch.testing.assert_close(statistic.total, rows.T @ rows, rtol=1e-5, atol=1e-4)
+    quarter = -(-features // 4)
+    assert torch.equal(statistic.total[:quarter, quarter:], statistic.total[quarter:, :quarter].T)
