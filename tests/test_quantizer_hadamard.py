@@ -164,3 +164,20 @@ def test_gguf(packed, tmp_path):
 def test_choices(value):
     with pytest.raises(ValueError, match="is unknown: use 64, 128 or 256, or 0 for none"):
         ARBConfig(hadamard=value)
+
+
+def test_trials_ask_for_no_comparison(monkeypatch):
+    """Fits that tell whether a transform pays take longer than a trial itself."""
+
+    def never(*_):
+        raise AssertionError("compared with a fit without the transform")
+
+    monkeypatch.setattr(conversion, "hadamard_gain", never)
+    linear, config = torch.nn.Linear(96, 64, bias=False), ARBConfig(block_size=64, hadamard=64)
+    hessian = torch.eye(96) + 0.1
+    packed, record = conversion.binarize_linear("trial", linear, config, hessian, 10, hadamard_must_pay=False)
+    assert packed.hadamard in (0, 64)
+    assert record.hadamard_gain is None
+    assert record.output_error < 1
+    with pytest.raises(AssertionError, match="compared"):
+        conversion.binarize_linear("fit", linear, config, hessian, 10)

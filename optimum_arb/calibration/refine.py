@@ -33,7 +33,7 @@ WARMUP = 10  # steps in which the learning rates rise: Adam's first steps know t
 LEAST_SIZE = 1e-3  # of a tensor, for its learning rate: biases may begin at zero
 BETAS = (0.9, 0.95)
 # Where the held-out loss does not fall, training goes on from the best state with rates divided by BACKOFF, down to
-# LEAST_RATE of them: what error correction has fitted well already, the usual rates make worse.
+# LEAST_RATE of them. Without, the last pass over SmolLM2-135M at one plane (1.08 bits) was given up at 0.605 nats.
 BACKOFF, LEAST_RATE = 4.0, 1 / 16
 
 

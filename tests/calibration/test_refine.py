@@ -9,7 +9,7 @@ import torch
 from tiny_models import tiny_model, tokens
 
 from optimum_arb import ARBConfig, ARBLinear
-from optimum_arb.calibration import CalibrationWalk, token_batches
+from optimum_arb.calibration import CalibrationWalk, refine, token_batches
 from optimum_arb.calibration.refine import (
     RATES,
     Objective,
@@ -171,6 +171,16 @@ def test_it_is_chosen_by_batches_that_are_apart():
         model, selection.modules(), binarize, batches, after_layer=tune, follow_float=True, held_out=1
     ).run()
     assert {name: result.before for name, result in results.items()} == pytest.approx(before, rel=1e-3)
+
+
+def test_rates_fall_where_the_usual_ones_spoil_it(monkeypatch):
+    settings = RefineSettings(steps=60, evaluations=30, patience=2, learning_rate=0.2, sign_learning_rate=0.0)
+    mended = refined(settings=settings, samples=32)[1]["model.layers.0"]
+    monkeypatch.setattr(refine, "LEAST_RATE", 1.0)
+    given_up = refined(settings=settings, samples=32)[1]["model.layers.0"]
+    assert given_up.after == given_up.before == mended.before
+    assert mended.after < mended.before
+    assert given_up.steps < mended.steps < settings.steps
 
 
 def test_gradients_flow_into_what_is_listed_alone():
