@@ -1,0 +1,108 @@
+"""What `from_pretrained` takes for a model on disk: its files in the page cache, or not."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from optimum_arb.checksums import SKIP_VARIABLE
+
+_SAMPLES = 64  # pages of a file whose presence in the page cache is asked for
+_PAGE = 4096
+
+
+def write(model: PreTrainedModel, directory: Path) -> tuple[int, float]:
+    """Saves a model in files of at most 5 GB, and waits until they are on the disk.
+
+    Returns:
+        Bytes in the directory, and seconds.
+
+    Raises:
+        OSError: the disk has too little room; nothing is written then.
+    """
+    needed = sum(tensor.nbytes for tensor in model.state_dict().values())
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(directory.parent).free
+    if needed * 1.02 > free:
+        raise OSError(
+            f"{directory}: {needed / 1e9:.1f} GB are to be written, and {free / 1e9:.1f} are free. Choose another disk."
+        )
+    start = time.perf_counter()
+    model.save_pretrained(directory, max_shard_size="5GB")
+    for file in directory.iterdir():
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    return sum(file.stat().st_size for file in directory.iterdir()), time.perf_counter() - start
+
+
+def load(directory: Path, device: str, verified: bool = True) -> tuple[Any, float]:
+    """Loads a model in bfloat16.
+
+    Args:
+        directory: where it lies.
+        device: where it goes.
+        verified: whether the checksums of a packed model are compared.
+
+    Returns:
+        The model, and the seconds of `from_pretrained`, until it is complete on the device.
+    """
+    os.environ[SKIP_VARIABLE] = "0" if verified else "1"
+    free_memory()
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, device_map={"": device}, dtype=torch.bfloat16, local_files_only=True
+    )
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return model, time.perf_counter() - start
+
+
+def free_memory() -> None:
+    """Gives back what models that are no longer held had, so that the next load has to ask for it anew."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def evict(directory: Path) -> bool:
+    """Asks the system to drop a model's files from its page cache.
+
+    Returns:
+        Whether they are gone: false too where the system does not say.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    for file in directory.iterdir():
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    share = cached_share(directory)
+    return share is not None and share < 0.02
+
+
+def cached_share(directory: Path) -> float | None:
+    """The share of a model's weights that is in the page cache, by samples; None where the system does not say."""
+    found = []
+    if not hasattr(os, "RWF_NOWAIT"):
+        return None
+    for file in directory.glob("*.safetensors"):
+        size = file.stat().st_size
+        with open(file, "rb", buffering=0) as opened:
+            for index in range(_SAMPLES):
+                try:
+                    # backwards, since asking for a page has the system read those after it
+                    place = size * (_SAMPLES - 1 - index) // _SAMPLES // _PAGE * _PAGE
+                    os.preadv(opened.fileno(), [bytearray(1)], place, os.RWF_NOWAIT)
+                    found.append(True)
+                except BlockingIOError:
+                    found.append(False)
+                except OSError:
+                    return None
+    return sum(found) / len(found) if found else None
