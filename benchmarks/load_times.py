@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import mmap
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,6 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_arb.checksums import SKIP_VARIABLE
-
-_SAMPLES = 64  # pages of a file whose presence in the page cache is asked for
-_PAGE = 4096
 
 
 def write(model: PreTrainedModel, directory: Path) -> tuple[int, float]:
@@ -88,21 +88,20 @@ def evict(directory: Path) -> bool:
 
 
 def cached_share(directory: Path) -> float | None:
-    """The share of a model's weights that is in the page cache, by samples; None where the system does not say."""
-    found = []
-    if not hasattr(os, "RWF_NOWAIT"):
+    """The share of a model's weights that is in the page cache, by mincore(2); None where the system does not say."""
+    if sys.platform != "linux":
         return None
+    mincore = ctypes.CDLL(None, use_errno=True).mincore
+    pages = present = 0
     for file in directory.glob("*.safetensors"):
-        size = file.stat().st_size
-        with open(file, "rb", buffering=0) as opened:
-            for index in range(_SAMPLES):
-                try:
-                    # backwards, since asking for a page has the system read those after it
-                    place = size * (_SAMPLES - 1 - index) // _SAMPLES // _PAGE * _PAGE
-                    os.preadv(opened.fileno(), [bytearray(1)], place, os.RWF_NOWAIT)
-                    found.append(True)
-                except BlockingIOError:
-                    found.append(False)
-                except OSError:
-                    return None
-    return sum(found) / len(found) if found else None
+        # a private mapping, since ctypes wants one that it could write to; nothing is read by it
+        with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+            found = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+            view = ctypes.c_char.from_buffer(mapped)
+            failed = mincore(ctypes.c_void_p(ctypes.addressof(view)), ctypes.c_size_t(len(mapped)), found)
+            del view  # or the mapping could not be closed
+            if failed:
+                return None
+            pages += len(found)
+            present += int(torch.frombuffer(found, dtype=torch.uint8).bitwise_and_(1).sum())
+    return present / pages if pages else None
