@@ -37,6 +37,9 @@ from .statistics import add_product
 # of the mean diagonal of H; see docs/method.md
 DAMPING = 0.1
 
+# How far a token's residual stream may be off for the correction, in lengths of a usual token of its sequence.
+MOST_OFF = 1.0
+
 # Where a residual stream is read: at the layer's own input.
 LAYER_INPUT = ""
 
@@ -199,6 +202,18 @@ class Reading:
         return hook
 
 
+def _off(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """`wanted - found` `[..., T, N]` in float32, no token's longer than `MOST_OFF` of the median length in `wanted`.
+
+    The first token of a sequence is a thousand times as long as others in many models. Where it is off by a part of
+    that, no other token would count in the sums, and what they ask for would be added to all that attend to it.
+    """
+    wanted = wanted.float()
+    change = wanted - found.float()
+    most = MOST_OFF * wanted.norm(dim=-1, keepdim=True).nanmedian(-2, keepdim=True).values
+    return change * (most / change.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1)
+
+
 class Corrections:
     """`sum d x^T` of the linears of a step, in float64 for the reason that `Statistic` gives.
 
@@ -249,7 +264,7 @@ class Corrections:
             product = change.to(weight.dtype) @ (weight if type(module) is Conv1D else weight.T)
             result[name] = product.float()
             if (stream := self._residual.get(name)) is not None:
-                result[name] += wanted.streams[stream].float() - found.streams[stream].float()
+                result[name] += _off(wanted.streams[stream], found.streams[stream])
         return result
 
     def add(self, differences: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> None:
