@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_arb import ARBConfig
 from optimum_arb.calibration import CalibrationWalk, token_batches
-from optimum_arb.calibration.refine import OBJECTIVES, RATES, Refinement, RefineSettings, refine_layer
+from optimum_arb.calibration.refine import Refinement, RefineSettings, refine_layer
 from optimum_arb.calibration.refine_model import refine_model
 from optimum_arb.calibration.walk import LayerTurn
 from optimum_arb.conversion import binarize_linear, float_linear
@@ -56,10 +56,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=RefineSettings.steps, help="0: no refinement")
     parser.add_argument("--lr", type=float, default=RefineSettings.learning_rate)
     parser.add_argument("--sign-lr", type=float, default=RefineSettings.sign_learning_rate, help="0: signs stay")
-    parser.add_argument("--objective", default=RefineSettings.objective, choices=OBJECTIVES)
-    parser.add_argument("--rates", default=RefineSettings.rates, choices=RATES)
     parser.add_argument("--unseen", type=int, default=0, help="further sequences that nothing is fitted to")
-    parser.add_argument("--apart", action="store_true", help="choose by a part of --samples that no fit has seen")
     parser.add_argument("--patience", type=int, default=RefineSettings.patience)
     parser.add_argument("--evaluations", type=int, default=RefineSettings.evaluations)
     parser.add_argument("--held-out", type=float, default=RefineSettings.held_out)
@@ -95,8 +92,6 @@ def main() -> None:
         evaluations=args.evaluations,
         patience=args.patience,
         held_out=args.held_out,
-        objective=args.objective,
-        rates=args.rates,
         seed=args.seed,
     )
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
@@ -112,8 +107,6 @@ def main() -> None:
     results: dict[str, Refinement] = {}
     batches = token_batches(tokens.view(-1, args.length), args.batch_size)
     unseen = range(math.ceil(args.samples / args.batch_size), len(batches))
-    apart = max(1, round(unseen.start * args.held_out)) if args.apart else 0
-    held = range(unseen.start - apart, unseen.start)
     device = torch.device(args.device)
     text = ids[half:][: None if args.windows is None else args.windows * 2048]
     plain = None
@@ -125,7 +118,7 @@ def main() -> None:
     def after_layer(turn: LayerTurn) -> None:
         before = _errors(turn, unseen)
         if args.steps:
-            result = results[turn.name] = refine_layer(turn, settings, held)
+            result = results[turn.name] = refine_layer(turn, settings)
             print(
                 f"{turn.name}: loss {result.before:.5f} -> {result.after:.5f} ({result.unrounded:.5f}) in "
                 f"{result.steps} steps, {result.flipped:.2%} of the signs turned, {result.seconds:.1f} s",
@@ -146,7 +139,7 @@ def main() -> None:
         after_layer=after_layer,
         follow_float=follow,
         error_correction=config.resolved_error_correction,
-        held_out=apart + len(unseen),
+        held_out=len(unseen),
     )
     walk.run()
     if plain is not None:
@@ -159,7 +152,7 @@ def main() -> None:
             settings, steps=args.model_steps, learning_rate=args.model_lr, sign_learning_rate=args.model_sign_lr
         )
         used, outputs = batches[: unseen.start], walk.float_outputs[: unseen.start]
-        last = refine_model(model, walk.chain, used, outputs, of_model, args.device, held)
+        last = refine_model(model, walk.chain, used, outputs, of_model, args.device)
         print(
             f"the model: divergence {last.before:.5f} -> {last.after:.5f} ({last.unrounded:.5f}) in "
             f"{last.steps} steps, {last.seconds:.1f} s"

@@ -8,6 +8,8 @@ inputs and of the weights spread over their block before the weight is binarized
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -60,12 +62,36 @@ def hadamard_transform(x: torch.Tensor, block: int) -> torch.Tensor:
         ValueError: a block that is no power of two.
     """
     compute = torch.promote_types(x.dtype, torch.float32)
+    return multiply_blocks(x, hadamard_matrices(x.shape[-1], block, compute, x.device))
+
+
+def hadamard_matrices(
+    columns: int, block: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> list[tuple[int, torch.Tensor]]:
+    """What `multiply_blocks` needs for a transform: how many blocks of a width there are, and the orthonormal matrix of
+    that width, in their order.
+
+    Args:
+        columns: K.
+        block: a power of two.
+        dtype: of the matrices.
+        device: of the matrices.
+
+    Raises:
+        ValueError: a block that is no power of two.
+    """
+    widths = hadamard_blocks(columns, block)
+    return [
+        (widths.count(width), hadamard_matrix(width, dtype, device) * width**-0.5) for width in dict.fromkeys(widths)
+    ]
+
+
+def multiply_blocks(x: torch.Tensor, matrices: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """Blocks of the last dimension of x `[..., K]` times the matrices of `hadamard_matrices`, in the dtype of x."""
     pieces, start = [], 0
-    widths = hadamard_blocks(x.shape[-1], block)
-    for width in dict.fromkeys(widths):
-        stop = start + width * widths.count(width)
-        matrix = hadamard_matrix(width, compute, x.device) * width**-0.5
-        part = x[..., start:stop].to(compute).unflatten(-1, (-1, width)) @ matrix
+    for count, matrix in matrices:
+        stop = start + count * len(matrix)
+        part = x[..., start:stop].to(matrix.dtype).unflatten(-1, (-1, len(matrix))) @ matrix
         pieces.append(part.flatten(-2))
         start = stop
     return torch.cat(pieces, -1).to(x.dtype) if pieces else x.clone()

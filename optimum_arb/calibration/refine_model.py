@@ -31,7 +31,6 @@ def refine_model(
     float_outputs: Sequence[torch.Tensor],
     settings: RefineSettings,
     device: torch.device | str = "cpu",
-    held: Sequence[int] = (),
 ) -> Refinement:
     """Tunes all scales, means, norms and biases of a binarized model in place; signs stay.
 
@@ -44,18 +43,15 @@ def refine_model(
         chain: its layers, as `CalibrationWalk.chain` has them.
         batches: the calibration batches.
         float_outputs: what came out of the float model's last layer, batch by batch.
-        settings: how; `sign_learning_rate` and `objective` do not count.
+        settings: how; `sign_learning_rate` does not count.
         device: where the model is trained; it must hold it as a whole.
-        held: numbers of the batches to choose by, the others are trained on; a part of all unless given.
 
     Raises:
         ValueError: fewer than two batches, a model without logits, or a loss that is not finite.
     """
     start = time.perf_counter()
     device = torch.device(device)
-    train: Sequence[int] = [batch for batch in range(len(batches)) if batch not in held]
-    if not held:
-        train, held = split_batches(len(batches), settings.held_out)
+    train, held = split_batches(len(batches), settings.held_out)
     in_layers = {id(p) for layer in chain.modules for p in layer.parameters()}
     move(model, device)
     try:

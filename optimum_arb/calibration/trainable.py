@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..factors import FactorizedWeight, pack_factors, unpack_factors
-from ..hadamard import hadamard_transform, rotate
+from ..hadamard import hadamard_matrices, multiply_blocks, rotate
 from ..nn import ARBFactorizedLinear, ARBLinear
 from ..packing import BinarizedWeight, pack, unpack
 from ..scales import nearest_on_grid
@@ -49,10 +49,7 @@ class Trainable(nn.Module, ABC):
 
     Attributes:
         latents: float32, one for each sign matrix where the signs are trained, else none.
-        only_sizes: whether no scale needs another sign than it has: there are neither means nor differences.
     """
-
-    only_sizes = True
 
     def __init__(self, packed: ARBLinear, signs: Sequence[torch.Tensor], train_signs: bool):
         super().__init__()
@@ -60,6 +57,8 @@ class Trainable(nn.Module, ABC):
         self.packed: ARBLinear
         self.train_signs = train_signs
         self.signs = list(signs)
+        self._units: dict[int, torch.Tensor] = {}  # int8, of signs that are not trained
+        self._changes: dict[int, tuple[int, torch.Tensor]] = {}  # first grid -> version of its scales, what rounds them
         latents = [nn.Parameter(torch.where(bits, 1.0, -1.0)) for bits in signs] if train_signs else []
         self.latents = nn.ParameterList(latents)
         self.bias = packed.bias
@@ -98,8 +97,12 @@ class Trainable(nn.Module, ABC):
         return [latent >= 0 for latent in self.latents] if self.train_signs else self.signs
 
     def _current(self, index: int) -> torch.Tensor:
-        """A sign matrix as float32 +-1, with a gradient for its latent."""
-        return _Sign.apply(self.latents[index]) if self.train_signs else torch.where(self.signs[index], 1.0, -1.0)
+        """A sign matrix as +-1: float32 with a gradient for its latent, or int8 where signs are not trained."""
+        if self.train_signs:
+            return _Sign.apply(self.latents[index])
+        if index not in self._units:
+            self._units[index] = self.signs[index].to(torch.int8).mul_(2).sub_(1)
+        return self._units[index]
 
     def _store(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.packed._fill(tensors, None, tensors["weight"].device)
@@ -107,19 +110,26 @@ class Trainable(nn.Module, ABC):
     def _set_grid(self, grid: torch.Tensor | None) -> None:
         """The grids of scales in 8 bits, `[grids, 2]`; rows of zeros stand for scales in 16."""
         self.scale_grid = grid
+        self._changes.clear()
         self._coded = [] if grid is None else grid.any(1).tolist()  # so that no step asks the device
 
     def _on_grid(self, scale: torch.Tensor, grids: slice) -> torch.Tensor:
         """Scales `[..., G]` on their grids, with the gradient as it is; those of 16 bits as they are."""
         if self.scale_grid is None or not any(self._coded[grids]):
             return scale
-        with torch.no_grad():
-            change = nearest_on_grid(scale, self.scale_grid[grids]) - scale
+        # a step needs it twice, since layers are computed again, and batches held out share it: it is half of the
+        # operators of a small linear
+        version, change = self._changes.get(grids.start or 0, (-1, scale))
+        if version != scale._version:
+            with torch.no_grad():
+                change = nearest_on_grid(scale, self.scale_grid[grids]) - scale
+            self._changes[grids.start or 0] = scale._version, change
         return scale + change
 
     def _set_signs(self, index: int, signs: torch.Tensor) -> None:
         """Other signs for a matrix; latents that were of another keep their size."""
         self.signs[index] = signs
+        self._units.pop(index, None)
         if self.train_signs:
             latent = self.latents[index]
             latent.copy_(torch.where(signs, latent.abs(), -latent.abs().clamp_min(LEAST_CONFIDENCE)))
@@ -147,12 +157,15 @@ class TrainablePlanes(Trainable):
         super().__init__(packed, [*weight.signs, *_each(weight.salient_signs)], train_signs)
         self.unpacked = weight
         self.layout, self.block_size = weight.layout, weight.block_size
-        self.only_sizes = weight.layout.is_planes
         self.rows, self.columns = weight.shape
         self.row_scale = nn.Parameter(weight.row_scale.float())
         self.col_scale = _parameter(weight.col_scale)
         self.salient_col_scale = _parameter(weight.salient_col_scale)
         self.permutation, self.salient_columns = weight.permutation, weight.salient_columns
+        if weight.hadamard:
+            assert weight.input_signs is not None  # there are some where there is a transform
+            self._input_signs = torch.where(weight.input_signs, 1.0, -1.0)
+            self._matrices = hadamard_matrices(self.columns, weight.hadamard, device=self._input_signs.device)
 
     def scales(self) -> list[nn.Parameter]:
         return [scale for scale in (self.row_scale, self.col_scale, self.salient_col_scale) if scale is not None]
@@ -161,13 +174,9 @@ class TrainablePlanes(Trainable):
         if self.permutation is not None:
             x = x[..., self.permutation]
         if self.unpacked.hadamard:
-            x = hadamard_transform(x * self._input_signs().to(x.dtype), self.unpacked.hadamard)
+            x = multiply_blocks(x * self._input_signs.to(x.dtype), self._matrices)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.weight().to(x.dtype), bias)
-
-    def _input_signs(self) -> torch.Tensor:
-        assert self.unpacked.input_signs is not None  # there are some where there is a transform
-        return torch.where(self.unpacked.input_signs, 1.0, -1.0)
 
     def weight(self, fixed: Mapping[int, float] | None = None) -> torch.Tensor:
         """float32 `[N, K]` as it is stored, for transformed inputs, with gradients for scales and latents.
@@ -192,12 +201,12 @@ class TrainablePlanes(Trainable):
         return total
 
     def _plane(self, index: int, fixed: float | None) -> torch.Tensor:
-        """float32 `[N, K]`; zero outside the salient columns for a plane that is theirs alone."""
+        """`[N, K]`; zero outside the salient columns for a plane that is theirs alone."""
         if fixed is not None:
             plane = torch.full_like(self.signs[index], fixed, dtype=torch.float32)
         else:
             plane = self._current(index)
-        return plane if index < self.layout.planes else self._spread(plane)
+        return plane if index < self.layout.planes else self._spread(plane.float())
 
     def _spread(self, values: torch.Tensor) -> torch.Tensor:
         """Values of the salient columns `[..., S]` at their places among all, zero elsewhere."""
@@ -294,8 +303,8 @@ class TrainableFactors(Trainable):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         row_scale, rank_scale, col_scale = self._stored()
-        inner = nn.functional.linear(x * col_scale, self._current(1)) * rank_scale
-        y = nn.functional.linear(inner, self._current(0)) * row_scale
+        inner = nn.functional.linear(x * col_scale, self._current(1).float()) * rank_scale
+        y = nn.functional.linear(inner, self._current(0).float()) * row_scale
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     @torch.no_grad()

@@ -11,7 +11,6 @@ from tiny_models import tiny_model, tokens
 from optimum_arb import ARBConfig, ARBLinear
 from optimum_arb.calibration import CalibrationWalk, refine, token_batches
 from optimum_arb.calibration.refine import (
-    RATES,
     Objective,
     RefineSettings,
     computing_in_float32,
@@ -73,10 +72,12 @@ def test_the_held_out_loss_falls_and_is_that_of_what_is_stored(config):
     def look(turn, result):
         """The loss by its definition, from the packed layer, on the batch that was held out."""
         held = split_batches(len(turn.inputs), GENTLE.held_out)[1]
+        mean = torch.cat(turn.references).square().sum(-1).mean()
         with torch.no_grad():
+            errors = {b: (turn.run(b) - turn.references[b]).square().sum(-1) for b in held}
             losses = [
-                ((turn.run(b) - turn.references[b]).square().sum(-1) / turn.references[b].square().sum(-1)).mean()
-                for b in held
+                ((error / turn.references[b].square().sum(-1)).mean() + error.mean() / mean) / 2
+                for b, error in errors.items()
             ]
         assert float(sum(losses)) / len(losses) == pytest.approx(result.after, rel=1e-3)
 
@@ -123,63 +124,26 @@ def test_what_tuning_spoils_is_not_kept(rate):
 NORM = "model.layers.0.post_attention_layernorm.weight"
 
 
-@pytest.mark.parametrize("rates", RATES)
-def test_steps_are_relative_to_what_they_change(rates):
+def test_steps_are_relative_to_what_they_change():
     """Norm weights of channels with massive activations are thousands of times smaller than the others."""
 
     def prepare(model):
         with torch.no_grad():
             model.get_parameter(NORM)[:2] = torch.tensor([1e-4, 0.0])
 
-    settings = RefineSettings(**{**vars(FAST), "rates": rates})
-    model, results = refined(settings=settings, prepare=prepare, samples=32)
+    model, results = refined(prepare=prepare, samples=32)
     assert results["model.layers.0"].after < results["model.layers.0"].before
     small, zero, *others = model.get_parameter(NORM).tolist()
-    changes = [abs(other - 1) for other in others]
-    assert 0.01 < max(changes) < 0.3
-    if rates == "element":
-        assert zero == 0.0
-        assert abs(small / 1e-4 - 1) < 0.3
-    else:
-        assert max(abs(zero), abs(small)) > 10 * 1e-4
-
-
-def test_it_is_chosen_by_batches_that_are_apart():
-    """Those that nothing was fitted to, where they are given."""
-    model = tiny_model("LlamaForCausalLM")
-    config = ARBConfig(dataset=None)
-    selection = select_modules(model, config)
-    batches = token_batches(tokens(8, 24), 2)
-    before, results = {}, {}
-
-    def binarize(name, module, hessian, count):
-        packed, record = binarize_linear(name, module, selection.convert[name], hessian, count)
-        return packed, record.output_error
-
-    def losses(turn):
-        with torch.no_grad():
-            objective = Objective(turn.references[: turn.fitted], FAST.objective)
-            return float(objective(turn.run(3), turn.references[3]))
-
-    def tune(turn):
-        assert turn.fitted == 3
-        before[turn.name] = losses(turn)
-        result = results[turn.name] = refine_layer(turn, FAST, [3])
-        assert losses(turn) == pytest.approx(result.after, rel=1e-3)
-
-    CalibrationWalk(
-        model, selection.modules(), binarize, batches, after_layer=tune, follow_float=True, held_out=1
-    ).run()
-    assert {name: result.before for name, result in results.items()} == pytest.approx(before, rel=1e-3)
+    assert 0.01 < max(abs(other - 1) for other in others) < 0.3
+    assert max(abs(zero), abs(small)) > 10 * 1e-4
 
 
 def test_rates_fall_where_the_usual_ones_spoil_it(monkeypatch):
-    settings = RefineSettings(steps=60, evaluations=30, patience=2, learning_rate=0.2, sign_learning_rate=0.0)
+    settings = RefineSettings(steps=60, evaluations=30, patience=2, learning_rate=0.1, sign_learning_rate=0.0)
     mended = refined(settings=settings, samples=32)[1]["model.layers.0"]
     monkeypatch.setattr(refine, "LEAST_RATE", 1.0)
     given_up = refined(settings=settings, samples=32)[1]["model.layers.0"]
-    assert given_up.after == given_up.before == mended.before
-    assert mended.after < mended.before
+    assert mended.after < given_up.after <= given_up.before == mended.before
     assert given_up.steps < mended.steps < settings.steps
 
 
@@ -329,23 +293,21 @@ def test_a_part_of_the_batches_is_held_out():
         split_batches(1, 0.125)
 
 
-def test_objectives_by_their_definitions():
+def test_the_objective_by_its_definition():
     generator = torch.Generator().manual_seed(0)
-    targets = [torch.randn(2, 3, 5, generator=generator) * torch.tensor([9.0, 1, 1, 1, 1]) for _ in range(3)]
+    targets = [torch.randn(2, 3, 5, generator=generator) for _ in range(3)]
+    targets[0][:, 0] *= 100  # a first token that is much longer than the others
     output = targets[0] + 0.1 * torch.randn(2, 3, 5, generator=generator)
-    error = (output - targets[0]).square()
-    every = torch.cat(targets).flatten(0, 1)
-    assert float(Objective(targets, "total")(output, targets[0])) == pytest.approx(
-        float(error.sum(-1).mean() / every.square().sum(-1).mean()), rel=1e-4
-    )
-    sizes = targets[0].square().sum(-1)
-    assert float(Objective(targets, "token")(output, targets[0])) == pytest.approx(
-        float((error.sum(-1) / sizes).mean()), rel=1e-4
-    )
-    assert float(Objective(targets, "root")(output, targets[0])) == pytest.approx(
-        float((error.sum(-1) / sizes.sqrt()).mean() / every.norm(dim=1).mean()), rel=1e-4
-    )
-    channels = (every / every.norm(dim=1, keepdim=True)).square().mean(0)
-    assert float(Objective(targets, "channel")(output, targets[0])) == pytest.approx(
-        float(((error / channels).sum(-1) / sizes).mean() / 5), rel=1e-4
-    )
+    error = (output - targets[0]).square().sum(-1)
+    by_token = (error / targets[0].square().sum(-1)).mean()
+    of_all = error.mean() / torch.cat(targets).square().sum(-1).mean()
+    assert float(Objective(targets)(output, targets[0])) == pytest.approx(float(by_token + of_all) / 2, rel=1e-4)
+    lost = targets[0].clone()
+    lost[:, 0] = 0.0
+    assert float(Objective(targets)(lost, targets[0])) > 0.5
+
+
+def test_a_token_of_no_size_does_not_outweigh_all_others():
+    targets = [torch.ones(1, 4, 2)]
+    targets[0][0, 1] = 1e-12
+    assert float(Objective(targets)(targets[0] + 1e-3, targets[0])) < 1.0
