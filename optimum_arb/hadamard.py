@@ -88,13 +88,13 @@ def hadamard_matrices(
 
 def multiply_blocks(x: torch.Tensor, matrices: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
     """Blocks of the last dimension of x `[..., K]` times the matrices of `hadamard_matrices`, in the dtype of x."""
-    pieces, start = [], 0
-    for count, matrix in matrices:
-        stop = start + count * len(matrix)
-        part = x[..., start:stop].to(matrix.dtype).unflatten(-1, (-1, len(matrix))) @ matrix
-        pieces.append(part.flatten(-2))
-        start = stop
-    return torch.cat(pieces, -1).to(x.dtype) if pieces else x.clone()
+    if not matrices:
+        return x.clone()
+    pieces = []
+    for part, (_, matrix) in zip(x.split([n * len(m) for n, m in matrices], -1), matrices, strict=True):
+        product = part.to(matrix.dtype).unflatten(-1, (-1, len(matrix))) @ matrix
+        pieces.append(product.flatten(-2))
+    return torch.cat(pieces, -1).to(x.dtype)
 
 
 def random_signs(columns: int, seed: int) -> torch.Tensor:

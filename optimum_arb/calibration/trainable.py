@@ -186,11 +186,13 @@ class TrainablePlanes(Trainable):
         """
         width = self.columns if self.block_size == -1 else self.block_size
         signs = [self._plane(index, (fixed or {}).get(index)) for index in range(len(self.signs))]
-        row_scale = self._on_grid(self.row_scale, slice(self.layout.row_scales))
+        row_scales = self._on_grid(self.row_scale, slice(self.layout.row_scales)).unbind(-1)
         total: torch.Tensor | None = None
         for term in self.layout.terms:
-            row = row_scale[:, :, term.row] * term.factor  # [N, blocks]
-            value = row[:, :, None].expand(-1, -1, width).flatten(1)[:, : self.columns]
+            row = row_scales[term.row] * term.factor  # [N, blocks]
+            value = row[:, :, None].expand(-1, -1, width).flatten(1)
+            if value.shape[1] > self.columns:
+                value = value[:, : self.columns]
             column = self._column(term.col, term.zone)
             if column is not None:
                 value = value * column
