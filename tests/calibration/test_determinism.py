@@ -152,7 +152,9 @@ def binarized(path, device: str, **choices) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, device_map=device).to("cpu")
 
 
-def check_as_good(path, first: PreTrainedModel, second: PreTrainedModel) -> None:
+def check_as_good(
+    path, first: PreTrainedModel, second: PreTrainedModel, scatter: float = 0.02, apart: float = 1.0
+) -> None:
     """Two models whose fits were rounded otherwise.
 
     Signs at their thresholds turn, and what comes later is fitted to make up for that: the models differ, by as much as
@@ -167,9 +169,9 @@ def check_as_good(path, first: PreTrainedModel, second: PreTrainedModel) -> None
     assert errors[1] == pytest.approx(errors[0], rel=0.1)
     reports = [model_report(model) for model in (first, second)]
     assert reports[1].bits_per_weight == reports[0].bits_per_weight
-    assert reports[1].mean_output_error == pytest.approx(reports[0].mean_output_error, rel=0.02)
+    assert reports[1].mean_output_error == pytest.approx(reports[0].mean_output_error, rel=scatter)
     if first.config.quantization_config.resolved_error_correction == 0:
-        assert float((here - there).norm()) < min(errors)
+        assert float((here - there).norm()) < apart * min(errors)
         pairs = zip(first.parameters(), second.parameters(), strict=True)
         packed = [(a, b) for a, b in pairs if a.dtype == torch.uint8]
         turned = sum(int(sum(((a ^ b) >> shift & 1).sum() for shift in range(8))) for a, b in packed)
@@ -198,8 +200,13 @@ def test_weights_changed_by_a_rounding(tmp_path, llama, planes, choices):
 @CORRECTED
 @pytest.mark.parametrize("planes", [1, 2])
 def test_cpu_against_gpu(llama, planes, choices):
-    """Two runs there make the same bytes; a run here makes a model that is as good."""
+    """Two runs there make the same bytes; a run here makes a model that is as good.
+
+    The search of signs multiplies in bfloat16 on a GPU, a rounding 4,000 times as large as the 1e-6 above: on an H200
+    the mean output error of the linears was 3.5 % apart, the outputs 1.01 of their error. Two fits that have nothing in
+    common would be 1.41 apart.
+    """
     device = torch.accelerator.current_accelerator().type
     on_gpu, again = (binarized(llama, device, planes=planes, **choices) for _ in range(2))
     assert digests(again) == digests(on_gpu)
-    check_as_good(llama, binarized(llama, "cpu", planes=planes, **choices), on_gpu)
+    check_as_good(llama, binarized(llama, "cpu", planes=planes, **choices), on_gpu, scatter=0.1, apart=1.3)
