@@ -24,7 +24,8 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import fragments
-from .launch import Program, cdiv, likeness, overlaps
+from .launch import Program, cdiv, hooked, likeness, overlaps
+from .native_launch import EXTRA, OUT, SCRATCH, NativeLaunches, Slot, X, current_stream, empty_vector, prepare
 from .one_bit import _sign_word
 from .prepack import ROWS, SLOTS, Prepacked
 
@@ -388,18 +389,49 @@ class Plan:
         if overlap:
             self.options["launch_pdl"] = True
         self.launches: tuple[Program, Program] | None = None
+        self.device, self.dtype = x.device, x.dtype
+        self.native: NativeLaunches | None = None
+        self._stride = -1  # of the input, from row to row, that the native launches are for
 
     def run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`[M * N]`; the first run goes through Triton, which compiles."""
+        native = self.native
+        if native is not None and (self.tokens == 1 or x.stride(0) == self._stride) and not hooked():
+            scratch, out = empty_vector(self.scratch, torch.int32), empty_vector(self.results, self.dtype)
+            native.run(
+                current_stream(self.device.index),
+                x.data_ptr(),
+                out.data_ptr(),
+                0 if bias is None else bias.data_ptr(),
+                scratch.data_ptr(),
+            )
+            return out
         device = x.device
         scratch = torch.empty(self.scratch, dtype=torch.int32, device=device)
         out = torch.empty(self.results, dtype=x.dtype, device=device)
-        first = (x, *self.prepare_weights, scratch, self.tiles, x.stride(0), self.tokens, *self.prepare_constants)
-        second = (scratch, *self.weights, scratch if bias is None else bias, out, *self.rest)
+        first, second = self._arguments(x, x.stride(0), scratch, bias, out)
         if self.launches is None:
-            prepare = _prepare[self.prepare_grid](*first, num_warps=4)
-            self.launches = Program(prepare), Program(_multiply[self.grid](*second, **self.options))
+            made = _prepare[self.prepare_grid](*first, num_warps=4)
+            self.launches = Program(made), Program(_multiply[self.grid](*second, **self.options))
+            self._stride = x.stride(0)
+            self._prepare_native(bias is not None)
         else:
             stream = triton.runtime.driver.active.get_current_stream(device.index)
             self.launches[0](self.prepare_grid, first, stream)
             self.launches[1](self.grid, second, stream)
         return out
+
+    def _prepare_native(self, with_bias: bool) -> None:
+        """Makes the native launches, of the programs that a first run has compiled."""
+        assert self.launches is not None
+        bias = Slot(EXTRA) if with_bias else None
+        first, second = self._arguments(Slot(X), self._stride, Slot(SCRATCH), bias, Slot(OUT))
+        launches = self.launches[0].ready(self.prepare_grid, first), self.launches[1].ready(self.grid, second)
+        self.native = prepare(launches, self.device)
+
+    def _arguments(
+        self, x: Any, stride: int, scratch: Any, bias: Any, out: Any
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """All of both kernels, of tensors or of what stands for them."""
+        first = (x, *self.prepare_weights, scratch, self.tiles, stride, self.tokens, *self.prepare_constants)
+        return first, (scratch, *self.weights, scratch if bias is None else bias, out, *self.rest)

@@ -12,6 +12,7 @@ the other rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -19,7 +20,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from . import fragments
-from .launch import Program, likeness
+from .launch import Program, hooked, likeness
+from .native_launch import EXTRA, OUT, SCRATCH, NativeLaunches, Slot, X, current_stream, empty_vector, prepare
 from .prepack import ONE_BIT_TOKENS, ROWS, SLOTS, Prepacked
 
 MAX_TOKENS = ONE_BIT_TOKENS  # the operands of more take more registers than a lane has to spare
@@ -327,7 +329,7 @@ class Plan:
         experts: torch.Tensor | None,
     ):
         tokens = x.shape[0]
-        self.weight_rows = weight.rows
+        self.results = tokens * weight.rows
         inputs, tiles = len(weight.program.inputs), weight.tiles
         self.scratch = len(parts) * inputs * tokens * tiles * SLOTS
         groups = config.groups if len(parts) == 1 else 1  # a program must not cross from part to part
@@ -366,21 +368,54 @@ class Plan:
         )
         self.warps, self.overlap = config.warps, overlap
         self.launches: tuple[Program, Program] | None = None
+        self.device, self.dtype = x.device, x.dtype
+        self.native: NativeLaunches | None = None
+        self._stride = -1  # of the input, from row to row, that the native launches are for
 
     def run(self, x: torch.Tensor, bias: torch.Tensor | None, experts: torch.Tensor | None = None) -> torch.Tensor:
+        """`[M * N]`; the first run goes through Triton, which compiles."""
+        native = self.native
+        if native is not None and (self.tokens == 1 or x.stride(0) == self._stride) and not hooked():
+            scratch, out = empty_vector(self.scratch, torch.int32), empty_vector(self.results, self.dtype)
+            extra = bias if experts is None else experts
+            native.run(
+                current_stream(self.device.index),
+                x.data_ptr(),
+                out.data_ptr(),
+                0 if extra is None else extra.data_ptr(),
+                scratch.data_ptr(),
+            )
+            return out
         scratch = torch.empty(self.scratch, dtype=torch.int32, device=x.device)
-        out = torch.empty(self.tokens * self.weight_rows, dtype=x.dtype, device=x.device)
+        out = torch.empty(self.results, dtype=x.dtype, device=x.device)
+        first, second = self._arguments(x, x.stride(0), scratch, bias, experts, out)
+        if self.launches is None:
+            made = _prepare[self.prepare_grid](*first, num_warps=1)
+            decoded = _decode[self.decode_grid](*second, num_warps=self.warps, launch_pdl=self.overlap)
+            self.launches = Program(made), Program(decoded)
+            self._stride = x.stride(0)
+            if bias is None or experts is None:  # there is one place for either
+                self._prepare_native(bias is not None, experts is not None)
+        else:
+            stream = triton.runtime.driver.active.get_current_stream(x.device.index)
+            self.launches[0](self.prepare_grid, first, stream)
+            self.launches[1](self.decode_grid, second, stream)
+        return out
+
+    def _prepare_native(self, with_bias: bool, with_experts: bool) -> None:
+        """Makes the native launches, of the programs that a first run has compiled."""
+        assert self.launches is not None
+        bias, experts = Slot(EXTRA) if with_bias else None, Slot(EXTRA) if with_experts else None
+        first, second = self._arguments(Slot(X), self._stride, Slot(SCRATCH), bias, experts, Slot(OUT))
+        launches = self.launches[0].ready(self.prepare_grid, first), self.launches[1].ready(self.decode_grid, second)
+        self.native = prepare(launches, self.device)
+
+    def _arguments(
+        self, x: Any, stride: int, scratch: Any, bias: Any, experts: Any, out: Any
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """All of both kernels, of tensors or of what stands for them."""
         owner = scratch if experts is None else experts
-        first = (
-            x,
-            *self.prepare_weights,
-            owner,
-            scratch,
-            self.tiles,
-            x.stride(0),
-            self.tokens,
-            *self.prepare_constants,
-        )
+        first = (x, *self.prepare_weights, owner, scratch, self.tiles, stride, self.tokens, *self.prepare_constants)
         second = (
             scratch,
             *self.decode_weights,
@@ -390,12 +425,4 @@ class Plan:
             *self.decode_sizes,
             *self.decode_constants,
         )
-        if self.launches is None:
-            prepare = _prepare[self.prepare_grid](*first, num_warps=1)
-            decode = _decode[self.decode_grid](*second, num_warps=self.warps, launch_pdl=self.overlap)
-            self.launches = Program(prepare), Program(decode)
-        else:
-            stream = triton.runtime.driver.active.get_current_stream(x.device.index)
-            self.launches[0](self.prepare_grid, first, stream)
-            self.launches[1](self.decode_grid, second, stream)
-        return out
+        return first, second
