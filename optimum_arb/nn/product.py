@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,7 +20,32 @@ if TYPE_CHECKING:
 
 MAX_PLANS = 32  # of a layer: prompts come in many lengths
 
-Plans: TypeAlias = "dict[tuple[Hashable, ...], HopperPlan | None]"
+# `torch.cuda.current_device` without its question whether CUDA was started: a tensor is there
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
+class Plans(dict[tuple[Hashable, ...], "HopperPlan | None"]):
+    """Launches that were made ready for inputs of a kind, of the tensors of a matrix as they are now.
+
+    Args:
+        tensors: of `optimum_arb.packing.TENSOR_NAMES`, as the operator takes them.
+        backend: of the matrix.
+    """
+
+    __slots__ = ("_addresses", "_ids", "_there", "backend")
+
+    def __init__(self, tensors: list[torch.Tensor | None], backend: str):
+        super().__init__()
+        self.backend = backend
+        self._ids = [*map(id, tensors)]  # of tensors that live as long as this
+        self._there = [tensor for tensor in tensors if tensor is not None]
+        self._addresses = [tensor.data_ptr() for tensor in self._there]
+
+    def fit(self, tensors: list[torch.Tensor | None]) -> bool:
+        """Whether these are the same tensors, at the same places in memory; they may have been written."""
+        if [*map(id, tensors)] != self._ids:
+            return False
+        return [tensor.data_ptr() for tensor in self._there] == self._addresses
 
 
 class PackedProduct(ABC):
@@ -108,25 +133,23 @@ class PackedProduct(ABC):
 
         Looking at every tensor again takes the host longer than the GPU takes for 64 tokens.
         """
-        weight = tensors[0]
-        assert weight is not None
-        if x.data_ptr() % 16 or not x.is_contiguous() or torch.cuda.current_device() != x.get_device():
+        if x.data_ptr() % 16 or not x.is_contiguous() or _current_device() != x.get_device() or self.is_offloaded:
             return None
-        if x.shape[-1] != self.columns or self.backend not in ("auto", "triton") or self.is_offloaded:
+        backend = self.backend
+        if x.shape[-1] != self.columns or backend not in ("auto", "triton"):
             return None
-        key = (
-            x.numel(),
-            x.dtype,
-            *[None if tensor is None else id(tensor) for tensor in tensors],
-            weight.data_ptr(),
-            None if bias is None else (bias.dtype, bias.data_ptr() % 16),
-        )
+        if bias is None:
+            key: tuple[Hashable, ...] = (x.numel(), x.dtype)
+        else:
+            key = (x.numel(), x.dtype, bias.dtype, bias.data_ptr() % 16)
         plans = self._plans
-        if plans is None or len(plans) > MAX_PLANS:
-            plans = self._plans = {}
-        if key not in plans:
-            plans[key] = plan(x, tensors, bias, self.layout, self.block_size, self.backend)
-        found = plans[key]
+        if plans is None or len(plans) > MAX_PLANS or not plans.fit(tensors) or plans.backend != backend:
+            plans = self._plans = Plans(tensors, backend)
+        found = plans.get(key)
+        if found is None:
+            if key in plans:
+                return None
+            found = plans[key] = plan(x, tensors, bias, self.layout, self.block_size, backend)
         return None if found is None else found.run(x, bias)
 
     def _without_grad(self, x: torch.Tensor) -> bool:

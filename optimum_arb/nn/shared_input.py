@@ -178,7 +178,7 @@ def packed_weight(layer: PackedProduct) -> PackedWeight:
 
 def is_offloaded(layer: nn.Module) -> bool:
     """Whether a hook of accelerate brings the layer's weights to the GPU for the time of a call: no copy is to stay."""
-    hook = getattr(layer, "_hf_hook", None)
+    hook = layer.__dict__.get("_hf_hook")  # a module raises and catches an error to say that it has no attribute
     return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook]))
 
 
