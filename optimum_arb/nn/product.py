@@ -23,6 +23,8 @@ MAX_PLANS = 32  # of a layer: prompts come in many lengths
 # `torch.cuda.current_device` without its question whether CUDA was started: a tensor is there
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
+_ADDRESS = torch.Tensor.data_ptr
+
 
 class Plans(dict[tuple[Hashable, ...], "HopperPlan | None"]):
     """Launches that were made ready for inputs of a kind, of the tensors of a matrix as they are now.
@@ -39,13 +41,13 @@ class Plans(dict[tuple[Hashable, ...], "HopperPlan | None"]):
         self.backend = backend
         self._ids = [*map(id, tensors)]  # of tensors that live as long as this
         self._there = [tensor for tensor in tensors if tensor is not None]
-        self._addresses = [tensor.data_ptr() for tensor in self._there]
+        self._addresses = [*map(_ADDRESS, self._there)]
 
     def fit(self, tensors: list[torch.Tensor | None]) -> bool:
         """Whether these are the same tensors, at the same places in memory; they may have been written."""
         if [*map(id, tensors)] != self._ids:
             return False
-        return [tensor.data_ptr() for tensor in self._there] == self._addresses
+        return [*map(_ADDRESS, self._there)] == self._addresses
 
 
 class PackedProduct(ABC):
@@ -96,6 +98,10 @@ class PackedProduct(ABC):
         """The tensors of `optimum_arb.packing.TENSOR_NAMES`, in this order, as the operator takes them."""
         return [self.operand(name) for name in TENSOR_NAMES]
 
+    def _bias_now(self) -> torch.Tensor | None:
+        """`bias`, by the shortest way outside of compiled code."""
+        return self.bias
+
     def forget(self) -> None:
         """Drops what was prepared and, of a group, computed: the matrix has changed."""
         self._prepared, self._looked = None, False
@@ -105,7 +111,8 @@ class PackedProduct(ABC):
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., columns]` to `[..., rows]`, the bias added."""
-        bias = self.bias
+        compiling = torch.compiler.is_compiling()
+        bias = self.bias if compiling else self._bias_now()
         few = x.is_cuda and self._few_tokens(x)
         shared = self.shared_input
         if few and shared is not None and shared.enabled:
@@ -115,10 +122,10 @@ class PackedProduct(ABC):
         change = self.input_transform()
         if change is not None:
             x = change(x) if shared is None else shared.transformed(x, change)
-        if few and self._prepared is not None and not torch.compiler.is_compiling():
+        if few and not compiling and self._prepared is not None:
             return run_prepared_layer(x, self._prepared, bias)
         tensors = self._operands()
-        if not x.is_meta and not torch.compiler.is_compiling() and self._without_grad(x):
+        if not compiling and not x.is_meta and self._without_grad(x):
             if x.is_cuda:
                 out = self._planned(x, tensors, bias)
                 if out is not None:
@@ -162,7 +169,10 @@ class PackedProduct(ABC):
 
     def _few_tokens(self, x: torch.Tensor) -> bool:
         """Whether the kernels for few tokens may compute this. Prepares them, unless the call is being compiled."""
-        if self.backend not in ("auto", "triton") or x.shape[-1] != self.columns:
+        columns = self.columns
+        if self._looked and x.numel() > self._most_tokens * columns:
+            return False  # before all else: the rest takes the host as long as a launch
+        if self.backend not in ("auto", "triton") or x.shape[-1] != columns:
             return False
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return False  # what follows has no gradient

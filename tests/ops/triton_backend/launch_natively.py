@@ -18,7 +18,15 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from optimum_arb.layout import layout_from_name
-from optimum_arb.ops.backends.triton import columns, half_bits, hopper_plan, native_launch, one_bit, sums
+from optimum_arb.ops.backends.triton import (
+    columns,
+    few_tokens_plan,
+    half_bits,
+    hopper_plan,
+    native_launch,
+    one_bit,
+    sums,
+)
 from optimum_arb.ops.backends.triton import hopper as hopper_file
 from optimum_arb.ops.backends.triton import launch as launch_file
 from optimum_arb.ops.backends.triton.gemm import GemmConfig
@@ -65,7 +73,7 @@ def start(folder: Path) -> ctypes.CDLL:
     library = native_launch.open_library(folder / "_launch.so", "libcuda.so.1")
     native_launch.load = lambda: library
     native_launch._empty = lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
-    for module in (hopper_plan, half_bits, one_bit):
+    for module in (hopper_plan, few_tokens_plan):
         module.current_stream = lambda device: 77
     for module in (launch_file, columns, sums, half_bits):
         module.overlaps = lambda device: True
@@ -156,9 +164,9 @@ def few(fake: ctypes.CDLL, kind, config, name: str, tokens: int, rows: tuple[int
     out, scratch = torch.zeros(plan.results, dtype=x.dtype), torch.zeros(plan.scratch, dtype=torch.int32)
 
     def by_triton():
-        first, second = plan._arguments(x, 320, scratch, bias, *[None] * (kind is one_bit), out)
-        plan.launches[0](plan.prepare_grid, first, 77)
-        plan.launches[1](plan.decode_grid if kind is one_bit else plan.grid, second, 77)
+        first, second = plan.arguments(x, 320, scratch, bias, None, out)
+        for program, grid, args in zip(plan.launches, plan.grids(), (first, second), strict=True):
+            program(grid, args, 77)
 
     compare(fake, f"{kind.__name__} {name} {tokens} {rows}", plan, x, bias, out, scratch, by_triton)
 

@@ -7,7 +7,7 @@ decides, and the compiled program is called directly.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -165,6 +165,10 @@ def cdiv(a: int, b: int) -> int:
 def power_of_2(number: int) -> int:
     """The smallest power of two that is not smaller."""
     return 1 << (number - 1).bit_length()
+
+
+# `torch.cuda.current_device` without its question whether CUDA was started, for where a tensor is there
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 @cache

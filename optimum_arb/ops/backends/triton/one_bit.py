@@ -20,8 +20,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from . import fragments
-from .launch import Program, hooked, likeness
-from .native_launch import EXTRA, OUT, SCRATCH, NativeLaunches, Slot, X, current_stream, empty_vector, prepare
+from .few_tokens_plan import FewTokensPlan, Grid
+from .launch import Program, likeness
 from .prepack import ONE_BIT_TOKENS, ROWS, SLOTS, Prepacked
 
 MAX_TOKENS = ONE_BIT_TOKENS  # the operands of more take more registers than a lane has to spare
@@ -316,7 +316,7 @@ def decode(
     return plan.run(x, bias, experts)
 
 
-class Plan:
+class Plan(FewTokensPlan):
     """The two launches of a product of some weight and number of tokens, compiled and with all but x and bias known."""
 
     def __init__(
@@ -329,9 +329,8 @@ class Plan:
         experts: torch.Tensor | None,
     ):
         tokens = x.shape[0]
-        self.results = tokens * weight.rows
         inputs, tiles = len(weight.program.inputs), weight.tiles
-        self.scratch = len(parts) * inputs * tokens * tiles * SLOTS
+        super().__init__(x, weight.rows, scratch=len(parts) * inputs * tokens * tiles * SLOTS)
         groups = config.groups if len(parts) == 1 else 1  # a program must not cross from part to part
         ends = [sum(parts[: i + 1]) for i in range(len(parts))]
         starts = [0]
@@ -347,7 +346,7 @@ class Plan:
         index = weight.input_scale if weight.index is None else weight.index
         self.prepare_weights = (weight.input_scale, index)
         self.prepare_constants = (inputs, len(parts), weight.experts, weight.index is not None, overlap)
-        self.tiles, self.tokens = tiles, tokens
+        self.tiles = tiles
         self.decode_grid = (programs, 1 if experts is None else tokens, 1)
         self.decode_weights = (weight.words, weight.row_scale)
         self.decode_sizes = (tiles, weight.groups, tokens, *[*ends, 0, 0][:3], *[*starts, 0, 0][1:3], weight.rows)
@@ -367,53 +366,31 @@ class Plan:
             overlap,
         )
         self.warps, self.overlap = config.warps, overlap
-        self.launches: tuple[Program, Program] | None = None
-        self.device, self.dtype = x.device, x.dtype
-        self.native: NativeLaunches | None = None
-        self._stride = -1  # of the input, from row to row, that the native launches are for
 
     def run(self, x: torch.Tensor, bias: torch.Tensor | None, experts: torch.Tensor | None = None) -> torch.Tensor:
         """`[M * N]`; the first run goes through Triton, which compiles."""
-        native = self.native
-        if native is not None and (self.tokens == 1 or x.stride(0) == self._stride) and not hooked():
-            scratch, out = empty_vector(self.scratch, torch.int32), empty_vector(self.results, self.dtype)
-            extra = bias if experts is None else experts
-            native.run(
-                current_stream(self.device.index),
-                x.data_ptr(),
-                out.data_ptr(),
-                0 if extra is None else extra.data_ptr(),
-                scratch.data_ptr(),
-            )
-            return out
+        if self.serves(x):
+            return self.launch(x, bias if experts is None else experts)
         scratch = torch.empty(self.scratch, dtype=torch.int32, device=x.device)
         out = torch.empty(self.results, dtype=x.dtype, device=x.device)
-        first, second = self._arguments(x, x.stride(0), scratch, bias, experts, out)
+        first, second = self.arguments(x, x.stride(0), scratch, bias, experts, out)
         if self.launches is None:
             made = _prepare[self.prepare_grid](*first, num_warps=1)
             decoded = _decode[self.decode_grid](*second, num_warps=self.warps, launch_pdl=self.overlap)
             self.launches = Program(made), Program(decoded)
-            self._stride = x.stride(0)
-            if bias is None or experts is None:  # there is one place for either
-                self._prepare_native(bias is not None, experts is not None)
+            self.prepare_native(x.stride(0), bias, experts)
         else:
             stream = triton.runtime.driver.active.get_current_stream(x.device.index)
             self.launches[0](self.prepare_grid, first, stream)
             self.launches[1](self.decode_grid, second, stream)
         return out
 
-    def _prepare_native(self, with_bias: bool, with_experts: bool) -> None:
-        """Makes the native launches, of the programs that a first run has compiled."""
-        assert self.launches is not None
-        bias, experts = Slot(EXTRA) if with_bias else None, Slot(EXTRA) if with_experts else None
-        first, second = self._arguments(Slot(X), self._stride, Slot(SCRATCH), bias, experts, Slot(OUT))
-        launches = self.launches[0].ready(self.prepare_grid, first), self.launches[1].ready(self.decode_grid, second)
-        self.native = prepare(launches, self.device)
+    def grids(self) -> tuple[Grid, Grid]:
+        return self.prepare_grid, self.decode_grid
 
-    def _arguments(
+    def arguments(
         self, x: Any, stride: int, scratch: Any, bias: Any, experts: Any, out: Any
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """All of both kernels, of tensors or of what stands for them."""
         owner = scratch if experts is None else experts
         first = (x, *self.prepare_weights, owner, scratch, self.tiles, stride, self.tokens, *self.prepare_constants)
         second = (
