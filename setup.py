@@ -1,11 +1,13 @@
-"""The optional native extension; everything else is in pyproject.toml.
+"""The optional native extensions; everything else is in pyproject.toml.
 
-A plain C object without Python or torch headers, loaded through ctypes by optimum_arb/ops/backends/cpu/native.py. Where
-no compiler can build it, the installation goes on without it.
+Plain C objects without Python, torch or CUDA headers, loaded through ctypes: the kernels of the CPU by
+optimum_arb/ops/backends/cpu/native.py, the launches of those of the GPU by
+optimum_arb/ops/backends/triton/native_launch.py. Where no compiler can build one, the installation goes on without it.
 """
 
 import gzip
 import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from setuptools.command.sdist import sdist
 from setuptools.errors import CCompilerError, CompileError
 
 FOLDER = "optimum_arb/ops/backends/cpu/"
+LAUNCH = "optimum_arb/ops/backends/triton/"
 
 
 class ReproducibleSource(sdist):
@@ -60,6 +63,8 @@ class BuildNative(build_ext):
         try:
             super().build_extension(ext)
         except (CCompilerError, CompileError):
+            if "-fopenmp" not in ext.extra_compile_args:
+                raise
             ext.extra_compile_args.remove("-fopenmp")
             super().build_extension(ext)
 
@@ -79,6 +84,13 @@ setup(
                 *("-O3", "-g0", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-Wno-psabi"),
             ],
             optional=True,
-        )
+        ),
+        Extension(
+            "optimum_arb.ops.backends.triton._launch",
+            sources=[LAUNCH + "launch.c"],
+            libraries=["dl"] if sys.platform == "linux" else [],  # its own before glibc 2.34
+            extra_compile_args=["-O2", "-g0", "-std=gnu11"],
+            optional=True,
+        ),
     ],
 )

@@ -202,6 +202,12 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         get = self._parameters.get
         return [get(key) for key in _OPERANDS]
 
+    def _bias_now(self) -> torch.Tensor | None:
+        try:
+            return self._parameters["bias"]  # a module finds its parameters by way of an error
+        except KeyError:
+            return self.bias
+
     def input_transform(self) -> InputTransform | None:
         if not self.hadamard:
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,7 +20,34 @@ if TYPE_CHECKING:
 
 MAX_PLANS = 32  # of a layer: prompts come in many lengths
 
-Plans: TypeAlias = "dict[tuple[Hashable, ...], HopperPlan | None]"
+# `torch.cuda.current_device` without its question whether CUDA was started: a tensor is there
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+_ADDRESS = torch.Tensor.data_ptr
+
+
+class Plans(dict[tuple[Hashable, ...], "HopperPlan | None"]):
+    """Launches that were made ready for inputs of a kind, of the tensors of a matrix as they are now.
+
+    Args:
+        tensors: of `optimum_arb.packing.TENSOR_NAMES`, as the operator takes them.
+        backend: of the matrix.
+    """
+
+    __slots__ = ("_addresses", "_ids", "_there", "backend")
+
+    def __init__(self, tensors: list[torch.Tensor | None], backend: str):
+        super().__init__()
+        self.backend = backend
+        self._ids = [*map(id, tensors)]  # of tensors that live as long as this
+        self._there = [tensor for tensor in tensors if tensor is not None]
+        self._addresses = [*map(_ADDRESS, self._there)]
+
+    def fit(self, tensors: list[torch.Tensor | None]) -> bool:
+        """Whether these are the same tensors, at the same places in memory; they may have been written."""
+        if [*map(id, tensors)] != self._ids:
+            return False
+        return [*map(_ADDRESS, self._there)] == self._addresses
 
 
 class PackedProduct(ABC):
@@ -71,6 +98,10 @@ class PackedProduct(ABC):
         """The tensors of `optimum_arb.packing.TENSOR_NAMES`, in this order, as the operator takes them."""
         return [self.operand(name) for name in TENSOR_NAMES]
 
+    def _bias_now(self) -> torch.Tensor | None:
+        """`bias`, by the shortest way outside of compiled code."""
+        return self.bias
+
     def forget(self) -> None:
         """Drops what was prepared and, of a group, computed: the matrix has changed."""
         self._prepared, self._looked = None, False
@@ -80,7 +111,8 @@ class PackedProduct(ABC):
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., columns]` to `[..., rows]`, the bias added."""
-        bias = self.bias
+        compiling = torch.compiler.is_compiling()
+        bias = self.bias if compiling else self._bias_now()
         few = x.is_cuda and self._few_tokens(x)
         shared = self.shared_input
         if few and shared is not None and shared.enabled:
@@ -90,10 +122,10 @@ class PackedProduct(ABC):
         change = self.input_transform()
         if change is not None:
             x = change(x) if shared is None else shared.transformed(x, change)
-        if few and self._prepared is not None and not torch.compiler.is_compiling():
+        if few and not compiling and self._prepared is not None:
             return run_prepared_layer(x, self._prepared, bias)
         tensors = self._operands()
-        if not x.is_meta and not torch.compiler.is_compiling() and self._without_grad(x):
+        if not compiling and not x.is_meta and self._without_grad(x):
             if x.is_cuda:
                 out = self._planned(x, tensors, bias)
                 if out is not None:
@@ -108,25 +140,23 @@ class PackedProduct(ABC):
 
         Looking at every tensor again takes the host longer than the GPU takes for 64 tokens.
         """
-        weight = tensors[0]
-        assert weight is not None
-        if x.data_ptr() % 16 or not x.is_contiguous() or torch.cuda.current_device() != x.get_device():
+        if x.data_ptr() % 16 or not x.is_contiguous() or _current_device() != x.get_device() or self.is_offloaded:
             return None
-        if x.shape[-1] != self.columns or self.backend not in ("auto", "triton") or self.is_offloaded:
+        backend = self.backend
+        if x.shape[-1] != self.columns or backend not in ("auto", "triton"):
             return None
-        key = (
-            x.numel(),
-            x.dtype,
-            *[None if tensor is None else id(tensor) for tensor in tensors],
-            weight.data_ptr(),
-            None if bias is None else (bias.dtype, bias.data_ptr() % 16),
-        )
+        if bias is None:
+            key: tuple[Hashable, ...] = (x.numel(), x.dtype)
+        else:
+            key = (x.numel(), x.dtype, bias.dtype, bias.data_ptr() % 16)
         plans = self._plans
-        if plans is None or len(plans) > MAX_PLANS:
-            plans = self._plans = {}
-        if key not in plans:
-            plans[key] = plan(x, tensors, bias, self.layout, self.block_size, self.backend)
-        found = plans[key]
+        if plans is None or len(plans) > MAX_PLANS or not plans.fit(tensors) or plans.backend != backend:
+            plans = self._plans = Plans(tensors, backend)
+        found = plans.get(key)
+        if found is None:
+            if key in plans:
+                return None
+            found = plans[key] = plan(x, tensors, bias, self.layout, self.block_size, backend)
         return None if found is None else found.run(x, bias)
 
     def _without_grad(self, x: torch.Tensor) -> bool:
@@ -139,7 +169,10 @@ class PackedProduct(ABC):
 
     def _few_tokens(self, x: torch.Tensor) -> bool:
         """Whether the kernels for few tokens may compute this. Prepares them, unless the call is being compiled."""
-        if self.backend not in ("auto", "triton") or x.shape[-1] != self.columns:
+        columns = self.columns
+        if self._looked and x.numel() > self._most_tokens * columns:
+            return False  # before all else: the rest takes the host as long as a launch
+        if self.backend not in ("auto", "triton") or x.shape[-1] != columns:
             return False
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return False  # what follows has no gradient

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,7 +54,7 @@ class SharedInput:
         # Python's collector of cycles runs next
         self._layers = [weakref.ref(layer) for layer in layers]
         self.enabled = True
-        self._rows = [layer.out_features for layer in layers]
+        self._rows = tuple(layer.out_features for layer in layers)
         self._prepared: Prepacked | None = None
         # thread -> the input that it computed for, and the results that its layers have not taken yet
         self._waiting: dict[int, tuple[torch.Tensor, list[torch.Tensor | None]]] = {}
@@ -82,8 +84,10 @@ class SharedInput:
             if len(layers) < len(self._rows):
                 self._disable()
                 return None
-            waiting = (x, [*split_results(self._compute(x, layers), x.shape[:-1], self._rows)])
-        out, waiting[1][index] = waiting[1][index], None
+            out = self._compute(x, layers)
+            untraced = self._prepared is not None and not tracing
+            waiting = (x, [*split_results(out, x.shape[:-1], self._rows, untraced=untraced)])
+        part, waiting[1][index] = waiting[1][index], None
         left = None if all(result is None for result in waiting[1]) else waiting
         if tracing:
             self._traced = left
@@ -91,7 +95,7 @@ class SharedInput:
             self._waiting[thread] = left
         else:
             self._waiting.pop(thread, None)
-        return out
+        return part
 
     def transformed(self, x: torch.Tensor, change: InputTransform) -> torch.Tensor:
         """What becomes of an input, computed once for all layers that are called with it one after another."""
@@ -129,9 +133,7 @@ class SharedInput:
         if change is not None:
             x = change(x)
         if self._prepared is not None and not torch.compiler.is_compiling():
-            from ..ops.backends.triton.dispatch import run_prepared
-
-            return run_prepared(x.reshape(-1, x.shape[-1]), self._prepared, bias, tuple(self._rows))
+            return _run_prepared()(x, self._prepared, bias, self._rows)
         tensors: list[list[torch.Tensor]] = []
         for name in packing.TENSOR_NAMES:
             found = [layer.operand(name) for layer in layers]
@@ -178,7 +180,7 @@ def packed_weight(layer: PackedProduct) -> PackedWeight:
 
 def is_offloaded(layer: nn.Module) -> bool:
     """Whether a hook of accelerate brings the layer's weights to the GPU for the time of a call: no copy is to stay."""
-    hook = getattr(layer, "_hf_hook", None)
+    hook = layer.__dict__.get("_hf_hook")  # a module raises and catches an error to say that it has no attribute
     return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook]))
 
 
@@ -245,7 +247,12 @@ def prepare_layer(layer: PackedProduct) -> Prepacked | None:
 
 def run_prepared_layer(x: torch.Tensor, prepared: Prepacked, bias: torch.Tensor | None) -> torch.Tensor:
     """A layer's result for few tokens, without the operator's detour: `[..., K]` to `[..., N]`."""
+    return _run_prepared()(x, prepared, bias, (prepared.rows,), shaped=True)
+
+
+@cache
+def _run_prepared() -> Callable[..., torch.Tensor]:
+    """Triton is not imported where nothing runs on a GPU; an import at each call would take as long as a launch."""
     from ..ops.backends.triton.dispatch import run_prepared
 
-    out = run_prepared(x.reshape(-1, x.shape[-1]), prepared, bias, (prepared.rows,))
-    return out.view(*x.shape[:-1], prepared.rows)
+    return run_prepared

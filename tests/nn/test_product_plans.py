@@ -23,7 +23,7 @@ def made(monkeypatch):
         return types.SimpleNamespace(run=lambda x, bias: number)
 
     monkeypatch.setattr(product, "plan", plan)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # what a tensor of the CPU says of itself
+    monkeypatch.setattr(product, "_current_device", lambda: -1)  # what a tensor of the CPU says of itself
     return shapes
 
 
@@ -85,10 +85,10 @@ def test_what_the_host_has_to_look_at(made, monkeypatch):
     found.backend = "triton:batch-invariant"
     assert ask(found, x) is None
     found.backend = "triton"
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(product, "_current_device", lambda: 1)
     assert ask(found, x) is None
     assert not made
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    monkeypatch.setattr(product, "_current_device", lambda: -1)
     monkeypatch.setattr(product, "plan", lambda *args: made.append(()))
     assert ask(found, x) is None  # no plan can be made, which is asked once
     assert ask(found, x) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 import triton
@@ -142,9 +143,13 @@ class Gather:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(self.shape)
-        permutation = x if self.permutation is None else self.permutation
-        self.launch((out, x, permutation, x if self.scale is None else self.scale, *self.sizes, *self.constants))
+        self.launch(self.arguments(x, out))
         return out
+
+    def arguments(self, x: Any, out: Any) -> tuple[Any, ...]:
+        """All of the kernel's, of tensors or of what stands for them."""
+        permutation = x if self.permutation is None else self.permutation
+        return out, x, permutation, x if self.scale is None else self.scale, *self.sizes, *self.constants
 
 
 # Column scales in another dtype by the identity of the tensor that they were made of, whose end is theirs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from .available import has_half_bits_kernel, has_one_bit_kernel
 from .dequantize import dequantize
 from .gemm import GemmConfig, default_config, fits_hopper, gemm, gemm_input_grad, is_fusable
 from .gemm import plan as make_plan
-from .launch import likeness
+from .launch import current_device, hooked
 from .table import bucket, lookup
 
 if TYPE_CHECKING:
@@ -139,13 +140,33 @@ def few_tokens(rows: torch.Tensor, weights: list[PackedWeight], bias: torch.Tens
 
 
 def run_prepared(
-    rows: torch.Tensor, weight: prepack.Prepacked, bias: torch.Tensor | None, parts: tuple[int, ...]
+    x: torch.Tensor,
+    weight: prepack.Prepacked,
+    bias: torch.Tensor | None,
+    parts: tuple[int, ...],
+    *,
+    shaped: bool = False,
 ) -> torch.Tensor:
-    """`few_tokens` of a weight that `prepare` returned; `parts` are the rows of each weight that was joined."""
+    """`few_tokens` of a weight that `prepare` returned.
+
+    Args:
+        x: `[..., K]`.
+        weight: see above.
+        bias: as in `few_tokens`.
+        parts: the rows of each weight that was joined.
+        shaped: for one weight: return `[..., N]`.
+    """
+    # what the host does for a token is felt: the table is asked once, not at every call
+    plan = weight.plans.get(_kind(x, bias, parts))
+    if plan is not None and plan.contiguous and x.is_contiguous():  # noqa: SIM102 (none of it is asked on a CPU)
+        if current_device() == x.get_device() and not hooked():
+            return plan.launch(x, bias, x.shape if shaped else None)
+    rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    # what the host does for a token is felt: the table is asked once, not at every call
-    key = likeness(rows, bias), parts
+    if shaped:
+        return run_prepared(rows, weight, bias, parts).view(*x.shape[:-1], weight.rows)
+    key = _kind(rows, bias, parts)
     plan = weight.plans.get(key)
     if plan is None:
         plan = weight.plans[key] = _plan(rows, weight, bias, parts if len(parts) > 1 else None)
@@ -154,6 +175,13 @@ def run_prepared(
         with torch.cuda.device(device):
             return plan.run(rows, bias)
     return plan.run(rows, bias)
+
+
+def _kind(x: torch.Tensor, bias: torch.Tensor | None, parts: tuple[int, ...]) -> Hashable:
+    """Equal for what one plan of a weight serves."""
+    if bias is None:
+        return x.numel(), x.dtype, x.data_ptr() % 16, parts
+    return x.numel(), x.dtype, x.data_ptr() % 16, parts, bias.dtype, bias.data_ptr() % 16
 
 
 def _plan(

@@ -24,6 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import fragments
+from .few_tokens_plan import FewTokensPlan, Grid
 from .launch import Program, cdiv, likeness, overlaps
 from .one_bit import _sign_word
 from .prepack import ROWS, SLOTS, Prepacked
@@ -333,7 +334,7 @@ def multiply(
     return plan.run(x, bias)
 
 
-class Plan:
+class Plan(FewTokensPlan):
     """The two launches of a product of some weight and number of tokens, compiled and with all but x and bias known."""
 
     def __init__(
@@ -354,14 +355,13 @@ class Plan:
         tokens, tiles, inputs = x.shape[0], weight.tiles, len(weight.program.inputs)
         token_tiles = 1 if tokens <= 8 else 2
         overlap = overlaps(x.device)
-        self.scratch = len(parts) * inputs * tiles * token_tiles * 528
-        self.results = tokens * weight.rows
+        super().__init__(x, weight.rows, scratch=len(parts) * inputs * tiles * token_tiles * 528)
         ends = [sum(parts[: i + 1]) for i in range(len(parts))]
         index = weight.input_scale if weight.index is None else weight.index
         self.prepare_grid = (tiles, token_tiles, len(parts) * inputs)
         self.prepare_weights = (weight.input_scale, index)
         self.prepare_constants = (inputs, len(parts), weight.index is not None, overlap)
-        self.tiles, self.tokens = tiles, tokens
+        self.tiles = tiles
         self.grid = (cdiv(weight.groups, groups * row_warps), 1, 1)
         self.weights = (weight.words, weight.row_scale)
         self.rest = (
@@ -387,19 +387,30 @@ class Plan:
         self.options: dict[str, Any] = {"num_warps": row_warps * config.column_warps}
         if overlap:
             self.options["launch_pdl"] = True
-        self.launches: tuple[Program, Program] | None = None
 
     def run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`[M * N]`; the first run goes through Triton, which compiles."""
+        if self.serves(x):
+            return self.launch(x, bias)
         device = x.device
         scratch = torch.empty(self.scratch, dtype=torch.int32, device=device)
         out = torch.empty(self.results, dtype=x.dtype, device=device)
-        first = (x, *self.prepare_weights, scratch, self.tiles, x.stride(0), self.tokens, *self.prepare_constants)
-        second = (scratch, *self.weights, scratch if bias is None else bias, out, *self.rest)
+        first, second = self.arguments(x, x.stride(0), scratch, bias, None, out)
         if self.launches is None:
-            prepare = _prepare[self.prepare_grid](*first, num_warps=4)
-            self.launches = Program(prepare), Program(_multiply[self.grid](*second, **self.options))
+            made = _prepare[self.prepare_grid](*first, num_warps=4)
+            self.launches = Program(made), Program(_multiply[self.grid](*second, **self.options))
+            self.prepare_native(x.stride(0), bias, None)
         else:
             stream = triton.runtime.driver.active.get_current_stream(device.index)
             self.launches[0](self.prepare_grid, first, stream)
             self.launches[1](self.grid, second, stream)
         return out
+
+    def grids(self) -> tuple[Grid, Grid]:
+        return self.prepare_grid, self.grid
+
+    def arguments(
+        self, x: Any, stride: int, scratch: Any, bias: Any, experts: Any, out: Any
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        first = (x, *self.prepare_weights, scratch, self.tiles, stride, self.tokens, *self.prepare_constants)
+        return first, (scratch, *self.weights, scratch if bias is None else bias, out, *self.rest)

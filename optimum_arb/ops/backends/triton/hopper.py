@@ -17,6 +17,7 @@ another warpgroup's product: several small programs on a multiprocessor (`_share
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from triton.experimental import gluon
@@ -531,11 +532,15 @@ class Multiply:
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         """x: float16 or bfloat16 `[M, K]` in the weight's stored column order, 16-byte aligned, and so its rows."""
+        self.launch(self.arguments(x, bias, out))
+
+    def arguments(self, x: Any, bias: Any, out: Any) -> tuple[Any, ...]:
+        """All of the kernel's, of tensors or of what stands for them; column scales as they are now."""
         c_desc = self.w_desc
         if self.col_scale is not None:
             c_desc = _descriptor(column_scales(self.col_scale, self.dtype), *self.c_box)
         x_desc = _descriptor(x, *self.x_box, self.x_shape, self.x_strides)
-        self.launch((x_desc, self.w_desc, c_desc, out, out if bias is None else bias, self.row_scale, *self.rest))
+        return x_desc, self.w_desc, c_desc, out, out if bias is None else bias, self.row_scale, *self.rest
 
 
 _shared, _split = Launcher(_shared_kernel), Launcher(_split_kernel)
@@ -557,7 +562,7 @@ def _boxes(dtype: torch.dtype, planes: int, block_m: int, block_n: int, tiles: i
 
 
 def _descriptor(
-    tensor: torch.Tensor,
+    tensor: Any,
     box: list[int],
     layout: gl.NVMMASharedLayout,
     shape: tuple[int, ...] | None = None,

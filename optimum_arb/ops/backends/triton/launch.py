@@ -7,12 +7,26 @@ decides, and the compiled program is called directly.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
+
+
+class Ready(NamedTuple):
+    """A launch of a kernel that has been compiled and loaded.
+
+    Attributes:
+        made: what Triton's own launch returned.
+        grid: programs.
+        args: all arguments, compile-time ones too, by position.
+    """
+
+    made: Any
+    grid: tuple[int, int, int]
+    args: tuple[Any, ...]
 
 
 class Launcher:
@@ -81,6 +95,10 @@ class Launch:
         else:
             self._program(self._grid, args, triton.runtime.driver.active.get_current_stream(self._device.index))
 
+    def ready(self, args: tuple[Any, ...]) -> Ready | None:
+        """The launch with these arguments for `native_launch`, once its program is known."""
+        return None if self._program is None else self._program.ready(self._grid, args)
+
 
 class Program:
     """A compiled kernel, launched without what Triton prepares for profilers alone (half of the time of its launch).
@@ -89,21 +107,25 @@ class Program:
         made: what Triton's own launch returned.
     """
 
-    __slots__ = ("_known", "_made")
+    __slots__ = ("_known", "made")
 
     def __init__(self, made: Any):
-        self._made = made
+        self.made = made
         self._known: tuple[Any, Any, Any] | None = None
+
+    def ready(self, grid: tuple[int, int, int], args: tuple[Any, ...]) -> Ready | None:
+        """A launch with these arguments for `native_launch`; None without a GPU."""
+        return None if self.made is None else Ready(self.made, grid, args)
 
     def __call__(self, grid: tuple[int, int, int], args: tuple[Any, ...], stream: int) -> None:
         """Launches on this stream of the current device; `args` are all, compile-time ones too."""
-        if DIRECT and not _hooked():
+        if DIRECT and not hooked():
             if self._known is None:
-                self._known = self._made.run, self._made.function, self._made.packed_metadata
+                self._known = self.made.run, self.made.function, self.made.packed_metadata
             run, function, metadata = self._known
             run(*grid, stream, function, metadata, None, None, None, *args)
         else:
-            self._made[grid](*args, stream=stream)
+            self.made[grid](*args, stream=stream)
 
 
 # Triton's own call of a compiled program prepares what only profilers read: half of its time. What lies below it is
@@ -111,7 +133,7 @@ class Program:
 DIRECT = triton.__version__.startswith("3.6.") and torch.version.hip is None
 
 
-def _hooked() -> bool:
+def hooked() -> bool:
     """Whether a profiler wants to know of launches."""
     runtime = triton.knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
@@ -143,6 +165,10 @@ def cdiv(a: int, b: int) -> int:
 def power_of_2(number: int) -> int:
     """The smallest power of two that is not smaller."""
     return 1 << (number - 1).bit_length()
+
+
+# `torch.cuda.current_device` without its question whether CUDA was started, for where a tensor is there
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 @cache

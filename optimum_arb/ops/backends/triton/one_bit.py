@@ -12,6 +12,7 @@ the other rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -19,6 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from . import fragments
+from .few_tokens_plan import FewTokensPlan, Grid
 from .launch import Program, likeness
 from .prepack import ONE_BIT_TOKENS, ROWS, SLOTS, Prepacked
 
@@ -314,7 +316,7 @@ def decode(
     return plan.run(x, bias, experts)
 
 
-class Plan:
+class Plan(FewTokensPlan):
     """The two launches of a product of some weight and number of tokens, compiled and with all but x and bias known."""
 
     def __init__(
@@ -327,9 +329,8 @@ class Plan:
         experts: torch.Tensor | None,
     ):
         tokens = x.shape[0]
-        self.weight_rows = weight.rows
         inputs, tiles = len(weight.program.inputs), weight.tiles
-        self.scratch = len(parts) * inputs * tokens * tiles * SLOTS
+        super().__init__(x, weight.rows, scratch=len(parts) * inputs * tokens * tiles * SLOTS)
         groups = config.groups if len(parts) == 1 else 1  # a program must not cross from part to part
         ends = [sum(parts[: i + 1]) for i in range(len(parts))]
         starts = [0]
@@ -345,7 +346,7 @@ class Plan:
         index = weight.input_scale if weight.index is None else weight.index
         self.prepare_weights = (weight.input_scale, index)
         self.prepare_constants = (inputs, len(parts), weight.experts, weight.index is not None, overlap)
-        self.tiles, self.tokens = tiles, tokens
+        self.tiles = tiles
         self.decode_grid = (programs, 1 if experts is None else tokens, 1)
         self.decode_weights = (weight.words, weight.row_scale)
         self.decode_sizes = (tiles, weight.groups, tokens, *[*ends, 0, 0][:3], *[*starts, 0, 0][1:3], weight.rows)
@@ -365,22 +366,33 @@ class Plan:
             overlap,
         )
         self.warps, self.overlap = config.warps, overlap
-        self.launches: tuple[Program, Program] | None = None
 
     def run(self, x: torch.Tensor, bias: torch.Tensor | None, experts: torch.Tensor | None = None) -> torch.Tensor:
+        """`[M * N]`; the first run goes through Triton, which compiles."""
+        if self.serves(x):
+            return self.launch(x, bias if experts is None else experts)
         scratch = torch.empty(self.scratch, dtype=torch.int32, device=x.device)
-        out = torch.empty(self.tokens * self.weight_rows, dtype=x.dtype, device=x.device)
+        out = torch.empty(self.results, dtype=x.dtype, device=x.device)
+        first, second = self.arguments(x, x.stride(0), scratch, bias, experts, out)
+        if self.launches is None:
+            made = _prepare[self.prepare_grid](*first, num_warps=1)
+            decoded = _decode[self.decode_grid](*second, num_warps=self.warps, launch_pdl=self.overlap)
+            self.launches = Program(made), Program(decoded)
+            self.prepare_native(x.stride(0), bias, experts)
+        else:
+            stream = triton.runtime.driver.active.get_current_stream(x.device.index)
+            self.launches[0](self.prepare_grid, first, stream)
+            self.launches[1](self.decode_grid, second, stream)
+        return out
+
+    def grids(self) -> tuple[Grid, Grid]:
+        return self.prepare_grid, self.decode_grid
+
+    def arguments(
+        self, x: Any, stride: int, scratch: Any, bias: Any, experts: Any, out: Any
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         owner = scratch if experts is None else experts
-        first = (
-            x,
-            *self.prepare_weights,
-            owner,
-            scratch,
-            self.tiles,
-            x.stride(0),
-            self.tokens,
-            *self.prepare_constants,
-        )
+        first = (x, *self.prepare_weights, owner, scratch, self.tiles, stride, self.tokens, *self.prepare_constants)
         second = (
             scratch,
             *self.decode_weights,
@@ -390,12 +402,4 @@ class Plan:
             *self.decode_sizes,
             *self.decode_constants,
         )
-        if self.launches is None:
-            prepare = _prepare[self.prepare_grid](*first, num_warps=1)
-            decode = _decode[self.decode_grid](*second, num_warps=self.warps, launch_pdl=self.overlap)
-            self.launches = Program(prepare), Program(decode)
-        else:
-            stream = triton.runtime.driver.active.get_current_stream(x.device.index)
-            self.launches[0](self.prepare_grid, first, stream)
-            self.launches[1](self.decode_grid, second, stream)
-        return out
+        return first, second

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -75,4 +77,8 @@ class Sum:
         )
 
     def __call__(self, parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-        self.launch((out, parts, parts if bias is None else bias, *self.rest))
+        self.launch(self.arguments(parts, bias, out))
+
+    def arguments(self, parts: Any, bias: Any, out: Any) -> tuple[Any, ...]:
+        """All of the kernel's, of tensors or of what stands for them."""
+        return out, parts, parts if bias is None else bias, *self.rest

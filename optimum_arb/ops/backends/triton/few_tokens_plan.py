@@ -1,0 +1,91 @@
+"""What the plans of `one_bit` and `half_bits` have in common: their two launches by one native call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .launch import Program, hooked
+from .native_launch import EXTRA, OUT, SCRATCH, NativeLaunches, Outputs, Slot, X, current_stream, empty_vector, prepare
+
+Grid = tuple[int, int, int]
+
+
+class FewTokensPlan:
+    """Two launches, the first of which writes the inputs into scratch memory, with all but x and bias known.
+
+    The first run goes through Triton, which compiles; later ones are one native call, where there is one.
+
+    Args:
+        x: an input `[M, K]` like all others.
+        rows: N, of all parts together.
+        scratch: int32 words.
+
+    Attributes:
+        launches: the compiled programs, once they have run.
+        contiguous: whether `launch` serves a contiguous input.
+    """
+
+    def __init__(self, x: torch.Tensor, rows: int, scratch: int):
+        self.tokens, self.device, self.dtype = x.shape[0], x.device, x.dtype
+        self.scratch, self.results = scratch, x.shape[0] * rows
+        self.launches: tuple[Program, Program] | None = None
+        self.contiguous = False
+        self._columns = x.shape[1]
+        self._outputs = Outputs(rows, x.dtype)
+        self._native: NativeLaunches | None = None
+        self._stride = -1  # of the input, from row to row, that the native launches are for
+
+    @property
+    def native(self) -> NativeLaunches | None:
+        """The native launches, once they were made."""
+        return self._native
+
+    def arguments(
+        self, x: Any, stride: int, scratch: Any, bias: Any, experts: Any, out: Any
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """All of both kernels, of tensors or of what stands for them."""
+        raise NotImplementedError
+
+    def grids(self) -> tuple[Grid, Grid]:
+        """Programs of both kernels."""
+        raise NotImplementedError
+
+    def prepare_native(self, stride: int, bias: torch.Tensor | None, experts: torch.Tensor | None) -> None:
+        """Makes the native launches, of the programs that a first run has compiled, for inputs of this row stride."""
+        assert self.launches is not None
+        if bias is not None and experts is not None:
+            return  # there is one place for either
+        added, owner = None if bias is None else Slot(EXTRA), None if experts is None else Slot(EXTRA)
+        both = self.arguments(Slot(X), stride, Slot(SCRATCH), added, owner, Slot(OUT))
+        ready = [
+            program.ready(grid, args) for program, grid, args in zip(self.launches, self.grids(), both, strict=True)
+        ]
+        self._native = prepare(ready, self.device)
+        self._stride = stride
+        self.contiguous = self._native is not None and (self.tokens == 1 or stride == self._columns)
+
+    def serves(self, x: torch.Tensor) -> bool:
+        """Whether `launch` computes for x `[M, K]`, whose rows may be anywhere."""
+        return self._native is not None and (self.tokens == 1 or x.stride(0) == self._stride) and not hooked()
+
+    def launch(self, x: torch.Tensor, extra: torch.Tensor | None, shape: torch.Size | None = None) -> torch.Tensor:
+        """The native launches, on the current device.
+
+        Args:
+            x: which `serves` or `contiguous` speaks of.
+            extra: the bias, or the experts of the rows.
+            shape: of x, where the result is to be `[..., N]`; else it is `[M * N]`.
+        """
+        assert self._native is not None
+        scratch = empty_vector(self.scratch, torch.int32)
+        out = empty_vector(self.results, self.dtype) if shape is None else self._outputs.empty(shape)
+        self._native.run(
+            current_stream(self.device.index),
+            x.data_ptr(),
+            out.data_ptr(),
+            0 if extra is None else extra.data_ptr(),
+            scratch.data_ptr(),
+        )
+        return out

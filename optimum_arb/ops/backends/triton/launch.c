@@ -1,0 +1,166 @@
+/* Launches compiled kernels whose parameters are known but for a few addresses: one call for all launches of a product.
+ *
+ * A plain object without headers of Python, torch or CUDA, loaded through ctypes by native_launch.py. What it needs of
+ * the driver's interface is declared here as in cuda.h of CUDA 12 and looked up in the library when it is opened.
+ */
+
+#include <dlfcn.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+enum {
+    MAX_BLOCK = 4096, /* bytes of the parameters of all launches of a plan */
+    MAX_PARAMS = 64,  /* of one launch */
+    MAX_ATTRIBUTES = 4,
+    INVALID_VALUE = 1 /* CUDA_ERROR_INVALID_VALUE */
+};
+
+/* of cuda.h */
+
+typedef struct {
+    uint32_t id;
+    char pad[4];
+    union {
+        char pad[64];
+        uint32_t words[3];
+    } value;
+} cuda_attribute_t;
+
+typedef struct {
+    uint32_t grid[3], block[3], shared;
+    void *stream;
+    cuda_attribute_t *attributes;
+    uint32_t attribute_count;
+} cuda_config_t;
+
+typedef struct {
+    _Alignas(64) uint64_t opaque[16];
+} cuda_tensor_map_t;
+
+static int (*launch_kernel)(const cuda_config_t *config, void *function, void **params, void **extra);
+static int (*replace_address)(cuda_tensor_map_t *map, void *address);
+static int (*encode_tiled)(cuda_tensor_map_t *map, int type, uint32_t rank, void *address, const uint64_t *sizes,
+                           const uint64_t *strides, const uint32_t *box, const uint32_t *element_strides,
+                           int interleave, int swizzle, int l2_promotion, int fill);
+static int (*error_string)(int code, const char **text);
+static int (*get_context)(void **context);
+static int (*set_context)(void *context);
+static int (*get_device)(int *device, int ordinal);
+static int (*retain_context)(void **context, int device);
+
+/* of native_launch.py, field by field */
+
+typedef struct {
+    uint32_t id, words[3];
+} attribute_t;
+
+typedef struct {
+    void *function;
+    uint32_t grid[3], threads, shared, first_param, param_count, attribute_count;
+    attribute_t attributes[MAX_ATTRIBUTES];
+} launch_t;
+
+typedef struct {
+    uint64_t offset;      /* bytes from the address of the run */
+    uint32_t at, address; /* where in the block it goes, and which address of the run it is */
+    uint32_t is_map;      /* whether a tensor map lies there, which is to describe this address */
+    uint32_t unused;
+} patch_t;
+
+typedef struct {
+    const unsigned char *block; /* the parameters of all launches */
+    const uint32_t *params;     /* where in the block each one lies */
+    const launch_t *launches;
+    const patch_t *patches;
+    uint32_t block_size, launch_count, patch_count;
+    int32_t device;
+} plan_t;
+
+static int find(void *library, const char *name, void *function) {
+    void *found = dlsym(library, name);
+    memcpy(function, &found, sizeof found);
+    return found != NULL;
+}
+
+/* Opens the driver's library; returns 0, or 1 where there is none that has what is needed. */
+int arb_open(const char *path) {
+    void *library = dlopen(path, RTLD_LAZY);
+    if (!library) return 1;
+    return !(find(library, "cuLaunchKernelEx", &launch_kernel) &&
+             find(library, "cuTensorMapReplaceAddress", &replace_address) &&
+             find(library, "cuTensorMapEncodeTiled", &encode_tiled) && find(library, "cuGetErrorString", &error_string) &&
+             find(library, "cuCtxGetCurrent", &get_context) && find(library, "cuCtxSetCurrent", &set_context) &&
+             find(library, "cuDeviceGet", &get_device) && find(library, "cuDevicePrimaryCtxRetain", &retain_context));
+}
+
+/* What the driver says of an error that one of these functions returned. */
+const char *arb_error(int code) {
+    const char *text = NULL;
+    if (error_string(code, &text) || !text) return "unknown error";
+    return text;
+}
+
+/* Fills 128 bytes with a map of a tensor as Triton's driver makes it; sizes, strides (in bytes) and box from the last
+ * dimension to the first. */
+int arb_tensor_map(void *map, int type, uint32_t rank, void *address, const uint64_t *sizes, const uint64_t *strides,
+                   const uint32_t *box, int swizzle, int fill) {
+    const uint32_t ones[5] = {1, 1, 1, 1, 1};
+    const int l2_128 = 2; /* CU_TENSOR_MAP_L2_PROMOTION_L2_128B */
+    cuda_tensor_map_t made;
+    if (rank < 1 || rank > 5) return INVALID_VALUE;
+    const int code = encode_tiled(&made, type, rank, address, sizes, strides, box, ones, 0, swizzle, l2_128, fill);
+    if (!code) memcpy(map, &made, sizeof made);
+    return code;
+}
+
+/* A thread that has not used the device yet has no context. */
+static int ensure_context(int ordinal) {
+    void *context = NULL;
+    int code = get_context(&context), device;
+    if (code || context) return code;
+    if ((code = get_device(&device, ordinal))) return code;
+    if ((code = retain_context(&context, device))) return code;
+    return set_context(context);
+}
+
+/* Queues the launches of a plan, in order, with these addresses in its parameters. Several threads may use one plan.
+ * Returns the driver's first error, or 0. */
+int arb_launch(const plan_t *plan, void *stream, uint64_t x, uint64_t out, uint64_t extra, uint64_t scratch) {
+    const uint64_t addresses[4] = {x, out, extra, scratch};
+    _Alignas(128) unsigned char block[MAX_BLOCK];
+    int code = ensure_context(plan->device);
+    if (code) return code;
+    memcpy(block, plan->block, plan->block_size);
+    for (uint32_t i = 0; i < plan->patch_count; ++i) {
+        const patch_t *patch = &plan->patches[i];
+        const uint64_t address = addresses[patch->address] + patch->offset;
+        if (!patch->is_map)
+            memcpy(block + patch->at, &address, sizeof address);
+        else if ((code = replace_address((cuda_tensor_map_t *)(block + patch->at), (void *)(uintptr_t)address)))
+            return code;
+    }
+    for (uint32_t i = 0; i < plan->launch_count; ++i) {
+        const launch_t *launch = &plan->launches[i];
+        cuda_attribute_t attributes[MAX_ATTRIBUTES];
+        void *params[MAX_PARAMS];
+        memset(attributes, 0, launch->attribute_count * sizeof *attributes);
+        for (uint32_t j = 0; j < launch->attribute_count; ++j) {
+            attributes[j].id = launch->attributes[j].id;
+            memcpy(attributes[j].value.words, launch->attributes[j].words, sizeof launch->attributes[j].words);
+        }
+        for (uint32_t j = 0; j < launch->param_count; ++j) params[j] = block + plan->params[launch->first_param + j];
+        const cuda_config_t config = {
+            {launch->grid[0], launch->grid[1], launch->grid[2]}, {launch->threads, 1, 1}, launch->shared, stream,
+            attributes, launch->attribute_count};
+        if ((code = launch_kernel(&config, launch->function, params, NULL))) return code;
+    }
+    return 0;
+}
+
+/* The most that a plan may hold: bytes of its block, parameters and attributes of a launch. */
+void arb_limits(uint32_t *block, uint32_t *params, uint32_t *attributes) {
+    *block = MAX_BLOCK;
+    *params = MAX_PARAMS;
+    *attributes = MAX_ATTRIBUTES;
+}

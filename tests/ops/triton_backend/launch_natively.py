@@ -1,0 +1,185 @@
+"""Compares what launch.c asks of the driver with what Triton asks; `test_native_launch.py` runs this.
+
+In a process of its own, with a driver that only keeps what it is asked for. All kernels are compiled for sm_90, and the
+sizes of their parameters are those of the assembly, so that nothing here knows how Triton passes arguments.
+"""
+
+import ctypes
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from packed_weights import random_packed
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaDriver
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from optimum_arb.layout import layout_from_name
+from optimum_arb.ops.backends.triton import (
+    columns,
+    few_tokens_plan,
+    half_bits,
+    hopper_plan,
+    native_launch,
+    one_bit,
+    sums,
+)
+from optimum_arb.ops.backends.triton import hopper as hopper_file
+from optimum_arb.ops.backends.triton import launch as launch_file
+from optimum_arb.ops.backends.triton.gemm import GemmConfig
+from optimum_arb.ops.backends.triton.prepack import join, prepack
+
+DEVICE = torch.device("cuda", 0)
+SIZES = {"u64": 8, "b64": 8, "s64": 8, "u32": 4, "b32": 4, "s32": 4, "u16": 2, "b16": 2, "u8": 1, "b8": 1}
+
+
+class Record(ctypes.Structure):
+    """`record_t` of fake_cuda.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("function", "stream")),
+        *((name, ctypes.c_uint32 * 3) for name in ("grid", "block")),
+        *((name, ctypes.c_uint32) for name in ("shared", "attribute_count", "param_count")),
+        ("attributes", ctypes.c_char * (72 * 8)),
+        ("params", ctypes.c_ubyte * 4096),
+    )
+
+
+def parameter_sizes(ptx: str) -> list[int]:
+    """Bytes of each parameter of the only kernel in this assembly."""
+    head = re.search(r"\.entry \w+\((.*?)\n\)", ptx, re.DOTALL)
+    assert head is not None
+    found = []
+    for line in head[1].strip().splitlines():
+        match = re.search(r"\.param (?:\.align \d+ )?\.(\w+)(?: \.ptr[^%]*?)? [\w$]+(?:\[(\d+)\])?,?$", line.strip())
+        assert match is not None, line
+        found.append(int(match[2] or 1) * SIZES[match[1]])
+    return found
+
+
+def start(folder: Path) -> ctypes.CDLL:
+    """Triton and the package with the driver in this folder."""
+    fake = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+    fake.fake_records.restype = ctypes.POINTER(Record)
+    active = CudaDriver()
+    active.get_current_device = lambda: 0
+    active.get_current_stream = lambda device=None: 77
+    active.get_device_capability = lambda device=None: (9, 0)
+    active.get_current_target = lambda: GPUTarget("cuda", 90, 32)
+    driver.set_active(active)
+    library = native_launch.open_library(folder / "_launch.so", "libcuda.so.1")
+    native_launch.load = lambda: library
+    native_launch._empty = lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
+    for module in (hopper_plan, few_tokens_plan):
+        module.current_stream = lambda device: 77
+    for module in (launch_file, columns, sums, half_bits):
+        module.overlaps = lambda device: True
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
+    torch.cuda.is_current_stream_capturing = lambda: False
+    converted: dict = {}  # kept on a GPU alone
+    hopper_file.column_scales = hopper_plan.column_scales = lambda scale, dtype: converted.setdefault(
+        (id(scale), scale._version, dtype), columns.column_scales(scale, dtype)
+    )
+    loaded = CompiledKernel._init_handles
+
+    def init_handles(kernel):
+        if kernel.module is None:
+            loaded(kernel)
+            sizes = parameter_sizes(kernel.asm["ptx"])
+            fake.fake_expect(ctypes.c_uint64(kernel.function), len(sizes), (ctypes.c_uint32 * len(sizes))(*sizes))
+
+    CompiledKernel._init_handles = init_handles
+    return fake
+
+
+def recorded(fake: ctypes.CDLL) -> list[bytes]:
+    records = fake.fake_records()
+    found = [bytes(records[i]) for i in range(fake.fake_count())]
+    fake.fake_reset()
+    return found
+
+
+def compare(fake: ctypes.CDLL, name: str, plan, x, bias, out, scratch, by_triton) -> None:
+    """Lets the native launches and Triton's use the same memory and compares what reaches the driver."""
+    fake.fake_reset()
+    by_triton()
+    expected = recorded(fake)
+    memory = [scratch, out] if hasattr(plan, "launches") else [out, scratch]
+    native_launch._empty = lambda shape, strides, dtype: memory.pop(0).view(shape)
+    plan.run(x, bias)
+    found = recorded(fake)
+    assert plan.native is not None, name
+    assert len(found) == len(expected) == len(plan.native._owners), f"{name}: {len(found)}, {len(expected)} launches"
+    for one, other in zip(found, expected, strict=True):
+        assert one == other, f"{name}: {describe(one)}\n{describe(other)}"
+    print(f"{name}: {len(found)} launches, {sum(Record.from_buffer_copy(r).attribute_count for r in found)} attributes")
+
+
+def describe(record: bytes) -> str:
+    of = Record.from_buffer_copy(record)
+    values = [(field, getattr(of, field)) for field, _ in Record._fields_]
+    return " ".join(f"{k}={v if isinstance(v, int) else bytes(v).rstrip(bytes(1)).hex()}" for k, v in values)
+
+
+def hopper(fake: ctypes.CDLL, name: str, tokens: int, permuted: bool, with_bias: bool, dtype, config) -> None:
+    packed = random_packed(layout_from_name(name), 272, 512, permuted=permuted)
+    x, bias = torch.zeros(tokens, 512, dtype=dtype), torch.zeros(272, dtype=dtype) if with_bias else None
+    plan = hopper_plan.HopperPlan(packed, tokens, 512, (dtype, True), dtype, bias, DEVICE, config.split_k, config)
+    plan.run(x, bias)  # by Triton
+    out = torch.zeros(tokens, 272, dtype=dtype)
+    scratch = torch.zeros(max(plan._scratch, 1), dtype=torch.uint8)
+    gathered = scratch[: tokens * 512 * 2].view(dtype) if permuted else x
+
+    def by_triton():
+        if plan.gather is not None:
+            plan.gather.launch(plan.gather.arguments(x, gathered))
+        if plan.sum is None:
+            plan.multiply(gathered, bias, out)
+        else:
+            parts = scratch[plan._parts_at :].view(torch.float32)
+            plan.multiply(gathered, None, parts)
+            plan.sum(parts, bias, out)
+
+    compare(fake, f"hopper {name} {tokens} {dtype} {config}", plan, x, bias, out, scratch, by_triton)
+    if plan.multiply.col_scale is not None and dtype == torch.bfloat16:
+        before = plan.native
+        packed.col_scale.mul_(2)
+        for _ in range(2):
+            native_launch._empty = lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
+            plan.run(x, bias)
+        assert plan.native is not before, "the converted column scales are those of before"
+
+
+def few(fake: ctypes.CDLL, kind, config, name: str, tokens: int, rows: tuple[int, ...], with_bias: bool) -> None:
+    x = torch.zeros(tokens, 320, dtype=torch.bfloat16)
+    parts = [prepack(random_packed(layout_from_name(name), count, 320, permuted=True)) for count in rows]
+    weight = parts[0] if len(parts) == 1 else join(parts)
+    bias = torch.zeros(sum(rows), dtype=torch.bfloat16) if with_bias else None
+    plan = kind.Plan(x, weight, bias, config, rows, *[None] * (kind is one_bit))
+    plan.device = DEVICE
+    plan.run(x, bias)
+    out, scratch = torch.zeros(plan.results, dtype=x.dtype), torch.zeros(plan.scratch, dtype=torch.int32)
+
+    def by_triton():
+        first, second = plan.arguments(x, 320, scratch, bias, None, out)
+        for program, grid, args in zip(plan.launches, plan.grids(), (first, second), strict=True):
+            program(grid, args, 77)
+
+    compare(fake, f"{kind.__name__} {name} {tokens} {rows}", plan, x, bias, out, scratch, by_triton)
+
+
+def main() -> None:
+    fake = start(Path(sys.argv[1]))
+    hopper(fake, "planes-1-col", 16, True, True, torch.float16, GemmConfig("hopper", 16, 64, 4, 3, 2, 2))
+    hopper(fake, "planes-2-col", 64, False, True, torch.bfloat16, GemmConfig("hopper", 64, 64, 4, 2, 1))
+    hopper(fake, "planes-3-mean", 64, True, False, torch.float16, GemmConfig("hopper", 32, 128, 8, 3, 1, 2))
+    few(fake, one_bit, one_bit.DecodeConfig(), "planes-2-col", 1, (272,), True)
+    few(fake, one_bit, one_bit.DecodeConfig(), "planes-1", 2, (42, 7, 64), False)
+    few(fake, half_bits, half_bits.HalfConfig(), "planes-2-col", 16, (42, 64), True)
+
+
+if __name__ == "__main__":
+    main()
