@@ -19,7 +19,7 @@ SMALL = ["--shape", "tiny", "--planes", "2", "--batch", "2", "--prompts", "4,8",
 
 
 @pytest.fixture(scope="module")
-def benchmark():
+def scripts():
     """The script's modules by their names."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
@@ -66,10 +66,10 @@ def check(path: Path, parts: dict[str, bool]) -> dict:
     return found
 
 
-def test_on_the_cpu(benchmark, tmp_path, capsys):
+def test_on_the_cpu(scripts, tmp_path, capsys):
     path, disk = tmp_path / "figures.json", tmp_path / "models"
     options = [*SMALL, "--device", "cpu", "--disk", str(disk), "--loads", "2", "--json", str(path)]
-    assert benchmark.generate_gpu.main(options) == 0
+    assert scripts.generate_gpu.main(options) == 0
     found = check(path, {"eager, tokens/s": True, "prompt, ms": False, "step, ms": False})
     assert found["device"] == "cpu"
     assert "compiled: transformers compiles on a GPU alone" in found["left_out"]
@@ -81,10 +81,10 @@ def test_on_the_cpu(benchmark, tmp_path, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu(benchmark, tmp_path):
+def test_on_a_gpu(scripts, tmp_path):
     path = tmp_path / "figures.json"
     options = [*SMALL, "--compiled-batch", "2", "--disk", str(tmp_path / "models"), "--loads", "2", "--json", str(path)]
-    assert benchmark.generate_gpu.main(options) == 0
+    assert scripts.generate_gpu.main(options) == 0
     parts = {"eager, tokens/s": True, "prompt, ms": False, "step, ms": False, "compiled, tokens/s": True}
     found = check(path, parts)
     peaks = {(f["name"], f["planes"]): f["value"] for f in found["figures"] if "peak GB" in f["name"]}
@@ -94,18 +94,18 @@ def test_on_a_gpu(benchmark, tmp_path):
         assert 0.9 * weights < peaks["eager, peak GB", entry["planes"]] < weights + 0.5
 
 
-def test_a_load_that_goes_wrong_fails_the_run(benchmark, tmp_path, monkeypatch, capsys):
-    load = benchmark.generate_gpu.load
+def test_a_load_that_goes_wrong_fails_the_run(scripts, tmp_path, monkeypatch, capsys):
+    load = scripts.generate_gpu.load
 
     def changed(*args, **kwargs):
         model, seconds = load(*args, **kwargs)
         model.lm_head.weight[0] += 1
         return model, seconds
 
-    monkeypatch.setattr(benchmark.generate_gpu, "load", changed)
+    monkeypatch.setattr(scripts.generate_gpu, "load", changed)
     path = tmp_path / "figures.json"
     options = ["--device", "cpu", "--disk", str(tmp_path), "--loads", "1", "--seconds", "0", "--json", str(path)]
-    assert benchmark.generate_gpu.main([*SMALL, *options]) == 1
+    assert scripts.generate_gpu.main([*SMALL, *options]) == 1
     found = json.loads(path.read_text())
     assert [entry["same_logits"] for entry in found["disk"]] == [False, False]
     assert len(found["failed"]) == 2
@@ -115,39 +115,39 @@ def test_a_load_that_goes_wrong_fails_the_run(benchmark, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("permuted", [False, True])
-def test_columns_are_permuted_on_request(benchmark, permuted):
-    model = benchmark.random_packed.build("tiny", 1, "cpu", permuted)
+def test_columns_are_permuted_on_request(scripts, permuted):
+    model = scripts.random_packed.build("tiny", 1, "cpu", permuted)
     names = {name for name, _ in model.named_parameters() if name.endswith("weight_permutation")}
     assert len(names) == (14 if permuted else 0)
     layer = model.model.layers[0].mlp.down_proj
-    plain = benchmark.random_packed.build("tiny", None, "cpu").model.layers[0].mlp.down_proj
+    plain = scripts.random_packed.build("tiny", None, "cpu").model.layers[0].mlp.down_proj
     assert (layer.in_features, layer.out_features) == (plain.in_features, plain.out_features) == (1408, 512)
     with torch.no_grad():
         assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
 
 
-def test_too_little_room_on_the_disk(benchmark, tmp_path, monkeypatch):
+def test_too_little_room_on_the_disk(scripts, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match=r"0\.0 GB are to be written, and 0\.0 are free"):
-        benchmark.load_times.write(benchmark.random_packed.build("tiny", 1, "cpu"), tmp_path / "model")
+        scripts.load_times.write(scripts.random_packed.build("tiny", 1, "cpu"), tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked")
-def test_what_is_in_the_page_cache(benchmark, tmp_path):
+def test_what_is_in_the_page_cache(scripts, tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"0" * 20_000_001)
-    assert benchmark.load_times.cached_share(tmp_path) > 0.9
-    if benchmark.load_times.evict(tmp_path):  # no file system in memory can
-        assert benchmark.load_times.cached_share(tmp_path) < 0.02
+    assert scripts.load_times.cached_share(tmp_path) > 0.9
+    if scripts.load_times.evict(tmp_path):  # no file system in memory can
+        assert scripts.load_times.cached_share(tmp_path) < 0.02
         with open(file, "rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # nothing is read ahead
             opened.read(10_000_000)
-        assert 0.4 < benchmark.load_times.cached_share(tmp_path) < 0.6
+        assert 0.4 < scripts.load_times.cached_share(tmp_path) < 0.6
 
 
-def test_ratios(benchmark):
-    figures = benchmark.speed_figures.Figures()
+def test_ratios(scripts):
+    figures = scripts.speed_figures.Figures()
     figures.add("step, ms", None, 1, 64, [4.0, 2.0, 3.0], speed=True)
     figures.add("eager, tokens/s", None, 1, 64, [10.0], speed=True)
     assert figures.ratios() == []
