@@ -157,6 +157,7 @@ class HopperPlan:
             parts = Slot(SCRATCH, self._parts_at)
             launches.append(self.multiply.launch.ready(self.multiply.arguments(x, None, parts)))
             launches.append(self.sum.launch.ready(self.sum.arguments(parts, bias, out)))
-        self._version = version
+        # in this order, for another thread that runs meanwhile: new launches with an old version are not used
         self.native = prepare(launches, self.device)
+        self._version = version
         self._tried = True
