@@ -269,7 +269,11 @@ class Run:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 forward()
-            return graph.replay
+
+            def replay(_: Call = forward) -> None:  # the graph reads tensors that `forward` keeps
+                graph.replay()
+
+            return replay
 
         self.take_turns("step", batch, length, calls, ("ms", lambda seconds: seconds * 1e3), 0.2)
 
