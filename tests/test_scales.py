@@ -9,7 +9,7 @@ from packed_weights import random_binarized, random_factorized, relative_error
 from optimum_arb.factors import pack_factors, unpack_factors
 from optimum_arb.layout import all_layouts, planes_layout
 from optimum_arb.packing import pack, packed_shapes, stored_bytes, unpack
-from optimum_arb.scales import decode_scales, encode_scales, round_scales
+from optimum_arb.scales import Rounding, decode_scales, encode_scales, nearest_on_grid, round_scales
 
 PLANES = [layout for layout in all_layouts() if layout.is_planes]
 OTHERS = [layout for layout in all_layouts() if not layout.is_planes]
@@ -131,3 +131,30 @@ def test_one_plane_of_4096_costs_little():
     sizes = {"weight": 1, "row_scale": 1, "col_scale": 1, "scale_grid": 4}
     bits = 8 * sum(math.prod(shape) * sizes[name] for name, shape in shapes.items()) / 4096**2
     assert bits == pytest.approx(1 + 8 / 128 + 8 / 4096, abs=1e-4)
+
+
+@pytest.mark.parametrize("grids", [1, 3])
+def test_rounding_by_tables_is_rounding(grids):
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.randn(40, 5, grids, generator=generator).exp() * 0.01
+    found = [encode_scales(scale[..., index]) for index in range(grids)]
+    grid = torch.stack([each[1] for each in found if each is not None])
+    assert len(grid) == grids
+    rounding = Rounding(grid)
+    moved = scale * (1 + 0.1 * torch.randn(scale.shape, generator=generator))
+    moved[0, 0] = 0.0
+    moved[1, 0] = 1e-9
+    moved[2] *= -1
+    moved[3, 0] = 1e9
+    assert torch.equal(rounding(moved), nearest_on_grid(moved, grid))
+    assert torch.equal(rounding(rounding(moved)), rounding(moved))
+
+
+def test_rounding_to_a_grid_of_one_value():
+    grid = torch.tensor([[-3.0, 0.0]])
+    assert Rounding(grid)(torch.tensor([[0.125], [7.0], [0.01], [-0.2]])).tolist() == [
+        [0.125],
+        [0.125],
+        [0.0],
+        [-0.125],
+    ]

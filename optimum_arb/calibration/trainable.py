@@ -20,7 +20,7 @@ from ..factors import FactorizedWeight, pack_factors, unpack_factors
 from ..hadamard import hadamard_matrices, multiply_blocks, rotate
 from ..nn import ARBFactorizedLinear, ARBLinear
 from ..packing import BinarizedWeight, pack, unpack
-from ..scales import nearest_on_grid
+from ..scales import Rounding
 
 # The range of a fresh latent: a sign that the fit would rather turn round (scales were fitted after it) turns first,
 # and none is out of reach.
@@ -59,6 +59,7 @@ class Trainable(nn.Module, ABC):
         self.signs = list(signs)
         self._units: dict[int, torch.Tensor] = {}  # int8, of signs that are not trained
         self._changes: dict[int, tuple[int, torch.Tensor]] = {}  # first grid -> version of its scales, what rounds them
+        self._roundings: dict[int, Rounding] = {}  # by the first grid
         latents = [nn.Parameter(torch.where(bits, 1.0, -1.0)) for bits in signs] if train_signs else []
         self.latents = nn.ParameterList(latents)
         self.bias = packed.bias
@@ -111,19 +112,22 @@ class Trainable(nn.Module, ABC):
         """The grids of scales in 8 bits, `[grids, 2]`; rows of zeros stand for scales in 16."""
         self.scale_grid = grid
         self._changes.clear()
+        self._roundings.clear()
         self._coded = [] if grid is None else grid.any(1).tolist()  # so that no step asks the device
 
     def _on_grid(self, scale: torch.Tensor, grids: slice) -> torch.Tensor:
         """Scales `[..., G]` on their grids, with the gradient as it is; those of 16 bits as they are."""
         if self.scale_grid is None or not any(self._coded[grids]):
             return scale
-        # a step needs it twice, since layers are computed again, and batches held out share it: it is half of the
-        # operators of a small linear
-        version, change = self._changes.get(grids.start or 0, (-1, scale))
+        first = grids.start or 0
+        # a step needs it twice, since layers are computed again, and batches held out share it
+        version, change = self._changes.get(first, (-1, scale))
         if version != scale._version:
+            if first not in self._roundings:
+                self._roundings[first] = Rounding(self.scale_grid[grids])
             with torch.no_grad():
-                change = nearest_on_grid(scale, self.scale_grid[grids]) - scale
-            self._changes[grids.start or 0] = scale._version, change
+                change = self._roundings[first](scale) - scale
+            self._changes[first] = scale._version, change
         return scale + change
 
     def _set_signs(self, index: int, signs: torch.Tensor) -> None:
