@@ -88,7 +88,7 @@ def worker(folder: str) -> None:
 
 def fail(path: Path, failure: str, rank: int) -> None:
     """Binarizes a model, and the second rank fails on the way, or differs."""
-    from optimum_arb import quantizer
+    from optimum_arb.loading import calibrated
 
     with distributed(), pytest.MonkeyPatch.context() as patch:
         if failure == "start" and rank:
@@ -107,7 +107,7 @@ def fail(path: Path, failure: str, rank: int) -> None:
             def fit(name, *args):
                 raise ValueError(f"{name} is broken")
 
-            patch.setattr(quantizer, "binarize_linear", fit)
+            patch.setattr(calibrated, "binarize_linear", fit)
         elif failure == "seed":
             choices["seed"] = rank
         elif failure == "tokens":
@@ -130,10 +130,10 @@ def hang(path: Path, rank: int) -> None:
 
 def killed(folder: str) -> None:
     """One rank, of which the second is ended without a word."""
-    from optimum_arb import quantizer
+    from optimum_arb.loading import calibrated
 
     if os.environ["RANK"] == "1":
-        quantizer.binarize_linear = lambda *args: os._exit(9)
+        calibrated.binarize_linear = lambda *args: os._exit(9)
     with pytest.raises(OtherRankFailed, match=r"got no answer from another rank while .*: it was ended"), distributed():
         binarize(Path(folder) / "llama" / "float")
 
