@@ -7,6 +7,7 @@ that was interrupted or killed goes on with --resume behind the last layer that 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
@@ -16,43 +17,6 @@ from .printing import fields, ratio, size, table
 if TYPE_CHECKING:
     from ..calibration.distributed import Ranks
     from ..report import ModelReport
-
-# Options that go into ARBConfig under their own names.
-CONFIG_OPTIONS = (
-    "method",
-    "planes",
-    "block_size",
-    "group_bitmap",
-    "salient_columns",
-    "num_iterations",
-    "refinement_sweeps",
-    "compensation",
-    "split_metric",
-    "dataset",
-    "num_samples",
-    "held_out_samples",
-    "sequence_length",
-    "batch_size",
-    "seed",
-    "damp_percent",
-    "act_order",
-    "col_scale",
-    "hadamard",
-    "admm_iterations",
-    "shrinkage",
-    "rank",
-    "factor_bits",
-    "target_bits_per_weight",
-    "scale_bits",
-    "error_correction",
-    "refine",
-    "refine_steps",
-    "refine_learning_rate",
-    "refine_signs",
-    "modules_to_not_convert",
-    "other_modalities",
-    "base_model",
-)
 
 # Errors of a module -> the heads of their columns.
 ERRORS = {"weight_error": "weight error", "output_error": "output error", "held_out_error": "held-out error"}
@@ -104,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of which `build_config` makes an `ARBConfig`."""
+    """The options of which `build_config` makes an `ARBConfig`: what it takes has the name of its own option."""
     method = parser.add_argument_group("method")
     method.add_argument("--method", help="arb-hrc (default), arb-dbf, auto, arb-rc, arb-x, arb, billm or rtn")
     method.add_argument("--planes", type=int, metavar="N", help="sign planes of arb-hrc: 1 (default), 2 or 3")
@@ -299,9 +263,8 @@ def build_config(args: argparse.Namespace) -> Any:
     """
     from ..config import ARBConfig
 
-    # `estimate` has no options of the model card
-    choices: dict[str, Any] = {name: getattr(args, name, None) for name in CONFIG_OPTIONS}
-    choices = {name: choice for name, choice in choices.items() if choice is not None}
+    fields = inspect.signature(ARBConfig).parameters
+    choices = {name: choice for name, choice in vars(args).items() if name in fields and choice is not None}
     if args.no_calibration:
         given = [
             name

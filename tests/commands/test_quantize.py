@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_arb import ARBConfig
-from optimum_arb.commands.quantize import CONFIG_OPTIONS, add_arguments, build_config, parse_overrides
+from optimum_arb.commands.quantize import add_arguments, build_config, parse_overrides
 from optimum_arb.config import RECORDED
 
 QUICK = ("--num-samples", "2", "--sequence-length", "32")
@@ -72,6 +72,19 @@ def test_json(call, float_model, tmp_path):
     assert all(0 < m["weight_error"] < 1 for m in result["modules"])
 
 
+# What `ARBConfig` takes and `quantize` has no option of that name for, and why.
+WITHOUT_OPTION = {
+    "overrides": "--override, once for each pattern",
+    "backend": "chosen for each load of a binarized model",
+    "max_memory": "places a model that is calibrated on load; `quantize` holds one layer at a time",
+    "verify_checksums": "chosen for each load of a binarized model",
+    "format_version": "recorded by the run",
+    "requires": "recorded by the run",
+    **dict.fromkeys(set(RECORDED) - {"base_model"}, "recorded by the run"),
+}
+FIELDS = set(inspect.signature(ARBConfig).parameters) - {"kwargs"}
+
+
 def test_every_option_reaches_the_configuration():
     given = {
         "method": "arb-rc",
@@ -100,7 +113,7 @@ def test_every_option_reaches_the_configuration():
     others |= {"factor_bits", "scale_bits", "hadamard", "admm_iterations", "shrinkage", "other_modalities"}
     others |= {"error_correction", "target_bits_per_weight"}
     others |= {"refine", "refine_steps", "refine_learning_rate", "refine_signs"}
-    assert set(given) | others == set(CONFIG_OPTIONS)
+    assert set(given) | others == FIELDS - set(WITHOUT_OPTION)
     assert build_config(parse("--planes", "3")).planes == 3
     assert build_config(parse("--method", "arb-dbf", "--rank", "7")).rank == 7
     assert build_config(parse("--method", "arb-dbf", "--factor-bits", "0.8")).factor_bits == 0.8
@@ -117,24 +130,10 @@ def test_every_option_reaches_the_configuration():
     assert build_config(parse("--no-calibration")).dataset is None
 
 
-# What `ARBConfig` takes and `quantize` has no option of that name for, and why.
-WITHOUT_OPTION = {
-    "overrides": "--override, once for each pattern",
-    "backend": "chosen for each load of a binarized model",
-    "max_memory": "places a model that is calibrated on load; `quantize` holds one layer at a time",
-    "verify_checksums": "chosen for each load of a binarized model",
-    "format_version": "recorded by the run",
-    "requires": "recorded by the run",
-    **dict.fromkeys(set(RECORDED) - {"base_model"}, "recorded by the run"),
-}
-
-
 def test_every_field_has_an_option_or_a_reason():
-    fields = set(inspect.signature(ARBConfig.__init__).parameters) - {"self", "kwargs"}
-    assert fields - set(CONFIG_OPTIONS) == set(WITHOUT_OPTION)
-    assert not set(CONFIG_OPTIONS) - fields
     options = {action.dest: action.option_strings for action in _parser()._actions}
-    for name in CONFIG_OPTIONS:
+    assert FIELDS - set(options) == set(WITHOUT_OPTION)
+    for name in FIELDS & set(options):
         assert "--" + name.replace("_", "-") in options[name]
     assert "--override" in options["override"]
 
