@@ -39,6 +39,7 @@ TESTS = (
 # what meets safetensors, huggingface_hub, numpy and torch
 FILES = (
     "tests/test_checksums.py",
+    "tests/test_stored_checks.py",
     "tests/test_saving.py",
     "tests/test_tampered.py",
     "tests/hub",
