@@ -18,11 +18,7 @@ from tiny_models import save_tiny, text, tokens
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from optimum_arb import ARBConfig, model_report
-from optimum_arb.calibration.distributed import (
-    OtherRankFailed,
-    current_ranks,
-    distributed,
-)
+from optimum_arb.calibration.distributed import OtherRankFailed, current_ranks, distributed
 
 # name -> (family, ARBConfig); 8 sequences
 CASES = {
