@@ -25,10 +25,12 @@ OLDER_HUB = ("5.16.1", "5.17.0")
 LOOSE = ("transformers", "huggingface_hub")
 TESTS = (
     "tests/test_quantizer.py",
-    "tests/test_transformers_suite.py",
+    "tests/loading",
+    "tests/transformers_suite",
     "tests/test_modules.py",
     "tests/test_bad_input.py",
     "tests/test_quantizer_experts.py",
+    "tests/experts",
     "tests/test_tensor_parallel.py",
     "tests/models",
     "tests/calibration",
@@ -39,6 +41,7 @@ TESTS = (
 # what meets safetensors, huggingface_hub, numpy and torch
 FILES = (
     "tests/test_checksums.py",
+    "tests/test_stored_checks.py",
     "tests/test_saving.py",
     "tests/test_tampered.py",
     "tests/hub",

@@ -23,18 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from measured import token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from walked import binarizer, make_dense
 
 from optimum_arb import ARBConfig
 from optimum_arb.budget import SPREAD, chosen, divided
 from optimum_arb.calibration import CalibrationWalk, token_batches
-from optimum_arb.conversion import binarize_linear, float_linear
 from optimum_arb.data import bundled_text
 from optimum_arb.evaluate import perplexity
 from optimum_arb.modules import select_modules
-from optimum_arb.nn import ARBLinear
-from optimum_arb.packing import stored_bytes
 
 
 def main() -> None:
@@ -56,7 +54,7 @@ def main() -> None:
         print("RESULT", json.dumps(one_run(args, json.loads(args.run.read_text()))))
         return
     start = time.perf_counter()
-    ids = token_ids(args)
+    ids = model_tokens(args)
     tokens = ids[: args.samples * args.length].view(args.samples, args.length)
     if tokens.numel() > len(ids) // 2:
         parser.error("the calibration tokens reach into the second half of the text, on which perplexity is measured")
@@ -120,38 +118,29 @@ def main() -> None:
         args.out.write_text(json.dumps({"results": results, "sensitivity": details, "jobs": jobs}, indent=1))
 
 
-def token_ids(args: argparse.Namespace) -> torch.Tensor:
+def model_tokens(args: argparse.Namespace) -> torch.Tensor:
     text = bundled_text("wikitext-2")
     if args.bytes:
         return torch.tensor(list(text.encode()), dtype=torch.int64)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    return token_ids(AutoTokenizer.from_pretrained(args.model), text)
 
 
 def one_run(args: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     """Binarizes with a configuration and measures."""
     start = time.perf_counter()
-    ids = token_ids(args)
+    ids = model_tokens(args)
     tokens = ids[: args.samples * args.length].view(args.samples, args.length)
     run = job.pop("run")
     config = ARBConfig(**job)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     selection = select_modules(model, config)
 
-    def binarize(name: str, module: nn.Module, hessian: torch.Tensor | None, count: int):
-        packed, record = binarize_linear(name, module, selection.convert[name], hessian, count)
-        return packed, record.output_error
-
     strength = config.resolved_error_correction
     walk = CalibrationWalk(
-        model, selection.modules(), binarize, token_batches(tokens), args.device, error_correction=strength
+        model, selection.modules(), binarizer(selection), token_batches(tokens), args.device, error_correction=strength
     )
     walk.run()
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, ARBLinear)}
-    bits = sum(stored_bytes(module.packed()) * 8 for module in packed.values())
-    bits_per_weight = bits / sum(module.in_features * module.out_features for module in packed.values())
-    for name, module in packed.items():
-        model.set_submodule(name, float_linear(module, torch.float32))
+    bits_per_weight = make_dense(model)
     model.to(args.device)
     half = len(ids) // 2
     found = perplexity(model, ids[half:], context_length=args.window, max_windows=args.windows).perplexity

@@ -23,22 +23,20 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import re
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from measured import binarized, read_row, token_ids, write_row
+from transformers import AutoTokenizer
 
 from optimum_arb import ARBConfig
 from optimum_arb.data import bundled_text
 from optimum_arb.evaluate import perplexity
-from optimum_arb.report import model_report
 
 KINDS = ("wikitext", "python-docs", "mixed", "random")
 FULL = "full-precision"
@@ -83,12 +81,6 @@ def python_documentation() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def text_tokens(tokenizer: Any, text: str) -> torch.Tensor:
-    """int64 `[T]`, without special tokens."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
-
-
 class Texts(NamedTuple):
     """Token ids int64 `[T]` of a half of each text."""
 
@@ -109,8 +101,8 @@ def halves(tokenizer: Any, skip: float) -> tuple[Texts, Texts]:
     text = bundled_text("wikitext-2")
     start = text.index("\n", int(skip * len(text))) + 1 if skip else 0
     whole = Texts(
-        text_tokens(tokenizer, text[start:]),
-        text_tokens(tokenizer, python_documentation()),
+        token_ids(tokenizer, text[start:]),
+        token_ids(tokenizer, python_documentation()),
     )
     first, second = ([part[: len(part) // 2] for part in whole], [part[len(part) // 2 :] for part in whole])
     return Texts(*first), Texts(*second)
@@ -152,29 +144,15 @@ def perplexities(model: torch.nn.Module, evaluation: Texts, length: int, windows
 
 def measure(args: argparse.Namespace, tokens: torch.Tensor | None, evaluation: Texts) -> dict[str, Any]:
     """One row; without tokens that of the model as it is."""
-    if tokens is None:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, device_map=args.device)
-        found = perplexities(model, evaluation, args.context_length, args.windows)
-        return {"perplexity": found, "device": args.device}
-    config = ARBConfig(
-        **{"dataset": tokens, "num_samples": tokens.shape[0], "sequence_length": tokens.shape[1], **args.config}
-    )
-    start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=torch.float32, device_map=args.device, quantization_config=config
-    )
-    seconds = time.perf_counter() - start
-    report = model_report(model)
-    # the dense weights are the same numbers; multiplying by them is faster than by the packed ones
-    model = model.dequantize().to(args.device)
-    return {
-        "config": report_config(config),
-        "bits_per_weight": report.bits_per_weight,
-        "output_error": report.mean_output_error,
-        "seconds": seconds,
-        "perplexity": perplexities(model, evaluation, args.context_length, args.windows),
-        "device": args.device,
-    }
+    config = None
+    if tokens is not None:
+        samples, length = tokens.shape
+        config = ARBConfig(**{"dataset": tokens, "num_samples": samples, "sequence_length": length, **args.config})
+    model, figures = binarized(args.model, config, args.device)
+    if config is not None:
+        figures["config"] = report_config(config)
+    found = perplexities(model, evaluation, args.context_length, args.windows)
+    return {**figures, "perplexity": found, "device": args.device}
 
 
 def report_config(config: ARBConfig) -> dict[str, Any]:
@@ -204,8 +182,7 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
 
 def stored(name: str, args: argparse.Namespace) -> dict[str, Any] | None:
     """A row that was measured by an earlier run in the same way, or None."""
-    path = args.out / f"{name}.json"
-    row = json.loads(path.read_text()) if path.is_file() else None
+    row = read_row(args.out / f"{name}.json")
     return row if row is not None and all(row.get(key) == value for key, value in settings(args).items()) else None
 
 
@@ -237,10 +214,7 @@ def measure_rows(names: list[str], args: argparse.Namespace) -> None:
         row = {"row": name, **settings(args), **measure(args, tokens, evaluation)}
         if name != FULL:
             row["calibration"] = Calibration.parse(name)
-        path = args.out / f"{name}.json"
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(row, indent=1))
-        os.replace(unfinished, path)
+        write_row(args.out / f"{name}.json", row)
         print(markdown({name: row}).splitlines()[-1], file=sys.stderr, flush=True)
         gc.collect()
         if args.device.startswith("cuda"):

@@ -27,6 +27,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from measured import token_ids
 from page_tables import filled, names
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -147,8 +148,7 @@ def problems(source: Path, patterns: list[str], samples: int, length: int, devic
         ValueError: a pattern that matches no linear, or a text that is too short.
     """
     tokenizer = AutoTokenizer.from_pretrained(source)
-    ids = tokenizer(bundled_text("wikitext-2"), add_special_tokens=False, verbose=False)["input_ids"]
-    every = torch.tensor(ids, dtype=torch.int64)
+    every = token_ids(tokenizer, bundled_text("wikitext-2"))
     halves = (every[: len(every) // 2], every[len(every) // 2 :])
     if len(halves[0]) < samples * length:
         raise ValueError(f"half of the text has {len(halves[0]):,} tokens, not the {samples} x {length} asked for.")

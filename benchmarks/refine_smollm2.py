@@ -24,20 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measured import token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from walked import binarizer, make_dense
 
 from optimum_arb import ARBConfig
 from optimum_arb.calibration import CalibrationWalk, token_batches
 from optimum_arb.calibration.refine import Refinement, RefineSettings, refine_layer
 from optimum_arb.calibration.refine_model import refine_model
 from optimum_arb.calibration.walk import LayerTurn
-from optimum_arb.conversion import binarize_linear, float_linear
 from optimum_arb.data import bundled_text
 from optimum_arb.evaluate import perplexity
 from optimum_arb.modules import select_modules
-from optimum_arb.nn import ARBLinear
-from optimum_arb.packing import stored_bytes
 
 
 def main() -> None:
@@ -74,9 +73,7 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    ids = torch.tensor(
-        tokenizer(bundled_text("wikitext-2"), add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64
-    )
+    ids = token_ids(tokenizer, bundled_text("wikitext-2"))
     half = len(ids) // 2
     tokens = ids[: (args.samples + args.unseen) * args.length]
     if len(tokens) > half:
@@ -99,10 +96,6 @@ def main() -> None:
     targets = selection.modules()
     if args.layers is not None:
         targets = [name for name in targets if _layer(name) < args.layers]
-
-    def binarize(name: str, module: nn.Module, hessian: torch.Tensor | None, count: int):
-        packed, record = binarize_linear(name, module, selection.convert[name], hessian, count)
-        return packed, record.output_error
 
     results: dict[str, Refinement] = {}
     batches = token_batches(tokens.view(-1, args.length), args.batch_size)
@@ -133,7 +126,7 @@ def main() -> None:
     walk = CalibrationWalk(
         model,
         targets,
-        binarize,
+        binarizer(selection),
         batches,
         args.device,
         after_layer=after_layer,
@@ -160,11 +153,7 @@ def main() -> None:
         if plain is not None:
             print("after the last pass:", _where(plain, _losses(_dense(model, device), text, device)), flush=True)
     seconds = time.perf_counter() - start
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, ARBLinear)}
-    bits = sum(stored_bytes(module.packed()) * 8 for module in packed.values())
-    bits_per_weight = bits / sum(module.in_features * module.out_features for module in packed.values())
-    for name, module in packed.items():
-        model.set_submodule(name, float_linear(module, torch.float32))
+    bits_per_weight = make_dense(model)
     model.to(args.device)
     measured = perplexity(model, ids[half:], context_length=2048, max_windows=args.windows)
     figures = {
@@ -204,8 +193,7 @@ def _errors(turn: LayerTurn, batches: Sequence[int]) -> tuple[float, float, floa
 def _dense(model: nn.Module, device: torch.device) -> nn.Module:
     """A copy in which binarized linears are float ones."""
     model = copy.deepcopy(model)
-    for name, module in [(name, m) for name, m in model.named_modules() if isinstance(m, ARBLinear)]:
-        model.set_submodule(name, float_linear(module, torch.float32))
+    make_dense(model)
     return model.to(device)
 
 

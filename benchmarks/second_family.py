@@ -14,23 +14,18 @@ Every row is written to a JSON file of its own as soon as it is measured; a seco
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from tiny_families import CONTEXT_LENGTH, FAMILIES, split_text, token_ids, trained
+from measured import binarized, read_row, token_ids, write_row
+from tiny_families import CONTEXT_LENGTH, FAMILIES, split_text, trained
+from transformers import AutoTokenizer
 
 from optimum_arb import ARBConfig
 from optimum_arb.evaluate import perplexity
-from optimum_arb.report import model_report
 
 SAMPLES = 128
 FULL = "full-precision"
@@ -92,24 +87,9 @@ def unigram_perplexity(training: torch.Tensor, evaluation: torch.Tensor, vocabul
 
 def measure(source: Path, config: ARBConfig | None, evaluation: torch.Tensor, device: str) -> dict[str, Any]:
     """One row."""
-    options = {} if config is None else {"quantization_config": config}
-    start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, device_map=device, **options)
-    seconds = time.perf_counter() - start
-    row: dict[str, Any] = {}
-    if config is not None:
-        report = model_report(model)
-        row = {
-            "config": model.config.quantization_config.to_dict(),
-            "bits_per_weight": report.bits_per_weight,
-            "modules": len(report.modules),
-            "output_error": report.mean_output_error,
-            "seconds": seconds,
-        }
-        # the dense weights are the same numbers; multiplying by them is faster than by the packed ones
-        model = model.dequantize().to(device)
+    model, figures = binarized(source, config, device)
     result = perplexity(model, evaluation, context_length=CONTEXT_LENGTH, batch_size=8)
-    return {**row, "perplexity": result.to_dict(), "device": device, "threads": torch.get_num_threads()}
+    return {**figures, "perplexity": result.to_dict(), "device": device, "threads": torch.get_num_threads()}
 
 
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
@@ -135,7 +115,7 @@ def study(out: Path, family: str, names: list[str], args: argparse.Namespace) ->
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
         path = out / f"{name}.json"
-        row = json.loads(path.read_text()) if path.is_file() else None
+        row = read_row(path)
         if row is None or row["training"] != training or row["refine_steps"] != args.refine_steps:
             print(f"{family}, {name} ...", file=sys.stderr, flush=True)
             make = known[name]
@@ -145,9 +125,7 @@ def study(out: Path, family: str, names: list[str], args: argparse.Namespace) ->
                 "refine_steps": args.refine_steps,
                 **measure(source, None if make is None else make(tokens), evaluation, args.device),
             }
-            unfinished = path.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(row, indent=1))
-            os.replace(unfinished, path)
+            write_row(path, row)
         rows[name] = row
         print(markdown({name: row}).splitlines()[-1], file=sys.stderr, flush=True)
     unigrams = unigram_perplexity(parts[0], evaluation, len(tokenizer))

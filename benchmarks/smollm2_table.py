@@ -13,20 +13,17 @@ second half of the validation split instead, on which settings are chosen; `--sp
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from measured import binarized, read_row, token_ids, write_row
+from transformers import AutoTokenizer
 
 from optimum_arb import ARBConfig
 from optimum_arb.data import bundled_text
 from optimum_arb.evaluate import perplexity
-from optimum_arb.report import model_report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from smollm2 import smollm2
@@ -73,30 +70,10 @@ def measure(
 ) -> dict[str, Any]:
     """One row."""
     tokenizer = AutoTokenizer.from_pretrained(source)
-    options = {} if config is None else {"quantization_config": config}
-    start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, device_map=device, **options)
-    seconds = time.perf_counter() - start
-    row: dict[str, Any] = {}
-    if config is not None:
-        report = model_report(model)
-        errors = [module.weight_error for module in report.modules if module.weight_error is not None]
-        row = {
-            "config": model.config.quantization_config.to_dict(),
-            "bits_per_weight": report.bits_per_weight,
-            "packed_bytes": report.packed_bytes,
-            "model_bytes": report.model_bytes,
-            "modules": len(report.modules),
-            "weight_error": sum(errors) / len(errors),
-            "output_error": report.mean_output_error,
-            "seconds": seconds,
-        }
-        # The dense weights are the same numbers; multiplying by them is faster than by the packed ones.
-        model = model.dequantize()
+    model, row = binarized(source, config, device)
     model.to(perplexity_device)
     if split != "test":
-        text = bundled_text("wikitext-2")
-        ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+        ids = token_ids(tokenizer, bundled_text("wikitext-2"))
         found = perplexity(model, ids[len(ids) // 2 :], context_length=CONTEXT_LENGTH, max_windows=windows)
         row["validation_perplexity"] = found.to_dict()
     if split != "validation":
@@ -154,7 +131,7 @@ def main() -> None:
         if config is not None and args.damp_percent is not None:
             config.damp_percent = args.damp_percent
             config.post_init()
-        row = json.loads(path.read_text()) if path.is_file() else None
+        row = read_row(path)
         wanted = {"test": ["perplexity"], "validation": ["validation_perplexity"]}.get(
             args.split, ["perplexity", "validation_perplexity"]
         )
@@ -164,9 +141,7 @@ def main() -> None:
                 "row": name,
                 **measure(source, config, args.device, args.perplexity_device or args.device, args.windows, args.split),
             }
-            unfinished = path.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(row, indent=1))
-            os.replace(unfinished, path)
+            write_row(path, row)
         rows[name] = row
         print(markdown({name: row}).splitlines()[-1], file=sys.stderr, flush=True)
     print(markdown(rows))

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from measured import token_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -97,11 +98,6 @@ def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=CONTEXT_LENGTH
     )
-
-
-def token_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
-    """int64 `[T]`, without special tokens."""
-    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
 
 
 def untrained(family: str, seed: int) -> PreTrainedModel:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import struct
 import zlib
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from saved_llama import LINEAR, binarized_llama, quantization, refusal, save_both, weights
 from tiny_experts import save_moe
 from tiny_models import outputs, save_tiny, tokens
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
@@ -21,22 +20,15 @@ from optimum_arb import ARBConfig, save_model
 from optimum_arb.checksums import ENTRY, SKIP_VARIABLE, UNFINISHED, VERSION_ENTRY, seal, tensor_checksums, verify
 from optimum_arb.safetensors_header import read_header, set_metadata
 
-LINEAR = "model.layers.1.mlp.up_proj"
-
 
 @pytest.fixture(scope="module")
 def binarized(tmp_path_factory):
-    source = save_tiny(tmp_path_factory.mktemp("float"), "LlamaForCausalLM")
-    config = ARBConfig(dataset=tokens(), num_samples=4, block_size=64)
-    return LlamaForCausalLM.from_pretrained(source, quantization_config=config)
+    return binarized_llama(tmp_path_factory.mktemp("float"))
 
 
 @pytest.fixture(scope="module")
 def saved(binarized, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    binarized.save_pretrained(folder / "one")
-    binarized.save_pretrained(folder / "shards", max_shard_size="60KB")
-    return folder
+    return save_both(binarized, tmp_path_factory.mktemp("saved"))
 
 
 @pytest.fixture
@@ -49,10 +41,6 @@ def shards(saved, tmp_path):
     return shutil.copytree(saved / "shards", tmp_path / "shards")
 
 
-def weights(path):
-    return sorted(path.glob("*.safetensors"))
-
-
 def flip(path, key, byte=0, bit=0):
     """Turns one bit of a tensor round."""
     for file in weights(path):
@@ -63,17 +51,6 @@ def flip(path, key, byte=0, bit=0):
             file.write_bytes(content)
             return
     raise KeyError(key)
-
-
-def refusal(path, *patterns, **options):
-    with pytest.raises(ValueError) as error:  # noqa: PT011 (the patterns follow)
-        LlamaForCausalLM.from_pretrained(path, **options)
-    for pattern in patterns:
-        assert error.match(pattern)
-
-
-def quantization(path):
-    return json.loads((path / "config.json").read_text())["quantization_config"]
 
 
 # What is written
@@ -308,68 +285,3 @@ def test_a_model_of_an_older_version(one, binarized, caplog):
         model = LlamaForCausalLM.from_pretrained(one)
     assert [r.getMessage().count("records no checksums") for r in caplog.records if "checksum" in r.getMessage()] == [1]
     assert torch.equal(outputs(model, tokens(1, 8)), outputs(binarized, tokens(1, 8)))
-
-
-# What is refused whatever the checksums say
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["row_scale", "col_scale"])
-def test_scales_that_are_no_numbers(one, value, name):
-    file = one / "model.safetensors"
-    key = f"{LINEAR}.weight_{name}"
-    tensor = read_header(file)[0][key]
-    content = bytearray(file.read_bytes())
-    kind = {"F16": "<e", "F32": "<f"}[tensor.dtype]
-    content[tensor.start : tensor.start + struct.calcsize(kind)] = struct.pack(kind, value)
-    file.write_bytes(content)
-    seal([file], quantization(one))
-    refusal(one, rf"^{LINEAR}: the tensor '{key}' holds NaN or Inf")
-
-
-@pytest.mark.parametrize("absolute", [False, True])
-def test_an_index_that_leads_out_of_the_directory(shards, saved, absolute):
-    index = shards / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    outside = shutil.copytree(saved / "shards", shards.parent / "outside")
-    prefix = f"{outside}/" if absolute else "../outside/"
-    content["weight_map"] = {key: prefix + name for key, name in content["weight_map"].items()}
-    index.write_text(json.dumps(content))
-    refusal(shards, "out of the model's directory")
-
-
-def test_a_directory_that_is_named_from_elsewhere(shards, monkeypatch):
-    (shards / "below").mkdir()
-    monkeypatch.chdir(shards / "below")
-    LlamaForCausalLM.from_pretrained("..")
-
-
-def test_more_layers_than_any_model_has(one):
-    config = json.loads((one / "config.json").read_text())
-    (one / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
-    refusal(one, "num_hidden_layers=1000000000 in the model's config.json")
-
-
-def test_another_kind_of_model(one):
-    """Of which the checkpoint holds the head at most."""
-    config = json.loads((one / "config.json").read_text())
-    (one / "config.json").write_text(
-        json.dumps({**config, "model_type": "gpt2", "architectures": ["LlamaForCausalLM"]})
-    )
-    with pytest.raises(ValueError, match="is a checkpoint of another kind of model"):
-        AutoModelForCausalLM.from_pretrained(one)
-
-
-def test_architectures_that_are_no_names(one):
-    config = json.loads((one / "config.json").read_text())
-    (one / "config.json").write_text(json.dumps({**config, "architectures": 7}))
-    # transformers 5.16 checks the field itself
-    with pytest.raises(Exception, match=r"architectures=7 in the model's config\.json is no list|'architectures'"):
-        LlamaForCausalLM.from_pretrained(one)
-
-
-def test_a_pipe_is_not_waited_for(shards):
-    file = weights(shards)[1]
-    file.unlink()
-    os.mkfifo(file)
-    refusal(shards, rf".*{file.name} is no file")

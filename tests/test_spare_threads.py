@@ -9,48 +9,60 @@ from optimum_arb.algorithms.dbf import binarize_factors
 from optimum_arb.spare_threads import ahead, in_parts, product, spare_now, spare_threads
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """torch has as many threads after a test as before it."""
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+
+
+def with_spare(counts, make):
+    """What `make` returns with so many spare threads beside one."""
+    torch.set_num_threads(1)
+    found = []
+    for spare in counts:
+        with spare_threads(spare):
+            found.append(make())
+    return found
+
+
+def random_inputs(rows, columns, samples):
+    """A weight `[rows, columns]`, and X^T X of so many samples of its inputs."""
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(rows, columns, generator=generator), torch.randn(samples, columns, generator=generator)
+    return weight, inputs.T @ inputs
+
+
 @pytest.mark.parametrize("spare", [0, 1, 3])
 def test_results_come_in_order_of_one_thread_each(spare):
-    threads = torch.get_num_threads()
-    try:
-        with spare_threads(spare):
-            found = list(ahead(lambda i: (i, torch.is_grad_enabled(), spare_now()), range(5)))
-            assert not list(ahead(lambda i: i, []))
-        assert [i for i, _, _ in found] == list(range(5))
-        assert not any(grad for _, grad, _ in found)
-        assert torch.is_grad_enabled()
-        if spare:  # a thread that helps has no help
-            assert {count for *_, count in found} == {0}
-    finally:
-        torch.set_num_threads(threads)
+    with spare_threads(spare):
+        found = list(ahead(lambda i: (i, torch.is_grad_enabled(), spare_now()), range(5)))
+        assert not list(ahead(lambda i: i, []))
+    assert [i for i, _, _ in found] == list(range(5))
+    assert not any(grad for _, grad, _ in found)
+    assert torch.is_grad_enabled()
+    if spare:  # a thread that helps has no help
+        assert {count for *_, count in found} == {0}
 
 
 def test_the_next_task_is_under_way_while_the_last_result_is_used():
-    threads = torch.get_num_threads()
     begun = [threading.Event() for _ in range(3)]
-    try:
-        with spare_threads(1):
-            for i in ahead(lambda i: (begun[i].set(), i)[1], range(3)):
-                assert begun[min(i + 1, 2)].wait(10)
-    finally:
-        torch.set_num_threads(threads)
+    with spare_threads(1):
+        for i in ahead(lambda i: (begun[i].set(), i)[1], range(3)):
+            assert begun[min(i + 1, 2)].wait(10)
 
 
 @pytest.mark.parametrize("spare", [0, 1])
 def test_an_error_is_raised_where_its_result_is_wanted(spare):
-    threads = torch.get_num_threads()
     done = []
-    try:
-        with spare_threads(spare), pytest.raises(ZeroDivisionError):
-            done.extend(ahead(lambda i: 1 // (2 - i), range(4)))
-        assert spare_now() == 0
-    finally:
-        torch.set_num_threads(threads)
+    with spare_threads(spare), pytest.raises(ZeroDivisionError):
+        done.extend(ahead(lambda i: 1 // (2 - i), range(4)))
+    assert spare_now() == 0
 
 
 @pytest.mark.parametrize("spare", [0, 1, 3])
 def test_parts_come_in_order(spare):
-    threads = torch.get_num_threads()
     waiting = threading.Event()
 
     def task(i: int) -> tuple[int, bool]:
@@ -58,26 +70,19 @@ def test_parts_come_in_order(spare):
             waiting.wait(0.1)
         return i, torch.is_grad_enabled()
 
-    try:
-        with spare_threads(spare):
-            assert in_parts(task, range(7)) == [(i, False) for i in range(7)]
-            assert in_parts(task, range(1)) == [(0, False)]
-    finally:
-        torch.set_num_threads(threads)
+    with spare_threads(spare):
+        assert in_parts(task, range(7)) == [(i, False) for i in range(7)]
+        assert in_parts(task, range(1)) == [(0, False)]
 
 
 def test_parts_behind_a_long_task_of_the_spare_thread_are_done_without_it():
-    threads = torch.get_num_threads()
     held = threading.Event()
-    try:
-        with spare_threads(1):
-            results = ahead(lambda i: held.wait(10) if i else i, range(2))
-            assert next(results) == 0
-            assert in_parts(lambda i: i, range(4)) == list(range(4))
-            held.set()
-            assert next(results) is True
-    finally:
-        torch.set_num_threads(threads)
+    with spare_threads(1):
+        results = ahead(lambda i: held.wait(10) if i else i, range(2))
+        assert next(results) == 0
+        assert in_parts(lambda i: i, range(4)) == list(range(4))
+        held.set()
+        assert next(results) is True
 
 
 @pytest.mark.parametrize(
@@ -88,16 +93,8 @@ def test_products_are_the_same_with_spare_threads(shape, monkeypatch):
     monkeypatch.setattr(module, "LEAST", 0)
     rows, inner, columns = shape
     generator = torch.Generator().manual_seed(0)
-    threads = torch.get_num_threads()
     left, right = torch.randn(inner, rows, generator=generator).T, torch.randn(columns, inner, generator=generator).T
-    try:
-        torch.set_num_threads(1)
-        found = []
-        for spare in (0, 1, 3):
-            with spare_threads(spare):
-                found.append(product(left, right))
-    finally:
-        torch.set_num_threads(threads)
+    found = with_spare((0, 1, 3), lambda: product(left, right))
     torch.testing.assert_close(found[0], (left.double() @ right.double()).float(), rtol=1e-4, atol=1e-4)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -106,35 +103,17 @@ def test_products_are_the_same_with_spare_threads(shape, monkeypatch):
 def test_factors_are_the_same_with_a_spare_thread(monkeypatch):
     monkeypatch.setattr(module, "ROWS", 16)
     monkeypatch.setattr(module, "LEAST", 0)
-    generator = torch.Generator().manual_seed(0)
-    weight, inputs = torch.randn(60, 70, generator=generator), torch.randn(200, 70, generator=generator)
-    threads = torch.get_num_threads()
-    found = []
-    try:
-        torch.set_num_threads(1)
-        for spare in (0, 1):
-            with spare_threads(spare):
-                found.append(binarize_factors(weight, inputs.T @ inputs, 50, 0.01, 8, 0).dequantize())
-    finally:
-        torch.set_num_threads(threads)
+    weight, matrix = random_inputs(60, 70, 200)
+    found = with_spare((0, 1), lambda: binarize_factors(weight, matrix, 50, 0.01, 8, 0).dequantize())
     assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("planes", [1, 2, 3])
 @pytest.mark.parametrize("col_scale", [True, False])
 def test_planes_are_the_same_with_a_spare_thread(planes, col_scale):
-    generator = torch.Generator().manual_seed(0)
-    weight, inputs = torch.randn(24, 320, generator=generator), torch.randn(640, 320, generator=generator)
-    matrix = inputs.T @ inputs / 640 + 0.01 * torch.eye(320)
-    threads = torch.get_num_threads()
-    found = []
-    try:
-        torch.set_num_threads(1)
-        for spare in (0, 1):
-            with spare_threads(spare):
-                found.append(admm_planes(weight, matrix, 128, planes, 9, col_scale))
-    finally:
-        torch.set_num_threads(threads)
+    weight, matrix = random_inputs(24, 320, 640)
+    matrix = matrix / 640 + 0.01 * torch.eye(320)
+    found = with_spare((0, 1), lambda: admm_planes(weight, matrix, 128, planes, 9, col_scale))
     for alone, helped in zip(*found, strict=True):
         assert torch.equal(alone.signs, helped.signs)
         assert torch.equal(alone.row, helped.row)

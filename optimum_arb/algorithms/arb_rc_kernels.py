@@ -70,16 +70,21 @@ def alternate(weight: torch.Tensor, fit: ZoneFit, num_iterations: int) -> None:
 if triton is not None:
 
     @triton.jit
+    def _places(rows, columns, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+        """A program's rows, the columns, which of them there are, and its elements `[ROWS, WIDTH]` of a plane."""
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        column = tl.arange(0, WIDTH)
+        real_row, real_column = row < rows, column < columns
+        whole = real_row[:, None] & real_column[None, :]
+        return row, column, real_row, real_column, whole, row[:, None].to(tl.int64) * columns + column[None, :]
+
+    @triton.jit
     def _row_kernel(
         weight, groups, signs, scale, col_scale, sums, rows, columns, programs,
         WHICH: tl.constexpr, ORDER: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
         """The row scales of order `WHICH` of a program's rows, and its rows' part of the sums of the column scales."""
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        column = tl.arange(0, WIDTH)
-        real_row, real_column = row < rows, column < columns
-        whole = real_row[:, None] & real_column[None, :]
-        at = row[:, None].to(tl.int64) * columns + column[None, :]
+        row, column, real_row, real_column, whole, at = _places(rows, columns, ROWS, WIDTH)
         plane = rows * columns
         value = tl.load(weight + at, mask=whole, other=0.0)
         bits = tl.load(signs + WHICH * plane + at, mask=whole, other=0)
@@ -130,11 +135,7 @@ if triton is not None:
         GROUPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
         """Both signs of each weight: the nearest level of its group (`residual.nearest_signs`)."""
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        column = tl.arange(0, WIDTH)
-        real_row, real_column = row < rows, column < columns
-        whole = real_row[:, None] & real_column[None, :]
-        at = row[:, None].to(tl.int64) * columns + column[None, :]
+        row, column, real_row, real_column, whole, at = _places(rows, columns, ROWS, WIDTH)
         plane = rows * columns
         value = tl.load(weight + at, mask=whole, other=0.0)
         first = tl.zeros([ROWS, WIDTH], tl.float32)

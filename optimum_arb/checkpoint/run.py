@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from ..calibration.distributed import current_ranks
 from ..calibration.layers import find_layers
 from ..calibration.progress import Progress
+from ..loading.calibrated import Task
 from ..placement import calibration_device
-from ..quantizer import ARBHfQuantizer
 from ..version import __version__
 from .disk_activations import DiskActivations, remove_activations
 from .source import CheckpointSource, NotStreamable
@@ -33,7 +33,7 @@ def work_directory(output: str | os.PathLike, rank: int = 0) -> Path:
 
 
 class StreamedRun:
-    """What the quantizer asks while it binarizes: `optimum_arb.quantizer.Stream`."""
+    """What is asked while a model is binarized: `optimum_arb.loading.calibrated.Stream`."""
 
     def __init__(
         self,
@@ -68,16 +68,16 @@ class StreamedRun:
 
     @contextmanager
     def opened(
-        self, model: PreTrainedModel, quantizer: ARBHfQuantizer, calibration: dict[str, Any] | None
+        self, model: PreTrainedModel, task: Task, calibration: dict[str, Any] | None
     ) -> Iterator[dict[str, Any]]:
-        """As `optimum_arb.quantizer.Stream` says."""
-        if quantizer.quantization_config.refine == "model":
+        """As `optimum_arb.loading.calibrated.Stream` says."""
+        if task.config.refine == "model":
             raise NotStreamable("refine='model' tunes all of its layers at once")
-        if quantizer.quantization_config.target_bits_per_weight is not None:
+        if task.config.target_bits_per_weight is not None:
             raise NotStreamable("target_bits_per_weight looks at the gradients of all of its layers at once")
-        self.layers = [layer for group in find_layers(model, quantizer.selection.modules()) for layer in group.names]
+        self.layers = [layer for group in find_layers(model, task.selection.modules()) for layer in group.names]
         source = CheckpointSource(model, self._files, self._load_config, self.layers)
-        identity = self._identity(model, quantizer, calibration)
+        identity = self._identity(model, task, calibration)
         self.work.lock()
         if self.resume and self.work.exists:
             self.work.resume(identity)
@@ -89,9 +89,7 @@ class StreamedRun:
         self.resumed = sum(layer in self.work.pieces for layer in self.layers)
         if self._directory is not None:
             self._activations = DiskActivations(self._directory, self.work.activations)
-        self.weights = StreamedWeights(
-            model, source, self.work, quantizer.selection, quantizer.records, self._activations
-        )
+        self.weights = StreamedWeights(model, source, self.work, task.selection, task.records, self._activations)
         if changed := self.weights.changed_sources():
             raise ValueError(
                 f"The interrupted run in {self.work.path} cannot be continued: the float weights of "
@@ -117,11 +115,9 @@ class StreamedRun:
             self._activations.clear()
             remove_activations(self._activations.directory)
 
-    def _identity(
-        self, model: PreTrainedModel, quantizer: ARBHfQuantizer, calibration: dict[str, Any] | None
-    ) -> dict[str, Any]:
+    def _identity(self, model: PreTrainedModel, task: Task, calibration: dict[str, Any] | None) -> dict[str, Any]:
         """Everything that the bits of the result depend on, but for the weights: those are compared part by part."""
-        config = quantizer.quantization_config
+        config = task.config
         own = model.config.to_dict()
         for key in ("quantization_config", "transformers_version", "_name_or_path", "name_or_path"):
             own.pop(key, None)

@@ -7,6 +7,7 @@ import json
 import re
 from typing import TYPE_CHECKING
 
+from .method_options import add_method_arguments, build_config
 from .printing import fields, size
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ weights of the model's shapes; other load on the machine shows in the result."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from .quantize import add_method_arguments
-
     parser.add_argument("model", metavar="MODEL", help="directory or Hub name of the model to binarize")
     add_method_arguments(parser)
     other = parser.add_argument_group("machine")
@@ -37,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..checkpoint.estimate import estimate
     from .loading import check_model
-    from .quantize import build_config
 
     limits = {key: parse_size(getattr(args, key)) for key in ("memory_limit", "gpu_memory") if getattr(args, key)}
     if args.device_map not in ("cpu", "cuda"):

@@ -9,54 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .method_options import add_method_arguments, build_config
 from .printing import fields, ratio, size, table
 
 if TYPE_CHECKING:
     from ..calibration.distributed import Ranks
     from ..report import ModelReport
 
-# Options that go into ARBConfig under their own names.
-CONFIG_OPTIONS = (
-    "method",
-    "planes",
-    "block_size",
-    "group_bitmap",
-    "salient_columns",
-    "num_iterations",
-    "refinement_sweeps",
-    "compensation",
-    "split_metric",
-    "dataset",
-    "num_samples",
-    "held_out_samples",
-    "sequence_length",
-    "batch_size",
-    "seed",
-    "damp_percent",
-    "act_order",
-    "col_scale",
-    "hadamard",
-    "admm_iterations",
-    "shrinkage",
-    "rank",
-    "factor_bits",
-    "target_bits_per_weight",
-    "scale_bits",
-    "error_correction",
-    "refine",
-    "refine_steps",
-    "refine_learning_rate",
-    "refine_signs",
-    "modules_to_not_convert",
-    "other_modalities",
-    "base_model",
-)
-
 # Errors of a module -> the heads of their columns.
 ERRORS = {"weight_error": "weight error", "output_error": "output error", "held_out_error": "held-out error"}
-
 EXAMPLES = """\
   %(prog)s HuggingFaceTB/SmolLM2-135M-Instruct smollm2-arb --planes 2
   %(prog)s my-model my-model-arb --override down_proj=planes:3 --dataset my-texts.txt
@@ -101,126 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     hub.add_argument(
         "--base-model", metavar="NAME", help="for the model card: MODEL's name on the Hub, where MODEL is a directory"
     )
-
-
-def add_method_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of which `build_config` makes an `ARBConfig`."""
-    method = parser.add_argument_group("method")
-    method.add_argument("--method", help="arb-hrc (default), arb-dbf, auto, arb-rc, arb-x, arb, billm or rtn")
-    method.add_argument("--planes", type=int, metavar="N", help="sign planes of arb-hrc: 1 (default), 2 or 3")
-    method.add_argument(
-        "--factor-bits",
-        type=float,
-        metavar="X",
-        help="true bits a weight of arb-dbf, which decide its ranks (default: 1)",
-    )
-    method.add_argument(
-        "--target-bits-per-weight",
-        type=float,
-        metavar="X",
-        help="true bits a weight of all linears together: planes of arb-hrc, ranks of arb-dbf, or with --method auto "
-        "either, are chosen linear by linear",
-    )
-    method.add_argument("--scale-bits", type=int, metavar="N", help="bits of a stored scale: 16 (default) or 8")
-    method.add_argument("--rank", type=int, metavar="N", help="rank of arb-dbf, the same for every linear")
-    method.add_argument(
-        "--block-size", type=int, metavar="N", help="columns that share a row scale: 128 (default), 64, -1 = whole row"
-    )
-    method.add_argument("--group-bitmap", metavar="WHICH", help="all, non-salient or none (the papers' methods)")
-    method.add_argument(
-        "--salient-columns", type=_search_or_int, metavar="N", help="search or a number (the papers' methods)"
-    )
-    method.add_argument("--num-iterations", type=int, metavar="N", help="rounds of the method's updates")
-    method.add_argument(
-        "--refinement-sweeps",
-        type=int,
-        metavar="N",
-        help="how often arb-hrc fits all blocks again (default: 2; block after block 1, or 0 for one plane)",
-    )
-    method.add_argument("--compensation", metavar="KIND", help="exact (default) or diagonal (as published)")
-    method.add_argument("--split-metric", metavar="KIND", help="weight (default) or score (as published)")
-    method.add_argument(
-        "--damp-percent",
-        type=float,
-        metavar="X",
-        help="damping of the calibration matrix: 0.02 for arb-hrc, 0.05 for arb-dbf, else 0.01",
-    )
-    method.add_argument(
-        "--act-order",
-        action=argparse.BooleanOptionalAction,
-        help="binarize columns in the order of their activations (default: arb-hrc block after block)",
-    )
-    method.add_argument(
-        "--col-scale",
-        action=argparse.BooleanOptionalAction,
-        help="column scales of arb-hrc (default: yes); without them and without the order, a model of one plane is "
-        "exported to GGUF without loss",
-    )
-    method.add_argument(
-        "--hadamard",
-        type=int,
-        metavar="N",
-        help="columns of the blocks of a Hadamard transform of arb-hrc's inputs: 64, 128, 256; 0 for none (default)",
-    )
-    method.add_argument(
-        "--admm-iterations",
-        type=int,
-        metavar="N",
-        help="iterations of arb-hrc's search of all blocks at once (default: 25; 0: block after block)",
-    )
-    method.add_argument(
-        "--shrinkage",
-        type=float,
-        metavar="X",
-        help="how much smaller the calibration matrix is made beside its diagonal (default: 0.05 for arb-hrc, else 0)",
-    )
-    method.add_argument(
-        "--error-correction",
-        type=float,
-        metavar="X",
-        help="how far each linear makes up for errors made before it, from 0 to 1 (default: the method's own choice)",
-    )
-    method.add_argument(
-        "--refine",
-        metavar="HOW",
-        help="tune each binarized layer to the float model's outputs (block), and then the whole model (model)",
-    )
-    method.add_argument("--refine-steps", type=int, metavar="N", help="steps of each layer's tuning (default: 400)")
-    method.add_argument(
-        "--refine-learning-rate", type=float, metavar="X", help="of scales and norms, relative (default: 0.005)"
-    )
-    method.add_argument(
-        "--refine-signs", action=argparse.BooleanOptionalAction, help="tune the signs too (default: yes)"
-    )
-    method.add_argument(
-        "--modules-to-not-convert", nargs="+", metavar="PATTERN", help="linears to keep in float: suffixes, or re:..."
-    )
-    method.add_argument(
-        "--other-modalities",
-        action="store_true",
-        default=None,
-        help="binarize the vision and audio towers beside a language model too (they stay in float by default)",
-    )
-    method.add_argument(
-        "--override",
-        action="append",
-        default=[],
-        metavar="PATTERN=KEY:VALUE",
-        help="another choice for some linears, e.g. 'down_proj=planes:2,block_size:64' or 'layers.0.mlp.up_proj=skip'",
-    )
-    calibration = parser.add_argument_group("calibration")
-    calibration.add_argument("--dataset", metavar="NAME_OR_PATH", help="text to calibrate on (default: wikitext-2)")
-    calibration.add_argument("--num-samples", type=int, metavar="N", help="calibration sequences (default: 128)")
-    calibration.add_argument(
-        "--held-out-samples",
-        type=int,
-        metavar="N",
-        help="how many of them nothing is fitted to: the report tells the errors on them too (default: 0)",
-    )
-    calibration.add_argument("--sequence-length", type=int, metavar="TOKENS", help="their length (default: 2048)")
-    calibration.add_argument("--batch-size", type=int, metavar="N", help="sequences of a batch")
-    calibration.add_argument("--seed", type=int, metavar="N", help="seed where samples are drawn (default: 0)")
-    calibration.add_argument("--no-calibration", action="store_true", help="binarize from the weights alone")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -291,47 +134,6 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> None:
             print(f"uploaded to {args.push_to_hub}")
 
 
-def build_config(args: argparse.Namespace) -> Any:
-    """The `ARBConfig` of the options.
-
-    Raises:
-        ValueError, TypeError: an option that it does not take.
-    """
-    from ..config import ARBConfig
-
-    # `estimate` has no options of the model card
-    choices: dict[str, Any] = {name: getattr(args, name, None) for name in CONFIG_OPTIONS}
-    choices = {name: choice for name, choice in choices.items() if choice is not None}
-    if args.no_calibration:
-        given = [
-            name
-            for name in ("dataset", "num_samples", "held_out_samples", "sequence_length", "seed")
-            if name in choices
-        ]
-        if given:
-            raise ValueError(f"--{given[0].replace('_', '-')} does nothing with --no-calibration: give one of the two.")
-        choices["dataset"] = None
-    return ARBConfig(**choices, overrides=parse_overrides(args.override))
-
-
-def parse_overrides(texts: list[str]) -> dict[str, dict[str, Any]]:
-    """`["down_proj=planes:2,block_size:64", "q_proj=skip"]` as `ARBConfig` takes it.
-
-    Raises:
-        ValueError: no "=", or an entry that is neither KEY:VALUE nor skip.
-    """
-    overrides: dict[str, dict[str, Any]] = defaultdict(dict)
-    for text in texts:
-        # The last "=", since a regular expression may hold others.
-        pattern, _, choices = text.rpartition("=")
-        for choice in choices.split(","):
-            key, colon, value = choice.partition(":")
-            if not pattern or (not colon and key != "skip"):
-                raise ValueError(f"--override {text!r} must be PATTERN=KEY:VALUE[,KEY:VALUE...] or PATTERN=skip.")
-            overrides[pattern][key] = _value(value) if colon else True
-    return dict(overrides)
-
-
 def describe(model: str, out: str, report: ModelReport, seconds: float) -> str:
     """The readable form."""
     from ..layer_warnings import kind_of, warning_lines
@@ -366,15 +168,3 @@ def describe(model: str, out: str, report: ModelReport, seconds: float) -> str:
 def mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def _search_or_int(text: str) -> str | int:
-    return text if text == "search" else int(text)
-
-
-def _value(text: str) -> Any:
-    """A number, true or false where it reads as one."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text

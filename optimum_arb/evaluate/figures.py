@@ -1,92 +1,13 @@
-"""The plots of the reports: drawn by matplotlib, in colours that the page around them decides."""
+"""The plots of the reports."""
 
 from __future__ import annotations
 
-import io
 import math
-import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ..layer_warnings import kind_of
-
-
-@dataclass(frozen=True)
-class Colors:
-    """What a figure is drawn in.
-
-    Attributes:
-        ink, muted, grid: of text, of labels of axes, of lines of the grid.
-        series: of the models or kinds; the first is the baseline's.
-    """
-
-    ink: str
-    muted: str
-    grid: str
-    series: tuple[str, ...]
-
-    @property
-    def others(self) -> tuple[str, ...]:
-        return self.series[1:]
-
-
-# In a picture of its own, on white.
-PLAIN = Colors(
-    "#1d2330",
-    "#667085",
-    "#e4e7ec",
-    ("#8a93a3", "#2f6bff", "#e4572e", "#0a9b6c", "#b25cd6", "#c98a00", "#1f9fd0", "#d6478c"),
-)
-# Stand-ins that `inline_svg` turns into the page's own colours, so that one drawing serves light and dark.
-PAGE = Colors("#010101", "#010102", "#010103", tuple(f"#0102{index:02x}" for index in range(8)))
-# A picture as wide as a phone, so that its text is not shrunk there.
-WIDTH = 5.0
-
-
-def _pyplot() -> Any:
-    """matplotlib's drawing functions, for files alone.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError("Plots need matplotlib: pip install 'optimum-arb[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def check_matplotlib() -> None:
-    """To be asked before hours of measuring.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    _pyplot()
-
-
-def _axes(height: float, colors: Colors, width: float = WIDTH, panels: int = 1) -> tuple[Any, Any]:
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, panels, figsize=(width, height), layout="constrained", squeeze=False)
-    figure.patch.set_alpha(0)
-    for one in axes[0]:
-        one.patch.set_alpha(0)
-        for side in ("top", "right"):
-            one.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            one.spines[side].set_color(colors.grid)
-        one.tick_params(colors=colors.muted, which="both", labelsize=8, length=0)
-        one.xaxis.label.set_color(colors.muted)
-        one.yaxis.label.set_color(colors.muted)
-        one.xaxis.label.set_size(8)
-        one.yaxis.label.set_size(8)
-        one.set_axisbelow(True)
-    return figure, axes[0]
+from .drawing import PLAIN, Colors, log_axis, model_colors, model_legend, new_axes, short
 
 
 def quality_figure(
@@ -103,7 +24,7 @@ def quality_figure(
         others: more points, in grey, to see the models beside.
         colors: see `Colors`.
     """
-    figure, (axes,) = _axes(3.2, colors)
+    figure, (axes,) = new_axes(3.2, colors)
     values = [value for _, _, value in (*points, *others)] + ([full[1]] if full else [])
     for _, bits, value in others:
         axes.scatter([bits], [value], s=34, color=colors.series[0], zorder=3, linewidths=0)
@@ -112,18 +33,18 @@ def quality_figure(
     if full:
         axes.axhline(full[1], color=colors.series[0], linestyle=(0, (4, 3)), linewidth=1.2)
     if max(values) > 3 * min(values):
-        _log_axis(axes.yaxis, values)
+        log_axis(axes.yaxis, values)
     axes.margins(x=0.25, y=0.18)
     axes.set_xlabel("true bits per weight")
     axes.set_ylabel("perplexity" + (" (log)" if axes.get_yscale() == "log" else ""))
     axes.grid(True, axis="y", color=colors.grid, linewidth=0.8)
     if full:
         axes.annotate(
-            f"{full[0]}  {_short(full[1])}", (0, full[1]), xycoords=("axes fraction", "data"), xytext=(3, -4),
+            f"{full[0]}  {short(full[1])}", (0, full[1]), xycoords=("axes fraction", "data"), xytext=(3, -4),
             textcoords="offset points", fontsize=8, color=colors.muted, va="top",
         )  # fmt: skip
-    _label_points(figure, axes, [(f"{n}  {_short(v)}", b, v, colors.ink) for n, b, v in points])
-    _label_points(figure, axes, [(f"{n}  {_short(v)}", b, v, colors.muted) for n, b, v in others])
+    _label_points(figure, axes, [(f"{n}  {short(v)}", b, v, colors.ink) for n, b, v in points])
+    _label_points(figure, axes, [(f"{n}  {short(v)}", b, v, colors.muted) for n, b, v in others])
     return figure
 
 
@@ -171,7 +92,7 @@ def layer_figure(
     for module in modules:
         numbers = [int(part) for part in module["name"].split(".") if part.isdigit()]
         kinds.setdefault(kind_of(module["name"]), []).append((numbers[0] if numbers else 0, module))
-    figure, (axes,) = _axes(3.4, colors, width)
+    figure, (axes,) = new_axes(3.4, colors, width)
     flagged, shown = set(flagged), []
     for index, (kind, entries) in enumerate(kinds.items()):
         color = colors.others[index % len(colors.others)]
@@ -194,7 +115,7 @@ def layer_figure(
     if held_out and calibrated:
         axes.plot([], [], linestyle=(0, (1, 1.5)), color=colors.ink, linewidth=1.3, label="held-out")
     if shown and max(shown) > 5 * min(shown):
-        _log_axis(axes.yaxis, shown)
+        log_axis(axes.yaxis, shown)
     axes.set_xlabel("layer")
     axes.set_ylabel("relative output error" if calibrated else "relative weight error")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -223,7 +144,7 @@ def bars_figure(
     """
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     rows = len(groups) * (len(names) + 0.7)
-    figure, (axes,) = _axes(0.55 + 0.24 * rows, colors)
+    figure, (axes,) = new_axes(0.55 + 0.24 * rows, colors)
     of_model = model_colors(names, baseline, colors)
     at, ticks = 0.0, []
     longest = max((value for group in groups.values() for value in group.values()), default=1.0)
@@ -252,7 +173,7 @@ def bars_figure(
     axes.spines["bottom"].set_visible(False)
     axes.set_xlim(0, longest * 1.5)
     axes.invert_yaxis()
-    _model_legend(figure, of_model, colors)
+    model_legend(figure, of_model, colors)
     return figure
 
 
@@ -266,7 +187,7 @@ def latency_figure(rows: Sequence[Mapping[str, Any]], baseline: str | None = Non
     names = list(dict.fromkeys(row["model"] for row in rows))
     sizes = sorted({row["batch_size"] for row in rows})
     of_model = model_colors(names, baseline, colors)
-    figure, panels = _axes(2.9, colors, panels=2)
+    figure, panels = new_axes(2.9, colors, panels=2)
     for axes, key, title in zip(
         panels, ("prefill_tokens_per_second", "decode_tokens_per_second"), ("prompt", "generation"), strict=True
     ):
@@ -287,7 +208,7 @@ def latency_figure(rows: Sequence[Mapping[str, Any]], baseline: str | None = Non
             axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
             axes.set_xlabel("batch size")
             if max(values) > 5 * min(values):
-                _log_axis(axes.yaxis, values)
+                log_axis(axes.yaxis, values)
             axes.margins(x=0.12, y=0.18)
         else:
             axes.set_xticks([])
@@ -296,90 +217,14 @@ def latency_figure(rows: Sequence[Mapping[str, Any]], baseline: str | None = Non
         axes.set_title(title, loc="left", fontsize=8.5, color=colors.ink)
         axes.grid(True, axis="y", color=colors.grid, linewidth=0.8)
     panels[0].set_ylabel("tokens per second")
-    _model_legend(figure, of_model, colors)
+    model_legend(figure, of_model, colors)
     return figure
-
-
-def model_colors(names: Sequence[str], baseline: str | None, colors: Colors) -> dict[str, str]:
-    """A colour for each model, grey for the baseline."""
-    others = [name for name in names if name != baseline]
-    found = {name: colors.others[index % len(colors.others)] for index, name in enumerate(others)}
-    return {name: found.get(name, colors.series[0]) for name in names}
-
-
-def _model_legend(figure: Any, of_model: Mapping[str, str], colors: Colors) -> None:
-    from matplotlib.patches import Patch
-
-    handles = [Patch(color=color, label=name, linewidth=0) for name, color in of_model.items()]
-    legend = figure.legend(
-        handles=handles, loc="outside upper left", ncols=min(3, len(of_model)), fontsize=8, frameon=False,
-        handlelength=0.9, handleheight=0.9, columnspacing=1.2,
-    )  # fmt: skip
-    for text in legend.get_texts():
-        text.set_color(colors.ink)
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _log_axis(axis: Any, values: Sequence[float]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.axes.set_yscale("log")
-    wide = max(values) > 300 * min(values)
-    axis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _short(value: float) -> str:
-    """Three figures, thousands apart."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
 def _short_kind(kind: str) -> str:
     """ "model.layers.*.mlp.up_proj" -> "up_proj"."""
     return kind.rpartition("*.")[2].rpartition(".")[2]
-
-
-def save_plain(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Writes a figure that was drawn in `PLAIN` into a file of its own (.svg, .png, .pdf), and closes it."""
-    figure.patch.set_facecolor("white")
-    figure.patch.set_alpha(1)
-    try:
-        figure.savefig(path, dpi=160, metadata={"Date": None} if os.fspath(path).endswith(".svg") else None)
-    finally:
-        _pyplot().close(figure)
-
-
-def inline_svg(figure: Any, name: str, description: str) -> str:
-    """A figure as an `<svg>` for a page, and closes it: no size of its own, colours and font from the page.
-
-    Args:
-        figure: drawn in `PAGE`.
-        name: of the figure on the page; keeps its ids apart from those of other figures.
-        description: what it shows, for screen readers.
-    """
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    _pyplot().close(figure)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    head, _, rest = text.partition(">")
-    box = re.search(r'viewBox="[^"]+"', head)
-    assert box is not None
-    rest = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', rest)
-    rest = re.sub(r'(href="|url\()#', rf"\1#{name}-", rest)
-    rest = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--font)", rest)
-    rest = rest.replace(PAGE.ink, "var(--ink)").replace(PAGE.muted, "var(--muted)").replace(PAGE.grid, "var(--line)")
-    for index, color in enumerate(PAGE.series):
-        rest = rest.replace(color, f"var(--s{index})")
-    # what matplotlib leaves unsaid is black
-    return f'<svg {box.group()} role="img" aria-label="{description}" fill="currentColor">{rest.strip()}'

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..layer_warnings import layer_warnings
 from ..report import ModuleReport
-from .figures import layer_figure, save_plain
+from .drawing import save_plain
+from .figures import layer_figure
 
 FORMATS = ("png", "svg")
 PLOT_SUFFIXES = (".svg", ".png", ".pdf")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .figures import check_matplotlib
+from .drawing import check_matplotlib
 from .report_html import html_report
 from .report_markdown import markdown_report
 

@@ -7,7 +7,8 @@ from html import escape
 from typing import Any
 
 from ..commands.printing import size
-from .figures import PAGE, Colors, bars_figure, inline_svg, latency_figure, layer_figure, model_colors, quality_figure
+from .drawing import PAGE, Colors, inline_svg, model_colors
+from .figures import bars_figure, latency_figure, layer_figure, quality_figure
 from .report_style import CSS
 from .report_tables import Headline, Table, baseline_of, disk, headlines, others, peak, resident, summary, tables
 

@@ -9,7 +9,7 @@ from tiny_models import save_tiny, tiny_model, tokens
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from optimum_arb import ARBConfig, quantize_checkpoint, quantizer
+from optimum_arb import ARBConfig, quantize_checkpoint
 from optimum_arb.calibration import CalibrationWalk, correction, token_batches
 from optimum_arb.calibration.calls import Stop
 from optimum_arb.calibration.correction import (
@@ -25,6 +25,7 @@ from optimum_arb.calibration.correction import (
 from optimum_arb.calibration.layers import find_layers
 from optimum_arb.calibration.statistics import Statistic
 from optimum_arb.conversion import binarize_linear
+from optimum_arb.loading import calibrated
 from optimum_arb.modules import select_modules
 
 QKV = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
@@ -290,7 +291,7 @@ def test_the_float_models_outputs_are_kept_where_they_are_asked_for():
 
 def test_resumed_behind_a_finished_layer(tmp_path, monkeypatch):
     """Its float form is read again from the source, for the float model's hidden states."""
-    original = quantizer.binarize_linear
+    original = calibrated.binarize_linear
     choices = {"block_size": 64, "batch_size": 2, "admm_iterations": 0, "refine": "block", "refine_steps": 2}
     config = ARBConfig(dataset=tokens(6), **choices)
     save_tiny(tmp_path / "float", "LlamaForCausalLM", num_hidden_layers=3)
@@ -304,7 +305,7 @@ def test_resumed_behind_a_finished_layer(tmp_path, monkeypatch):
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(quantizer, "binarize_linear", interrupted)
+        patch.setattr(calibrated, "binarize_linear", interrupted)
         with pytest.raises(KeyboardInterrupt, match="1 of 3 layers"):
             quantize_checkpoint(tmp_path / "float", tmp_path / "resumed", config)
     assert quantize_checkpoint(tmp_path / "float", tmp_path / "resumed", config, resume=True).resumed_layers == 1

@@ -15,11 +15,11 @@ from test_quantize_checkpoint import assert_same_files, save
 from tiny_models import save_tiny, tokens
 
 from optimum_arb import ARBConfig, quantize_checkpoint
-from optimum_arb import quantizer as quantizer_module
 from optimum_arb.checkpoint import quantize as quantize_module
 from optimum_arb.checkpoint import run as run_module
 from optimum_arb.checkpoint.run import work_directory
 from optimum_arb.checkpoint.work import WorkDirectory
+from optimum_arb.loading import calibrated
 
 CONFIG = {"block_size": 64, "batch_size": 2}
 LAYERS = 3
@@ -44,7 +44,7 @@ class Interruption:
     def __init__(self, monkeypatch, after):
         self.count = 0
         for name in ("binarize_linear", "binarize_experts"):
-            original = getattr(quantizer_module, name)
+            original = getattr(calibrated, name)
 
             def counted(*args, original=original):
                 self.count += 1
@@ -52,7 +52,7 @@ class Interruption:
                     raise KeyboardInterrupt
                 return original(*args)
 
-            monkeypatch.setattr(quantizer_module, name, counted)
+            monkeypatch.setattr(calibrated, name, counted)
 
 
 def interrupt(monkeypatch, after, *args, **options):
@@ -299,15 +299,16 @@ def test_signals_leave_a_state_that_can_be_resumed(tmp_path, finished, number):
     out = tmp_path / "out"
     code = f"""
 import os, sys, torch
-from optimum_arb import quantizer
+from optimum_arb.loading import calibrated
 from optimum_arb.commands.main import main
-original, count = quantizer.binarize_linear, [0]
+from optimum_arb.loading import calibrated
+original, count = calibrated.binarize_linear, [0]
 def signalled(*args):
     count[0] += 1
     if count[0] == 10:
         os.kill(os.getpid(), {int(number)})
     return original(*args)
-quantizer.binarize_linear = signalled
+calibrated.binarize_linear = signalled
 sys.exit(main(["quantize", {str(finished / "float")!r}, {str(out)!r}, "--block-size", "64", "--no-calibration"]))
 """
     save_tokenizer(finished / "float")

@@ -1,8 +1,7 @@
-"""LoRA on packed layers, through PEFT's and transformers' own interfaces; merging."""
+"""LoRA on packed layers, through PEFT's and transformers' own interfaces."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
@@ -10,66 +9,17 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_models import outputs, save_tiny, text, tiny_tokenizer, tokens
+from tiny_models import outputs, save_tiny, tokens
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from optimum_arb import ARBConfig, ARBLinear, model_report
+from optimum_arb import ARBLinear
 
 peft = pytest.importorskip("peft")
 
-from optimum_arb.integrations.peft import (  # noqa: E402
-    merge_dequantized,
-    merge_rebinarized,
-    prepare_for_training,
-)
+from adapters import IDS, load, lora, packed_tensors, randomize  # noqa: E402
 
-IDS = tokens(2, 12, seed=1)
-
-
-@pytest.fixture(scope="module", params=["LlamaForCausalLM", "GPT2LMHeadModel"])
-def source(request, tmp_path_factory):
-    """A packed model of linears, and one of GPT-2's transposed ones, with biases."""
-    path = tmp_path_factory.mktemp(request.param)
-    save_tiny(path / "float", request.param)
-    config = ARBConfig(dataset=tokens(), num_samples=4, block_size=64)
-    AutoModelForCausalLM.from_pretrained(path / "float", quantization_config=config).save_pretrained(path / "packed")
-    tiny_tokenizer().save_pretrained(path / "packed")
-    return path / "packed"
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    path = tmp_path_factory.mktemp("llama")
-    save_tiny(path / "float", "LlamaForCausalLM")
-    config = ARBConfig(dataset=None, block_size=64, modules_to_not_convert=["layers.0.self_attn.q_proj"])
-    AutoModelForCausalLM.from_pretrained(path / "float", quantization_config=config).save_pretrained(path / "packed")
-    return path / "packed"
-
-
-def load(path, **kwargs):
-    return AutoModelForCausalLM.from_pretrained(path, **kwargs)
-
-
-def lora(**changes):
-    return peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes})
-
-
-def randomize(model, seed: int = 0, std: float = 0.1) -> None:
-    """Adapters that change something: PEFT begins with those that change nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(std=std, generator=generator)
-
-
-def packed_tensors(model) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{key}": parameter.detach().clone()
-        for name, module in model.named_modules()
-        if isinstance(module, ARBLinear)
-        for key, parameter in module.named_parameters(recurse=False)
-    }
+from optimum_arb.integrations.peft import prepare_for_training  # noqa: E402
 
 
 def checkpointed(model) -> bool:
@@ -106,9 +56,9 @@ def train(model, directory, checkpointing: bool = True, steps: int = 4) -> list[
 
 
 @pytest.mark.parametrize("reentrant", [None, True])
-def test_trainer_with_checkpointing_then_save_and_load(source, tmp_path, reentrant):
+def test_trainer_with_checkpointing_then_save_and_load(packed_family, tmp_path, reentrant):
     kwargs = None if reentrant is None else {"use_reentrant": reentrant}
-    base = prepare_for_training(load(source), gradient_checkpointing_kwargs=kwargs)
+    base = prepare_for_training(load(packed_family), gradient_checkpointing_kwargs=kwargs)
     model = peft.get_peft_model(base, lora())
     before = packed_tensors(model)
     assert sum(isinstance(m, peft.tuners.lora.LoraLayer) for m in model.modules()) == len(before_modules(before))
@@ -121,11 +71,11 @@ def test_trainer_with_checkpointing_then_save_and_load(source, tmp_path, reentra
     model.save_pretrained(tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all("lora_" in name for name in saved)
-    again = peft.PeftModel.from_pretrained(load(source), tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(load(packed_family), tmp_path / "adapter")
     assert torch.equal(outputs(again, IDS), expected)
-    assert not torch.equal(outputs(load(source), IDS), expected)
+    assert not torch.equal(outputs(load(packed_family), IDS), expected)
     # transformers loads an adapter by itself too
-    plain = load(source)
+    plain = load(packed_family)
     plain.load_adapter(str(tmp_path / "adapter"))
     assert torch.equal(outputs(plain, IDS), expected)
 
@@ -134,10 +84,10 @@ def before_modules(names) -> set[str]:
     return {name.rpartition(".")[0] for name in names}
 
 
-def test_checkpointing_does_not_change_the_gradient(source):
+def test_checkpointing_does_not_change_the_gradient(packed_family):
     gradients = []
     for checkpointing in (False, True):
-        model = peft.get_peft_model(prepare_for_training(load(source), checkpointing), lora())
+        model = peft.get_peft_model(prepare_for_training(load(packed_family), checkpointing), lora())
         randomize(model)
         model.train()
         if checkpointing:
@@ -153,8 +103,8 @@ def test_checkpointing_does_not_change_the_gradient(source):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_gradients_are_those_of_the_dequantized_model(llama):
-    packed, plain = load(llama), load(llama).dequantize()
+def test_gradients_are_those_of_the_dequantized_model(packed_llama):
+    packed, plain = load(packed_llama), load(packed_llama).dequantize()
     results = []
     for base in (packed, plain):
         model = peft.get_peft_model(base, lora())
@@ -165,8 +115,8 @@ def test_gradients_are_those_of_the_dequantized_model(llama):
         torch.testing.assert_close(gradient, results[1][name], rtol=1e-3, atol=1e-6)
 
 
-def test_add_adapter_and_trainer_without_get_peft_model(source, tmp_path):
-    model = prepare_for_training(load(source))
+def test_add_adapter_and_trainer_without_get_peft_model(packed_family, tmp_path):
+    model = prepare_for_training(load(packed_family))
     model.add_adapter(lora())
     losses = train(model, tmp_path)
     assert losses[-1] < losses[0]
@@ -174,14 +124,14 @@ def test_add_adapter_and_trainer_without_get_peft_model(source, tmp_path):
     expected = outputs(model, IDS)
     model.save_pretrained(tmp_path / "adapter")
     assert {f.name for f in (tmp_path / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
-    again = load(source)
+    again = load(packed_family)
     again.load_adapter(str(tmp_path / "adapter"))
     assert torch.equal(outputs(again, IDS), expected)
 
 
-def test_several_adapters(llama, tmp_path):
-    base = outputs(load(llama), IDS)
-    model = peft.get_peft_model(load(llama), lora(), adapter_name="first")
+def test_several_adapters(packed_llama, tmp_path):
+    base = outputs(load(packed_llama), IDS)
+    model = peft.get_peft_model(load(packed_llama), lora(), adapter_name="first")
     model.add_adapter("second", lora(r=2, target_modules=["q_proj", "down_proj"], use_rslora=True))
     randomize(model)
     results = {}
@@ -192,7 +142,7 @@ def test_several_adapters(llama, tmp_path):
     with model.disable_adapter():
         assert torch.equal(outputs(model, IDS), base)
     model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(load(llama), tmp_path / "first", adapter_name="first")
+    again = peft.PeftModel.from_pretrained(load(packed_llama), tmp_path / "first", adapter_name="first")
     again.load_adapter(tmp_path / "second", adapter_name="second")
     for name in ("second", "first"):
         again.set_adapter(name)
@@ -210,16 +160,16 @@ def test_several_adapters(llama, tmp_path):
     assert torch.equal(outputs(unloaded, IDS), base)
 
 
-def test_generation_with_an_adapter(llama):
-    model = peft.get_peft_model(load(llama), lora()).eval()
+def test_generation_with_an_adapter(packed_llama):
+    model = peft.get_peft_model(load(packed_llama), lora()).eval()
     randomize(model)
     generated = model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False)
     static = model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False, cache_implementation="static")
     assert torch.equal(generated, static)
 
 
-def test_adapters_on_a_model_in_half_precision(llama):
-    model = peft.get_peft_model(load(llama, dtype=torch.bfloat16), lora())
+def test_adapters_on_a_model_in_half_precision(packed_llama):
+    model = peft.get_peft_model(load(packed_llama, dtype=torch.bfloat16), lora())
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
@@ -233,8 +183,8 @@ def test_adapters_on_a_model_in_half_precision(llama):
     ],
 )
 @pytest.mark.parametrize("how", ["get_peft_model", "add_adapter", "second"])
-def test_what_needs_the_float_weight_is_refused(source, changes, message, how):
-    model = load(source)
+def test_what_needs_the_float_weight_is_refused(packed_family, changes, message, how):
+    model = load(packed_family)
     if "GPT2" in type(model).__name__:
         message = message.replace("q_proj", "c_attn")
     if how == "second":
@@ -248,40 +198,13 @@ def test_what_needs_the_float_weight_is_refused(source, changes, message, how):
         assert not any(isinstance(m, peft.tuners.lora.LoraLayer) for m in model.modules())
 
 
-def test_dora_works_on_the_dequantized_model(llama):
-    model = peft.get_peft_model(load(llama).dequantize(), lora(use_dora=True))
+def test_dora_works_on_the_dequantized_model(packed_llama):
+    model = peft.get_peft_model(load(packed_llama).dequantize(), lora(use_dora=True))
     assert torch.isfinite(outputs(model, IDS)).all()
 
 
-@pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter", "safe"])
-def test_merging_into_packed_bits_is_refused_before_anything_is_merged(llama, how):
-    """The first layer is a float one: PEFT alone would have merged it before it failed at the second."""
-    model = peft.get_peft_model(load(llama), lora())
-    randomize(model)
-    expected = outputs(model, IDS)
-    with pytest.raises(ValueError, match=r"merge_dequantized\(model\).*merge_rebinarized\(model\)"):
-        model.merge_and_unload(safe_merge=True) if how == "safe" else getattr(model, how)()
-    assert torch.equal(outputs(model, IDS), expected)
-
-
-def test_adapters_that_multiply_the_weight_are_not_merged_either(llama):
-    config = peft.IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"])
-    model = peft.get_peft_model(load(llama), config)
-    before = packed_tensors(model)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "ia3_" in name:
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
-    expected = outputs(model, IDS)
-    assert not torch.equal(expected, outputs(load(llama), IDS))
-    with pytest.raises(ValueError, match="merge_dequantized"):
-        model.merge_and_unload()
-    assert all(torch.equal(before[name], tensor) for name, tensor in packed_tensors(model).items())
-    torch.testing.assert_close(outputs(merge_dequantized(model), IDS), expected, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("order", ["peft first", "optimum_arb first"])
-def test_the_errors_do_not_depend_on_the_order_of_imports(llama, order):
+def test_the_errors_do_not_depend_on_the_order_of_imports(packed_llama, order):
     imports = ["import peft, peft.tuners.lora", "import optimum_arb"]
     script = "\n".join(
         [
@@ -294,116 +217,14 @@ def test_the_errors_do_not_depend_on_the_order_of_imports(llama, order):
             "except ValueError as error: print(error)",
         ]
     )
-    result = subprocess.run([sys.executable, "-c", script, str(llama)], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(packed_llama)], capture_output=True, text=True, check=True
+    )
     assert "DoRA" in result.stdout
 
 
-def adapted(path, how: str):
-    """A model with a random adapter: PEFT's wrapper, or transformers' own model."""
-    model = load(path)
-    if how == "get_peft_model":
-        model = peft.get_peft_model(model, lora())
-    else:
-        model.add_adapter(lora())
-    randomize(model)
-    return model.eval()
-
-
-@pytest.mark.parametrize("how", ["get_peft_model", "add_adapter"])
-def test_merge_dequantized_is_exact(source, tmp_path, how):
-    model = adapted(source, how)
-    expected = outputs(model, IDS)
-    merged = merge_dequantized(model)
-    assert type(merged) is type(load(source))
-    assert not any(isinstance(m, (ARBLinear, peft.tuners.tuners_utils.BaseTunerLayer)) for m in merged.modules())
-    torch.testing.assert_close(outputs(merged, IDS), expected, rtol=1e-4, atol=1e-4)
-    merged.save_pretrained(tmp_path)
-    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-    assert torch.equal(outputs(load(tmp_path), IDS), outputs(merged, IDS))
-
-
-@pytest.mark.parametrize("how", ["get_peft_model", "add_adapter"])
-@pytest.mark.parametrize("data", ["data-free", "tokens", "text"])
-def test_merge_rebinarized(source, tmp_path, how, data):
-    exact = outputs(merge_dequantized(adapted(source, how)), IDS)
-    without = outputs(load(source), IDS)
-    dataset = {"data-free": None, "tokens": tokens(32, 20), "text": [text(640)]}[data]
-    model = adapted(source, how)
-    merged, report = merge_rebinarized(model, dataset=dataset, num_samples=32, sequence_length=20)
-    assert not any(isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer) for m in merged.modules())
-    names = [name for name, module in merged.named_modules() if isinstance(module, ARBLinear)]
-    assert [module.name for module in report.modules] == names
-    assert report.calibrated == (data != "data-free")
-    assert all(0 < module.error <= module.error_without_adapter for module in report.modules)
-    assert any(module.rebinarized for module in report.modules)
-    assert report.mean_error < report.mean_error_without_adapter
-    assert f"{report.mean_error:.4f}" in report.summary()
-    assert json.loads(json.dumps(report.to_dict()))["calibrated"] == report.calibrated
-    assert {m.name: m.output_error or m.weight_error for m in model_report(merged).modules} == {
-        m.name: pytest.approx(m.error) for m in report.modules
-    }
-    result = outputs(merged, IDS)
-    assert (result - exact).square().mean() < (without - exact).square().mean()
-    merged.save_pretrained(tmp_path)
-    again = load(tmp_path)
-    assert torch.equal(outputs(again, IDS), result)
-    saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert saved["bits_per_weight"] == model_report(again).bits_per_weight
-    assert saved["calibration"]["sequence_length"] == (24 if data == "data-free" else 20)
-
-
-def test_merge_rebinarized_changes_nothing_where_the_adapter_does_not(source):
-    model = peft.get_peft_model(load(source), lora())  # as PEFT makes it: B is zero
-    expected = outputs(load(source), IDS)
-    merged, report = merge_rebinarized(model)
-    assert torch.equal(outputs(merged, IDS), expected)
-    assert not any(module.rebinarized for module in report.modules)
-    assert f"{len(report.modules)} layers stayed" in report.summary()
-
-
-def test_float_layers_and_chosen_adapters_are_merged_too(llama):
-    model = peft.get_peft_model(load(llama), lora(), adapter_name="first")
-    model.add_adapter("second", lora(modules_to_save=["lm_head"]))
-    randomize(model)
-    model.set_adapter("second")
-    expected = outputs(model, IDS)
-    model.set_adapter("first")
-    torch.testing.assert_close(
-        outputs(merge_dequantized(model, adapter_names="second"), IDS), expected, rtol=1e-4, atol=1e-4
-    )
-    model = peft.get_peft_model(load(llama), lora(target_modules=["q_proj", "lm_head"]))
-    randomize(model)
-    deltas = [m.get_delta_weight("default") for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
-    merged, report = merge_rebinarized(model)
-    assert [module.name for module in report.modules] == ["model.layers.1.self_attn.q_proj"]
-    original = load(llama)
-    torch.testing.assert_close(
-        merged.model.layers[0].self_attn.q_proj.weight,
-        original.model.layers[0].self_attn.q_proj.weight + deltas[0],
-    )
-    torch.testing.assert_close(merged.lm_head.weight, original.lm_head.weight + deltas[-1])
-
-
-def test_errors_of_merging(llama):
-    with pytest.raises(ValueError, match="has no adapter to merge"):
-        merge_dequantized(load(llama))
-    with pytest.raises(ValueError, match="has no adapter to merge"):
-        merge_rebinarized(load(llama))
-    model = peft.get_peft_model(load(llama), lora(target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match="No packed layer has an adapter"):
-        merge_rebinarized(model)
-    with pytest.raises(ValueError, match="no adapter 'other': the model has default"):
-        merge_rebinarized(model, adapter_names="other")
-    prompt = peft.get_peft_model(load(llama), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(ValueError, match="learned prompt"):
-        merge_dequantized(prompt)
-    multiplied = peft.get_peft_model(load(llama), peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
-    with pytest.raises(ValueError, match="only plain LoRA"):
-        merge_rebinarized(multiplied)
-
-
-def test_prepare_for_training(source):
-    model = load(source, dtype=torch.float16)
+def test_prepare_for_training(packed_family):
+    model = load(packed_family, dtype=torch.float16)
     before = packed_tensors(model)
     assert prepare_for_training(model) is model
     assert not any(p.requires_grad for p in model.parameters())
@@ -415,14 +236,14 @@ def test_prepare_for_training(source):
     assert {p.dtype for p in others} == {torch.float32}
     assert checkpointed(model)
     assert torch.isfinite(outputs(model, IDS)).all()
-    half = prepare_for_training(load(source, dtype=torch.float16), gradient_checkpointing=False, float32=False)
+    half = prepare_for_training(load(packed_family, dtype=torch.float16), gradient_checkpointing=False, float32=False)
     assert half.dtype == torch.float16
     assert not checkpointed(half)
 
 
-def test_prepare_for_training_refuses(llama, tmp_path):
+def test_prepare_for_training_refuses(packed_llama, tmp_path):
     with pytest.raises(ValueError, match="no binarized module"):
         prepare_for_training(transformers.LlamaForCausalLM.from_pretrained(save_tiny(tmp_path, "LlamaForCausalLM")))
-    model = peft.get_peft_model(load(llama), lora())
+    model = peft.get_peft_model(load(packed_llama), lora())
     with pytest.raises(ValueError, match="adapters already"):
         prepare_for_training(model)

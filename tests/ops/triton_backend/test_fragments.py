@@ -1,27 +1,13 @@
-"""The assembly of the one-bit kernel, run in an emulator: its fragments alone, and whole products with real weights."""
+"""The one-bit kernel's fragments, run in an emulator: their preparation of inputs, and one tile of a product."""
 
 import numpy as np
 import ptx
 import pytest
-import torch
-from packed_weights import random_packed
+from emulated import add_sum, multiply, prepare, rows
 
-from optimum_arb.layout import all_layouts, planes_layout
-from optimum_arb.ops.backends.packed import PackedWeight
-from optimum_arb.ops.backends.triton import fragments
 from optimum_arb.ops.backends.triton.fragments import FIXED_MAX, LANE_WEIGHTS
-from optimum_arb.ops.backends.triton.prepack import Prepacked, join, prepack
 
-LAYOUTS = {layout.name: layout for layout in all_layouts()}
-G, T = np.arange(32) // 4, np.arange(32) % 4
 PLANE_WEIGHTS = np.array([2**b for b in range(15)] + [-(2**15)])
-
-
-def prepare(x: np.ndarray, rcp_error: int = 0) -> list[np.ndarray]:
-    """float32 `[..., 128]` to low, high, scale and correction, `[..., 32]`."""
-    lanes = x.astype(np.float32).reshape(*x.shape[:-1], 32, 4)
-    inputs = [ptx.bits(lanes[..., j]) for j in range(4)]
-    return ptx.run(fragments.prepare(), fragments.PREPARE_CONSTRAINTS, inputs, rcp_error)
 
 
 def fixed_point(low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -97,28 +83,6 @@ def random_words(shape: tuple[int, ...], seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 2**32, (4, *shape, 32), dtype=np.uint32)
 
 
-def multiply(words, prepared, row_scale, sums) -> np.ndarray:
-    """Row sums `[4 (j), ..., 32]`, in units of 4^t, after one plane and tile."""
-    relative = ptx.bits(np.where(T == 3, -2, 2).astype(np.int32))
-    scales, before = (list(map(ptx.bits, np.asarray(value, dtype=np.float32))) for value in (row_scale, sums))
-    operands = [*words, *prepared, *scales, *before, *[relative] * 4]
-    found = ptx.run(fragments.multiply(), fragments.MULTIPLY_CONSTRAINTS, operands)
-    return np.stack([ptx.floats(value) for value in found])
-
-
-def add_sum(prepared, row_scale, sums) -> np.ndarray:
-    scales, before = (list(map(ptx.bits, np.asarray(value, dtype=np.float32))) for value in (row_scale, sums))
-    found = ptx.run(fragments.add_sum(), fragments.ADD_SUM_CONSTRAINTS, [*prepared, *scales, *before])
-    return np.stack([ptx.floats(value) for value in found])
-
-
-def rows(sums: np.ndarray) -> np.ndarray:
-    """`[4 (j), ..., 32 lanes]` to the sums of the 32 rows, `[..., 32]` float64."""
-    weighted = sums.astype(np.float64) * 4.0**T
-    per_row = weighted.reshape(*sums.shape[:-1], 8, 4).sum(-1)  # [j, ..., g]
-    return np.moveaxis(per_row, 0, -2).reshape(*sums.shape[1:-1], 32)
-
-
 def signs_of(words: np.ndarray) -> np.ndarray:
     """+1 and -1 `[..., 32 rows, 128 slots]`."""
     word = words.reshape(*words.shape[:-1], 8, 4)
@@ -169,112 +133,3 @@ def test_emulator_refuses():
     with pytest.raises(AssertionError, match="a has no value yet"):
         attempt("add.s32 a, a, 1;")
     assert (attempt("mov.b32 $0, 1; add.s32 $0, $1, $0;", "=&r,r")[0] == np.arange(1, 33)).all()
-
-
-# Whole products
-
-
-def sign_word(words: list[np.ndarray], mask: int) -> np.ndarray:
-    """The product of planes: equal signs give +1, so XNOR, and XOR of three."""
-    chosen = [word for plane, word in enumerate(words) if mask >> plane & 1]
-    found = np.bitwise_xor.reduce(chosen)
-    return ~found if len(chosen) == 2 else found
-
-
-def emulate(weight: Prepacked, x: torch.Tensor, part: int = 0, parts: int = 1) -> np.ndarray:
-    """`[M, 32 G]` as the two kernels compute it for one part of the weights: all tiles side by side, then their sum."""
-    count = len(weight.program.inputs)
-    words = weight.words.numpy().view(np.uint32)  # [G, T, planes, 8, 4, 4]
-    groups, tiles, planes = words.shape[:3]
-    words = np.moveaxis(words.reshape(groups, tiles, planes, 32, 4), 2, 0)  # [planes, G, T, lane, j]
-    block = np.arange(tiles) // weight.tiles_per_block
-    row_scale = weight.row_scale.float().numpy()[:, block]  # [G, T, row scales, g, j]
-    index = weight.index if weight.index is None or parts == 1 else weight.index[part]
-    out = []
-    for token in x.float():
-        gathered = token if index is None else token[index.long()]
-        prepared = []
-        for scale in weight.input_scale[part * count : (part + 1) * count]:
-            scaled = torch.where(scale != 0, gathered * scale, 0.0).numpy()
-            prepared.append(prepare(scaled.reshape(tiles, 128)))
-        sums = np.zeros((4, groups, tiles, 32), dtype=np.float32)
-        for i in range(count):
-            for mask, row, source, factor in weight.program.terms:
-                if source != i:
-                    continue
-                scale = np.moveaxis(row_scale[:, :, row] * np.float32(factor), -1, 0)  # [j, G, T, g]
-                scale = np.repeat(scale, 4, axis=-1)
-                if mask == 0:
-                    sums = add_sum(prepared[i], scale, sums)
-                else:
-                    word = np.moveaxis(sign_word(list(words), mask), -1, 0)  # [j, G, T, lane]
-                    sums = multiply(np.ascontiguousarray(word), prepared[i], scale, sums)
-        out.append(rows(sums.sum(2, dtype=np.float32)).reshape(-1))
-    return np.stack(out)
-
-
-def check(packed: PackedWeight, tokens: int = 1, seed: int = 0) -> None:
-    x = torch.randn(tokens, packed.in_features, generator=torch.Generator().manual_seed(seed))
-    dense = packed.unpack().dequantize(torch.float64)
-    expected = (x.double() @ dense.T).numpy()
-    size = (x.double().square() @ dense.square().T).sqrt().numpy()  # of a sum of terms of random signs
-    out = emulate(prepack(packed), x)
-    assert not out[:, packed.out_features :].any()  # the rows that fill the last group
-    assert np.linalg.norm(out[:, : packed.out_features] - expected) <= 1e-4 * np.linalg.norm(size)
-
-
-@pytest.mark.parametrize("block_size", [64, 128])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout(name, block_size):
-    check(random_packed(LAYOUTS[name], 42, 300, block_size, permuted=block_size == 128), tokens=2)
-
-
-@pytest.mark.parametrize(
-    ("count", "columns", "block_size", "permuted"),
-    [
-        (1, 64, 64, False),
-        (1, 192, 64, True),
-        (123, 192, 128, False),
-        (42, 576, 256, True),
-        (123, 576, -1, False),
-        (42, 576, 64, False),
-        (5, 4304, -1, True),
-        (3, 4304, 128, False),
-        (2, 3, 128, True),
-    ],
-)
-@pytest.mark.parametrize("name", ["planes-1", "planes-3-mean", "groups-all-salient-col"])
-def test_shapes(name, count, columns, block_size, permuted):
-    check(random_packed(LAYOUTS[name], count, columns, block_size, permuted=permuted))
-
-
-def test_inputs_of_very_different_size():
-    """Each tile has a scale of its own: one huge input costs its own tile precision alone."""
-    packed = random_packed(planes_layout(2, col_scale=True), 42, 384)
-    x = torch.randn(1, 384, generator=torch.Generator().manual_seed(0))
-    x[0, :128] *= 1e4
-    without = x.clone()
-    without[0, :128] = 0
-    dense = packed.unpack().dequantize(torch.float64)
-    small = emulate(prepack(packed), without)[0, :42] - (without.double() @ dense.T).numpy()[0]
-    assert np.abs(small).max() < 1e-4 * np.abs((without.double() @ dense.T).numpy()).max()
-    error = emulate(prepack(packed), x)[0, :42] - (x.double() @ dense.T).numpy()[0]
-    assert np.linalg.norm(error) < 1e-4 * np.linalg.norm((x.double() @ dense.T).numpy())
-
-
-@pytest.mark.parametrize("permuted", [False, True])
-def test_joined_weights(permuted):
-    """Each part of several weights of one input, with its own columns' order and scales."""
-    parts = [
-        random_packed(planes_layout(2, col_scale=True), count, 300, permuted=permuted, seed=seed)
-        for seed, count in enumerate((42, 7, 64))
-    ]
-    joined = join([prepack(part) for part in parts])
-    assert joined is not None
-    x = torch.randn(1, 300, generator=torch.Generator().manual_seed(3))
-    group = 0
-    for number, part in enumerate(parts):
-        out = emulate(joined, x, number, len(parts))[0, 32 * group :][: part.out_features]
-        expected = (x.double() @ part.unpack().dequantize(torch.float64).T).numpy()[0]
-        assert np.linalg.norm(out - expected) < 1e-4 * np.linalg.norm(expected)
-        group += -(-part.out_features // 32)

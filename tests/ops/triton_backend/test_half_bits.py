@@ -4,11 +4,13 @@ import numpy as np
 import ptx
 import pytest
 import torch
+from emulated import check_joined, check_product, exact, plane_words, scales_of_tiles, sign_word
 from packed_weights import random_packed
 
 from optimum_arb.layout import all_layouts, planes_layout
+from optimum_arb.ops.backends.packed import PackedWeight
 from optimum_arb.ops.backends.triton import fragments, half_bits
-from optimum_arb.ops.backends.triton.prepack import Prepacked, join, prepack
+from optimum_arb.ops.backends.triton.prepack import Prepacked, prepack
 
 LAYOUTS = {layout.name: layout for layout in all_layouts()}
 
@@ -24,22 +26,12 @@ def prepare(x: torch.Tensor, weight: Prepacked, parts: int = 1) -> np.ndarray:
     return out.numpy()
 
 
-def sign_word(words: list[np.ndarray], mask: int) -> np.ndarray:
-    """The product of planes: equal signs give +1, so XNOR, and XOR of three."""
-    chosen = [word for plane, word in enumerate(words) if mask >> plane & 1]
-    found = np.bitwise_xor.reduce(chosen)
-    return ~found if len(chosen) == 2 else found
-
-
 def emulate(weight: Prepacked, x: torch.Tensor, part: int = 0, parts: int = 1) -> np.ndarray:
     """`[M, 32 G]` as the kernels compute it for one part of the weights: all tiles side by side, then their sum."""
     token_tiles, count = -(-len(x) // 8), len(weight.program.inputs)
     prepared = prepare(x, weight, parts)[part * count : (part + 1) * count]
-    words = weight.words.numpy().view(np.uint32)
-    groups, tiles, planes = words.shape[:3]
-    words = np.moveaxis(words.reshape(groups, tiles, planes, 32, 4), 2, 0)  # [planes, G, T, lane, j]
-    block = np.arange(tiles) // weight.tiles_per_block
-    row_scale = weight.row_scale.float().numpy()[:, block]  # [G, T, row scales, g, j]
+    words, row_scale = plane_words(weight), scales_of_tiles(weight)
+    groups, tiles = words.shape[1:3]
     sums = [np.zeros((groups, tiles, 32), dtype=np.uint32) for _ in range(8 * token_tiles)]
     for mask, row, source, factor in weight.program.terms:
         chunk = prepared[source].view(np.uint32)  # [T, token tiles, 528]
@@ -53,7 +45,7 @@ def emulate(weight: Prepacked, x: torch.Tensor, part: int = 0, parts: int = 1) -
             text, constraints = fragments.half_add_sum(token_tiles), fragments.half_add_sum_constraints(token_tiles)
             sums = ptx.run(text, constraints, [*factors, *scales, *sums])
         else:
-            word = sign_word(list(words), mask)
+            word = sign_word(words, mask)
             text, constraints = fragments.half_multiply(token_tiles), fragments.half_constraints(token_tiles)
             each = [np.ascontiguousarray(word[..., j]) for j in range(4)]
             sums = ptx.run(text, constraints, [*each, *inputs, *factors, *scales, *sums])
@@ -63,14 +55,8 @@ def emulate(weight: Prepacked, x: torch.Tensor, part: int = 0, parts: int = 1) -
     return found.transpose(0, 6, 3, 4, 1, 2, 5).reshape(8 * token_tiles, 32 * groups)[: len(x)]
 
 
-def check(packed, tokens: int) -> None:
-    x = torch.randn(tokens, packed.in_features, generator=torch.Generator().manual_seed(0))
-    dense = packed.unpack().dequantize(torch.float64)
-    size = (x.double().square() @ dense.square().T).sqrt().numpy()  # of a sum of terms of random signs
-    out = emulate(prepack(packed), x)
-    assert not out[:, packed.out_features :].any()  # the rows that fill the last group
-    error = out[:, : packed.out_features] - (x.double() @ dense.T).numpy()
-    assert np.linalg.norm(error) <= 4e-4 * np.linalg.norm(size)  # rounding x to float16 is 2e-4
+def check(packed: PackedWeight, tokens: int) -> None:
+    check_product(emulate, packed, tokens, bound=4e-4)  # rounding x to float16 is 2e-4
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -99,20 +85,7 @@ def test_shapes(name, rows, columns, block_size, permuted, tokens):
 
 
 def test_joined_weights():
-    """Each part of several weights of one input, with its own columns' order and scales."""
-    parts = [
-        random_packed(planes_layout(2, col_scale=True), count, 200, permuted=True, seed=seed)
-        for seed, count in enumerate((42, 7, 32))
-    ]
-    joined = join([prepack(part) for part in parts])
-    assert joined is not None
-    x = torch.randn(6, 200, generator=torch.Generator().manual_seed(3))
-    group = 0
-    for number, part in enumerate(parts):
-        out = emulate(joined, x, number, len(parts))[:, 32 * group :][:, : part.out_features]
-        expected = (x.double() @ part.unpack().dequantize(torch.float64).T).numpy()
-        assert np.linalg.norm(out - expected) < 4e-4 * np.linalg.norm(expected)
-        group += -(-part.out_features // 32)
+    check_joined(emulate, (42, 7, 32), 200, permuted=True, tokens=6, bound=4e-4)
 
 
 @pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-3, 1e5, 1e30])
@@ -122,9 +95,8 @@ def test_inputs_of_any_size(size):
     x = torch.randn(7, 256, generator=torch.Generator().manual_seed(0))
     x[3] *= size
     x[5, 100] *= 1e4
-    dense = packed.unpack().dequantize(torch.float64)
-    error = emulate(prepack(packed), x)[:, :42] - (x.double() @ dense.T).numpy()
-    size_of = (x.double().square() @ dense.square().T).sqrt().numpy()
+    expected, size_of = exact(packed, x)
+    error = emulate(prepack(packed), x)[:, :42] - expected
     assert (np.linalg.norm(error, axis=1) <= 4e-4 * np.linalg.norm(size_of, axis=1)).all()
 
 

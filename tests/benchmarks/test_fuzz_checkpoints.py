@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "fuzz_checkpoints.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "fuzz_checkpoints.py"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it measures and limits memory as Linux does")

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import save_tiny
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "calibration_study.py"
-
 
 @pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("calibration_study", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["calibration_study"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["calibration_study"]
+def study(script):
+    return script("calibration_study")
 
 
 @pytest.fixture(scope="module")

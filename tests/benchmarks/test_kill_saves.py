@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "kill_saves.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kill_saves.py"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it counts operations and limits memory as Linux does")

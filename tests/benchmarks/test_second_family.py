@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from optimum_arb.data import bundled_text
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def scripts():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module("tiny_families"), importlib.import_module("second_family")
-    sys.path.remove(str(BENCHMARKS))
-    del sys.modules["tiny_families"], sys.modules["second_family"]
+def scripts(script):
+    return script("tiny_families"), script("second_family")
 
 
 @pytest.fixture

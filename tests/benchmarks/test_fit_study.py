@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from tiny_models import save_tiny
@@ -13,21 +10,10 @@ from tiny_models import save_tiny
 from optimum_arb import ARBConfig
 from optimum_arb.algorithms import admm
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "fit_study.py"
-
 
 @pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("fit_study", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fit_study"] = module
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
-    yield module
-    del sys.modules["fit_study"]
+def study(script):
+    return script("fit_study")
 
 
 def test_every_row_is_a_configuration(study):

@@ -16,7 +16,7 @@ from optimum_arb import ARBConfig
 from optimum_arb.ops.backends import cpu
 from optimum_arb.ops.backends.cpu import native
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # In epsilons of the dtype, of the sum of absolute products. Half precision: the rounding of the result, and x as fixed
 # point of 16 bits; long inputs in bfloat16 round the weight too. float32: sums of float32, x as fixed point of 24 bits.
 BOUNDS = {torch.float32: 6.0, torch.bfloat16: 1.0, torch.float16: 1.0}
