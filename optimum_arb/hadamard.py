@@ -63,7 +63,7 @@ def hadamard_transform(x: torch.Tensor, block: int) -> torch.Tensor:
     pieces, start = [], 0
     widths = hadamard_blocks(x.shape[-1], block)
     for width in dict.fromkeys(widths):
-        stop = start + width * widths.count(width)
+        stop = start + width * len([one for one in widths if one == width])  # torch 2.6 does not compile `count`
         matrix = hadamard_matrix(width, compute, x.device) * width**-0.5
         part = x[..., start:stop].to(compute).unflatten(-1, (-1, width)) @ matrix
         pieces.append(part.flatten(-2))

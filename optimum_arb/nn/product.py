@@ -89,7 +89,7 @@ class PackedProduct(ABC):
                 return out
         change = self.input_transform()
         if change is not None:
-            x = change(x) if shared is None else shared.transformed(x, change)
+            x = change.apply(x) if shared is None else shared.transformed(x, change)
         if few and self._prepared is not None and not torch.compiler.is_compiling():
             return run_prepared_layer(x, self._prepared, bias)
         tensors = self._operands()
