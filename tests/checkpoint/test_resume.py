@@ -298,9 +298,10 @@ def test_signals_leave_a_state_that_can_be_resumed(tmp_path, finished, number):
     """Through the command line, in a process of its own: it says how to go on, and exits with 130."""
     out = tmp_path / "out"
     code = f"""
-import os, sys, torch
+import os, signal, sys, torch
 from optimum_arb import quantizer
 from optimum_arb.commands.main import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
 original, count = quantizer.binarize_linear, [0]
 def signalled(*args):
     count[0] += 1
