@@ -3,7 +3,7 @@
     pip install nox && nox                          # 5.16 to 5.23, each in an environment of its own
     nox -s "transformers(5.16.1)" -- -k peft       # one version; arguments go to pytest
     nox --no-venv -s installed                      # the same tests with what is installed
-    nox -s lowest highest                           # every dependency at the lower end of its range, or the newest
+    nox -s lowest highest                           # all tests, dependencies at the lower ends of ranges, or the newest
     nox -s docs                                     # the site of docs/, where a broken link is an error
     nox -s audit                                    # known vulnerabilities of the pinned dependencies, by pip-audit
 
@@ -38,15 +38,8 @@ TESTS = (
     "tests/commands",
 )
 
-# what meets safetensors, huggingface_hub, numpy and torch
-FILES = (
-    "tests/test_checksums.py",
-    "tests/test_stored_checks.py",
-    "tests/test_saving.py",
-    "tests/test_tampered.py",
-    "tests/hub",
-    "tests/test_autoload.py",
-)
+# optional dependencies that the tests use where they are installed
+EXTRAS = ("completion", "gguf", "peft", "plot")
 
 nox.options.sessions = ["transformers"]
 
@@ -69,24 +62,27 @@ def transformers(session: nox.Session, version: str) -> None:
 
 @nox.session(python="3.11")
 def lowest(session: nox.Session) -> None:
-    """The tests with the oldest version of every dependency that pyproject.toml allows.
+    """All tests with the oldest version of every dependency that pyproject.toml allows, optional ones too.
 
     Arguments `torch==...` are taken for torch, whose oldest version a machine may not have.
     """
-    found = re.search(r"^dependencies = \[(.*?)^\]", Path("pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
-    assert found is not None
-    floors = dict(re.findall(r'"([\w-]+)>=([\w.]+)', found[1]))
+    project = Path("pyproject.toml").read_text()
+    floors: dict[str, str] = {}
+    for name in ("dependencies", *EXTRAS):
+        found = re.search(rf"^{name} = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL)
+        assert found is not None
+        floors |= dict(re.findall(r'"([\w-]+)>=([\w.]+)', found[1]))
     torch = [argument for argument in session.posargs if argument.startswith("torch==")]
     pins = [f"{name}=={version}" for name, version in floors.items() if name != "torch" or not torch]
     session.install(*pins, *torch, "-e", ".", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis")
-    _run(session, [argument for argument in session.posargs if argument not in torch], [*TESTS, *FILES])
+    _run(session, [argument for argument in session.posargs if argument not in torch], ["tests"])
 
 
 @nox.session(python="3.11")
 def highest(session: nox.Session) -> None:
-    """The tests with the newest version of every dependency that pyproject.toml allows."""
+    """All tests with the newest version of every dependency that pyproject.toml allows."""
     session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[test]")
-    _run(session, session.posargs, [*TESTS, *FILES])
+    _run(session, session.posargs, ["tests"])
 
 
 @nox.session

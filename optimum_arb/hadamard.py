@@ -82,7 +82,9 @@ def hadamard_matrices(
     """
     widths = hadamard_blocks(columns, block)
     return [
-        (widths.count(width), hadamard_matrix(width, dtype, device) * width**-0.5) for width in dict.fromkeys(widths)
+        # torch 2.6 does not compile `count` of a list
+        (len([one for one in widths if one == width]), hadamard_matrix(width, dtype, device) * width**-0.5)
+        for width in dict.fromkeys(widths)
     ]
 
 

@@ -85,11 +85,12 @@ class BinarizedWeight:
         block = torch.arange(columns, device=self.signs.device) // width
         salient = self.salient_columns
         weight = torch.zeros(rows, columns, dtype=compute, device=self.signs.device)
-        rest = torch.ones(columns, dtype=torch.bool, device=self.signs.device)
+        every = torch.arange(columns, device=self.signs.device)
+        zones = {"all": every, "rest": every}
         if salient is not None:
-            rest[salient] = False
-        zones = {"all": torch.arange(columns, device=self.signs.device), "rest": rest.nonzero().squeeze(1)}
-        if salient is not None:
+            taken = torch.zeros(columns, dtype=torch.bool, device=self.signs.device).index_fill_(0, salient, True)
+            # sorted, not `nonzero`: as many as the shapes say, so that torch 2.6 compiles it and no GPU is waited for
+            zones["rest"] = taken.to(torch.uint8).sort(stable=True).indices[: columns - len(salient)]
             zones["salient"] = salient
         for term in self.layout.terms:
             at = zones[term.zone]

@@ -29,15 +29,15 @@ def calibration_device(device_map: Any, ranks: Ranks | None = None) -> torch.dev
 
 
 def _calibration_device(device_map: Any) -> torch.device:
+    # asked for where there is none, torch 2.6 raises
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     devices = list(device_map.values()) if isinstance(device_map, dict) else []
     for device in devices:
         if str(device) not in ("cpu", "disk", "meta"):
-            accelerator = torch.accelerator.current_accelerator()
             kind = accelerator.type if accelerator is not None else "cuda"
             return torch.device(kind, device) if isinstance(device, int) else torch.device(device)
     if isinstance(device_map, str) and device_map != "cpu":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
+        return accelerator or torch.device("cpu")
     return torch.device("cpu")
 
 

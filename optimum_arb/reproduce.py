@@ -74,7 +74,7 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return {**found, "torch": str(torch.__version__)}  # PyPI's builds are for CUDA, which their metadata does not say
 
 
 def command_line(whole_paths: bool = True) -> str:

@@ -23,6 +23,7 @@ more gather of the input, and nothing is stored or computed twice.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -70,7 +71,8 @@ def prepare(model: PreTrainedModel, pre_quantized: bool) -> None:
         pre_quantized: whether it is loaded binarized.
 
     Raises:
-        ValueError: a form of parallelism that packed layers do not have, or a model that is to be binarized.
+        ValueError: a form of parallelism that packed layers or this torch do not have, or a model that is to be
+            binarized.
     """
     config = getattr(model.config, "distributed_config", None)
     sizes = {name: getattr(config, name, None) or 1 for name in ("tp_size", "ep_size", "fsdp_size", "pp_size")}
@@ -95,6 +97,13 @@ def prepare(model: PreTrainedModel, pre_quantized: bool) -> None:
         raise ValueError(
             f"ep_size={sizes['ep_size']}: {type(model).__name__} has no expert plan that packed experts can follow in "
             "this version of transformers. Use tp_size alone, which divides the experts too."
+        )
+    from torch.distributed.tensor import distribute_tensor
+
+    if "src_data_rank" not in inspect.signature(distribute_tensor).parameters:
+        raise ValueError(
+            f"tp_size={sizes['tp_size']}: transformers divides a model with what torch has from 2.7 on, and this is "
+            f"torch {torch.__version__}. Install a newer torch, or load the model with device_map."
         )
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 

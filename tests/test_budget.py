@@ -106,12 +106,13 @@ def test_what_matters_more_gets_more(tmp_path, method):
     model = tiny_model("LlamaForCausalLM")
     model.model.layers[1].mlp.down_proj.weight.data.mul_(1e-3)
     model.save_pretrained(tmp_path)
-    found = {
-        name: module.bits_per_weight()
-        for name, module in linears(binarize(tmp_path, method=method, target_bits_per_weight=2.1)).items()
-    }
-    for kind in ("gate_proj", "up_proj", "down_proj"):
-        assert found[f"model.layers.1.mlp.{kind}"] < found[f"model.layers.0.mlp.{kind}"]
+    modules = linears(binarize(tmp_path, method=method, target_bits_per_weight=2.1))
+    found = {name: module.bits_per_weight() for name, module in modules.items()}
+    kinds = ("gate_proj", "up_proj", "down_proj")
+    heard, silenced = ([found[f"model.layers.{layer}.mlp.{kind}"] for kind in kinds] for layer in (0, 1))
+    # forms are few: where the labels drawn leave one linear of the first layer at the same least form, others have more
+    assert all(less <= more for less, more in zip(silenced, heard, strict=True))
+    assert sum(silenced) < 0.8 * sum(heard)
 
 
 def test_stored_bits_are_those_that_are_stored():

@@ -164,6 +164,16 @@ def test_other_parallelism_is_refused(name):
         prepare(model, pre_quantized=True)
 
 
+def test_an_older_torch_is_told(monkeypatch):
+    def distribute_tensor(tensor, device_mesh=None, placements=None): ...  # as torch 2.6 has it
+
+    monkeypatch.setattr("torch.distributed.tensor.distribute_tensor", distribute_tensor)
+    model = tiny_model("LlamaForCausalLM")
+    model.config.distributed_config = SimpleNamespace(tp_size=2)
+    with pytest.raises(ValueError, match=r"tp_size=2: .* from 2\.7 on, and this is torch .* device_map"):
+        prepare(model, pre_quantized=True)
+
+
 def test_one_rank_is_no_parallelism():
     model = tiny_model("LlamaForCausalLM")
     model.config.distributed_config = SimpleNamespace(tp_size=1, fsdp_size=1)

@@ -24,7 +24,7 @@ class InputTransform(NamedTuple):
     block: int
     backend: str
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K]` of any floating dtype to the same."""
         plain = type(x) is torch.Tensor and not x.is_meta and not torch.compiler.is_compiling()
         if plain and not (torch.is_grad_enabled() and x.requires_grad):

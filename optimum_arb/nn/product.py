@@ -121,7 +121,7 @@ class PackedProduct(ABC):
                 return out
         change = self.input_transform()
         if change is not None:
-            x = change(x) if shared is None else shared.transformed(x, change)
+            x = change.apply(x) if shared is None else shared.transformed(x, change)
         if few and not compiling and self._prepared is not None:
             return run_prepared_layer(x, self._prepared, bias)
         tensors = self._operands()

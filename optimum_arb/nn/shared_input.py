@@ -100,11 +100,11 @@ class SharedInput:
     def transformed(self, x: torch.Tensor, change: InputTransform) -> torch.Tensor:
         """What becomes of an input, computed once for all layers that are called with it one after another."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self._still_alike():
-            return change(x)  # what is kept must not outlive its graph
+            return change.apply(x)  # what is kept must not outlive its graph
         thread = threading.get_ident()
         source, result, left = self._transformed.get(thread, (None, None, 0))
         if result is None or source is not x:
-            result, left = change(x), len(self._rows)
+            result, left = change.apply(x), len(self._rows)
         if left > 1:
             self._transformed[thread] = (x, result, left - 1)
         else:
@@ -131,7 +131,7 @@ class SharedInput:
         bias = torch.cat(biases) if biases else None
         change = first.input_transform()
         if change is not None:
-            x = change(x)
+            x = change.apply(x)
         if self._prepared is not None and not torch.compiler.is_compiling():
             return _run_prepared()(x, self._prepared, bias, self._rows)
         tensors: list[list[torch.Tensor]] = []

@@ -158,9 +158,11 @@ def check_as_good(
     """Two models whose fits were rounded otherwise.
 
     Signs at their thresholds turn, and what comes later is fitted to make up for that: the models differ, by as much as
-    from the float model where errors are corrected, and are as good. Among 13 runs on a CPU, of weights changed by 1e-6
-    of themselves (`benchmarks/roundings.py`), the error of the outputs scattered by up to 3.8 %, the mean output error
-    of the linears by 0.7 %; without error correction the outputs lay up to 0.73 of their error apart.
+    from the float model where errors are corrected, and are as good. Among 13 runs on a CPU with AMX, where ADMM's
+    products are in bfloat16, of weights changed by 1e-6 of themselves (`benchmarks/roundings.py`), the error of the
+    outputs scattered by up to 7.3 %, the mean output error of the linears by 3.2 %; without error correction outputs
+    lay up to 1.03 of their error apart, and up to 9.7 % of the bits differed. With products in float32 it was less:
+    3.8 %, 0.7 %, 0.73 and 6.7 %. An H200 against a CPU with AMX: 3.5 % and 1.01.
     """
     ids = tokens(64, 32, seed=3)
     plain = outputs(AutoModelForCausalLM.from_pretrained(path), ids)
@@ -169,13 +171,13 @@ def check_as_good(
     assert errors[1] == pytest.approx(errors[0], rel=0.1)
     reports = [model_report(model) for model in (first, second)]
     assert reports[1].bits_per_weight == reports[0].bits_per_weight
-    assert reports[1].mean_output_error == pytest.approx(reports[0].mean_output_error, rel=scatter)
+    assert reports[1].mean_output_error == pytest.approx(reports[0].mean_output_error, rel=0.05)
     if first.config.quantization_config.resolved_error_correction == 0:
-        assert float((here - there).norm()) < apart * min(errors)
+        assert float((here - there).norm()) < 1.2 * min(errors)
         pairs = zip(first.parameters(), second.parameters(), strict=True)
         packed = [(a, b) for a, b in pairs if a.dtype == torch.uint8]
         turned = sum(int(sum(((a ^ b) >> shift & 1).sum() for shift in range(8))) for a, b in packed)
-        assert turned < 0.1 * sum(a.numel() * 8 for a, _ in packed)
+        assert turned < 0.13 * sum(a.numel() * 8 for a, _ in packed)
 
 
 CORRECTED = pytest.mark.parametrize("choices", [{}, {"error_correction": 0}], ids=["corrected", "alone"])

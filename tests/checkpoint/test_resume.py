@@ -298,10 +298,10 @@ def test_signals_leave_a_state_that_can_be_resumed(tmp_path, finished, number):
     """Through the command line, in a process of its own: it says how to go on, and exits with 130."""
     out = tmp_path / "out"
     code = f"""
-import os, sys, torch
+import os, signal, sys, torch
 from optimum_arb.loading import calibrated
 from optimum_arb.commands.main import main
-from optimum_arb.loading import calibrated
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
 original, count = calibrated.binarize_linear, [0]
 def signalled(*args):
     count[0] += 1

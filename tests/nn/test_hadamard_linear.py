@@ -113,8 +113,8 @@ def test_transformed_once_for_all(monkeypatch):
     assert share_inputs(model) == 1
     calls = []
     kind = type(model.q_proj.input_transform())
-    original = kind.__call__
-    monkeypatch.setattr(kind, "__call__", lambda self, x: calls.append(1) or original(self, x))
+    original = kind.apply
+    monkeypatch.setattr(kind, "apply", lambda self, x: calls.append(1) or original(self, x))
     with torch.no_grad():
         for count in (1, 2):
             x = torch.ones(2, 300)
