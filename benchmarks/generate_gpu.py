@@ -70,6 +70,7 @@ class Run:
     def add(self, planes: int | None) -> None:
         """Makes a model, with --disk by way of its directory, and calls it for the first time."""
         args = self.args
+        before = self.allocated()
         if args.disk is None:
             model: Any = build(args.shape, planes, self.device, args.permuted)
         else:
@@ -78,7 +79,9 @@ class Run:
                 model = self._through_disk(planes, directory)
             finally:
                 shutil.rmtree(directory, ignore_errors=True)
-        candidate = Candidate(planes, model, sum(t.nbytes for t in (*model.parameters(), *model.buffers())))
+        free_memory()
+        # what is kept beside the parameters, for few tokens say, is the model's too
+        candidate = Candidate(planes, model, self.allocated() - before)
         self.candidates.append(candidate)
         for batch in {*args.batch, *args.compiled_batch}:  # what the first calls leave on the device is the model's
             self.warm(candidate, lambda batch=batch: model(self.ids(batch, 1, model)))
@@ -163,6 +166,10 @@ class Run:
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
+    def allocated(self) -> int:
+        """Bytes of tensors on the GPU."""
+        return torch.cuda.memory_allocated(self.device) if self.cuda else 0
+
     def clock(self, call: Call) -> float:
         """Seconds of a call that ends with the device's work done."""
         self.wait()
@@ -177,12 +184,12 @@ class Run:
             call()
             return None
         self.wait()
-        before = torch.cuda.memory_allocated(self.device)
+        before = self.allocated()
         torch.cuda.reset_peak_memory_stats(self.device)
         call()
         self.wait()
         peak = candidate.nbytes + torch.cuda.max_memory_allocated(self.device) - before
-        candidate.nbytes += torch.cuda.memory_allocated(self.device) - before
+        candidate.nbytes += self.allocated() - before
         return peak / 1e9
 
     def take_turns(
@@ -290,7 +297,7 @@ class Run:
         def call() -> object:
             return candidate.model.generate(ids, **options)
 
-        held, allocated = candidate.nbytes, torch.cuda.memory_allocated(self.device)
+        held, allocated = candidate.nbytes, self.allocated()
         try:
             start = time.perf_counter()
             peak = self.warm(candidate, call)
@@ -327,8 +334,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--disk", type=Path, metavar="DIR", help="measure loading, by way of this directory")
     parser.add_argument("--loads", type=int, default=3, help="loads of each kind from the page cache (default: 3)")
     parser.add_argument("--device", default="cuda")
-    for part in ("eager", "prompts", "step", "compiled"):
-        parser.add_argument(f"--no-{part}", action="store_true")
+    for option in ("--no-eager", "--no-prompts", "--no-step", "--no-compiled"):
+        parser.add_argument(option, action="store_true", help="leave it out")
     parser.add_argument("--seconds", type=float, help="begin no part after this time; what is left out is said")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
