@@ -157,8 +157,8 @@ def check_as_good(path, first: PreTrainedModel, second: PreTrainedModel) -> None
 
     Signs at their thresholds turn, and what comes later is fitted to make up for that: the models differ, by as much as
     from the float model where errors are corrected, and are as good. Among 13 runs on a CPU with AMX, where ADMM's
-    products are in bfloat16, of weights changed by 1e-6 of themselves (`benchmarks/roundings.py`), the error of the
-    outputs scattered by up to 7.3 %, the mean output error of the linears by 3.2 %; without error correction outputs lay
+    products are in bfloat16, of weights changed by 1e-6 of themselves (`benchmarks/roundings.py`), the outputs' error
+    scattered by up to 7.3 %, the mean output error of the linears by 3.2 %; without error correction the outputs lay
     up to 1.03 of their error apart, and up to 9.7 % of the bits differed. With products in float32 it was less:
     3.8 %, 0.7 %, 0.73 and 6.7 %.
     """
