@@ -52,7 +52,7 @@ def run(name: str, *arguments: object) -> subprocess.CompletedProcess:
 def script(monkeypatch, capsys):
     """Runs an example in this process, which saves the imports, and returns what it prints."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
 
     def call(name: str, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
@@ -61,6 +61,8 @@ def script(monkeypatch, capsys):
 
     yield call
     logging.set_verbosity(verbosity)
+    if bars:
+        logging.enable_progress_bar()
 
 
 def test_quickstart(tmp_path, script):
