@@ -1,8 +1,8 @@
-"""Peak memory of binarizing from disk to disk, over the number of layers.
+"""Peak memory and seconds of binarizing from disk to disk, over the number of layers.
 
     python benchmarks/streaming_memory.py                          # 4, 8, 16 and 32 layers
     python benchmarks/streaming_memory.py --in-memory              # the same through from_pretrained, to compare
-    python benchmarks/streaming_memory.py --activations-on-disk --plot memory.png
+    python benchmarks/streaming_memory.py --activations-on-disk --plot layers.svg
 
 Writes random Llama checkpoints of float32 (hidden size 512, 12.6 MB a layer) in several files, binarizes each in a
 process of its own and reads that process's largest resident memory (VmHWM), mapped pages of the files included. What
@@ -81,7 +81,7 @@ def main() -> None:
             command = [sys.executable, __file__, *sys.argv[1:], "--source", f"{folder}/float", "--out", f"{folder}/out"]
             run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found = json.loads(run.stdout.strip().splitlines()[-1])
-        rows.append((layers, size, found["peak"]))
+        rows.append((layers, size, found["peak"], found["seconds"]))
         print(
             f"{layers:6}  {size / 1e6:13.1f} MB  {found['peak'] / 1e6:8.1f} MB  {found['before'] / 1e6:17.1f} MB  "
             f"{found['seconds']:10.1f}",
@@ -93,11 +93,14 @@ def main() -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        figure, axes = pyplot.subplots()
-        axes.plot([row[0] for row in rows], [row[2] / 1e6 for row in rows], "o-", label="peak memory")
-        axes.plot([row[0] for row in rows], [row[1] / 1e6 for row in rows], "o--", label="float checkpoint")
-        axes.set(xlabel="layers", ylabel="MB", ylim=(0, None))
-        axes.legend()
+        figure, (memory_axes, time_axes) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+        layers, sizes, peaks, seconds = zip(*rows, strict=True)
+        memory_axes.plot(layers, [peak / 1e6 for peak in peaks], "o-", label="peak memory")
+        memory_axes.plot(layers, [size / 1e6 for size in sizes], "o--", label="float checkpoint")
+        memory_axes.set(xlabel="layers", ylabel="MB", ylim=(0, None), xlim=(0, None))
+        memory_axes.legend()
+        time_axes.plot(layers, seconds, "o-")
+        time_axes.set(xlabel="layers", ylabel="seconds", ylim=(0, None), xlim=(0, None))
         figure.savefig(args.plot)
 
 
