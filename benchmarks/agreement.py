@@ -154,9 +154,10 @@ def _mend_interpreter() -> None:
 
     original = interpreter._patch_lang_tensor
 
-    def patch(tensor, scope):
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+    def patch(tensor, *scope):
+        original(tensor, *scope)
+        if scope:  # Triton 3.4 gives none
+            scope[0].set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     if original.__name__ != "patch":
         interpreter._patch_lang_tensor = patch

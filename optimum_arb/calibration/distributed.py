@@ -30,6 +30,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from ..experts.matrices import is_experts
 from .experts import LayerStatistics, RoutedInputs
+from .standard_output import to_standard_error
 from .statistics import Statistic, Sums
 
 # Seconds that a rank waits for another one. A layer's fit of a large model takes minutes on one rank while the others
@@ -317,9 +318,10 @@ def distributed(timeout: float = TIMEOUT) -> Iterator[Ranks]:
         return
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
     own = not dist.is_initialized()
-    if own:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank, timeout)
+    with to_standard_error():
+        if own:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank, timeout)
     token = _current.set(ranks)
     bars = is_progress_bar_enabled()
     if not ranks.is_first:

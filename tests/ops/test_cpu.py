@@ -208,7 +208,7 @@ def test_columns_that_are_not_finite_or_tiny(kernel):
     assert not native.linear(torch.zeros(2, 300), packed, None, kernel).any()
     for scale in (1e-25, 1e25):
         check_scaled = native.linear(x[:1] * scale, packed, None, kernel) / scale
-        assert relative_error(check_scaled, expected[:1]) < 1e-6
+        assert relative_error(check_scaled, expected[:1]) < 2e-6
 
 
 def test_choice_of_kernels():

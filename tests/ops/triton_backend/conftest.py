@@ -15,9 +15,10 @@ else:
 
     original = interpreter._patch_lang_tensor
 
-    def _patch_lang_tensor(tensor, scope):
+    def _patch_lang_tensor(tensor, *scope):
         """Triton 3.6 turns arrays of one element into integers in a way that numpy 2.4 refuses: `range` of a value."""
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+        original(tensor, *scope)
+        if scope:  # Triton 3.4 gives none
+            scope[0].set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = _patch_lang_tensor

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import triton
+from packaging.version import Version
 
 BACKEND = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-pytestmark = pytest.mark.skipif(
-    not (BACKEND / "ptxas").exists() or not (BACKEND / "nvdisasm").exists(), reason="Triton without NVIDIA's tools"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not (BACKEND / "ptxas").exists() or not (BACKEND / "nvdisasm").exists(), reason="Triton without NVIDIA's tools"
+    ),
+    pytest.mark.skipif(Version(triton.__version__) < Version("3.5"), reason="the kernels in Gluon need Triton 3.5"),
+]
 
 
 def compile_for_gpu(*what: str, cache: Path) -> str:
