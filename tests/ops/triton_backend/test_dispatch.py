@@ -111,3 +111,17 @@ def test_half_bits_of_shapes_that_nobody_measured(table):
     assert most_tokens(64, 64) == 4  # 10 against 8
     table[64, True], table[64, False] = (5.0, 9.0), (6.0, 8.0)
     assert most_tokens(96) == 8
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_tables_made_with_a_newer_triton(monkeypatch, there):
+    """What they hold for a kernel that this Triton does not compile is not taken."""
+    config = {"kernel": "hopper", "block_m": 64, "block_n": 64, "warps": 4, "stages": 3, "split_k": 1}
+    monkeypatch.setattr(dispatch, "lookup", lambda *args: Entry(96, 256, 1, 64, "hopper", config, 1.0))
+    monkeypatch.setattr(dispatch, "has_hopper", lambda: there)
+    dispatch._tuned.cache_clear()
+    try:
+        found = dispatch._tuned(torch.device("cpu"), 96, 256, 1, 64)
+    finally:
+        dispatch._tuned.cache_clear()
+    assert (None if found is None else found.kernel) == ("hopper" if there else None)

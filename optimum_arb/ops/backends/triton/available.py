@@ -16,10 +16,17 @@ from ..packed import PackedWeight
 
 logger = logging.getLogger("optimum_arb")
 
-# the first with `gdc_wait` and Gluon
+# the first with `gdc_wait` and Gluon; the kernels in Gluon need 3.5, which `_works` finds, and `hopper.py` 3.6
 FIRST_TRITON = (3, 4)
 # mma with operands of one bit is an instruction of these; 10.0 and later emulate it slowly
 ONE_BIT_CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0))
+
+
+def triton_version() -> tuple[int, ...]:
+    """Major and minor number of the Triton that is installed."""
+    import triton
+
+    return tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
 
 
 @cache
@@ -37,7 +44,7 @@ def has_kernels(device: torch.device) -> bool:
             "Packed layers run without their GPU kernels, slowly, because Triton is not installed: pip install triton."
         )
         return False
-    if tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2]) < FIRST_TRITON:
+    if triton_version() < FIRST_TRITON:
         logger.warning(
             "Packed layers run without their GPU kernels, slowly: these need Triton %d.%d, which comes with torch 2.8, "
             "and %s is installed.",

@@ -15,7 +15,7 @@ from ..packed import PackedWeight
 from . import prepack
 from .available import has_half_bits_kernel, has_one_bit_kernel
 from .dequantize import dequantize
-from .gemm import GemmConfig, default_config, fits_hopper, gemm, gemm_input_grad, is_fusable
+from .gemm import GemmConfig, default_config, fits_hopper, gemm, gemm_input_grad, has_hopper, is_fusable
 from .gemm import plan as make_plan
 from .launch import current_device, hooked
 from .table import bucket, lookup
@@ -270,7 +270,11 @@ def _config(device: torch.device, dtype: torch.dtype, tokens: int, packed: Packe
 @cache
 def _tuned(device: torch.device, out_features: int, in_features: int, planes: int, tokens: int) -> GemmConfig | None:
     entry = lookup(device, out_features, in_features, planes, tokens)
-    return None if entry is None or entry.kernel == "one_bit" else GemmConfig(**entry.config)
+    if entry is None or entry.kernel == "one_bit":
+        return None
+    config = GemmConfig(**entry.config)
+    # tables are made with a newer Triton; of what it has not, `default_config` finds the next best
+    return config if config.kernel != "hopper" or has_hopper() else None
 
 
 def prepare(weights: list[PackedWeight]) -> prepack.Prepacked | None:

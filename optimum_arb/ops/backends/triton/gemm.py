@@ -193,10 +193,15 @@ def is_fusable(packed: PackedWeight) -> bool:
     return not packed.layout.salient
 
 
+def has_hopper() -> bool:
+    """Whether "hopper" is written for this version of Triton."""
+    return HopperPlan is not None
+
+
 def fits_hopper(packed: PackedWeight, dtype: torch.dtype) -> bool:
     """Whether "hopper" computes this weight for inputs of this dtype on the weight's device."""
     return (
-        HopperPlan is not None
+        has_hopper()
         and capability(packed.weight.device)[0] == 9
         and dtype in (torch.float16, torch.bfloat16)
         and packed.layout.name.startswith("planes-")

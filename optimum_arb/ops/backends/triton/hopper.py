@@ -32,8 +32,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..packed import PackedWeight
+from .available import triton_version
 from .columns import column_scales
 from .launch import Launch, Launcher, cdiv, tensor_class
+
+if triton_version() < (3, 6):  # layouts of shared memory took other arguments, of which this would fail on a GPU
+    raise ImportError("The fused product on sm_90 needs Triton 3.6.")
 
 GROUP = 8  # tiles of rows whose programs run side by side, see `_place`
 TILE = gl.constexpr(128)
