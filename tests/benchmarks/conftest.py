@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from transformers.utils import logging
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -25,3 +26,12 @@ def script() -> Iterator[Callable[[str], ModuleType]]:
         for name in set(sys.modules) - before:
             if Path(getattr(sys.modules[name], "__file__", None) or "").parent == BENCHMARKS:
                 del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
+def progress_bars() -> Iterator[None]:
+    """Scripts that turn them off turn them off for all tests that follow."""
+    shown = logging.is_progress_bar_enabled()
+    yield
+    if shown:
+        logging.enable_progress_bar()

@@ -135,11 +135,15 @@ def best_kernel() -> str:
     return list(kernels())[-1]
 
 
-@lru_cache(maxsize=1)
 def multiplies_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices faster than float32 ones."""
+    """Whether this processor multiplies bfloat16 matrices faster than float32 ones, and there is a library to say so."""
     library = load()
-    return library is not None and bool(library.arb_bfloat16())
+    return library is not None and _multiplies_bfloat16(library)
+
+
+@cache
+def _multiplies_bfloat16(library: ctypes.CDLL) -> bool:
+    return bool(library.arb_bfloat16())
 
 
 @cache
