@@ -136,7 +136,7 @@ def best_kernel() -> str:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices faster than float32 ones, and there is a library to say so."""
+    """Whether this processor multiplies bfloat16 matrices faster than float32 ones, as far as the library can say."""
     library = load()
     return library is not None and _multiplies_bfloat16(library)
 
