@@ -17,6 +17,7 @@ from torch import nn
 from ..algorithms.hessian import prepare_hessian
 from ..calibration.correction import Corrections, Step
 from ..calibration.data import TOKENS_PER_BATCH
+from ..calibration.reuse import LARGEST
 from ..calibration.statistics import InputStatistics
 from ..config import ARBConfig
 from ..conversion import binarize_linear
@@ -24,9 +25,9 @@ from ..nn import ARBFactorizedLinear, ARBLinear
 
 FORWARD_SHARE = 0.4  # of the probe's time, where there is calibration
 VOCABULARY = 256
-# What error correction adds to a layer's one run in float, in such runs: it runs in both forms up to o_proj, gate_proj
-# and down_proj, and in one to its end, which of the weights of a layer of Llama-2-7B is 2 (.25 + .33 + .78) + .22.
-CORRECTED_RUNS = 1.94
+# What error correction adds to a layer's runs, one in float and one binarized, where the inputs of down_proj are not
+# kept (`calibration/reuse.py`): gate_proj and up_proj once more, which are .44 of the weights of a layer of Llama-2-7B.
+CORRECTED_RUNS = 0.44
 
 
 @dataclass
@@ -194,7 +195,7 @@ def _forward_seconds(
     corrected: bool,
 ) -> float | None:
     """The passes of the calibration: each layer once in float with its statistics, once binarized; with error
-    correction, `CORRECTED_RUNS` more, and sums as large as the statistics."""
+    correction, `CORRECTED_RUNS` more of it, and sums as large as the statistics."""
     start = time.perf_counter()
     try:
         model, layers = _one_layer(model_config, device)
@@ -238,7 +239,9 @@ def _forward_seconds(
     dense = run(samples, size, True) / (samples * size)
     if corrected:
         plain = run(samples, size, False) / (samples * size)
-        dense += CORRECTED_RUNS * plain + max(dense - plain, 0.0)
+        widest = max(columns for _, columns, *_ in known.values())
+        kept = device == "cpu" and tokens[0] * length * widest * 4 <= LARGEST
+        dense += (0.0 if kept else CORRECTED_RUNS) * plain + max(dense - plain, 0.0)
     for name in list(linears):
         rows, columns, config, _ = known[name]
         model.set_submodule(name, _random_packed(rows, columns, config, device))
