@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from .native_launch import EXTRA, OUT, SCRATCH, NativeLaunches, Outputs, Slot, X
 Grid = tuple[int, int, int]
 
 
-class FewTokensPlan:
+class FewTokensPlan(ABC):
     """Two launches, the first of which writes the inputs into scratch memory, with all but x and bias known.
 
     The first run goes through Triton, which compiles; later ones are one native call, where there is one.
@@ -42,15 +43,15 @@ class FewTokensPlan:
         """The native launches, once they were made."""
         return self._native
 
+    @abstractmethod
     def arguments(
         self, x: Any, stride: int, scratch: Any, bias: Any, experts: Any, out: Any
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """All of both kernels, of tensors or of what stands for them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def grids(self) -> tuple[Grid, Grid]:
         """Programs of both kernels."""
-        raise NotImplementedError
 
     def prepare_native(self, stride: int, bias: torch.Tensor | None, experts: torch.Tensor | None) -> None:
         """Makes the native launches, of the programs that a first run has compiled, for inputs of this row stride."""
