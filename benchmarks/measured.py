@@ -36,18 +36,8 @@ def binarized(source: Path, config: ARBConfig | None, device: str) -> tuple[PreT
     seconds = time.perf_counter() - start
     if config is None:
         return model, {}
-    report = model_report(model)
-    errors = [module.weight_error for module in report.modules if module.weight_error is not None]
-    figures = {
-        "config": model.config.quantization_config.to_dict(),
-        "bits_per_weight": report.bits_per_weight,
-        "packed_bytes": report.packed_bytes,
-        "model_bytes": report.model_bytes,
-        "modules": len(report.modules),
-        "weight_error": sum(errors) / len(errors),
-        "output_error": report.mean_output_error,
-        "seconds": seconds,
-    }
+    choices = model.config.quantization_config.to_dict()
+    figures = {"config": choices, **model_report(model).figures(), "seconds": seconds}
     return model.dequantize().to(device), figures
 
 

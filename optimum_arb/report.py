@@ -83,6 +83,10 @@ class ModelReport(Result):
         return _mean(module.output_error for module in self.modules)
 
     @property
+    def mean_weight_error(self) -> float | None:
+        return _mean(module.weight_error for module in self.modules)
+
+    @property
     def mean_held_out_error(self) -> float | None:
         return _mean(module.held_out_error for module in self.modules)
 
@@ -90,6 +94,17 @@ class ModelReport(Result):
     def warnings(self) -> list[LayerWarning]:
         """What looks broken, see `optimum_arb.layer_warnings`."""
         return layer_warnings(self.modules)
+
+    def figures(self) -> dict[str, float | int | None]:
+        """What a table of models shows of it: bits, bytes, and means of the modules' relative errors."""
+        return {
+            "bits_per_weight": self.bits_per_weight,
+            "packed_bytes": self.packed_bytes,
+            "model_bytes": self.model_bytes,
+            "modules": len(self.modules),
+            "weight_error": self.mean_weight_error,
+            "output_error": self.mean_output_error,
+        }
 
     def summary(self) -> str:
         """A few lines for a terminal."""

@@ -167,17 +167,7 @@ def _measure(row: Row, settings: Settings, tokenizer: Any, bars: bool) -> dict[s
         count = found["packed_bytes"] * 8 / found["bits_per_weight"]
         found["model_bytes"] = round(dense - count * model.dtype.itemsize + found["packed_bytes"])
     elif row.config is not None:
-        report = model_report(model)
-        errors = [module.weight_error for module in report.modules if module.weight_error is not None]
-        found = {
-            "config": model.config.quantization_config.to_dict(),
-            "bits_per_weight": report.bits_per_weight,
-            "packed_bytes": report.packed_bytes,
-            "model_bytes": report.model_bytes,
-            "modules": len(report.modules),
-            "weight_error": sum(errors) / len(errors),
-            "output_error": report.mean_output_error,
-        }
+        found = {"config": model.config.quantization_config.to_dict(), **model_report(model).figures()}
         # the dense weights are the same numbers; multiplying by them is faster than by the packed ones
         model = model.dequantize()
     else:
