@@ -7,6 +7,7 @@ from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
 from optimum_arb import ARBConfig
+from optimum_arb.checkpoint import probe as probing
 from optimum_arb.checkpoint.estimate import estimate
 from optimum_arb.checkpoint.probe import probe
 from optimum_arb.nn import ARBLinear
@@ -82,6 +83,19 @@ def test_the_time_is_the_sum_of_what_was_measured(tmp_path):
     assert more.probe.forward_seconds > 10 * result.probe.forward_seconds
     without = estimate(str(tmp_path / "float"), ARBConfig(dataset=None), budget=1.0)
     assert without.probe.forward_seconds == 0
+
+
+@pytest.mark.parametrize(("kept", "runs"), [(True, 2.0), (False, 2.44)])
+def test_how_often_a_layer_runs(tmp_path, monkeypatch, kept, runs):
+    """With error correction once in each form; where the inputs of `down_proj` are not kept, what makes them again."""
+    save_tiny(tmp_path / "float", "LlamaForCausalLM")
+    monkeypatch.setattr(probing, "_timed", lambda run, device: 1.0)
+    monkeypatch.setattr(probing, "LARGEST", 4 * 64 * 160 * 4 if kept else 4 * 64 * 160 * 4 - 1)
+    config = ARBConfig(num_samples=4, sequence_length=64)
+    found = estimate(str(tmp_path / "float"), config, budget=2.0).probe
+    without = ARBConfig(num_samples=4, sequence_length=64, error_correction=0)
+    plain = estimate(str(tmp_path / "float"), without, budget=2.0).probe
+    assert found.forward_seconds / plain.forward_seconds == pytest.approx(runs / 2)
 
 
 def test_a_small_budget_extrapolates_and_says_so():

@@ -35,23 +35,21 @@ def test_a_missing_expert(packed, tmp_path):
         AutoModelForCausalLM.from_pretrained(edit(packed, tmp_path, drop))
 
 
-def test_a_missing_companion(packed, tmp_path):
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("w2.weight_row_scale", r"layers.1.mlp.experts.down_proj: .*row_scale.* is missing"),
+        ("w2.weight", r"experts.*down_proj.* missing in the checkpoint"),
+    ],
+    ids=["companion", "signs"],
+)
+def test_what_all_experts_of_a_layer_lack(packed, tmp_path, key, message):
     def drop(tensors):
-        for key in list(tensors):
-            if ".layers.1." in key and key.endswith("w2.weight_row_scale"):
-                del tensors[key]
+        for name in list(tensors):
+            if ".layers.1." in name and name.endswith(key):
+                del tensors[name]
 
-    with pytest.raises(ValueError, match=r"layers.1.mlp.experts.down_proj: .*row_scale.* is missing"):
-        AutoModelForCausalLM.from_pretrained(edit(packed, tmp_path, drop))
-
-
-def test_missing_signs(packed, tmp_path):
-    def drop(tensors):
-        for key in list(tensors):
-            if ".layers.1." in key and key.endswith("w2.weight"):
-                del tensors[key]
-
-    with pytest.raises(ValueError, match=r"experts.*down_proj.* missing in the checkpoint"):
+    with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(edit(packed, tmp_path, drop))
 
 
