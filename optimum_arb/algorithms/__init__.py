@@ -66,6 +66,8 @@ def binarize(
     unit = _power_of_two(target)
     target = target / unit
     if config.factorized:
+        if hessian is not None:  # as in every method: what never has an input is nothing, not a part of a mean
+            target = torch.where(hessian.diagonal() > 0, target, 0.0)
         factors = _factorize(target, hessian, config)
         factors.row_scale = factors.row_scale * unit
         return factors
@@ -91,8 +93,9 @@ def binarize(
     else:
         result = _binarize_planes(target, prepared, config)
     result.row_scale = result.row_scale * unit
-    # the compensation as released is there to be compared with, bit for bit
-    if config.method in BITMAP_METHODS and (hessian is None or config.compensation == "exact"):
+    # the compensation as released is there to be compared with, bit for bit; scales of 8 bits stay on their grids
+    released = hessian is not None and config.compensation != "exact"
+    if not released and config.method != "rtn" and config.resolved_scale_bits == 16:
         result = no_worse_than_rounding(target, result, unit, None if hessian is None else prepared)
     result.permutation = prepared.permutation
     return result

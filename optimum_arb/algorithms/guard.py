@@ -1,10 +1,11 @@
 """What keeps a fit from ending worse than round-to-nearest.
 
 BiLLM and ARB set means before the scales around them and end in local minima; ARB-X and ARB-RC fit a block of the
-weights, and what counts under calibration is the output. On degenerate weights all of them can lose to one scale a row
-and block, which their layouts hold too. So every row is measured once it is fitted, its scales as they are stored, and
-one that round-to-nearest meets better is stored as that: none of 10,368 rows of two layers of SmolLM2-135M with the
-methods' own choices, 1,848 with a mean a row and no bitmap (benchmarks/rounded_rows.py).
+weights, and what counts under calibration is the output; arb-hrc flips signs that one token cannot tell apart. On
+degenerate weights all of them can lose to one scale a row and block, which their layouts hold too. So every row is
+measured once it is fitted, its scales as they are stored, and one that round-to-nearest meets better is stored as that:
+none of 10,368 rows of two layers of SmolLM2-135M with the methods' own choices, 1,848 with a mean a row and no bitmap
+(benchmarks/rounded_rows.py).
 """
 
 from __future__ import annotations
