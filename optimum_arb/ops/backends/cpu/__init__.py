@@ -53,6 +53,8 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> 
         kernel = choose_kernel(native.kernels(), packed.layout.name, rows.shape[0], x.dtype)
         if kernel is not None:
             return native.linear(rows, packed, bias, kernel).view(*x.shape[:-1], packed.out_features)
+        if rows.dtype == torch.bfloat16 and "amx" in native.kernels():
+            return _multiplied(rows, packed, bias).view(*x.shape[:-1], packed.out_features)
         direct = False
     else:
         terms = len(plan_for(packed.layout.name).terms)
@@ -103,6 +105,20 @@ def _looked_up(rows: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
     return out
 
 
+def _multiplied(rows: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """bfloat16 `[M, N]` with the weight dequantized inside of the product; rows are not permuted yet."""
+    plan = plan_for(packed.layout.name)
+    columns = prepare_columns(torch.ones(1, packed.in_features), packed, plan, _tiles(packed))
+    if not plan.salient_terms:
+        return native.gemm(rows, packed, columns, bias)
+    out = native.gemm(rows, packed, columns, None)
+    at = rows.index_select(1, _salient_source(packed)).float()
+    for start, stop in row_chunks(packed.out_features, at.shape[1], CHUNK_FLOATS):
+        part = out[:, start:stop] + at @ salient_weight(packed.rows(start, stop), plan.salient_terms).T
+        out[:, start:stop] = part if bias is None else part + bias[start:stop]
+    return out
+
+
 def _dequantized(rows: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """`[M, N]` from chunks of the dequantized weight, in float32 or, where that is faster, in the bfloat16 of x."""
     dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 and native.multiplies_bfloat16() else torch.float32
@@ -150,6 +166,12 @@ def _tiles(packed: PackedWeight) -> Tiles:
 def _salient_index(packed: PackedWeight) -> torch.Tensor:
     assert packed.salient_columns is not None
     return packed.salient_columns[0].long()
+
+
+def _salient_source(packed: PackedWeight) -> torch.Tensor:
+    """The same columns before the permutation."""
+    index = _salient_index(packed)
+    return index if packed.permutation is None else packed.permutation[0].long()[index]
 
 
 def _enter_kernel_order(x: torch.Tensor, tiles: Tiles) -> torch.Tensor:

@@ -154,6 +154,17 @@ typedef struct {
     int32_t threads;
 } dequantize_problem_t;
 
+/* Many tokens times that weight. */
+typedef struct {
+    dequantize_problem_t weight; /* its scales, out and out_type are not looked at */
+    const uint16_t *x;           /* [m, columns] bfloat16 */
+    const void *permutation;     /* [columns] or NULL */
+    const void *bias;            /* [rows] or NULL */
+    uint16_t *out;               /* [m, rows] bfloat16 */
+    int64_t m, columns;
+    int32_t permutation_bytes, bias_type;
+} gemm_problem_t;
+
 ALWAYS_INLINE bytes_t load_bytes(const uint8_t *tile, int nbytes, int32_t planes) {
     bytes_t bytes = {0};
     for (int plane = 0; plane < MAX_PLANES; plane++)
@@ -207,6 +218,7 @@ ALWAYS_INLINE bytes_t load_bytes(const uint8_t *tile, int nbytes, int32_t planes
 #undef TARGET
 
 #include "amx.h"
+#include "gemm.h"
 #endif
 
 #if defined(__aarch64__)
@@ -436,4 +448,48 @@ void arb_dequantize(const dequantize_problem_t *p, int index) {
         for (int64_t row = p->rows * thread / threads; row < p->rows * (thread + 1) / threads; row++)
             kernels[index].dequantize(p, row, scales);
     }
+}
+
+/* out = x W^T + bias of many tokens in bfloat16, on the matrix unit (where `arb_supported` has it); every element is
+   written. Returns 0, or 1 where memory was short. */
+int arb_gemm(const gemm_problem_t *p) {
+#if X86
+    const dequantize_problem_t *w = &p->weight;
+    const int lanes = w->tile_bytes, threads = w->threads;
+    const int64_t padded = w->tiles * 8 * lanes, chunk = p->m < GEMM_TOKENS ? p->m : GEMM_TOKENS;
+    const int64_t groups = (chunk + 15) / 16, panels = (w->rows + 31) / 32;
+    const int64_t x_bytes = align64(groups * 16 * padded * 2);
+    const int64_t order_bytes = align64(16 * (padded + STEP) * 2), block_bytes = GEMM_ROWS * GEMM_DEPTH * 2;
+    const int64_t sums_bytes = GEMM_ROWS * (groups + 1) / 2 * 32 * sizeof(float);
+    const int64_t scales_bytes = align64((GEMM_DEPTH / (8 * lanes) + 1) * w->row_scales * sizeof(float));
+    const int64_t rows_bytes = block_bytes + sums_bytes + scales_bytes;
+    const int64_t thread_bytes = rows_bytes > order_bytes ? rows_bytes : order_bytes;
+    uint8_t *memory = malloc(64 + x_bytes + threads * thread_bytes);
+    if (!memory) return 1;
+    uint16_t *x = (uint16_t *)align64((intptr_t)memory);
+    for (int64_t first = 0; first < p->m; first += chunk) {
+        const int64_t tokens = p->m - first < chunk ? p->m - first : chunk;
+#pragma omp parallel num_threads(threads)
+        {
+            const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+            uint8_t *scratch = (uint8_t *)x + x_bytes + thread * thread_bytes;
+            const int64_t last_group = (tokens + 15) / 16 * (thread + 1) / team;
+            for (int64_t g = (tokens + 15) / 16 * thread / team; g < last_group; g++)
+                gemm_pack(p, first + g * 16, padded, lanes, (uint16_t *)scratch, x + g * 16 * padded);
+#pragma omp barrier
+            amx_start();
+            const int64_t last = panels * (thread + 1) / team * 32;
+            for (int64_t start = panels * thread / team * 32; start < last; start += GEMM_ROWS)
+                gemm_block(p, start, start + GEMM_ROWS < last ? start + GEMM_ROWS : last, first, tokens, x, lanes,
+                           (uint16_t *)scratch, (float *)(scratch + block_bytes),
+                           (float *)(scratch + block_bytes + sums_bytes));
+            amx_stop();
+        }
+    }
+    free(memory);
+    return 0;
+#else
+    (void)p;
+    return 1;
+#endif
 }

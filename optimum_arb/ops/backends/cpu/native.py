@@ -83,6 +83,17 @@ class _Dequantize(ctypes.Structure):
     )
 
 
+class _Gemm(ctypes.Structure):
+    """`gemm_problem_t` of native.c, field by field."""
+
+    _fields_ = (
+        ("weight", _Dequantize),
+        *_fields(ctypes.c_void_p, "x permutation bias out"),
+        *_fields(ctypes.c_int64, "m columns"),
+        *_fields(ctypes.c_int32, "permutation_bytes bias_type"),
+    )
+
+
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL | None:
     """The native kernels, or None, with one warning, where they were not built or cannot be loaded."""
@@ -115,6 +126,8 @@ def _open(path: Path) -> ctypes.CDLL:
     library.arb_linear.restype = ctypes.c_int
     library.arb_dequantize.argtypes = (ctypes.POINTER(_Dequantize), ctypes.c_int)
     library.arb_dequantize.restype = None
+    library.arb_gemm.argtypes = (ctypes.POINTER(_Gemm),)
+    library.arb_gemm.restype = ctypes.c_int
     library.arb_kernel_name.restype = ctypes.c_char_p
     return library
 
@@ -275,6 +288,45 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, ker
 _POINTERS = tuple(field[0] for field in _Linear._fields_ if field[1] is ctypes.c_void_p)[:10]
 
 
+def gemm(x: torch.Tensor, packed: PackedWeight, columns: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x W^T + bias` of many rows on the matrix unit, W rounded to bfloat16; only where `kernels()` has "amx".
+
+    Args:
+        x: bfloat16 `[M, K]`.
+        packed: the weight. What the salient columns alone have is left out.
+        columns: as in `dequantize`.
+        bias: `[N]`, or None.
+
+    Returns:
+        bfloat16 `[M, N]`.
+    """
+    library = load()
+    assert library is not None
+    rows = packed.out_features
+    out = x.new_empty(x.shape[0], rows)
+    if not out.numel():
+        return out
+    x, permutation, bias = _ready(x), _ready(packed.permutation), _ready(bias)
+    tiles = tiles_for(packed.in_features, packed.block_size, LANES)
+    weight, kept = _dequantize_problem(columns, packed, tiles)
+    weight.threads = _threads(x.shape[0] * rows * packed.in_features, (rows + 31) // 32)
+    problem = _Gemm(
+        weight=weight,
+        x=x.data_ptr(),
+        permutation=None if permutation is None else permutation.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        out=out.data_ptr(),
+        m=x.shape[0],
+        columns=packed.in_features,
+        permutation_bytes=0 if permutation is None else permutation.dtype.itemsize,
+        bias_type=0 if bias is None else _TYPES[bias.dtype],
+    )
+    if library.arb_gemm(ctypes.byref(problem)):
+        raise MemoryError(f"No memory for an input of {x.shape[0]} x {packed.in_features}: pass fewer rows at once.")
+    del kept
+    return out
+
+
 def dequantize(
     columns: torch.Tensor,
     packed: PackedWeight,
@@ -296,22 +348,31 @@ def dequantize(
     assert library is not None
     if not out.numel():
         return out
+    problem, kept = _dequantize_problem(columns, packed, tiles)
+    problem.threads = _threads(
+        packed.out_features * tiles.count * tiles.width * problem.term_count, packed.out_features
+    )
+    scales = torch.empty(problem.threads, tiles.blocks * packed.layout.row_scales)
+    problem.scales, problem.out, problem.out_type = scales.data_ptr(), out.data_ptr(), _TYPES[out.dtype]
+    library.arb_dequantize(ctypes.byref(problem), kernels()[best_kernel() if kernel is None else kernel])
+    del kept
+    return out
+
+
+def _dequantize_problem(
+    columns: torch.Tensor, packed: PackedWeight, tiles: Tiles
+) -> tuple[_Dequantize, tuple[torch.Tensor, ...]]:
+    """What is the same for every way to dequantize, and the tensors that it points to and the caller keeps alive."""
     weight, row_scale = _ready(packed.weight), _ready(packed.row_scale)
     assert weight is not None
     assert row_scale is not None
     terms = _dequantize_terms(packed.layout.name)
-    rows = packed.out_features
-    work = rows * tiles.count * tiles.width * len(terms)
-    threads = _threads(work, rows)
-    scales = torch.empty(threads, tiles.blocks * packed.layout.row_scales)
     problem = _Dequantize(
         weight=weight.data_ptr(),
         row_scale=row_scale.data_ptr(),
         columns=columns.data_ptr(),
         terms=ctypes.addressof(terms),
-        scales=scales.data_ptr(),
-        out=out.data_ptr(),
-        rows=rows,
+        rows=packed.out_features,
         row_bytes=weight.shape[1],
         tiles=tiles.count,
         tiles_per_block=tiles.per_block,
@@ -322,8 +383,5 @@ def dequantize(
         planes=packed.layout.planes,
         tile_bytes=tiles.width // 8,
         last_bytes=tiles.last_bytes,
-        out_type=_TYPES[out.dtype],
-        threads=threads,
     )
-    library.arb_dequantize(ctypes.byref(problem), kernels()[best_kernel() if kernel is None else kernel])
-    return out
+    return problem, (weight, row_scale, columns)

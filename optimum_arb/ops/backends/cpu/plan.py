@@ -20,12 +20,12 @@ LOOKUP_ROWS = 2
 # Terms times rows of x up to which a processor without a matrix unit sums digits; above, the weight is dequantized.
 # Measured at 4096x4096 on one core of a Xeon with AVX-512: 0.4 to 0.7 ms a term and row, dequantizing 2.5 to 5 ms.
 DIRECT_TERMS = 12
-# Milliseconds at 4096x4096 on that core: the matrix unit on digits, a row and sign matrix; dequantizing and
-# multiplying, whatever the rows, and a row. Both scale with the size of the weight.
+# Milliseconds at 4096x4096 on that core: the matrix unit on digits, a row and sign matrix; dequantizing and multiplying,
+# whatever the rows, a term and a row. All scale with the size of the weight.
 AMX_COSTS = {
-    torch.float32: (0.115, 16.0, 0.25),
-    torch.float16: (0.075, 14.0, 0.26),
-    torch.bfloat16: (0.075, 4.0, 0.045),
+    torch.float32: (0.115, 16.0, 0.0, 0.25),
+    torch.float16: (0.075, 14.0, 0.0, 0.26),
+    torch.bfloat16: (0.070, 1.0, 1.4, 0.033),
 }
 
 
@@ -44,9 +44,9 @@ def choose_kernel(kernels: Collection[str], name: str, rows: int, dtype: torch.d
         return direct  # at two planes 1.34 ms, and 1.57 on the matrix unit
     if "amx" not in kernels:
         return direct if rows * len(terms) <= DIRECT_TERMS else None
-    digits, fixed, multiplied = AMX_COSTS[dtype]
+    digits, fixed, dequantized, multiplied = AMX_COSTS[dtype]
     matrices = len({term.planes for term in terms})
-    return "amx" if matrices * rows * digits <= fixed + rows * multiplied else None
+    return "amx" if matrices * rows * digits <= fixed + len(terms) * dequantized + rows * multiplied else None
 
 
 @dataclass(frozen=True)
