@@ -26,7 +26,7 @@ from .config import ARBConfig
 from .config.choices import AUTO
 from .config.overrides import with_choices
 from .conversion import binarize_linear
-from .layout import MAX_PLANES
+from .format.layout import MAX_PLANES
 from .modules import Selection, linear_shape
 from .nn import ARBLinear
 from .patterns import matches

@@ -17,12 +17,12 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .config import ARBConfig
 from .experts.stored import describe_experts, packed_experts
-from .factors import LAYOUT_NAME
+from .format.factors import LAYOUT_NAME
+from .format.layout import form_name
+from .format.packing import STORED_NAMES
 from .keys import KeyMap
 from .layer_warnings import LayerWarning, layer_warnings
-from .layout import form_name
 from .modules import linear_shape, select_modules
-from .packing import STORED_NAMES
 from .report import ModuleReport
 from .stored import StoredTensor, describe, packed_linears, read_headers
 from .stored_report import find_report, matching_modules, read_report

@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .config import ARBConfig
-from .factors import ROUNDED_BLOCK, ROUNDED_LAYOUT, factor_shapes
-from .packing import STORED_NAMES, packed_shapes
+from .format.factors import ROUNDED_BLOCK, ROUNDED_LAYOUT, factor_shapes
+from .format.packing import STORED_NAMES, packed_shapes
 from .safetensors_header import check_header_length
 
 COMPANIONS = tuple(f"weight_{name}" for name in STORED_NAMES[1:])

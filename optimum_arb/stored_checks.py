@@ -18,9 +18,9 @@ from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import ARBConfig
+from .format.packing import STORED_NAMES
 from .inspection import tensor_bytes
 from .keys import KeyMap
-from .packing import STORED_NAMES
 from .safetensors_header import Placed, read_header
 from .stored import StoredLinear, StoredTensor
 

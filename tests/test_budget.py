@@ -17,8 +17,8 @@ from optimum_arb.calibration.sensitivity import divergences
 from optimum_arb.checkpoint.estimate import estimate
 from optimum_arb.checkpoint.quantize import quantize_checkpoint
 from optimum_arb.conversion import binarize_linear
+from optimum_arb.format.packing import stored_bytes
 from optimum_arb.nn import ARBFactorizedLinear
-from optimum_arb.packing import stored_bytes
 
 QUICK = {"num_iterations": 3, "num_samples": 4}
 

@@ -17,8 +17,8 @@ from tiny_models import outputs, save_tiny, tokens
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM, LlamaModel
 
 from optimum_arb import ARBConfig
+from optimum_arb.format.packing import FORMAT_VERSION
 from optimum_arb.inspection import inspect_model
-from optimum_arb.packing import FORMAT_VERSION
 from optimum_arb.safetensors_header import MAX_HEADER
 from optimum_arb.version import FIRST_READERS, __version__
 

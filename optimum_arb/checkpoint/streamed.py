@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from ..calibration.weights import OUTSIDE, LayerWeights
 from ..conversion import Record, empty_linear
 from ..experts.conversion import packed_form
+from ..format.packing import TENSOR_NAMES
 from ..modules import Selection, linear_shape
 from ..nn import ARBExperts, ARBLinear
-from ..packing import TENSOR_NAMES
 from ..stored import StoredLinear, StoredTensor, describe
 from .disk_activations import DiskActivations
 from .memory import give_back_memory

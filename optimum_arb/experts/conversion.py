@@ -14,8 +14,8 @@ from ..calibration.distributed import Ranks
 from ..calibration.experts import ROWS, LayerStatistics, RoutedInputs
 from ..config import ARBConfig
 from ..conversion import Record, linear_output_error
+from ..format.packing import BinarizedWeight, block_count, pack, unpack
 from ..nn import ARBExperts, ARBLinear
-from ..packing import BinarizedWeight, block_count, pack, unpack
 from .matrices import ExpertMatrix, expert_matrices, expert_weight
 from .packing import PackedForm, stack_experts
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..config import ARBConfig
+from ..format.packing import TENSOR_NAMES
 from ..keys import KeyMap
-from ..packing import TENSOR_NAMES
 from ..stored import StoredLinear, StoredTensor, describe
 from .conversion import packed_form
 from .keys import split_companion

@@ -3,8 +3,8 @@ import torch
 from packed_weights import random_binarized
 from safetensors.torch import load_file, save_file
 
-from optimum_arb.layout import all_layouts, planes_layout
-from optimum_arb.packing import (
+from optimum_arb.format.layout import all_layouts, planes_layout
+from optimum_arb.format.packing import (
     BinarizedWeight,
     bits_per_weight,
     check_block_size,

@@ -6,10 +6,10 @@ import pytest
 import torch
 from packed_weights import random_binarized, random_factorized, relative_error
 
-from optimum_arb.factors import pack_factors, unpack_factors
-from optimum_arb.layout import all_layouts, planes_layout
-from optimum_arb.packing import pack, packed_shapes, stored_bytes, unpack
-from optimum_arb.scales import Rounding, decode_scales, encode_scales, nearest_on_grid, round_scales
+from optimum_arb.format.factors import pack_factors, unpack_factors
+from optimum_arb.format.layout import all_layouts, planes_layout
+from optimum_arb.format.packing import pack, packed_shapes, stored_bytes, unpack
+from optimum_arb.format.scales import Rounding, decode_scales, encode_scales, nearest_on_grid, round_scales
 
 PLANES = [layout for layout in all_layouts() if layout.is_planes]
 OTHERS = [layout for layout in all_layouts() if not layout.is_planes]

@@ -4,14 +4,14 @@ import pytest
 import torch
 from packed_weights import random_factorized, relative_error
 
-from optimum_arb.factors import (
+from optimum_arb.format.factors import (
     FACTOR_TENSOR_NAMES,
     factor_shapes,
     pack_factors,
     rank_for_bits,
     unpack_factors,
 )
-from optimum_arb.packing import STORED_NAMES, bits_per_weight, stored_bytes
+from optimum_arb.format.packing import STORED_NAMES, bits_per_weight, stored_bytes
 
 SHAPES = [(42, 300, 24), (5, 7, 1), (130, 64, 200), (16, 129, 129), (1, 1, 3)]
 

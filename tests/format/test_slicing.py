@@ -11,13 +11,13 @@ import tomllib
 import torch
 from packed_weights import random_binarized, relative_error
 
+from optimum_arb.format.layout import all_layouts, bitmap_layout, planes_layout
+from optimum_arb.format.packing import pack, unpack
+from optimum_arb.format.slicing import column_obstacle, slice_columns, slice_rows
 from optimum_arb.integrations import vllm as plugin
-from optimum_arb.layout import all_layouts, bitmap_layout, planes_layout
 from optimum_arb.nn import ARBLinear
-from optimum_arb.packing import pack, unpack
-from optimum_arb.slicing import column_obstacle, slice_columns, slice_rows
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = {layout.name: layout for layout in all_layouts()}
 
 

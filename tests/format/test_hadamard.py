@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from optimum_arb.hadamard import hadamard_blocks, hadamard_matrix, hadamard_transform, random_signs
+from optimum_arb.format.hadamard import hadamard_blocks, hadamard_matrix, hadamard_transform, random_signs
 
 
 @pytest.mark.parametrize(

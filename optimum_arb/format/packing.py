@@ -34,8 +34,8 @@ TENSOR_NAMES = (
     "salient_weight",
     "salient_col_scale",
 )
-# Every tensor that a packed module may store: those, the inner factor's of `optimum_arb.factors`, the grids of scales
-# in 8 bits, and the signs of a Hadamard transform.
+# Every tensor that a packed module may store: those, the inner factor's of `optimum_arb.format.factors`, the grids of
+# scales in 8 bits, and the signs of a Hadamard transform.
 STORED_NAMES = (*TENSOR_NAMES, "inner", "inner_row_scale", "inner_col_scale", "scale_grid", "input_signs")
 
 
@@ -55,8 +55,8 @@ class BinarizedWeight:
         salient_columns: int64 `[S]`, ascending, or None where the layout has no salient columns.
         salient_signs: bool `[salient_planes, N, S]`, or None.
         salient_col_scale: float `[salient_col_scales, S]`, or None.
-        hadamard: the block of a Hadamard transform (`optimum_arb.hadamard`) that the permuted inputs go through before
-            they meet the planes: `y = planes(Hadamard(sign * x[permutation]))`; 0 for none.
+        hadamard: the block of a Hadamard transform (`optimum_arb.format.hadamard`) that the permuted inputs go through
+            before they meet the planes: `y = planes(Hadamard(sign * x[permutation]))`; 0 for none.
         input_signs: the signs of that transform, bool `[K]`, True = +1, in the order of the permuted inputs; None
             without one.
     """
@@ -212,7 +212,7 @@ def pack(
     Args:
         weight: the weight.
         scale_bits: 16, or 8 for plain planes (`Layout.is_planes`): then `row_scale` and `col_scale` are uint8 codes on
-            the grids of `scale_grid`, see `optimum_arb.scales`.
+            the grids of `scale_grid`, see `optimum_arb.format.scales`.
         scale_grid: grids to take where no others have a lower error, as for scales that are on them.
 
     | name | dtype | shape |

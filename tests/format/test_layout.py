@@ -2,7 +2,7 @@ import pytest
 import torch
 from packed_weights import random_binarized
 
-from optimum_arb.layout import all_layouts, bitmap_layout, layout_from_name, planes_layout
+from optimum_arb.format.layout import all_layouts, bitmap_layout, layout_from_name, planes_layout
 
 
 @pytest.mark.parametrize("layout", all_layouts(), ids=lambda layout: layout.name)

@@ -17,7 +17,7 @@ def slice_rows(tensors: Mapping[str, torch.Tensor], rows: torch.Tensor) -> dict[
     """Some rows (outputs) of a packed weight, in the order given.
 
     Args:
-        tensors: as `optimum_arb.packing.pack` returns them.
+        tensors: as `optimum_arb.format.packing.pack` returns them.
         rows: int64 `[n]`.
     """
     return {name: tensor.index_select(0, rows) if name in ROW_TENSORS else tensor for name, tensor in tensors.items()}
@@ -45,7 +45,7 @@ def slice_columns(
     """The columns (inputs) from `start` to `stop` of a packed weight; both lie between blocks (`column_obstacle`).
 
     Args:
-        tensors: as `optimum_arb.packing.pack` returns them, without a permutation.
+        tensors: as `optimum_arb.format.packing.pack` returns them, without a permutation.
         layout: the layout that they were packed with.
         in_features: K.
         block_size: as it was packed.

@@ -3,8 +3,8 @@
     W ~ diag(row_scale) A diag(rank_scale) B diag(col_scale),    A in {-1, +1}^[N, r],  B in {-1, +1}^[r, K]
 
 (double binary factorization: Boza and Macko 2025, "Addition is almost all you need"). Both products with x are those of
-one sign plane without blocks (`optimum_arb.packing`, `block_size=-1`), so the operator and its kernels run them as they
-are: `u = diag(rank_scale) B diag(col_scale) x`, then `y = diag(row_scale) A u`.
+one sign plane without blocks (`optimum_arb.format.packing`, `block_size=-1`), so the operator and its kernels run
+them as they are: `u = diag(rank_scale) B diag(col_scale) x`, then `y = diag(row_scale) A u`.
 
 A factor can be moved between the three scales without a change of W. Packing moves powers of two, so that nothing is
 rounded by it: the mean of `col_scale` becomes 1 and that of `row_scale` 1 / sqrt(r), up to a factor of sqrt(2) each;
@@ -25,7 +25,7 @@ from .layout import Layout, planes_layout
 from .packing import TILE, pack_bits, packed_bytes, unpack_bits
 from .scales import decoded, store_coded, store_scale
 
-# The packed tensors of each factor by the names of `optimum_arb.packing.TENSOR_NAMES`.
+# The packed tensors of each factor by the names of `optimum_arb.format.packing.TENSOR_NAMES`.
 OUTER = {"weight": "weight", "row_scale": "row_scale"}
 INNER = {"weight": "inner", "row_scale": "inner_row_scale", "col_scale": "inner_col_scale"}
 FACTOR_TENSOR_NAMES = (*OUTER.values(), *INNER.values(), "scale_grid")
@@ -115,7 +115,7 @@ def pack_factors(
 
     Args:
         weight: the weight.
-        scale_bits: 16, or 8 for scales that are codes on the grids of `scale_grid`, see `optimum_arb.scales`.
+        scale_bits: 16, or 8 for scales that are codes on the grids of `scale_grid`, see `optimum_arb.format.scales`.
         scale_grid: grids to take where no others have a lower error, as for scales that are on them.
 
     | name | dtype | shape |

@@ -7,9 +7,9 @@ import pytest
 import torch
 from packed_weights import random_factorized
 
-from optimum_arb.factors import pack_factors, unpack_factors
-from optimum_arb.layout import bitmap_layout, planes_layout
-from optimum_arb.packing import BinarizedWeight, block_count, pack, unpack
+from optimum_arb.format.factors import pack_factors, unpack_factors
+from optimum_arb.format.layout import bitmap_layout, planes_layout
+from optimum_arb.format.packing import BinarizedWeight, block_count, pack, unpack
 
 
 def read_signs(packed: np.ndarray, planes: int, columns: int, tile: int) -> np.ndarray:
