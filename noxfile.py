@@ -31,6 +31,7 @@ TESTS = (
     "tests/test_bad_input.py",
     "tests/test_quantizer_experts.py",
     "tests/experts",
+    "tests/stored",
     "tests/test_tensor_parallel.py",
     "tests/models",
     "tests/calibration",

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..config import ARBConfig
 from ..format import packing
 from ..format.layout import Layout
+from .matrices import ExpertMatrix
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,13 @@ class PackedForm:
         rows = self.out_features // self.parts
         one = packing.packed_shapes(self.layout, rows, self.in_features, self.block_size, permuted, salient)
         return {name: (self.experts, self.parts * shape[0], shape[1]) for name, shape in one.items()}
+
+
+def packed_form(matrix: ExpertMatrix, config: ARBConfig) -> PackedForm:
+    """What the packed tensors of a matrix mean under a configuration."""
+    return PackedForm(
+        config.layout, config.block_size, matrix.experts, matrix.parts, matrix.out_features, matrix.in_features
+    )
 
 
 def stack_experts(packed: Sequence[Sequence[Mapping[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:

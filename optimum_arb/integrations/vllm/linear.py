@@ -36,7 +36,8 @@ from ...format.packing import TENSOR_NAMES
 from ...format.scales import decoded, scale_grids
 from ...format.slicing import column_obstacle, slice_columns, slice_rows
 from ...nn import ARBLinear
-from ...stored import StoredLinear, StoredTensor, describe
+from ...stored.linears import StoredLinear, describe
+from ...stored.tensors import StoredTensor
 
 logger = init_logger(f"vllm.{__name__}")
 

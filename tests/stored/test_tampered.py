@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from optimum_arb import ARBConfig
 from optimum_arb.format.packing import FORMAT_VERSION
 from optimum_arb.inspection import inspect_model
-from optimum_arb.safetensors_header import MAX_HEADER
+from optimum_arb.stored.header import MAX_HEADER
 from optimum_arb.version import FIRST_READERS, __version__
 
 LINEAR = "model.layers.1.mlp.up_proj"

@@ -1,32 +1,20 @@
-"""What a checkpoint says of its packed modules, read from its safetensors headers before anything loads."""
+"""What a checkpoint says of its packed linears, read from its safetensors headers before anything loads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from .config import ARBConfig
-from .format.factors import ROUNDED_BLOCK, ROUNDED_LAYOUT, factor_shapes
-from .format.packing import STORED_NAMES, packed_shapes
-from .safetensors_header import check_header_length
+from ..config import ARBConfig
+from ..format.factors import ROUNDED_BLOCK, ROUNDED_LAYOUT, factor_shapes
+from ..format.packing import STORED_NAMES, packed_shapes
+from .tensors import StoredTensor
 
 COMPANIONS = tuple(f"weight_{name}" for name in STORED_NAMES[1:])
 _SCALE_DTYPES = {"F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
 _INDEX_DTYPES = {"I16": torch.int16, "I32": torch.int32}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Shape and safetensors dtype name ("U8", "F16", ...) of a tensor in a file."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.dtype} {list(self.shape)}"
 
 
 @dataclass
@@ -35,29 +23,6 @@ class StoredLinear:
 
     key: str
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
-
-
-def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint.
-
-    Raises:
-        ValueError: a file that is not safetensors, or is damaged or cut short; a tensor that is in two files.
-    """
-    headers: dict[str, StoredTensor] = {}
-    for path in files:
-        check_header_length(path)
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (it is no dict)
-                    if key in headers:
-                        raise ValueError(f"The tensor {key!r} is in {path} and in another file of the checkpoint too.")
-                    part = file.get_slice(key)
-                    headers[key] = StoredTensor(tuple(part.get_shape()), part.get_dtype())
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is no intact safetensors file: {error}. Save or download the model again."
-            ) from None
-    return headers
 
 
 def packed_linears(headers: Mapping[str, StoredTensor]) -> list[StoredLinear]:

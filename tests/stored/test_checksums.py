@@ -17,8 +17,8 @@ from tiny_models import outputs, save_tiny, tokens
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 
 from optimum_arb import ARBConfig, save_model
-from optimum_arb.checksums import ENTRY, SKIP_VARIABLE, UNFINISHED, VERSION_ENTRY, seal, tensor_checksums, verify
-from optimum_arb.safetensors_header import read_header, set_metadata
+from optimum_arb.stored.checksums import ENTRY, SKIP_VARIABLE, UNFINISHED, VERSION_ENTRY, seal, tensor_checksums, verify
+from optimum_arb.stored.header import read_header, set_metadata
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +133,8 @@ def test_metadata_of_any_length(one, length):
 
 def test_threads_agree_with_one(one, monkeypatch):
     expected = tensor_checksums(one / "model.safetensors")
-    monkeypatch.setattr("optimum_arb.checksums._RUN", 1000)
-    monkeypatch.setattr("optimum_arb.checksums._CHUNK", 7)
+    monkeypatch.setattr("optimum_arb.stored.checksums._RUN", 1000)
+    monkeypatch.setattr("optimum_arb.stored.checksums._CHUNK", 7)
     assert tensor_checksums(one / "model.safetensors") == expected
 
 

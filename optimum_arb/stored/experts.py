@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from ..config import ARBConfig
+from ..experts.keys import split_companion
+from ..experts.matrices import ExpertMatrix
+from ..experts.packing import packed_form
 from ..format.packing import TENSOR_NAMES
-from ..keys import KeyMap
-from ..stored import StoredLinear, StoredTensor, describe
-from .conversion import packed_form
-from .keys import split_companion
-from .matrices import ExpertMatrix
+from .keys import KeyMap
+from .linears import StoredLinear, describe
+from .tensors import StoredTensor
 
 _DTYPES = {
     "U8": torch.uint8,

@@ -32,9 +32,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from .config import ARBConfig
-from .safetensors_header import Placed, read_header, set_metadata
-from .version import __version__
+from ..config import ARBConfig
+from ..version import __version__
+from .header import Placed, read_header, set_metadata
 
 logger = logging.getLogger(__name__)
 

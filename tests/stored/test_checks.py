@@ -11,8 +11,8 @@ import pytest
 from saved_llama import LINEAR, binarized_llama, quantization, refusal, save_both, weights
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from optimum_arb.checksums import seal
-from optimum_arb.safetensors_header import read_header
+from optimum_arb.stored.checksums import seal
+from optimum_arb.stored.header import read_header
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_arb import ARBConfig, model_report, save_model
 from optimum_arb.inspection import inspect_model
-from optimum_arb.stored_report import NAME, read_report
+from optimum_arb.stored.report import NAME, read_report
 
 
 @pytest.fixture(scope="module")

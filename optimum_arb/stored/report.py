@@ -13,9 +13,9 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from .conversion import Record
-from .layer_warnings import layer_warnings
-from .report import ModelReport, ModuleReport, model_report
+from ..conversion import Record
+from ..layer_warnings import layer_warnings
+from ..report import ModelReport, ModuleReport, model_report
 
 logger = logging.getLogger(__name__)
 

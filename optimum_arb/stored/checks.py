@@ -1,6 +1,6 @@
 """Whether a binarized checkpoint is what its configuration says, before anything of it is allocated or run.
 
-`stored.describe` compares the shapes of packed tensors; here are all other tensors, and the values of those that the
+`linears.describe` compares the shapes of packed tensors; here are all other tensors, and the values of those that the
 operators use as addresses.
 """
 
@@ -17,12 +17,12 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .config import ARBConfig
-from .format.packing import STORED_NAMES
-from .inspection import tensor_bytes
+from ..config import ARBConfig
+from ..format.packing import STORED_NAMES
+from .header import Placed, read_header
 from .keys import KeyMap
-from .safetensors_header import Placed, read_header
-from .stored import StoredLinear, StoredTensor
+from .linears import StoredLinear
+from .tensors import StoredTensor, tensor_bytes
 
 _COMPANION = re.compile(rf"(.+?)_({'|'.join(STORED_NAMES[1:])})")
 # The deepest models have about 130.

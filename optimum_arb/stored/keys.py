@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, rename_source_key
 
-from .modules import Selection
-from .stored import COMPANIONS, StoredTensor
+from ..modules import Selection
+from .linears import COMPANIONS
+from .tensors import StoredTensor
 
 
 class KeyMap:
