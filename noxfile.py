@@ -32,7 +32,7 @@ TESTS = (
     "tests/test_quantizer_experts.py",
     "tests/experts",
     "tests/stored",
-    "tests/test_tensor_parallel.py",
+    "tests/tensor_parallel",
     "tests/models",
     "tests/calibration",
     "tests/integrations",

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from ..config import ARBConfig
 from ..conversion import Record, empty_linear
-from ..load_dtypes import cast_loaded, expected_dtypes
 from ..modules import Selection, linear_shape
 from ..nn import ARBExperts, ARBLinear
 from ..stored.checks import (
@@ -31,7 +30,8 @@ from ..stored.keys import KeyMap
 from ..stored.linears import describe, packed_linears
 from ..stored.report import read_report, restore_records
 from ..stored.tensors import read_headers
-from ..tensor_parallel import is_divided
+from ..tensor_parallel.layers import is_divided
+from .dtypes import cast_loaded, expected_dtypes
 
 logger = logging.getLogger(__name__)
 

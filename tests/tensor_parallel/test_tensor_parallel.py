@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from optimum_arb import ARBConfig
 from optimum_arb.nn import ARBLinear
-from optimum_arb.tensor_parallel import prepare
+from optimum_arb.tensor_parallel.layers import prepare
 
 needs_torch = pytest.mark.skipif(
     Version(torch.__version__) < Version("2.7"), reason="tensor parallelism of transformers needs torch 2.7"

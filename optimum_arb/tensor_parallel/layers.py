@@ -31,9 +31,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
-from .format.slicing import ROW_TENSORS, column_obstacle
-from .nn import ARBExperts, ARBFactorizedLinear, ARBLinear
-from .tensor_parallel_forwards import divided_columns, divided_experts, divided_rows
+from ..format.slicing import ROW_TENSORS, column_obstacle
+from ..nn import ARBExperts, ARBFactorizedLinear, ARBLinear
+from .forwards import divided_columns, divided_experts, divided_rows
 
 _STYLES = (
     "colwise",

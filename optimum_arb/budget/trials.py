@@ -2,7 +2,7 @@
 
 Each linear is binarized for a trial in a few of the forms that it may get, under the calibration matrix of the float
 model, with a third of the iterations. By what each form does to the divergence of the model's distribution
-(`calibration/sensitivity.py`) the budget is divided: `optimum_arb.allocation`.
+(`calibration/sensitivity.py`) the budget is divided: `optimum_arb.budget.allocation`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import is_progress_bar_enabled
 
+from ..calibration.sensitivity import divergences
+from ..calibration.walk import CalibrationWalk
+from ..config import ARBConfig
+from ..config.choices import AUTO
+from ..config.overrides import with_choices
+from ..conversion import binarize_linear
+from ..format.layout import MAX_PLANES
+from ..modules import Selection, linear_shape
+from ..nn import ARBLinear
+from ..patterns import matches
 from .allocation import Choice, allocate, interpolate
-from .calibration.sensitivity import divergences
-from .calibration.walk import CalibrationWalk
-from .config import ARBConfig
-from .config.choices import AUTO
-from .config.overrides import with_choices
-from .conversion import binarize_linear
-from .format.layout import MAX_PLANES
-from .modules import Selection, linear_shape
-from .nn import ARBLinear
-from .patterns import matches
 
 # Of the divergence that a linear causes, before linears are compared: error correction lets later linears make up for
 # earlier ones, so that the differences between them are smaller in the end.

@@ -6,7 +6,7 @@ from tiny_models import save_tiny, tiny_model
 from transformers import LlamaForCausalLM
 
 from optimum_arb import ARBConfig, model_report
-from optimum_arb.placement import calibration_device, check_no_disk, place_model
+from optimum_arb.loading.placement import calibration_device, check_no_disk, place_model
 
 
 @pytest.mark.parametrize("device_map", [None, {"": "cpu"}, {"": torch.device("cpu")}, {"a": "cpu", "b": "cpu"}])

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
-from .nn import ARBExperts, ARBLinear
+from ..nn import ARBExperts, ARBLinear
 
 
 def expected_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:

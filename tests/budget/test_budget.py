@@ -12,7 +12,7 @@ from tiny_models import outputs, save_tiny, tiny_model, tokens
 from transformers import AutoModel, AutoModelForCausalLM
 
 from optimum_arb import ARBConfig, ARBLinear
-from optimum_arb.budget import candidates, divided, measured, stored_bits
+from optimum_arb.budget.trials import candidates, divided, measured, stored_bits
 from optimum_arb.calibration.sensitivity import divergences
 from optimum_arb.checkpoint.estimate import estimate
 from optimum_arb.checkpoint.quantize import quantize_checkpoint

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .calibration.distributed import Ranks, local_device
+from ..calibration.distributed import Ranks, local_device
 
 
 def check_no_disk(device_map: Any) -> None:

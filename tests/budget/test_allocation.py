@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from optimum_arb.allocation import Choice, allocate, interpolate, lower_hull
+from optimum_arb.budget.allocation import Choice, allocate, interpolate, lower_hull
 
 
 def random_choices(modules, options, seed):

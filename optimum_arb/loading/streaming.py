@@ -10,13 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 
-from .calibration.workers import one_thread
-from .conversion import binarize_linear
-from .experts.conversion import binarize_matrix
-from .nn import ARBExperts
+from ..calibration.workers import one_thread
+from ..conversion import binarize_linear
+from ..experts.conversion import binarize_matrix
+from ..nn import ARBExperts
 
 if TYPE_CHECKING:
-    from .quantizer import ARBHfQuantizer
+    from ..quantizer import ARBHfQuantizer
 
 
 class BinarizeOnLoad(ConversionOps):
