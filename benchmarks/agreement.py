@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from optimum_arb.layout import Layout, all_layouts
+from optimum_arb.format.layout import Layout, all_layouts
+from optimum_arb.format.packing import TENSOR_NAMES, BinarizedWeight, block_count, pack
 from optimum_arb.ops.backends import cpu, reference
 from optimum_arb.ops.backends.cpu import native
 from optimum_arb.ops.backends.packed import PackedWeight
-from optimum_arb.packing import TENSOR_NAMES, BinarizedWeight, block_count, pack
 
 LAYOUTS = tuple(layout.name for layout in all_layouts())
 # out_features, in_features, block_size, permuted

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from walked import binarizer, make_dense
 
 from optimum_arb import ARBConfig
-from optimum_arb.budget import SPREAD, chosen, divided
+from optimum_arb.budget.trials import SPREAD, chosen, divided
 from optimum_arb.calibration import CalibrationWalk, token_batches
 from optimum_arb.data import bundled_text
 from optimum_arb.evaluate import perplexity

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from optimum_arb.checksums import placeholder, seal, verify
+from optimum_arb.stored.checksums import placeholder, seal, verify
 
 QUANTIZATION = {"quant_method": "arb"}
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from optimum_arb.layout import all_layouts, planes_layout
+from optimum_arb.format.layout import all_layouts, planes_layout
 from optimum_arb.ops.backends.triton import gemm, half_bits, prepack
 from optimum_arb.ops.backends.triton.table import bucket, lookup
 from optimum_arb.ops.backends.triton.timing import copies_for, graph_time, random_weight

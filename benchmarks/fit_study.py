@@ -35,9 +35,9 @@ from optimum_arb import ARBConfig
 from optimum_arb.algorithms import admm, binarize, dbf, output_error
 from optimum_arb.calibration.statistics import Statistic
 from optimum_arb.data import bundled_text
+from optimum_arb.format.packing import stored_bytes
 from optimum_arb.modules import is_linear
 from optimum_arb.nn import packed_linear
-from optimum_arb.packing import stored_bytes
 from optimum_arb.patterns import check_pattern, matches
 
 # Five kinds of matrices from the first to the last third of SmolLM2-135M.

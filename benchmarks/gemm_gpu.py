@@ -20,13 +20,13 @@ from dataclasses import asdict, replace
 
 import torch
 
-from optimum_arb.layout import layout_from_name
+from optimum_arb.format.layout import layout_from_name
+from optimum_arb.format.packing import packed_shapes
 from optimum_arb.ops.backends.packed import PackedWeight
 from optimum_arb.ops.backends.triton import dequantize as dense_module
 from optimum_arb.ops.backends.triton.columns import gather_columns
 from optimum_arb.ops.backends.triton.dequantize import dequantize
 from optimum_arb.ops.backends.triton.gemm import GemmConfig, candidates, gemm, gemm_input_grad
-from optimum_arb.packing import packed_shapes
 
 START = time.time()
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from optimum_arb.layout import planes_layout
+from optimum_arb.format.layout import planes_layout
 from optimum_arb.nn import ARBLinear, share_inputs
 from optimum_arb.ops.backends.triton import native_launch
 from optimum_arb.ops.backends.triton.timing import random_weight

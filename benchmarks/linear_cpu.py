@@ -18,10 +18,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from optimum_arb.layout import planes_layout
+from optimum_arb.format.layout import planes_layout
+from optimum_arb.format.packing import BinarizedWeight, block_count, stored_bytes
 from optimum_arb.nn import ARBLinear
 from optimum_arb.ops.backends.cpu import native
-from optimum_arb.packing import BinarizedWeight, block_count, stored_bytes
 
 
 def packed_linear(rows: int, columns: int, planes: int) -> ARBLinear:

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from optimum_arb.layout import planes_layout
+from optimum_arb.format.layout import planes_layout
 from optimum_arb.ops.backends.triton import dispatch, prepack
 from optimum_arb.ops.backends.triton.timing import copies_for, graph_time, random_weight
 

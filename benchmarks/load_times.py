@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optimum_arb.checksums import SKIP_VARIABLE
+from optimum_arb.stored.checksums import SKIP_VARIABLE
 
 
 def write(model: PreTrainedModel, directory: Path) -> tuple[int, float]:

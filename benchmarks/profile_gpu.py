@@ -14,7 +14,7 @@ import argparse
 
 import torch
 
-from optimum_arb.layout import planes_layout
+from optimum_arb.format.layout import planes_layout
 from optimum_arb.nn import ARBLinear
 from optimum_arb.ops.backends.triton.timing import random_weight
 

@@ -21,8 +21,8 @@ from optimum_arb import ARBConfig, algorithms
 from optimum_arb.algorithms import guard
 from optimum_arb.config import BITMAP_METHODS
 from optimum_arb.data import bundled_text
+from optimum_arb.format.packing import BinarizedWeight
 from optimum_arb.modules import is_linear
-from optimum_arb.packing import BinarizedWeight
 
 FORMS = {
     **{method: {"method": method} for method in BITMAP_METHODS},

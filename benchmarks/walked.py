@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from optimum_arb.conversion import binarize_linear, float_linear
+from optimum_arb.format.packing import stored_bytes
 from optimum_arb.modules import Selection
 from optimum_arb.nn import ARBLinear
-from optimum_arb.packing import stored_bytes
 
 
 def binarizer(selection: Selection) -> Callable[..., tuple[ARBLinear, float | None]]:

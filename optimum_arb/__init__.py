@@ -5,8 +5,8 @@ Importing this package registers `ARBConfig` and its quantizer with transformers
 
 from .checkpoint.quantize import QuantizedCheckpoint, quantize_checkpoint
 from .config import ARBConfig
+from .format.packing import BinarizedWeight
 from .nn import ARBExperts, ARBLinear
-from .packing import BinarizedWeight
 from .quantizer import ARBHfQuantizer
 from .registration import register
 from .report import ModelReport, ModuleReport, model_report

@@ -11,9 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .algorithms import binarize, hadamard_gain, output_error
 from .config import ARBConfig
+from .format.packing import BinarizedWeight
 from .modules import linear_shape
 from .nn import ARBFactorizedLinear, ARBLinear, packed_linear
-from .packing import BinarizedWeight
 
 # Where an `ARBLinear` remembers the class that it replaced, if that was not `nn.Linear`.
 _FLOAT_CLASS = "_arb_float_class"

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import get_safetensors_metadata
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .config import ARBConfig
-from .experts.stored import describe_experts, packed_experts
-from .factors import LAYOUT_NAME
-from .keys import KeyMap
+from .format.factors import LAYOUT_NAME
+from .format.layout import form_name
+from .format.packing import STORED_NAMES
 from .layer_warnings import LayerWarning, layer_warnings
-from .layout import form_name
 from .modules import linear_shape, select_modules
-from .packing import STORED_NAMES
 from .report import ModuleReport
-from .stored import StoredTensor, describe, packed_linears, read_headers
-from .stored_report import find_report, matching_modules, read_report
+from .stored.experts import describe_experts, packed_experts
+from .stored.keys import KeyMap
+from .stored.linears import describe, packed_linears
+from .stored.report import find_report, matching_modules, read_report
+from .stored.tensors import stored_tensors, tensor_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -178,41 +176,6 @@ def _add_report(name: str | Path, result: Inspection) -> None:
         logger.warning("%s is of another model than the one that lies beside it, and is not read.", path)
         return
     result.reproduce = report["reproduce"]
-
-
-def tensor_bytes(tensor: StoredTensor) -> int:
-    """Bytes of a tensor's data in its file. The name of its dtype holds the bits: F16, U8, F8_E4M3; BOOL is a byte."""
-    bits = re.search(r"\d+", tensor.dtype)
-    return math.prod(tensor.shape) * (int(bits.group()) if bits else 8) // 8
-
-
-def stored_tensors(name: str | Path) -> tuple[dict[str, StoredTensor], int]:
-    """The tensors of all safetensors files of a model, and the bytes of the files."""
-    if not Path(name).is_dir():
-        return _headers_of_hub(str(name))
-    index = Path(name) / "model.safetensors.index.json"
-    files = [Path(name) / "model.safetensors"]
-    if index.is_file():
-        try:
-            entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise ValueError(f"{index} is no index of safetensors files. Save or download the model again.") from None
-        files = [Path(name) / file for file in sorted(set(entries))]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist: {name} holds no complete binarized model.")
-    return read_headers(str(file) for file in files), sum(file.stat().st_size for file in files)
-
-
-def _headers_of_hub(name: str) -> tuple[dict[str, StoredTensor], int]:
-    tensors: dict[str, StoredTensor] = {}
-    size = 0
-    for content in get_safetensors_metadata(name).files_metadata.values():
-        for key, info in content.tensors.items():
-            tensors[key] = StoredTensor(tuple(info.shape), str(info.dtype))
-        # The client keeps the metadata and not the length of the header that it came in: only the data are counted.
-        size += max((info.data_offsets[1] for info in content.tensors.values()), default=0)
-    return tensors, size
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:

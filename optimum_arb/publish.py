@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from .stored_report import NAME as REPORT
+from .stored.report import NAME as REPORT
 
 try:
     import fcntl

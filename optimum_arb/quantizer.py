@@ -18,24 +18,25 @@ from transformers.quantizers.base import HfQuantizer
 
 from .calibration import model_tokens
 from .calibration.distributed import current_ranks
-from .checksums import placeholder
 from .config import ARBConfig
 from .conversion import Record, float_linear
 from .custom_data import CalibrationInputs
-from .experts.conversion import packed_form
 from .experts.keys import conversions_for_loading, conversions_for_saving
-from .keys import KeyMap
+from .experts.packing import packed_form
 from .loading.calibrated import Stream, Task, binarize_model
+from .loading.placement import check_no_disk, place_model
 from .loading.prequantized import StoredModel, check_loaded, expect_stored
 from .loading.run_record import record_run
+from .loading.streaming import BinarizeOnLoad
 from .modules import Selection, linear_shape, select_modules
 from .nn import ARBExperts, ARBLinear, share_inputs
-from .placement import check_no_disk, place_model
 from .report import model_report
-from .stored import COMPANIONS, read_headers
-from .stored_checks import check_config
-from .streaming import BinarizeOnLoad
-from .tensor_parallel import is_divided, localize, prepare, whole_state_dict
+from .stored.checks import check_config
+from .stored.checksums import placeholder
+from .stored.keys import KeyMap
+from .stored.linears import COMPANIONS
+from .stored.tensors import read_headers
+from .tensor_parallel.layers import is_divided, localize, prepare, whole_state_dict
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from .conversion import Record
+from .format.packing import stored_bytes
 from .layer_warnings import LayerWarning, layer_warnings, warning_lines
 from .modules import parameter_bytes
 from .nn import ARBExperts, ARBLinear
-from .packing import stored_bytes
 from .result import Result
 
 

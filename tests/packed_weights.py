@@ -2,10 +2,10 @@
 
 import torch
 
-from optimum_arb.factors import FactorizedWeight
-from optimum_arb.layout import Layout
+from optimum_arb.format.factors import FactorizedWeight
+from optimum_arb.format.layout import Layout
+from optimum_arb.format.packing import BinarizedWeight, block_count, pack
 from optimum_arb.ops.backends.packed import PackedWeight
-from optimum_arb.packing import BinarizedWeight, block_count, pack
 
 
 def random_binarized(

@@ -8,7 +8,7 @@ import types
 import torch
 
 from optimum_arb import algorithms
-from optimum_arb.factors import FactorizedWeight
+from optimum_arb.format.factors import FactorizedWeight
 
 
 def svd_factors(

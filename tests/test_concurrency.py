@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM
 
 from optimum_arb import ARBConfig
-from optimum_arb.layout import planes_layout
+from optimum_arb.format.layout import planes_layout
 from optimum_arb.nn import ARBLinear
 from optimum_arb.ops.backends import cpu
 from optimum_arb.ops.backends.cpu import native

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from optimum_arb.checksums import ENTRY, seal
+from optimum_arb.stored.checksums import ENTRY, seal
 
 from .configurations import (
     config_addition,

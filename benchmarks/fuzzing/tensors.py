@@ -7,7 +7,7 @@ import shutil
 import struct
 from pathlib import Path
 
-from optimum_arb.checksums import ENTRY
+from optimum_arb.stored.checksums import ENTRY
 
 from .files import Raw, weights_file
 

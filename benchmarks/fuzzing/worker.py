@@ -23,7 +23,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import optimum_arb
-from optimum_arb.checksums import verify
+from optimum_arb.stored.checksums import verify
 
 from .models import digests
 from .mutate import mutate

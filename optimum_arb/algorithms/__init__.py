@@ -8,7 +8,7 @@ import math
 import torch
 
 from ..config import BITMAP_METHODS, ARBConfig
-from ..factors import (
+from ..format.factors import (
     ROUNDED_BLOCK,
     ROUNDED_LAYOUT,
     FactorizedWeight,
@@ -17,8 +17,8 @@ from ..factors import (
     stored_bits,
     unpack_factors,
 )
-from ..hadamard import random_signs, rotate
-from ..packing import BinarizedWeight
+from ..format.hadamard import random_signs, rotate
+from ..format.packing import BinarizedWeight
 from .admm import admm_planes
 from .assembly import assemble_bitmap, assemble_planes
 from .bitmap import BitmapFit, fit_bitmap_block

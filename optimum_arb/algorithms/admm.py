@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import torch
 
-from ..products import MIXED, product_float32
 from ..spare_threads import ahead
 from .planes import PlanesFit
+from .products import MIXED, product_float32
 from .sign_terms import SignTerms
 
 # The highest rho, for a matrix H of unit diagonal. Mean of 5 matrices of SmolLM2-135M, one plane, held-out output error

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..layout import Layout
-from ..packing import BinarizedWeight
+from ..format.layout import Layout
+from ..format.packing import BinarizedWeight
 from .bitmap import BitmapFit
 from .planes import PlanesFit
 from .residual import ZoneFit
@@ -27,7 +27,7 @@ def assemble_bitmap(fits: list[BitmapFit], layout: Layout, block_size: int, grou
 
     Args:
         fits: block by block.
-        layout: `optimum_arb.layout.bitmap_layout` of the method, which says what each row scale is.
+        layout: `optimum_arb.format.layout.bitmap_layout` of the method, which says what each row scale is.
         block_size: as in `BinarizedWeight`.
         group_bitmap: "none", "non-salient" or "all".
     """
@@ -59,7 +59,7 @@ def assemble_bitmap(fits: list[BitmapFit], layout: Layout, block_size: int, grou
 
 
 def _row_scales(fit: BitmapFit, group_bitmap: str) -> torch.Tensor:
-    """The block's row scales in the order of `optimum_arb.layout.bitmap_layout`, float `[N, row_scales]`.
+    """The block's row scales in the order of `optimum_arb.format.layout.bitmap_layout`, float `[N, row_scales]`.
 
     A block too narrow for salient columns stores zeros for them.
     """

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..scales import encode_scales, nearest_on_grid
+from ..format.scales import encode_scales, nearest_on_grid
 from .hessian import PreparedHessian
 from .planes import PlanesFit, normalize
 from .refinement import refine_blocks
@@ -16,7 +16,7 @@ SWEEPS = 1  # of refinement around rounded scales
 
 @dataclass
 class GridRounding:
-    """Rounds scales to grids of `optimum_arb.scales`, one for the row and one for the column scales of each plane.
+    """Rounds scales to grids of `optimum_arb.format.scales`, one for row and one for column scales of each plane.
 
     Attributes:
         row_grid: float32 `[P, 2]`.

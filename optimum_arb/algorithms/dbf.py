@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..factors import FactorizedWeight
+from ..format.factors import FactorizedWeight
 from ..spare_threads import product
 from .factor_descent import Factors, descend, finish_scales
 

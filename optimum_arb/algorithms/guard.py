@@ -15,8 +15,8 @@ from dataclasses import replace
 
 import torch
 
-from ..packing import BinarizedWeight
-from ..scales import store_scale
+from ..format.packing import BinarizedWeight
+from ..format.scales import store_scale
 from .hessian import PreparedHessian, damped_hessian
 
 CHUNK = 1024  # rows measured at once: their copies must not weigh beside the fit

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..products import product_float32
 from .column_descent import sign_patterns
 from .planes import PlanesFit
+from .products import product_float32
 
 # Weights in a chunk: five float32 tensors of this size are in the 2 MB cache of a core.
 CHUNK = 96 * 1024

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..products import MIXED, product_float32
+from ..algorithms.products import MIXED, product_float32
 from .workers import one_thread
 
 # Rows of X^T X that are made at once: their product in float32 takes 180 MB at 11008 features, the whole one's 485 MB.

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..factors import FactorizedWeight, pack_factors, unpack_factors
-from ..hadamard import hadamard_matrices, multiply_blocks, rotate
+from ..format.factors import FactorizedWeight, pack_factors, unpack_factors
+from ..format.hadamard import hadamard_matrices, multiply_blocks, rotate
+from ..format.packing import BinarizedWeight, pack, unpack
+from ..format.scales import Rounding
 from ..nn import ARBFactorizedLinear, ARBLinear
-from ..packing import BinarizedWeight, pack, unpack
-from ..scales import Rounding
 
 # The range of a fresh latent: a sign that the fit would rather turn round (scales were fitted after it) turns first,
 # and none is out of reach.

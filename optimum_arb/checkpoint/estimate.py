@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from ..checksums import placeholder
 from ..config import ARBConfig
+from ..format.packing import block_count
 from ..inspection import skeleton
 from ..modules import Selection, linear_shape, select_modules
-from ..packing import block_count
+from ..stored.checksums import placeholder
 from .estimate_memory import streamed_memory
 from .probe import Probe, probe
 

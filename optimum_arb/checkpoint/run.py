@@ -18,7 +18,7 @@ from ..calibration.distributed import current_ranks
 from ..calibration.layers import find_layers
 from ..calibration.progress import Progress
 from ..loading.calibrated import Task
-from ..placement import calibration_device
+from ..loading.placement import calibration_device
 from ..version import __version__
 from .disk_activations import DiskActivations, remove_activations
 from .source import CheckpointSource, NotStreamable

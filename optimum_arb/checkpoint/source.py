@@ -23,7 +23,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.utils import logging
 
 from ..calibration.weights import OUTSIDE
-from ..keys import KeyMap
+from ..stored.keys import KeyMap
 
 _CHUNK = 1 << 24
 

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from ..calibration.weights import OUTSIDE, LayerWeights
 from ..conversion import Record, empty_linear
-from ..experts.conversion import packed_form
+from ..experts.packing import packed_form
+from ..format.packing import TENSOR_NAMES
 from ..modules import Selection, linear_shape
 from ..nn import ARBExperts, ARBLinear
-from ..packing import TENSOR_NAMES
-from ..stored import StoredLinear, StoredTensor, describe
+from ..stored.linears import StoredLinear, describe
+from ..stored.tensors import StoredTensor
 from .disk_activations import DiskActivations
 from .memory import give_back_memory
 from .source import CheckpointSource, NotStreamable, read_header

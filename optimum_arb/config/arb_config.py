@@ -12,7 +12,7 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..custom_data import CalibrationInputs, CalibrationTexts, CalibrationTokens
-from ..packing import FORMAT_VERSION
+from ..format.packing import FORMAT_VERSION
 from ..patterns import matches
 from .checks import check_config, check_format
 from .choices import LOADING, RECORDED, TRANSFORMERS_KEYS
@@ -104,9 +104,9 @@ class ARBConfig(ResolvedChoices, QuantizationConfigMixin):
 
     A saved configuration also carries what the run recorded: `format_version`, `requires` (what to install to read
     that format), `optimum_arb_version`, `bits_per_weight` (all stored bits of the binarized weights, see
-    `optimum_arb.packing.bits_per_weight`), `calibration` (what the model was calibrated on), `base_model` (its name,
-    revision and licence, as far as they are known) and `perplexity` (once it was measured and recorded, with the text
-    and the windows).
+    `optimum_arb.format.packing.bits_per_weight`), `calibration` (what the model was calibrated on), `base_model` (its
+    name, revision and licence, as far as they are known) and `perplexity` (once it was measured and recorded, with the
+    text and the windows).
 
     Raises:
         ValueError, TypeError: an unknown key, or a value that the method does not take; the message says which.

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..custom_data import CalibrationInputs, CalibrationTexts, CalibrationTokens
-from ..layout import GROUP_BITMAPS, MAX_PLANES
-from ..packing import FORMAT_VERSION, check_block_size
+from ..format.layout import GROUP_BITMAPS, MAX_PLANES
+from ..format.packing import FORMAT_VERSION, check_block_size
+from ..format.scales import SCALE_BITS
 from ..patterns import check_pattern
-from ..scales import SCALE_BITS
 from ..version import FIRST_READERS, __version__
 from .choices import (
     AUTO,

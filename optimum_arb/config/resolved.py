@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..factors import LAYOUT_NAME as FACTORS
-from ..factors import factor_shapes, rank_for_bits
-from ..layout import Layout, bitmap_layout, planes_layout
-from ..packing import packed_shapes
+from ..format.factors import LAYOUT_NAME as FACTORS
+from ..format.factors import factor_shapes, rank_for_bits
+from ..format.layout import Layout, bitmap_layout, planes_layout
+from ..format.packing import packed_shapes
 from ..version import FIRST_READERS
 from .choices import BITMAP_METHODS
 
@@ -167,7 +167,7 @@ class ResolvedChoices:
     def stored_shapes(
         self, out_features: int, in_features: int, permuted: bool, salient: int = 0
     ) -> dict[str, tuple[int, int]]:
-        """The shape of every tensor that a linear's weight is stored in, by `optimum_arb.packing.STORED_NAMES`.
+        """The shape of every tensor that a linear's weight is stored in, by `optimum_arb.format.packing.STORED_NAMES`.
 
         Args:
             out_features: N.

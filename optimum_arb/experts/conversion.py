@@ -14,10 +14,10 @@ from ..calibration.distributed import Ranks
 from ..calibration.experts import ROWS, LayerStatistics, RoutedInputs
 from ..config import ARBConfig
 from ..conversion import Record, linear_output_error
+from ..format.packing import BinarizedWeight, block_count, pack, unpack
 from ..nn import ARBExperts, ARBLinear
-from ..packing import BinarizedWeight, block_count, pack, unpack
 from .matrices import ExpertMatrix, expert_matrices, expert_weight
-from .packing import PackedForm, stack_experts
+from .packing import packed_form, stack_experts
 
 # Experts to which fewer calibration tokens were routed are binarized from their weights alone. In all of 8
 # measurements (docs/experts.md) 8 tokens are better than none: output errors of .382 to .334, .363 to .206, ...
@@ -119,13 +119,6 @@ class _Fit:
         merged = ranks.merge(own, f"exchanging the experts of {self.name}")
         self.experts = {e: [{k: t.to(device) for k, t in part.items()} for part in p] for e, p in merged.items()}
         self.errors = ranks.merge(self.errors, f"exchanging the experts of {self.name}")
-
-
-def packed_form(matrix: ExpertMatrix, config: ARBConfig) -> PackedForm:
-    """What the packed tensors of a matrix mean under a configuration."""
-    return PackedForm(
-        config.layout, config.block_size, matrix.experts, matrix.parts, matrix.out_features, matrix.in_features
-    )
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from ..packing import TENSOR_NAMES
+from ..format.packing import TENSOR_NAMES
 from .matrices import ExpertMatrix
 
 # Of the companions' names, those first that end in another one.

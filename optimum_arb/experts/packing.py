@@ -1,8 +1,8 @@
 """The packed matrices of all experts in one set of tensors, and one of them out of it.
 
-Each part of each expert is a packed weight of `optimum_arb.packing`; parts follow each other along the second to last
-dimension, experts along the first. So the tensors of an expert are slices, and cutting every tensor in as many pieces
-along dimension 1 as there are parts gives the parts.
+Each part of each expert is a packed weight of `optimum_arb.format.packing`; parts follow each other along the second to
+last dimension, experts along the first. So the tensors of an expert are slices, and cutting every tensor in as many
+pieces along dimension 1 as there are parts gives the parts.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import packing
-from ..layout import Layout
+from ..config import ARBConfig
+from ..format import packing
+from ..format.layout import Layout
+from .matrices import ExpertMatrix
 
 
 @dataclass(frozen=True)
@@ -37,21 +39,28 @@ class PackedForm:
     in_features: int
 
     def shapes(self, permuted: bool, salient: int = 0) -> dict[str, tuple[int, int, int]]:
-        """The shape of every tensor, as `optimum_arb.packing.packed_shapes` says it for one weight."""
+        """The shape of every tensor, as `optimum_arb.format.packing.packed_shapes` says it for one weight."""
         rows = self.out_features // self.parts
         one = packing.packed_shapes(self.layout, rows, self.in_features, self.block_size, permuted, salient)
         return {name: (self.experts, self.parts * shape[0], shape[1]) for name, shape in one.items()}
+
+
+def packed_form(matrix: ExpertMatrix, config: ARBConfig) -> PackedForm:
+    """What the packed tensors of a matrix mean under a configuration."""
+    return PackedForm(
+        config.layout, config.block_size, matrix.experts, matrix.parts, matrix.out_features, matrix.in_features
+    )
 
 
 def stack_experts(packed: Sequence[Sequence[Mapping[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
     """The packed weights of all experts, part by part of each, in one set of tensors.
 
     Args:
-        packed: of every expert, its parts, as `optimum_arb.packing.pack` returns them: all of one shape and layout.
-            Where some have a permutation, the others get the one that leaves the columns where they are.
+        packed: of every expert, its parts, as `optimum_arb.format.packing.pack` returns them: all of one shape and
+            layout. Where some have a permutation, the others get the one that leaves the columns where they are.
 
     Returns:
-        Tensors of three dimensions by the names of `optimum_arb.packing.TENSOR_NAMES`. Scales are float32 where
+        Tensors of three dimensions by the names of `optimum_arb.format.packing.TENSOR_NAMES`. Scales are float32 where
         float16 cannot hold those of some expert.
 
     Raises:
@@ -77,7 +86,7 @@ def stack_experts(packed: Sequence[Sequence[Mapping[str, torch.Tensor]]]) -> dic
 
 
 def expert_part(tensors: Mapping[str, torch.Tensor], form: PackedForm, expert: int, part: int) -> dict:
-    """The tensors of one part of one expert, views, as `optimum_arb.packing.pack` returns them."""
+    """The tensors of one part of one expert, views, as `optimum_arb.format.packing.pack` returns them."""
     result = {}
     for name, tensor in tensors.items():
         rows = tensor.shape[1] // form.parts

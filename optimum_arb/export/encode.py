@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..packing import BinarizedWeight
+from ..format.packing import BinarizedWeight
 from .blocks import BLOCKS, decode_blocks, sign_blocks
 
 FLOAT_TYPES = ("auto", "F32", "F16", "BF16", "Q8_0")

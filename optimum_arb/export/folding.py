@@ -12,7 +12,7 @@ import dataclasses
 
 import torch
 
-from ..packing import BinarizedWeight
+from ..format.packing import BinarizedWeight
 
 
 @dataclasses.dataclass

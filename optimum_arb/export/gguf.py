@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from ..format.packing import unpack
 from ..nn import ARBFactorizedLinear, ARBLinear
-from ..packing import unpack
 from ..result import Result
 from ..version import __version__
 from .architecture import (

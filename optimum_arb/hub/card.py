@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..commands.printing import size
 from ..config import ARBConfig
 from ..experts.keys import split_companion
-from ..inspection import stored_tensors, tensor_bytes
+from ..stored.tensors import stored_tensors, tensor_bytes
 from .base_model import CARD_KEYS, card_facts
 
 NAME = "README.md"

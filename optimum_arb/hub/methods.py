@@ -20,10 +20,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..checksums import seal
 from ..publish import model_files, publish, staging
-from ..stored_report import NAME as REPORT
-from ..stored_report import write_report
+from ..stored.checksums import seal
+from ..stored.report import NAME as REPORT
+from ..stored.report import write_report
 from .card import NAME as CARD
 from .card import is_users_own, write_card
 from .upload import push_directory

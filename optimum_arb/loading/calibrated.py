@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..budget import divide_budget
+from ..budget.trials import divide_budget
 from ..calibration import CalibrationWalk
 from ..calibration.data import calibration_record, split_batches
 from ..calibration.distributed import Ranks, current_ranks, model_fingerprint
@@ -22,8 +22,8 @@ from ..conversion import Record, binarize_linear
 from ..custom_data import CalibrationInputs
 from ..experts.conversion import binarize_experts, held_out_errors
 from ..modules import Selection
-from ..placement import calibration_device
 from ..version import __version__
+from .placement import calibration_device
 
 
 class Stream(Protocol):

@@ -11,16 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checksums import skipped, verify
 from ..config import ARBConfig
 from ..conversion import Record, empty_linear
-from ..experts.stored import describe_experts, packed_experts
-from ..keys import KeyMap
-from ..load_dtypes import cast_loaded, expected_dtypes
 from ..modules import Selection, linear_shape
 from ..nn import ARBExperts, ARBLinear
-from ..stored import describe, packed_linears, read_headers
-from ..stored_checks import (
+from ..stored.checks import (
     check_files,
     check_indices,
     check_other_tensors,
@@ -29,8 +24,14 @@ from ..stored_checks import (
     check_scales,
     check_shapes,
 )
-from ..stored_report import read_report, restore_records
-from ..tensor_parallel import is_divided
+from ..stored.checksums import skipped, verify
+from ..stored.experts import describe_experts, packed_experts
+from ..stored.keys import KeyMap
+from ..stored.linears import describe, packed_linears
+from ..stored.report import read_report, restore_records
+from ..stored.tensors import read_headers
+from ..tensor_parallel.layers import is_divided
+from .dtypes import cast_loaded, expected_dtypes
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import packing
 from ..experts.matrices import expert_matrices, first_matrix
 from ..experts.packing import PackedForm, expert_dequantized, expert_part
+from ..format import packing
+from ..format.packing import BinarizedWeight
 from ..ops import grouped_linear
-from ..packing import BinarizedWeight
 from .casting import keep_dtype
 
 # What every module has of its own, and what others put on an instance: no part of the experts' description.
@@ -29,7 +29,7 @@ class ARBExperts(nn.Module):
     Attributes, children (the activation), biases and the formula of the gate are those of the float module. A matrix
     begins in float; `set_packed` replaces it by packed tensors, parameters without gradients of three dimensions:
     `gate_up_proj` (uint8) and, where the layout has them, `gate_up_proj_row_scale` and so on by the names of
-    `optimum_arb.packing.TENSOR_NAMES`, as `optimum_arb.experts.packing.stack_experts` makes them.
+    `optimum_arb.format.packing.TENSOR_NAMES`, as `optimum_arb.experts.packing.stack_experts` makes them.
 
     Args:
         module: the float experts; it is not changed, its parameters are shared until they are replaced.
@@ -70,7 +70,7 @@ class ARBExperts(nn.Module):
         Args:
             name: "gate_up_proj", "up_proj" or "down_proj".
             form: what the tensors mean.
-            tensors: by the names of `optimum_arb.packing.TENSOR_NAMES`.
+            tensors: by the names of `optimum_arb.format.packing.TENSOR_NAMES`.
         """
         for key in packing.TENSOR_NAMES:
             self._parameters.pop(_parameter_name(name, key), None)
@@ -100,7 +100,7 @@ class ARBExperts(nn.Module):
         )
 
     def packed(self, name: str) -> dict[str, torch.Tensor]:
-        """The packed tensors of a matrix by the names of `optimum_arb.packing.TENSOR_NAMES`."""
+        """The packed tensors of a matrix by the names of `optimum_arb.format.packing.TENSOR_NAMES`."""
         found = {key: self._parameters.get(_parameter_name(name, key)) for key in packing.TENSOR_NAMES}
         return {key: parameter.data for key, parameter in found.items() if parameter is not None}
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from .. import factors
-from ..factors import INNER, INNER_LAYOUT, OUTER, OUTER_LAYOUT, FactorizedWeight
-from ..packing import BinarizedWeight
+from ..format import factors
+from ..format.factors import INNER, INNER_LAYOUT, OUTER, OUTER_LAYOUT, FactorizedWeight
+from ..format.packing import BinarizedWeight
 from .linear import ARBLinear
 from .product import PackedProduct
 from .shared_input import is_offloaded
@@ -54,7 +54,7 @@ class ARBFactorizedLinear(ARBLinear):
 
     What lies between them has the dtype of x. The packed tensors are parameters without gradients: `weight` (A) and
     `weight_row_scale` (a), `weight_inner` (B), `weight_inner_row_scale` (m) and `weight_inner_col_scale` (b), those of
-    `optimum_arb.factors.pack_factors`.
+    `optimum_arb.format.factors.pack_factors`.
 
     Args:
         in_features: K.
@@ -103,7 +103,7 @@ class ARBFactorizedLinear(ARBLinear):
             weight: what an algorithm returned.
             bias: `[N]`, or None; kept in its dtype, on the weight's device.
             backend: as for `ARBLinear`.
-            scale_bits: as for `optimum_arb.factors.pack_factors`.
+            scale_bits: as for `optimum_arb.format.factors.pack_factors`.
         """
         rows, columns = weight.shape
         choices: dict[str, Any] = {"backend": backend, "scale_bits": scale_bits}

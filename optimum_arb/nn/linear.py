@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import packing, scales
-from ..layout import Layout, form_name
-from ..packing import BinarizedWeight
+from ..format import packing, scales
+from ..format.layout import Layout, form_name
+from ..format.packing import BinarizedWeight
 from .casting import keep_dtype
 from .input_transform import InputTransform
 from .product import PackedProduct
@@ -28,8 +28,9 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
 
     The packed tensors are parameters without gradients, all of two dimensions: `weight` (uint8) and, where the layout
     has them, `weight_row_scale`, `weight_col_scale`, `weight_permutation`, `weight_salient_columns`,
-    `weight_salient_weight` and `weight_salient_col_scale`, the tensors of `optimum_arb.packing.pack`. A new layer's are
-    empty: `from_binarized` or `load_state_dict` fill them. `nn.Linear` is the base class for `isinstance` alone.
+    `weight_salient_weight` and `weight_salient_col_scale`, the tensors of `optimum_arb.format.packing.pack`. A new
+    layer's are empty: `from_binarized` or `load_state_dict` fill them. `nn.Linear` is the base class for `isinstance`
+    alone.
 
     Scales of 8 bits are parameters of codes, with their `weight_scale_grid`; the float16 scales that the operator takes
     are buffers beside them, `decoded_row_scale` and so on, which state dicts and files do not have.
@@ -49,8 +50,8 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         dtype: of the bias; None is torch's default.
         device: of all tensors.
         scale_bits: 16 or 8, of a stored scale.
-        hadamard: columns of the blocks of a Hadamard transform of the input (`optimum_arb.hadamard`), 0 for none; its
-            signs are the parameter `weight_input_signs` and the buffer `decoded_input_signs`.
+        hadamard: columns of the blocks of a Hadamard transform of the input (`optimum_arb.format.hadamard`), 0 for
+            none; its signs are the parameter `weight_input_signs` and the buffer `decoded_input_signs`.
 
     Raises:
         ValueError: a block size that cannot be packed.
@@ -132,7 +133,7 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
             weight: what an algorithm returned.
             bias: `[N]`, or None; kept in its dtype, on the weight's device.
             backend: as for the class.
-            scale_bits: as for `optimum_arb.packing.pack`.
+            scale_bits: as for `optimum_arb.format.packing.pack`.
         """
         tensors = packing.pack(weight, scale_bits)
         rows, columns = weight.shape
@@ -186,7 +187,7 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         return self
 
     def packed_parameter(self, name: str) -> torch.Tensor | None:
-        """The parameter of the stored tensor of this name of `optimum_arb.packing.pack`, None where there is none."""
+        """The parameter of the stored tensor of this name of `optimum_arb.format.packing.pack`, or None."""
         return self._parameters.get(PARAMETERS[name])
 
     def taken(self, name: str) -> torch.Tensor | None:
@@ -264,7 +265,7 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         return is_offloaded(self)
 
     def packed(self) -> dict[str, torch.Tensor]:
-        """The packed tensors by the names of `optimum_arb.packing.pack`."""
+        """The packed tensors by the names of `optimum_arb.format.packing.pack`."""
         found = {name: self._parameters.get(key) for name, key in PARAMETERS.items()}
         return {name: parameter.data for name, parameter in found.items() if parameter is not None}
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..layout import Layout
+from ..format.layout import Layout
+from ..format.packing import TENSOR_NAMES
 from ..ops.linear import linear_without_grad, plan
-from ..packing import TENSOR_NAMES
 from .input_transform import InputTransform
 from .shared_input import MAX_TOKENS, SharedInput, prepare_layer, run_prepared_layer
 
@@ -30,7 +30,7 @@ class Plans(dict[tuple[Hashable, ...], "HopperPlan | None"]):
     """Launches that were made ready for inputs of a kind, of the tensors of a matrix as they are now.
 
     Args:
-        tensors: of `optimum_arb.packing.TENSOR_NAMES`, as the operator takes them.
+        tensors: of `optimum_arb.format.packing.TENSOR_NAMES`, as the operator takes them.
         backend: of the matrix.
     """
 
@@ -87,15 +87,15 @@ class PackedProduct(ABC):
 
     @abstractmethod
     def operand(self, name: str) -> torch.Tensor | None:
-        """The tensor of this name of `optimum_arb.packing.TENSOR_NAMES` as the operator takes it: scales decoded, no
-        permutation where a Hadamard transform has taken care of it; None where there is none."""
+        """The tensor of this name of `optimum_arb.format.packing.TENSOR_NAMES` as the operator takes it: scales
+        decoded, no permutation where a Hadamard transform has taken care of it; None where there is none."""
 
     def input_transform(self) -> InputTransform | None:
         """What the input goes through before it meets the matrix."""
         return None
 
     def _operands(self) -> list[torch.Tensor | None]:
-        """The tensors of `optimum_arb.packing.TENSOR_NAMES`, in this order, as the operator takes them."""
+        """The tensors of `optimum_arb.format.packing.TENSOR_NAMES`, in this order, as the operator takes them."""
         return [self.operand(name) for name in TENSOR_NAMES]
 
     def _bias_now(self) -> torch.Tensor | None:

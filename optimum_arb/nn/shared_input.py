@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .. import packing
+from ..format import packing
 from ..ops.backends.packed import PackedWeight
 from ..ops.backends.triton.available import has_one_bit_kernel
 from ..ops.shared_input import split_results

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..layout import layout_from_name
+from ..format.layout import layout_from_name
 from .backends import grouped
 from .backends.grouped import PackedExperts
 from .linear import _PACKED, BATCH_INVARIANT, _backend, compute

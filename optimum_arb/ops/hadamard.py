@@ -2,8 +2,9 @@
 
     T(x) = Hadamard(sign * x[..., permutation])
 
-`Hadamard` multiplies each block of columns by the orthonormal Hadamard matrix of its width (`optimum_arb.hadamard`). T
-is orthogonal, so the gradient of its input is its inverse of the gradient of its output; one operator has both.
+`Hadamard` multiplies each block of columns by the orthonormal Hadamard matrix of its width
+(`optimum_arb.format.hadamard`). T is orthogonal, so the gradient of its input is its inverse of the gradient of its
+output; one operator has both.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..hadamard import hadamard_blocks, hadamard_matrix
+from ..format.hadamard import hadamard_blocks, hadamard_matrix
 from .backends.triton.available import has_kernels
 
 torch.library.define(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..layout import Layout, layout_from_name
+from ..format.layout import Layout, layout_from_name
 from .backends import cpu, reference
 from .backends.packed import PackedWeight
 from .backends.triton.available import has_kernels
@@ -90,7 +90,7 @@ def linear_without_grad(
 
     Args:
         x: as in `linear`, and so the others.
-        tensors: those of `optimum_arb.packing.TENSOR_NAMES`, in this order.
+        tensors: those of `optimum_arb.format.packing.TENSOR_NAMES`, in this order.
         bias: `[N]`, or None.
         layout: the weight's.
         block_size: as it was packed.
@@ -232,8 +232,8 @@ def linear(
 
     Args:
         x: `[..., K]`, of any floating dtype and any batch shape.
-        weight: uint8, as `optimum_arb.packing.pack` returns it, and so all tensors up to `salient_col_scale`; scales
-            may have been cast to another floating dtype.
+        weight: uint8, as `optimum_arb.format.packing.pack` returns it, and so all tensors up to `salient_col_scale`;
+            scales may have been cast to another floating dtype.
         row_scale: see `weight`.
         col_scale: see `weight`.
         permutation: see `weight`.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..layout import layout_from_name
+from ..format.layout import layout_from_name
 from .backends.packed import PackedWeight
 from .linear import compute
 

@@ -3,7 +3,7 @@ import torch
 
 from optimum_arb.algorithms import binarize, output_error
 from optimum_arb.config import ARBConfig
-from optimum_arb.packing import pack, unpack
+from optimum_arb.format.packing import pack, unpack
 
 BITMAP_FORMS = [
     {"method": method, "group_bitmap": bitmap, "salient_columns": salient}

@@ -8,8 +8,8 @@ from optimum_arb.algorithms.hessian import prepare_hessian
 from optimum_arb.algorithms.planes import PlanesFit, normalize
 from optimum_arb.algorithms.refinement import refine_blocks
 from optimum_arb.config import ARBConfig
-from optimum_arb.packing import pack, unpack
-from optimum_arb.scales import round_scales
+from optimum_arb.format.packing import pack, unpack
+from optimum_arb.format.scales import round_scales
 
 
 def fitted(weight, hessian, planes, col_scale=True):

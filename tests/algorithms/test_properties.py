@@ -22,9 +22,9 @@ from optimum_arb.algorithms import binarize
 from optimum_arb.algorithms.hessian import identity_hessian, prepare_hessian
 from optimum_arb.config import BITMAP_METHODS, METHODS, ARBConfig
 from optimum_arb.conversion import binarize_linear
-from optimum_arb.factors import FactorizedWeight, rounded_bits, stored_bits
+from optimum_arb.format.factors import FactorizedWeight, rounded_bits, stored_bits
+from optimum_arb.format.packing import BinarizedWeight
 from optimum_arb.nn import packed_linear
-from optimum_arb.packing import BinarizedWeight
 
 FORMS = [
     *({"method": method} for method in METHODS),

@@ -5,8 +5,8 @@ import torch
 
 from optimum_arb.algorithms import binarize, hadamard_gain, output_error
 from optimum_arb.config import ARBConfig
-from optimum_arb.hadamard import hadamard_transform, random_signs, rotate
-from optimum_arb.packing import BinarizedWeight
+from optimum_arb.format.hadamard import hadamard_transform, random_signs, rotate
+from optimum_arb.format.packing import BinarizedWeight
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from optimum_arb import inspection
 from optimum_arb.inspection import inspect_model
 from optimum_arb.report import model_report
+from optimum_arb.stored import tensors as stored_tensors
 
 
 def test_agrees_with_the_bytes_of_the_file_and_with_the_loaded_model(call, binarized_model):
@@ -73,7 +74,7 @@ def test_model_on_the_hub(call, binarized_model, monkeypatch):
     metadata = SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=infos)})
     local = inspect_model(binarized_model)
     config = inspection.AutoConfig.from_pretrained(binarized_model)
-    monkeypatch.setattr(inspection, "get_safetensors_metadata", lambda name: metadata)
+    monkeypatch.setattr(stored_tensors, "get_safetensors_metadata", lambda name: metadata)
     monkeypatch.setattr(inspection.AutoConfig, "from_pretrained", lambda name: config)
     remote = inspect_model("somebody/model")
     assert remote.modules == local.modules

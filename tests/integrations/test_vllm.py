@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 from vllm_generate import ALWAYS
 
 from optimum_arb import ARBConfig, save_model
-from optimum_arb.packing import TENSOR_NAMES
-from optimum_arb.slicing import column_obstacle
+from optimum_arb.format.packing import TENSOR_NAMES
+from optimum_arb.format.slicing import column_obstacle
 
 pytestmark = [
     pytest.mark.slow,

@@ -4,7 +4,7 @@ import torch
 from packed_weights import random_binarized
 from torch import nn
 
-from optimum_arb.layout import all_layouts
+from optimum_arb.format.layout import all_layouts
 from optimum_arb.nn import ARBLinear
 from optimum_arb.nn.shared_input import SharedInput
 

@@ -10,9 +10,9 @@ from packed_weights import random_binarized, relative_error
 from torch import nn
 from transformers import initialization
 
-from optimum_arb.layout import all_layouts, bitmap_layout, planes_layout
+from optimum_arb.format.layout import all_layouts, bitmap_layout, planes_layout
+from optimum_arb.format.packing import pack, stored_bytes
 from optimum_arb.nn import ARBLinear
-from optimum_arb.packing import pack, stored_bytes
 
 LAYOUTS = {layout.name: layout for layout in all_layouts()}
 BACKENDS = ("auto", "cpu", "reference", "dequantize")

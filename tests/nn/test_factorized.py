@@ -9,10 +9,10 @@ from layer_checks import compiles_as_one_graph, dense, gradient_reaches_input_an
 from packed_weights import random_binarized, random_factorized, relative_error
 from torch import nn
 
-from optimum_arb.factors import FACTOR_TENSOR_NAMES, FactorizedWeight, pack_factors
-from optimum_arb.layout import planes_layout
+from optimum_arb.format.factors import FACTOR_TENSOR_NAMES, FactorizedWeight, pack_factors
+from optimum_arb.format.layout import planes_layout
+from optimum_arb.format.packing import stored_bytes
 from optimum_arb.nn import ARBFactorizedLinear, ARBLinear, packed_linear, share_inputs
-from optimum_arb.packing import stored_bytes
 
 BACKENDS = ("auto", "cpu", "reference", "dequantize")
 

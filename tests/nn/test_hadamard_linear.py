@@ -8,10 +8,10 @@ from layer_checks import compiles_as_one_graph, dense
 from packed_weights import random_binarized, relative_error
 from torch import nn
 
-from optimum_arb.hadamard import random_signs
-from optimum_arb.layout import planes_layout
+from optimum_arb.format.hadamard import random_signs
+from optimum_arb.format.layout import planes_layout
+from optimum_arb.format.packing import pack, packed_shapes, stored_bytes, unpack
 from optimum_arb.nn import ARBLinear, packed_linear, share_inputs
-from optimum_arb.packing import pack, packed_shapes, stored_bytes, unpack
 
 BACKENDS = ("auto", "cpu", "reference", "dequantize")
 LAYOUT = planes_layout(2, col_scale=True)

@@ -10,10 +10,10 @@ from layer_checks import dense
 from packed_weights import random_binarized, random_factorized, relative_error
 from torch import nn
 
-from optimum_arb.factors import unpack_factors
-from optimum_arb.layout import planes_layout
+from optimum_arb.format.factors import unpack_factors
+from optimum_arb.format.layout import planes_layout
+from optimum_arb.format.packing import stored_bytes, unpack
 from optimum_arb.nn import ARBFactorizedLinear, ARBLinear, packed_linear, share_inputs
-from optimum_arb.packing import stored_bytes, unpack
 
 KINDS = ("planes-2-col", "planes-1", "factors")
 

@@ -8,7 +8,7 @@ import torch
 from packed_weights import random_binarized
 from torch import nn
 
-from optimum_arb.layout import planes_layout
+from optimum_arb.format.layout import planes_layout
 from optimum_arb.nn import ARBLinear, product
 
 

@@ -9,12 +9,12 @@ import torch
 from packed_weights import random_binarized, random_packed
 from torch import nn
 
-from optimum_arb.layout import all_layouts
+from optimum_arb.format.layout import all_layouts
+from optimum_arb.format.packing import TENSOR_NAMES
 from optimum_arb.nn import ARBLinear
 from optimum_arb.ops import linear
 from optimum_arb.ops.backends.packed import PackedWeight
 from optimum_arb.ops.backends.triton.available import has_kernels, has_one_bit_kernel
-from optimum_arb.packing import TENSOR_NAMES
 
 DEVICE = torch.device("cuda", 0)
 NEEDS_KERNELS = [

@@ -9,11 +9,11 @@ import pytest
 import torch
 from packed_weights import random_packed, relative_error
 
-from optimum_arb.layout import all_layouts, bitmap_layout, planes_layout
+from optimum_arb.format.layout import all_layouts, bitmap_layout, planes_layout
+from optimum_arb.format.packing import pack_bits
 from optimum_arb.ops.backends import cpu, reference
 from optimum_arb.ops.backends.cpu import lookup, native
 from optimum_arb.ops.backends.cpu.plan import Tiles, choose_kernel, plan_for, prepare_columns, tiles_for
-from optimum_arb.packing import pack_bits
 
 # out_features, in_features, block_size, permuted
 SHAPES = [

@@ -9,10 +9,10 @@ import torch
 from packed_weights import random_binarized, relative_error
 
 from optimum_arb.experts.packing import PackedForm, expert_dequantized, expert_part, stack_experts
-from optimum_arb.layout import all_layouts, bitmap_layout, planes_layout
+from optimum_arb.format.layout import all_layouts, bitmap_layout, planes_layout
+from optimum_arb.format.packing import TENSOR_NAMES, pack
 from optimum_arb.ops import experts as experts_module
 from optimum_arb.ops import grouped_linear
-from optimum_arb.packing import TENSOR_NAMES, pack
 
 LAYOUTS = {layout.name: layout for layout in all_layouts()}
 ROWS, COLUMNS = 12, 200

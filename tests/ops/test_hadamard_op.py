@@ -4,7 +4,7 @@ import pytest
 import torch
 from packed_weights import relative_error
 
-from optimum_arb.hadamard import hadamard_transform, random_signs
+from optimum_arb.format.hadamard import hadamard_transform, random_signs
 from optimum_arb.ops import hadamard
 
 SIZES = [(128, 128), (300, 128), (576, 256), (203, 64), (11, 128), (1, 256)]

@@ -4,10 +4,10 @@ import pytest
 import torch
 from packed_weights import random_binarized, random_packed, relative_error
 
-from optimum_arb.layout import all_layouts, bitmap_layout, planes_layout
+from optimum_arb.format.layout import all_layouts, bitmap_layout, planes_layout
+from optimum_arb.format.packing import TENSOR_NAMES, pack
 from optimum_arb.ops import linear
 from optimum_arb.ops.backends import reference
-from optimum_arb.packing import TENSOR_NAMES, pack
 
 LAYOUTS = {layout.name: layout for layout in all_layouts()}
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from packed_weights import random_packed, relative_error
 
-from optimum_arb.layout import all_layouts, planes_layout
+from optimum_arb.format.layout import all_layouts, planes_layout
+from optimum_arb.format.packing import TENSOR_NAMES
 from optimum_arb.ops.shared_input import packed_weights, split_results
-from optimum_arb.packing import TENSOR_NAMES
 
 LAYOUTS = {layout.name: layout for layout in all_layouts()}
 ROWS = (42, 7, 16)

@@ -32,11 +32,12 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.parameter import ChannelQuantScaleParameter
 
 from ...config import ARBConfig
+from ...format.packing import TENSOR_NAMES
+from ...format.scales import decoded, scale_grids
+from ...format.slicing import column_obstacle, slice_columns, slice_rows
 from ...nn import ARBLinear
-from ...packing import TENSOR_NAMES
-from ...scales import decoded, scale_grids
-from ...slicing import column_obstacle, slice_columns, slice_rows
-from ...stored import StoredLinear, StoredTensor, describe
+from ...stored.linears import StoredLinear, describe
+from ...stored.tensors import StoredTensor
 
 logger = init_logger(f"vllm.{__name__}")
 

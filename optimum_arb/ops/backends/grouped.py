@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...layout import Layout
+from ...format.layout import Layout
 from .packed import PackedWeight, compute_dtype
 
 _TENSORS = (

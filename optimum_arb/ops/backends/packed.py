@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...layout import Layout
-from ...packing import BinarizedWeight, packed_bytes, tile_width, unpack
+from ...format.layout import Layout
+from ...format.packing import BinarizedWeight, packed_bytes, tile_width, unpack
 
 
 @dataclass  # frozen takes three times as long to make, at every call of a layer
 class PackedWeight:
-    """A weight `[N, K]` in its packed form: the tensors of `optimum_arb.packing.pack` and what they mean.
+    """A weight `[N, K]` in its packed form: the tensors of `optimum_arb.format.packing.pack` and what they mean.
 
     Scales may have any floating dtype; the others are as stored.
     """

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver, jit
 
-from optimum_arb.layout import all_layouts, layout_from_name
+from optimum_arb.format.layout import all_layouts, layout_from_name
 from optimum_arb.ops.backends.triton import columns, gemm, launch, one_bit
 from optimum_arb.ops.backends.triton.dequantize import dequantize
 from optimum_arb.ops.backends.triton.prepack import join, prepack

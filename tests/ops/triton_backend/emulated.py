@@ -12,7 +12,7 @@ import ptx
 import torch
 from packed_weights import random_packed
 
-from optimum_arb.layout import planes_layout
+from optimum_arb.format.layout import planes_layout
 from optimum_arb.ops.backends.packed import PackedWeight
 from optimum_arb.ops.backends.triton import fragments
 from optimum_arb.ops.backends.triton.prepack import Prepacked, join, prepack

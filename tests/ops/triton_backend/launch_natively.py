@@ -17,7 +17,7 @@ from triton.backends.nvidia.driver import CudaDriver
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from optimum_arb.layout import layout_from_name
+from optimum_arb.format.layout import layout_from_name
 from optimum_arb.ops.backends.triton import (
     columns,
     few_tokens_plan,

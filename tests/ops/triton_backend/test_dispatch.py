@@ -6,7 +6,7 @@ import pytest
 import torch
 from packed_weights import random_packed, relative_error
 
-from optimum_arb.layout import planes_layout
+from optimum_arb.format.layout import planes_layout
 from optimum_arb.ops.backends.triton import dispatch, prepack
 from optimum_arb.ops.backends.triton.dispatch import few_tokens, input_grad, linear
 from optimum_arb.ops.backends.triton.half_bits import HalfConfig

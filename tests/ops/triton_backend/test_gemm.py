@@ -4,7 +4,7 @@ import pytest
 import torch
 from packed_weights import random_packed
 
-from optimum_arb.layout import all_layouts, planes_layout
+from optimum_arb.format.layout import all_layouts, planes_layout
 from optimum_arb.ops.backends.triton.gemm import GemmConfig, candidates, gemm, gemm_input_grad, is_fusable
 
 LAYOUTS = {layout.name: layout for layout in all_layouts()}

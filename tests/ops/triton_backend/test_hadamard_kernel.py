@@ -4,7 +4,7 @@ import pytest
 import torch
 from packed_weights import relative_error
 
-from optimum_arb.hadamard import hadamard_transform, random_signs
+from optimum_arb.format.hadamard import hadamard_transform, random_signs
 from optimum_arb.ops.backends.triton.hadamard import transform
 
 

@@ -7,7 +7,7 @@ import torch
 from emulated import check_joined, check_product, exact, plane_words, scales_of_tiles, sign_word
 from packed_weights import random_packed
 
-from optimum_arb.layout import all_layouts, planes_layout
+from optimum_arb.format.layout import all_layouts, planes_layout
 from optimum_arb.ops.backends.packed import PackedWeight
 from optimum_arb.ops.backends.triton import fragments, half_bits
 from optimum_arb.ops.backends.triton.prepack import Prepacked, prepack

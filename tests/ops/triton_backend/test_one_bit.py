@@ -17,7 +17,7 @@ from emulated import (
 )
 from packed_weights import random_packed
 
-from optimum_arb.layout import all_layouts, planes_layout
+from optimum_arb.format.layout import all_layouts, planes_layout
 from optimum_arb.ops.backends.packed import PackedWeight
 from optimum_arb.ops.backends.triton.prepack import Prepacked, prepack
 

@@ -10,13 +10,13 @@ import torch
 from packed_weights import random_binarized, random_packed
 from torch import nn
 
-from optimum_arb.layout import all_layouts, planes_layout
+from optimum_arb.format.layout import all_layouts, planes_layout
+from optimum_arb.format.packing import pack
 from optimum_arb.nn import ARBLinear
 from optimum_arb.nn.shared_input import packed_weight
 from optimum_arb.ops.backends.packed import PackedWeight
 from optimum_arb.ops.backends.triton import prepack as module
 from optimum_arb.ops.backends.triton.prepack import find, join, make, prepack, program
-from optimum_arb.packing import pack
 
 LAYOUTS = {layout.name: layout for layout in all_layouts()}
 

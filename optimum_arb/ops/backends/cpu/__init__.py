@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import linear as linear_of
 
-from ....packing import tile_width
+from ....format.packing import tile_width
 from .. import reference
 from ..packed import PackedWeight
 from . import lookup, native

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ....layout import layout_from_name
-from ....packing import packed_bytes
+from ....format.layout import layout_from_name
+from ....format.packing import packed_bytes
 from ..packed import PackedWeight
 from .plan import Plan, Tiles, full_plan_for, plan_for, tiles_for
 

@@ -9,8 +9,8 @@ from functools import cache, cached_property, lru_cache
 
 import torch
 
-from ....layout import Term, Zone, layout_from_name
-from ....packing import tile_width
+from ....format.layout import Term, Zone, layout_from_name
+from ....format.packing import tile_width
 from ..packed import PackedWeight
 
 # Without the native kernels: terms times rows of x up to which signs are looked up, and the rows for which they always

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from ....layout import Term
-from ....packing import unpack_bits
+from ....format.layout import Term
+from ....format.packing import unpack_bits
 from ..packed import PackedWeight
 from .plan import tiles_for
 

@@ -10,8 +10,8 @@ from functools import cache
 
 import torch
 
-from ....layout import planes_layout
-from ....packing import BinarizedWeight, pack
+from ....format.layout import planes_layout
+from ....format.packing import BinarizedWeight, pack
 from ..packed import PackedWeight
 
 logger = logging.getLogger("optimum_arb")

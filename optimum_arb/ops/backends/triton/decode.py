@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ....layout import Layout, layout_from_name
-from ....packing import TILE, packed_bytes, tile_width
+from ....format.layout import Layout, layout_from_name
+from ....format.packing import TILE, packed_bytes, tile_width
 from ..packed import PackedWeight
 from .launch import tensor_class
 

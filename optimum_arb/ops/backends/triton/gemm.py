@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ....packing import tile_width
+from ....format.packing import tile_width
 from ..packed import PackedWeight
 from .columns import gather_columns
 from .decode import arguments, decode_tile

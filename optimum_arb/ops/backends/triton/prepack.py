@@ -1,8 +1,9 @@
 """Packed weights in the order in which the decode kernel reads them: whole rows of memory, one 16-byte load a lane.
 
-On disk and in the module the weight stays as `optimum_arb.packing` describes it; this copy lives on the GPU beside it.
-It was measured to be worth its memory (one more bit a weight and plane): reading the stored order instead takes 1.3 to
-2.5 times as long at one token on an H200 (28672 x 8192, one plane: 32.5 against 17.6 us with the same kernel).
+On disk and in the module the weight stays as `optimum_arb.format.packing` describes it; this copy lives on the GPU
+beside it. It was measured to be worth its memory (one more bit a weight and plane): reading the stored order instead
+takes 1.3 to 2.5 times as long at one token on an H200 (28672 x 8192, one plane: 32.5 against 17.6 us with the same
+kernel).
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ....layout import Layout
-from ....packing import TENSOR_NAMES, block_count, pack_bits, packed_bytes, tile_width, unpack_bits
+from ....format.layout import Layout
+from ....format.packing import TENSOR_NAMES, block_count, pack_bits, packed_bytes, tile_width, unpack_bits
 from ..grouped import PackedExperts
 from ..packed import PackedWeight
 

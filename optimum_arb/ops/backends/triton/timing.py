@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from ....layout import Layout
-from ....packing import packed_shapes
+from ....format.layout import Layout
+from ....format.packing import packed_shapes
 from ..packed import PackedWeight
 
 ROTATED_BYTES = 192e6  # over three times the second-level cache of an H200: no call finds its weight there

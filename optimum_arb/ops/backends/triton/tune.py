@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import torch
 
-from ....layout import planes_layout
+from ....format.layout import planes_layout
 from ..packed import PackedWeight
 from . import half_bits, one_bit, prepack
 from .available import has_one_bit_kernel

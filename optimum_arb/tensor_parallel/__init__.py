@@ -1,0 +1,1 @@
+"""Packed layers of which each process holds a part, in transformers' tensor and expert parallelism."""
