@@ -4,7 +4,7 @@ import pytest
 import torch
 from packed_weights import random_packed, relative_error
 
-from optimum_arb.layout import all_layouts, bitmap_layout, planes_layout
+from optimum_arb.format.layout import all_layouts, bitmap_layout, planes_layout
 from optimum_arb.ops.backends import cpu, reference
 from optimum_arb.ops.backends.cpu import native
 from optimum_arb.ops.backends.cpu.plan import plan_for, prepare_columns, tiles_for

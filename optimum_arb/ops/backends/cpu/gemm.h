@@ -200,3 +200,41 @@ static GEMM_TARGET void gemm_block(const gemm_problem_t *p, int64_t start, int64
     for (int64_t panel = 0; panel < panels; panel++)
         gemm_store(p, start + panel * 32, first, tokens, sums + panel * wide * 1024);
 }
+
+/* All of a problem. Returns 0, or 1 where memory was short. */
+static int gemm(const gemm_problem_t *p) {
+    const dequantize_problem_t *w = &p->weight;
+    const int lanes = w->tile_bytes, threads = w->threads;
+    const int64_t padded = w->tiles * 8 * lanes, chunk = p->m < GEMM_TOKENS ? p->m : GEMM_TOKENS;
+    const int64_t groups = (chunk + 15) / 16, panels = (w->rows + 31) / 32;
+    const int64_t x_bytes = align64(groups * 16 * padded * 2);
+    const int64_t order_bytes = align64(16 * (padded + STEP) * 2), block_bytes = GEMM_ROWS * GEMM_DEPTH * 2;
+    const int64_t sums_bytes = GEMM_ROWS * (groups + 1) / 2 * 32 * sizeof(float);
+    const int64_t scales_bytes = align64((GEMM_DEPTH / (8 * lanes) + 1) * w->row_scales * sizeof(float));
+    const int64_t rows_bytes = block_bytes + sums_bytes + scales_bytes;
+    const int64_t thread_bytes = rows_bytes > order_bytes ? rows_bytes : order_bytes;
+    uint8_t *memory = malloc(64 + x_bytes + threads * thread_bytes);
+    if (!memory) return 1;
+    uint16_t *x = (uint16_t *)align64((intptr_t)memory);
+    for (int64_t first = 0; first < p->m; first += chunk) {
+        const int64_t tokens = p->m - first < chunk ? p->m - first : chunk;
+#pragma omp parallel num_threads(threads)
+        {
+            const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+            uint8_t *scratch = (uint8_t *)x + x_bytes + thread * thread_bytes;
+            const int64_t last_group = (tokens + 15) / 16 * (thread + 1) / team;
+            for (int64_t g = (tokens + 15) / 16 * thread / team; g < last_group; g++)
+                gemm_pack(p, first + g * 16, padded, lanes, (uint16_t *)scratch, x + g * 16 * padded);
+#pragma omp barrier
+            amx_start();
+            const int64_t last = panels * (thread + 1) / team * 32;
+            for (int64_t start = panels * thread / team * 32; start < last; start += GEMM_ROWS)
+                gemm_block(p, start, start + GEMM_ROWS < last ? start + GEMM_ROWS : last, first, tokens, x, lanes,
+                           (uint16_t *)scratch, (float *)(scratch + block_bytes),
+                           (float *)(scratch + block_bytes + sums_bytes));
+            amx_stop();
+        }
+    }
+    free(memory);
+    return 0;
+}

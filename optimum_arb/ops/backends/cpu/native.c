@@ -28,6 +28,16 @@
 #include <unistd.h>
 #endif
 
+#ifdef _OPENMP
+extern int omp_get_thread_num(void);
+extern int omp_get_num_threads(void);
+#else
+static int omp_get_thread_num(void) { return 0; }
+static int omp_get_num_threads(void) { return 1; }
+#endif
+
+static int64_t align64(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
+
 /* Terms with the same planes: one sign matrix. */
 typedef struct {
     int32_t planes, first, count;
@@ -298,16 +308,6 @@ int arb_bfloat16(void) {
 #endif
 }
 
-#ifdef _OPENMP
-extern int omp_get_thread_num(void);
-extern int omp_get_num_threads(void);
-#else
-static int omp_get_thread_num(void) { return 0; }
-static int omp_get_num_threads(void) { return 1; }
-#endif
-
-static int64_t align64(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
-
 /* Signs groups and their places among the digits; returns bytes of digits and scales of the matrix unit for `tokens`. */
 static void plan_groups(work_t *w, int64_t tokens, int64_t *digits_bytes, int64_t *scale_count) {
     const problem_t *p = w->problem;
@@ -454,40 +454,7 @@ void arb_dequantize(const dequantize_problem_t *p, int index) {
    written. Returns 0, or 1 where memory was short. */
 int arb_gemm(const gemm_problem_t *p) {
 #if X86
-    const dequantize_problem_t *w = &p->weight;
-    const int lanes = w->tile_bytes, threads = w->threads;
-    const int64_t padded = w->tiles * 8 * lanes, chunk = p->m < GEMM_TOKENS ? p->m : GEMM_TOKENS;
-    const int64_t groups = (chunk + 15) / 16, panels = (w->rows + 31) / 32;
-    const int64_t x_bytes = align64(groups * 16 * padded * 2);
-    const int64_t order_bytes = align64(16 * (padded + STEP) * 2), block_bytes = GEMM_ROWS * GEMM_DEPTH * 2;
-    const int64_t sums_bytes = GEMM_ROWS * (groups + 1) / 2 * 32 * sizeof(float);
-    const int64_t scales_bytes = align64((GEMM_DEPTH / (8 * lanes) + 1) * w->row_scales * sizeof(float));
-    const int64_t rows_bytes = block_bytes + sums_bytes + scales_bytes;
-    const int64_t thread_bytes = rows_bytes > order_bytes ? rows_bytes : order_bytes;
-    uint8_t *memory = malloc(64 + x_bytes + threads * thread_bytes);
-    if (!memory) return 1;
-    uint16_t *x = (uint16_t *)align64((intptr_t)memory);
-    for (int64_t first = 0; first < p->m; first += chunk) {
-        const int64_t tokens = p->m - first < chunk ? p->m - first : chunk;
-#pragma omp parallel num_threads(threads)
-        {
-            const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-            uint8_t *scratch = (uint8_t *)x + x_bytes + thread * thread_bytes;
-            const int64_t last_group = (tokens + 15) / 16 * (thread + 1) / team;
-            for (int64_t g = (tokens + 15) / 16 * thread / team; g < last_group; g++)
-                gemm_pack(p, first + g * 16, padded, lanes, (uint16_t *)scratch, x + g * 16 * padded);
-#pragma omp barrier
-            amx_start();
-            const int64_t last = panels * (thread + 1) / team * 32;
-            for (int64_t start = panels * thread / team * 32; start < last; start += GEMM_ROWS)
-                gemm_block(p, start, start + GEMM_ROWS < last ? start + GEMM_ROWS : last, first, tokens, x, lanes,
-                           (uint16_t *)scratch, (float *)(scratch + block_bytes),
-                           (float *)(scratch + block_bytes + sums_bytes));
-            amx_stop();
-        }
-    }
-    free(memory);
-    return 0;
+    return gemm(p);
 #else
     (void)p;
     return 1;

@@ -15,6 +15,7 @@ from ....format.layout import layout_from_name
 from ....format.packing import packed_bytes
 from ..packed import PackedWeight
 from .plan import Plan, Tiles, full_plan_for, plan_for, tiles_for
+from .structures import Dequantize, Gemm, Linear, Term, Variant
 
 LANES = 16
 # Signs that one thread sums in about 5 microseconds, which is what waking another one costs.
@@ -41,57 +42,6 @@ def _threads(work: int, most: int | None = None) -> int:
         return 1
     available = torch.get_num_threads() if most is None else min(torch.get_num_threads(), most)
     return max(1, min(available, work // _SIGNS_PER_THREAD))
-
-
-def _fields(kind: type, names: str) -> tuple[tuple[str, type], ...]:
-    return tuple((name, kind) for name in names.split())
-
-
-class _Variant(ctypes.Structure):
-    _fields_ = _fields(ctypes.c_int32, "col own zone")
-
-
-class _Term(ctypes.Structure):
-    _fields_ = (*_fields(ctypes.c_int32, "planes row variant"), ("factor", ctypes.c_float))
-
-
-class _Linear(ctypes.Structure):
-    """`problem_t` of native.h, field by field."""
-
-    _fields_ = (
-        *_fields(
-            ctypes.c_void_p,
-            "x weight row_scale col_scale permutation salient_columns salient_weight salient_col_scale bias out "
-            "variants terms",
-        ),
-        *_fields(ctypes.c_int64, "m rows columns salient row_bytes salient_bytes tiles tiles_per_block blocks"),
-        *_fields(
-            ctypes.c_int32,
-            "x_type row_scale_type col_scale_type salient_col_scale_type bias_type permutation_bytes "
-            "salient_columns_bytes planes row_scales variant_count term_count width last_bytes digits threads",
-        ),
-    )
-
-
-class _Dequantize(ctypes.Structure):
-    """`dequantize_problem_t` of native.c, field by field."""
-
-    _fields_ = (
-        *_fields(ctypes.c_void_p, "weight row_scale columns terms scales out"),
-        *_fields(ctypes.c_int64, "rows row_bytes tiles tiles_per_block blocks"),
-        *_fields(ctypes.c_int32, "row_scale_type row_scales term_count planes tile_bytes last_bytes out_type threads"),
-    )
-
-
-class _Gemm(ctypes.Structure):
-    """`gemm_problem_t` of native.c, field by field."""
-
-    _fields_ = (
-        ("weight", _Dequantize),
-        *_fields(ctypes.c_void_p, "x permutation bias out"),
-        *_fields(ctypes.c_int64, "m columns"),
-        *_fields(ctypes.c_int32, "permutation_bytes bias_type"),
-    )
 
 
 @lru_cache(maxsize=1)
@@ -122,11 +72,11 @@ def _open(path: Path) -> ctypes.CDLL:
         # a torch that keeps its OpenMP library to itself: load one (the same file where the name is the same)
         ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
         library = ctypes.CDLL(str(path))
-    library.arb_linear.argtypes = (ctypes.POINTER(_Linear), ctypes.c_int)
+    library.arb_linear.argtypes = (ctypes.POINTER(Linear), ctypes.c_int)
     library.arb_linear.restype = ctypes.c_int
-    library.arb_dequantize.argtypes = (ctypes.POINTER(_Dequantize), ctypes.c_int)
+    library.arb_dequantize.argtypes = (ctypes.POINTER(Dequantize), ctypes.c_int)
     library.arb_dequantize.restype = None
-    library.arb_gemm.argtypes = (ctypes.POINTER(_Gemm),)
+    library.arb_gemm.argtypes = (ctypes.POINTER(Gemm),)
     library.arb_gemm.restype = ctypes.c_int
     library.arb_kernel_name.restype = ctypes.c_char_p
     return library
@@ -167,12 +117,12 @@ def _plan(name: str) -> tuple[ctypes.Array, ctypes.Array]:
     for col, zone in plan.variants:
         own = col is not None and col >= layout.col_scales
         index = -1 if col is None else col - layout.col_scales * own
-        variants.append(_Variant(index, own, _ZONES[zone]))
-    return (_Variant * len(variants))(*variants), _terms(plan)
+        variants.append(Variant(index, own, _ZONES[zone]))
+    return (Variant * len(variants))(*variants), _terms(plan)
 
 
 def _terms(plan: Plan) -> ctypes.Array:
-    return (_Term * len(plan.terms))(*(_Term(t.planes, t.row, t.variant, t.factor) for t in plan.terms))
+    return (Term * len(plan.terms))(*(Term(t.planes, t.row, t.variant, t.factor) for t in plan.terms))
 
 
 @cache
@@ -189,14 +139,14 @@ def _described(
     salient: int,
     types: tuple[torch.dtype | None, ...],
 ) -> bytes:
-    """The part of a `_Linear` that does not change from call to call; `types` are those of its `_type` fields, then of
+    """The part of a `Linear` that does not change from call to call; `types` are those of its `_type` fields, then of
     the permutation and the salient columns."""
     layout, tiles = layout_from_name(name), tiles_for(columns, block_size, LANES)
     variants, terms = _plan(name)
     x, row, col, own, bias = (_TYPES[torch.float32 if dtype is None else dtype] for dtype in types[:5])
     permutation, index = (0 if dtype is None else dtype.itemsize for dtype in types[5:])
     return bytes(
-        _Linear(
+        Linear(
             variants=ctypes.addressof(variants),
             terms=ctypes.addressof(terms),
             rows=rows,
@@ -253,7 +203,7 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, ker
     if not out.numel():
         return out
     name = packed.layout.name
-    # the tensors in the order of the pointers of `_Linear`
+    # the tensors in the order of the pointers of `Linear`
     tensors = [
         _ready(tensor)
         for tensor in (
@@ -272,7 +222,7 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, ker
     dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
     types = (dtypes[0], dtypes[2], dtypes[3], dtypes[7], dtypes[8], dtypes[4], dtypes[5])
     salient = 0 if packed.salient_columns is None else packed.salient_columns.shape[-1]
-    problem = _Linear.from_buffer_copy(_described(name, packed.block_size, rows, columns, salient, types))
+    problem = Linear.from_buffer_copy(_described(name, packed.block_size, rows, columns, salient, types))
     for field, tensor in zip(_POINTERS, tensors, strict=True):
         if tensor is not None:
             setattr(problem, field, tensor.data_ptr())
@@ -285,7 +235,7 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, ker
     return out
 
 
-_POINTERS = tuple(field[0] for field in _Linear._fields_ if field[1] is ctypes.c_void_p)[:10]
+_POINTERS = tuple(field[0] for field in Linear._fields_ if field[1] is ctypes.c_void_p)[:10]
 
 
 def gemm(x: torch.Tensor, packed: PackedWeight, columns: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -306,11 +256,11 @@ def gemm(x: torch.Tensor, packed: PackedWeight, columns: torch.Tensor, bias: tor
     out = x.new_empty(x.shape[0], rows)
     if not out.numel():
         return out
-    x, permutation, bias = _ready(x), _ready(packed.permutation), _ready(bias)
+    x, permutation, bias = x.contiguous(), _ready(packed.permutation), _ready(bias)
     tiles = tiles_for(packed.in_features, packed.block_size, LANES)
     weight, kept = _dequantize_problem(columns, packed, tiles)
     weight.threads = _threads(x.shape[0] * rows * packed.in_features, (rows + 31) // 32)
-    problem = _Gemm(
+    problem = Gemm(
         weight=weight,
         x=x.data_ptr(),
         permutation=None if permutation is None else permutation.data_ptr(),
@@ -361,13 +311,13 @@ def dequantize(
 
 def _dequantize_problem(
     columns: torch.Tensor, packed: PackedWeight, tiles: Tiles
-) -> tuple[_Dequantize, tuple[torch.Tensor, ...]]:
+) -> tuple[Dequantize, tuple[torch.Tensor, ...]]:
     """What is the same for every way to dequantize, and the tensors that it points to and the caller keeps alive."""
     weight, row_scale = _ready(packed.weight), _ready(packed.row_scale)
     assert weight is not None
     assert row_scale is not None
     terms = _dequantize_terms(packed.layout.name)
-    problem = _Dequantize(
+    problem = Dequantize(
         weight=weight.data_ptr(),
         row_scale=row_scale.data_ptr(),
         columns=columns.data_ptr(),

@@ -20,8 +20,8 @@ LOOKUP_ROWS = 2
 # Terms times rows of x up to which a processor without a matrix unit sums digits; above, the weight is dequantized.
 # Measured at 4096x4096 on one core of a Xeon with AVX-512: 0.4 to 0.7 ms a term and row, dequantizing 2.5 to 5 ms.
 DIRECT_TERMS = 12
-# Milliseconds at 4096x4096 on that core: the matrix unit on digits, a row and sign matrix; dequantizing and multiplying,
-# whatever the rows, a term and a row. All scale with the size of the weight.
+# Milliseconds at 4096x4096 on that core: the matrix unit on digits, a row and sign matrix; dequantizing and
+# multiplying, whatever the rows, a term and a row. All scale with the size of the weight.
 AMX_COSTS = {
     torch.float32: (0.115, 16.0, 0.0, 0.25),
     torch.float16: (0.075, 14.0, 0.0, 0.26),
