@@ -194,6 +194,25 @@ def test_a_row_does_not_depend_on_the_others(kernel, dtype):
 
 @needs_native
 @pytest.mark.parametrize("kernel", ALL_KERNELS)
+@pytest.mark.parametrize(("columns", "block_size"), [(600, 128), (200, 64), (1536, -1), (5, 128)])
+@pytest.mark.parametrize("name", ["planes-1", "planes-2-col", "planes-2-mean"])
+def test_rows_together_or_alone(name, columns, block_size, kernel, poisoned):
+    """One token takes several rows at a time, several tokens one, as do the rows that are left."""
+    if kernel not in native.kernels():
+        pytest.skip("this machine does not have it")
+    packed = random_packed(LAYOUTS[name], 43, columns, block_size)
+    bias = torch.randn(43, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(7, columns, generator=torch.Generator().manual_seed(2))
+    together = native.linear(x, packed, bias, kernel)
+    for m in range(7):
+        assert torch.equal(native.linear(x[m : m + 1], packed, bias, kernel)[0], together[m])
+    for rows in (1, 7, 8, 9, 16):
+        part = native.linear(x[:1], packed.rows(3, 3 + rows), bias[3 : 3 + rows], kernel)
+        assert torch.equal(part[0], together[0, 3 : 3 + rows])
+
+
+@needs_native
+@pytest.mark.parametrize("kernel", ALL_KERNELS)
 def test_columns_that_are_not_finite_or_tiny(kernel):
     """NaN in that row of the result alone; float32's smallest numbers count as zero beside others."""
     if kernel not in native.kernels():

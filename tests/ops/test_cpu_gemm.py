@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from packed_weights import random_packed, relative_error
+from packed_weights import random_packed
 
 from optimum_arb.format.layout import all_layouts, bitmap_layout, planes_layout
 from optimum_arb.ops.backends import cpu, reference
@@ -87,11 +87,11 @@ def test_every_layout_with_what_the_salient_columns_alone_have(name, permuted, p
     monkeypatch.setattr(cpu, "choose_kernel", lambda *_: None)
     monkeypatch.setattr(cpu, "CHUNK_FLOATS", 500)
     packed = random_packed(LAYOUTS[name], 70, 576, permuted=permuted)
-    x, bias = tokens(40, packed), torch.randn(70).bfloat16()
+    x, bias = tokens(40, packed), torch.randn(70, generator=torch.Generator().manual_seed(0)).bfloat16()
     result = cpu.linear(x.view(2, 20, 576), packed, bias).view(40, 70)
     expected = reference.linear(x.double(), packed, bias.double())
     # three roundings to bfloat16, 0.0017 to 0.0024 each: of the weight, of the sum, and once more with that part
-    assert relative_error(result.double(), expected) < 6e-3
+    assert (result.double() - expected).norm() < 4.5e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

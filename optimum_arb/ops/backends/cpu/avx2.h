@@ -1,5 +1,6 @@
 /* Signs times digits with AVX2, and with the byte products of AVX-VNNI where WITH_VNNI is defined. */
 #define VECTOR 32
+#define ROWS 4
 
 typedef __m256i NAME(vector);
 

@@ -2,6 +2,7 @@
    bit where it stands in its half of a byte, 1, 2, 4 or 8: one operation less than a 1, and the lanes' weights take it
    back. */
 #define VECTOR 64
+#define ROWS 8
 
 typedef __m512i NAME(vector);
 
@@ -42,6 +43,27 @@ static const float *NAME(lane_weights)(int width) {
         {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1},
     };
     return weights[width == 64];
+}
+
+#define OWN_LOAD_PART
+ALWAYS_INLINE TARGET __m512 NAME(load_part)(const float *from, int64_t count) {
+    return _mm512_maskz_loadu_ps((__mmask16)(count >= 16 ? 0xffff : (1 << count) - 1), from);
+}
+
+/* The additions of `sum_lanes` in the same order, four rows at once. */
+#define OWN_SUM_ROWS
+ALWAYS_INLINE TARGET void NAME(sum_rows)(const __m512 *all, float *totals) {
+    for (int r = 0; r < ROWS; r += 4) {
+        const __m512 low = _mm512_unpacklo_ps(all[r], all[r + 1]), high = _mm512_unpackhi_ps(all[r], all[r + 1]);
+        const __m512 low2 = _mm512_unpacklo_ps(all[r + 2], all[r + 3]), high2 = _mm512_unpackhi_ps(all[r + 2], all[r + 3]);
+        const __m512 first = _mm512_add_ps(_mm512_shuffle_ps(low, low2, 0x44), _mm512_shuffle_ps(low, low2, 0xee));
+        const __m512 second = _mm512_add_ps(_mm512_shuffle_ps(high, high2, 0x44), _mm512_shuffle_ps(high, high2, 0xee));
+        const __m512 quarter = _mm512_add_ps(first, second);
+        __m128 total = _mm_add_ps(_mm_setzero_ps(), _mm512_extractf32x4_ps(quarter, 0));
+        total = _mm_add_ps(total, _mm512_extractf32x4_ps(quarter, 1));
+        total = _mm_add_ps(total, _mm512_extractf32x4_ps(quarter, 2));
+        _mm_storeu_ps(totals + r, _mm_add_ps(total, _mm512_extractf32x4_ps(quarter, 3)));
+    }
 }
 
 #include "direct.h"

@@ -1,11 +1,25 @@
 /* Signs times digits, row by row: included once per instruction set. NAME(f) is f's name for it, TARGET its attribute,
    VECTOR the bytes of one of its registers. The including file defines NAME(spread), the bytes of a tile's signs
    repeated over a register, NAME(expand), the signs of a tile as bytes, NAME(dot), signs times digits with lanes left
-   apart, and NAME(lane_weights), what the lanes count. */
+   apart, and NAME(lane_weights), what the lanes count; it may define NAME(load_part) and NAME(sum_rows), which stand here
+   for all. ROWS is the rows of the weight that meet one token together, at most MAX_ROWS. */
 
 #define LANES (VECTOR / 4)
 
 typedef float NAME(floats) __attribute__((vector_size(VECTOR)));
+
+#ifdef OWN_LOAD_PART
+#undef OWN_LOAD_PART
+#else
+ALWAYS_INLINE TARGET NAME(floats) NAME(load_part)(const float *from, int64_t count) {
+    NAME(floats) part = {0};
+    if (count >= LANES)
+        memcpy(&part, from, sizeof part);
+    else
+        for (int i = 0; i < count; i++) part[i] = from[i];
+    return part;
+}
+#endif
 
 /* What one tile adds to the sums of `count` tokens by the `terms` terms of a group. */
 ALWAYS_INLINE TARGET void NAME(add_tile)(const work_t *w, const group_t *group, bytes_t bytes, int64_t t, int64_t first,
@@ -37,6 +51,47 @@ ALWAYS_INLINE TARGET void NAME(add_group)(const work_t *w, const group_t *group,
                        digits, scales, sum);
 }
 
+/* What the sums of the tiles of one row count in one term, given the tiles' own scales. */
+ALWAYS_INLINE TARGET void NAME(tile_scales)(const problem_t *p, const term_t *term, const float *row_scales,
+                                            const float *from, float *to) {
+    float factor = 2 * term->factor; /* signs of 0 and 1: twice their sum, less the sum of all columns */
+    if (p->row_scales == 1 && p->tiles_per_block == 1)
+        for (int64_t t = 0; t < p->tiles; t++) to[t] = factor * row_scales[t] * from[t];
+    else if (p->tiles_per_block == 1)
+        for (int64_t t = 0; t < p->tiles; t++) to[t] = factor * row_scales[t * p->row_scales + term->row] * from[t];
+    else
+        for (int64_t t = 0; t < p->tiles; t++)
+            to[t] = factor * row_scales[t / p->tiles_per_block * p->row_scales + term->row] * from[t];
+}
+
+/* The lanes of one row's sum as they count, and what the terms without a plane add to them. */
+ALWAYS_INLINE TARGET NAME(floats) NAME(finish_lanes)(const work_t *w, NAME(floats) sum, int64_t m, int width,
+                                                     const float *row_scales) {
+    const int64_t count = w->problem->blocks * w->problem->row_scales;
+    const float *line = w->lines + m * count;
+    NAME(floats) all;
+    memcpy(&all, NAME(lane_weights)(width), sizeof all);
+    all *= sum;
+    for (int64_t i = 0; i < count; i += LANES)
+        all += NAME(load_part)(line + i, count - i) * NAME(load_part)(row_scales + i, count - i);
+    return all;
+}
+
+ALWAYS_INLINE TARGET float NAME(sum_lanes)(NAME(floats) all) {
+    float total = 0;
+    for (int lane = 0; lane < LANES / 4; lane++) /* four chains of additions, not one */
+        total += (all[4 * lane] + all[4 * lane + 1]) + (all[4 * lane + 2] + all[4 * lane + 3]);
+    return total;
+}
+
+#ifdef OWN_SUM_ROWS
+#undef OWN_SUM_ROWS
+#else
+ALWAYS_INLINE TARGET void NAME(sum_rows)(const NAME(floats) *all, float *totals) {
+    for (int r = 0; r < ROWS; r++) totals[r] = NAME(sum_lanes)(all[r]);
+}
+#endif
+
 /* One row of the weight with `count` tokens from `first` on. `own` has the salient columns' own planes in this row,
    `scales` room for [terms, count, tiles]. */
 ALWAYS_INLINE TARGET void NAME(direct_row)(const work_t *w, int64_t row, int64_t first, int count, int width, int digits,
@@ -47,15 +102,7 @@ ALWAYS_INLINE TARGET void NAME(direct_row)(const work_t *w, int64_t row, int64_t
         for (int m = 0; m < count; m++) {
             const term_t *term = p->terms + i;
             const float *from = w->scales + ((first + m) * p->variant_count + term->variant) * tiles;
-            float *to = scales + (i * count + m) * tiles;
-            float factor = 2 * term->factor; /* signs of 0 and 1: twice their sum, less the sum of all columns */
-            if (p->row_scales == 1 && p->tiles_per_block == 1)
-                for (int64_t t = 0; t < tiles; t++) to[t] = factor * row_scales[t] * from[t];
-            else if (p->tiles_per_block == 1)
-                for (int64_t t = 0; t < tiles; t++) to[t] = factor * row_scales[t * p->row_scales + term->row] * from[t];
-            else
-                for (int64_t t = 0; t < tiles; t++)
-                    to[t] = factor * row_scales[t / p->tiles_per_block * p->row_scales + term->row] * from[t];
+            NAME(tile_scales)(p, term, row_scales, from, scales + (i * count + m) * tiles);
         }
     NAME(floats) sum[DIRECT_TOKENS];
     for (int m = 0; m < count; m++) sum[m] = (NAME(floats)){0};
@@ -67,58 +114,92 @@ ALWAYS_INLINE TARGET void NAME(direct_row)(const work_t *w, int64_t row, int64_t
         else
             NAME(add_group)(w, group, &signs, first, count, signs.count, group->count, width, digits, scales, sum);
     }
-    const float *weights = NAME(lane_weights)(width);
+    float bias = 0;
+    if (p->bias) load_floats(p->bias, p->bias_type, row, 1, &bias);
     for (int m = 0; m < count; m++) {
-        float total = 0;
-        const float *line = w->lines + (first + m) * p->blocks * p->row_scales;
-        NAME(floats) all;
-        memcpy(&all, weights, sizeof all);
-        all *= sum[m];
-        int64_t i = 0;
-        for (; i + LANES <= p->blocks * p->row_scales; i += LANES) {
-            NAME(floats) a, b;
-            memcpy(&a, line + i, sizeof a);
-            memcpy(&b, row_scales + i, sizeof b);
-            all += a * b;
-        }
-        for (int lane = 0; lane < LANES / 4; lane++) /* four chains of additions, not one */
-            total += (all[4 * lane] + all[4 * lane + 1]) + (all[4 * lane + 2] + all[4 * lane + 3]);
-        for (; i < p->blocks * p->row_scales; i++) total += line[i] * row_scales[i];
-        if (p->bias) {
-            float bias;
-            load_floats(p->bias, p->bias_type, row, 1, &bias);
-            total += bias;
-        }
+        float total = NAME(sum_lanes)(NAME(finish_lanes)(w, sum[m], first + m, width, row_scales)) + bias;
         store_floats(p->out, p->x_type, (w->first_token + first + m) * p->rows + row, 1, &total);
     }
 }
 
-/* All tokens of the chunk with one row; the sizes are constants where speed depends on it. */
-ALWAYS_INLINE TARGET void NAME(direct_tokens)(const work_t *w, int64_t row, int width, int digits, const uint8_t *own,
-                                              const float *row_scales, float *scales) {
-    int64_t m = 0;
-    for (; m + DIRECT_TOKENS <= w->tokens; m += DIRECT_TOKENS)
-        NAME(direct_row)(w, row, m, DIRECT_TOKENS, width, digits, own, row_scales, scales);
-    for (; m < w->tokens; m++) NAME(direct_row)(w, row, m, 1, width, digits, own, row_scales, scales);
+/* ROWS rows of the weight with token m, where every sign matrix is a plane of all columns and one term: what is the same
+   for all rows is loaded once, and their sums end together. `row_scales` has [ROWS, blocks, row_scales], `scales` room
+   for [ROWS, tiles]. In every row the same operations in the same order as in `direct_row`. */
+ALWAYS_INLINE TARGET void NAME(direct_rows)(const work_t *w, int64_t row, int64_t m, int width, int digits,
+                                            const float *row_scales, float *scales) {
+    const problem_t *p = w->problem;
+    const int64_t tiles = p->tiles, count = p->blocks * p->row_scales, bytes = width / 8;
+    const int64_t whole = tiles - (p->last_bytes < bytes);
+    NAME(floats) sum[ROWS];
+    for (int r = 0; r < ROWS; r++) sum[r] = (NAME(floats)){0};
+    for (int g = 0; g < w->group_count; g++) {
+        const term_t *term = p->terms + w->groups[g].first;
+        const int plane = __builtin_ctz(w->groups[g].planes);
+        const int64_t variant = m * p->variant_count + term->variant;
+        const int8_t *at = w->digits + variant * tiles * digits * width;
+        const uint8_t *weight = p->weight + row * p->row_bytes + plane * bytes;
+        for (int r = 0; r < ROWS; r++)
+            NAME(tile_scales)(p, term, row_scales + r * count, w->scales + variant * tiles, scales + r * tiles);
+        for (int64_t t = 0; t < whole; t++, weight += p->planes * bytes, at += digits * width) {
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) {
+                NAME(vector) signs[8];
+                NAME(expand)(NAME(spread)(load_plane(weight + r * p->row_bytes, bytes), width), width, signs);
+                sum[r] += NAME(dot)(signs, at, width, digits) * scales[r * tiles + t];
+            }
+        }
+        if (whole == tiles) continue;
+        weight -= plane * (bytes - p->last_bytes);
+        for (int r = 0; r < ROWS; r++) {
+            NAME(vector) signs[8];
+            NAME(expand)(NAME(spread)(load_plane(weight + r * p->row_bytes, p->last_bytes), width), width, signs);
+            sum[r] += NAME(dot)(signs, at, width, digits) * scales[r * tiles + whole];
+        }
+    }
+    float totals[ROWS], bias[ROWS] = {0};
+    if (p->bias) load_floats(p->bias, p->bias_type, row, ROWS, bias);
+    for (int r = 0; r < ROWS; r++) sum[r] = NAME(finish_lanes)(w, sum[r], m, width, row_scales + r * count);
+    NAME(sum_rows)(sum, totals);
+    for (int r = 0; r < ROWS; r++) totals[r] += bias[r];
+    store_floats(p->out, p->x_type, (w->first_token + m) * p->rows + row, ROWS, totals);
+}
+
+/* All tokens of the chunk; the sizes are constants where speed depends on it. */
+ALWAYS_INLINE TARGET void NAME(direct_sized)(const work_t *w, int64_t start, int64_t stop, int width, int digits,
+                                             uint8_t *scratch) {
+    const problem_t *p = w->problem;
+    const int64_t count = p->blocks * p->row_scales, together = w->tokens - w->tokens % DIRECT_TOKENS;
+    float *row_scales = (float *)scratch, *scales = row_scales + MAX_ROWS * count;
+    uint8_t *own = scratch + w->own_offset;
+    for (int64_t row = start; row < stop;) {
+        const int64_t rows = w->plain && row + ROWS <= stop ? ROWS : 1;
+        load_floats(p->row_scale, p->row_scale_type, row * count, rows * count, row_scales);
+        for (int64_t r = 0; r < rows; r++) {
+            unpack_own(w, row + r, own);
+            for (int64_t m = 0; m < together; m += DIRECT_TOKENS)
+                NAME(direct_row)(w, row + r, m, DIRECT_TOKENS, width, digits, own, row_scales + r * count, scales);
+        }
+        for (int64_t m = together; m < w->tokens; m++) {
+            if (rows > 1)
+                NAME(direct_rows)(w, row, m, width, digits, row_scales, scales);
+            else
+                NAME(direct_row)(w, row, m, 1, width, digits, own, row_scales, scales);
+        }
+        row += rows;
+    }
 }
 
 static TARGET void NAME(direct)(const work_t *w, int64_t start, int64_t stop, uint8_t *scratch) {
     const problem_t *p = w->problem;
-    float *row_scales = (float *)scratch, *scales = row_scales + p->blocks * p->row_scales;
-    uint8_t *own = scratch + w->own_offset;
-    for (int64_t row = start; row < stop; row++) {
-        load_floats(p->row_scale, p->row_scale_type, row * p->blocks * p->row_scales, p->blocks * p->row_scales,
-                    row_scales);
-        unpack_own(w, row, own);
-        if (p->width == 128 && p->digits == 2)
-            NAME(direct_tokens)(w, row, 128, 2, own, row_scales, scales);
-        else if (p->width == 128)
-            NAME(direct_tokens)(w, row, 128, 3, own, row_scales, scales);
-        else if (p->digits == 2)
-            NAME(direct_tokens)(w, row, 64, 2, own, row_scales, scales);
-        else
-            NAME(direct_tokens)(w, row, 64, 3, own, row_scales, scales);
-    }
+    if (p->width == 128 && p->digits == 2)
+        NAME(direct_sized)(w, start, stop, 128, 2, scratch);
+    else if (p->width == 128)
+        NAME(direct_sized)(w, start, stop, 128, 3, scratch);
+    else if (p->digits == 2)
+        NAME(direct_sized)(w, start, stop, 64, 2, scratch);
+    else
+        NAME(direct_sized)(w, start, stop, 64, 3, scratch);
 }
 
 #undef LANES
+#undef ROWS

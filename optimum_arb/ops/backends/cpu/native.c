@@ -13,6 +13,7 @@
 #include <stdlib.h>
 
 #define DIRECT_TOKENS 4 /* that share the signs of one row of the weight */
+#define MAX_ROWS 8      /* of the weight that share the digits of one token */
 #define PANEL 32        /* rows that the matrix unit takes at once: two of its tiles */
 #define EXPANDED 4      /* packing tiles of a panel expanded to bytes at once: 16 KiB */
 
@@ -67,6 +68,7 @@ typedef struct {
     own_bit_t *own_bits;             /* [salient] */
     int64_t own_offset;              /* bytes, of the own planes in a thread's scratch */
     int32_t own_planes;
+    int32_t plain;                   /* 1: every sign matrix is a plane of all columns and has one term */
 } work_t;
 
 /* nbytes of a plane, and 0 after them. Whole tiles do not pass through memory: a wide load after narrow stores would
@@ -363,12 +365,17 @@ int arb_linear(const problem_t *p, int index) {
     const int64_t token_bytes = align64((2 * p->columns + MAX_TILE) * sizeof(float)) +
                                 (amx ? align64(token_digits) + align64(token_scales * sizeof(float)) : 0);
     const int64_t own_row = p->tiles * (p->width / 8) * work.own_planes;
+    work.plain = 1;
+    for (int g = 0; g < work.group_count; g++) {
+        const int32_t planes = work.groups[g].planes;
+        work.plain &= work.groups[g].count == 1 && !(planes & (planes - 1)) && planes < 1 << p->planes;
+    }
     int64_t rows_bytes;
     if (amx)
         work.own_offset = align64(EXPANDED * MAX_TILE * PANEL + (2 * 256 + work.amx_sums + chunk * PANEL +
                                                     PANEL * scale_count + 16) * sizeof(float));
     else
-        work.own_offset = align64((scale_count + p->term_count * DIRECT_TOKENS * p->tiles) * sizeof(float));
+        work.own_offset = align64((MAX_ROWS * scale_count + MAX_ROWS * p->term_count * p->tiles) * sizeof(float));
     rows_bytes = work.own_offset + align64(own_row * (amx ? PANEL : 1));
     const int64_t thread_bytes = rows_bytes > token_bytes ? rows_bytes : token_bytes;
     uint8_t *memory = malloc(64 + lines_bytes + own_bits_bytes + digits_bytes + scales_bytes + p->threads * thread_bytes);

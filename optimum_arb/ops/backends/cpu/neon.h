@@ -2,6 +2,7 @@
 #include <arm_neon.h>
 
 #define VECTOR 16
+#define ROWS 4
 
 typedef uint8x16_t NAME(vector);
 

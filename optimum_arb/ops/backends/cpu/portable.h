@@ -1,5 +1,6 @@
 /* Signs times digits in vector extensions that every compiler turns into what the machine has. */
 #define VECTOR 16
+#define ROWS 4
 
 typedef bytes_t NAME(vector);
 
