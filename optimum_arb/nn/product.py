@@ -10,12 +10,11 @@ import torch
 
 from ..format.layout import Layout
 from ..format.packing import TENSOR_NAMES
-from ..ops.linear import linear_without_grad, plan
+from ..ops.linear import Plan, linear_without_grad, plan
 from .input_transform import InputTransform
 from .shared_input import MAX_TOKENS, SharedInput, prepare_layer, run_prepared_layer
 
 if TYPE_CHECKING:
-    from ..ops.backends.triton.hopper_plan import HopperPlan
     from ..ops.backends.triton.prepack import Prepacked
 
 MAX_PLANS = 32  # of a layer: prompts come in many lengths
@@ -26,8 +25,8 @@ _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device
 _ADDRESS = torch.Tensor.data_ptr
 
 
-class Plans(dict[tuple[Hashable, ...], "HopperPlan | None"]):
-    """Launches that were made ready for inputs of a kind, of the tensors of a matrix as they are now.
+class Plans(dict[tuple[Hashable, ...], "Plan | None"]):
+    """Products that were made ready for inputs of a kind, of the tensors of a matrix as they are now.
 
     Args:
         tensors: of `optimum_arb.format.packing.TENSOR_NAMES`, as the operator takes them.
@@ -73,7 +72,7 @@ class PackedProduct(ABC):
     _prepared: Prepacked | None  # the matrix as the GPU kernel for few tokens reads it
     _looked: bool  # for it
     _most_tokens: int = MAX_TOKENS  # that it is read for
-    _plans: Plans | None = None  # launches that were made ready, for inputs of a kind
+    _plans: Plans | None = None  # products that were made ready, for inputs of a kind
 
     @property
     @abstractmethod
@@ -126,24 +125,26 @@ class PackedProduct(ABC):
             return run_prepared_layer(x, self._prepared, bias)
         tensors = self._operands()
         if not compiling and not x.is_meta and self._without_grad(x):
-            if x.is_cuda:
-                out = self._planned(x, tensors, bias)
-                if out is not None:
-                    return out
+            out = self._planned(x, tensors, bias)
+            if out is not None:
+                return out
             return linear_without_grad(x, tensors, bias, self.layout, self.block_size, self.backend)
         return torch.ops.optimum_arb.linear(x, *tensors, bias, self.layout.name, self.block_size, self.backend)
 
     def _planned(
         self, x: torch.Tensor, tensors: list[torch.Tensor | None], bias: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """The product by launches that were made ready at an earlier call; None where that cannot be.
+        """The product as it was made ready at an earlier call; None where that cannot be.
 
-        Looking at every tensor again takes the host longer than the GPU takes for 64 tokens.
+        Looking at every tensor again takes the host longer than the GPU takes for 64 tokens, and half as long as a CPU
+        takes for one token at 576 x 576.
         """
-        if x.data_ptr() % 16 or not x.is_contiguous() or _current_device() != x.get_device() or self.is_offloaded:
+        if not x.is_contiguous() or self.is_offloaded:
+            return None
+        if x.is_cuda and (x.data_ptr() % 16 or _current_device() != x.get_device()):
             return None
         backend = self.backend
-        if x.shape[-1] != self.columns or backend not in ("auto", "triton"):
+        if x.shape[-1] != self.columns or backend not in ("auto", "triton", "cpu"):
             return None
         if bias is None:
             key: tuple[Hashable, ...] = (x.numel(), x.dtype)

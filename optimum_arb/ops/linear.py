@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
@@ -17,9 +17,6 @@ from ..format.layout import Layout, layout_from_name
 from .backends import cpu, reference
 from .backends.packed import PackedWeight
 from .backends.triton.available import has_kernels
-
-if TYPE_CHECKING:
-    from .backends.triton.hopper_plan import HopperPlan
 
 # Behind a backend's name: every row of x is computed the same way, whatever the number of rows. GPU kernels only.
 BATCH_INVARIANT = ":batch-invariant"
@@ -36,6 +33,13 @@ torch.library.define(
     "optimum_arb::linear_input_grad",
     f"(Tensor grad, {_PACKED}, str layout, int block_size, int in_features, str backend) -> Tensor",
 )
+
+
+class Plan(Protocol):
+    """A product that was made ready for inputs of one shape and dtype."""
+
+    def run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`x W^T + bias`, for x and bias as they were announced."""
 
 
 @cache
@@ -112,11 +116,11 @@ def plan(
     layout: Layout,
     block_size: int,
     backend: str,
-) -> HopperPlan | None:
-    """The GPU launches of `linear_without_grad` for inputs like x, made ready; None where there are none to keep.
+) -> Plan | None:
+    """What `linear_without_grad` runs for inputs like x, made ready; None where there is nothing to keep.
 
     Args:
-        x: floating `[..., K]`, contiguous, on a CUDA device.
+        x: floating `[..., K]`, contiguous.
         tensors: as in `linear_without_grad`, and so the others.
         bias: see there.
         layout: see there.
@@ -124,7 +128,7 @@ def plan(
         backend: see there.
     """
     chosen = _backend(backend, x.device)
-    if backend.endswith(BATCH_INVARIANT) or chosen in (cpu, reference):
+    if backend.endswith(BATCH_INVARIANT) or chosen is reference:
         return None
     packed = PackedWeight(layout, block_size, x.shape[-1], *tensors)  # type: ignore[arg-type]
     packed.check()

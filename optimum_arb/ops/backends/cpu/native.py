@@ -6,13 +6,15 @@ import ctypes
 import importlib.machinery
 import os
 import warnings
+from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ....format.layout import layout_from_name
-from ....format.packing import packed_bytes
+from ....format.packing import TENSOR_NAMES, packed_bytes
 from ..packed import PackedWeight
 from .plan import Plan, Tiles, full_plan_for, plan_for, tiles_for
 from .structures import Dequantize, Gemm, Linear, Term, Variant
@@ -23,7 +25,7 @@ _SIGNS_PER_THREAD = 2**18
 # In a process that was forked: OpenMP's threads are the parent's and do not exist here, so that waiting for them never
 # ends (torch's own products hang likewise; its data loaders set one thread for that).
 _forked = False
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ZONES = {"all": 0, "rest": 1, "salient": 2}
 
 
@@ -143,7 +145,7 @@ def _described(
     the permutation and the salient columns."""
     layout, tiles = layout_from_name(name), tiles_for(columns, block_size, LANES)
     variants, terms = _plan(name)
-    x, row, col, own, bias = (_TYPES[torch.float32 if dtype is None else dtype] for dtype in types[:5])
+    x, row, col, own, bias = (TYPES[torch.float32 if dtype is None else dtype] for dtype in types[:5])
     permutation, index = (0 if dtype is None else dtype.itemsize for dtype in types[5:])
     return bytes(
         Linear(
@@ -181,7 +183,73 @@ def _ready(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
-    return tensor.float() if tensor.is_floating_point() and tensor.dtype not in _TYPES else tensor
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype not in TYPES else tensor
+
+
+class LinearPlan:
+    """`x W^T + bias` for inputs of one number of rows and one dtype, ready to run: a call fills in what changes.
+
+    Args:
+        rows: of x, its leading dimensions flattened.
+        dtype: of x: float32, bfloat16 or float16.
+        packed: the weight, its tensors contiguous and of dtypes that the kernels read (`_ready`).
+        bias_dtype: of the bias, or None.
+        kernel: one of `kernels()`.
+    """
+
+    __slots__ = ("_index", "_kept", "_library", "_out_features", "_problem", "_work")
+
+    def __init__(
+        self, rows: int, dtype: torch.dtype, packed: PackedWeight, bias_dtype: torch.dtype | None, kernel: str
+    ):
+        library = load()
+        assert library is not None
+        self._library, self._index = library, kernels()[kernel]
+        name = packed.layout.name
+        # in the order of the pointers of `Linear`, from the second on
+        self._kept = (
+            packed.weight,
+            packed.row_scale,
+            packed.col_scale,
+            packed.permutation,
+            packed.salient_columns,
+            packed.salient_weight,
+            packed.salient_col_scale,
+        )
+        kinds = [None if tensor is None else tensor.dtype for tensor in self._kept]
+        types = (dtype, kinds[1], kinds[2], kinds[6], bias_dtype, kinds[3], kinds[4])
+        salient = 0 if packed.salient_columns is None else packed.salient_columns.shape[-1]
+        self._out_features = packed.out_features
+        described = _described(name, packed.block_size, packed.out_features, packed.in_features, salient, types)
+        problem = Linear.from_buffer_copy(described)
+        for field, tensor in zip(_POINTERS, self._kept, strict=True):
+            if tensor is not None:
+                setattr(problem, field, tensor.data_ptr())
+        problem.m = rows
+        self._work = rows * packed.out_features * packed.in_features * problem.term_count
+        self._problem = bytes(problem)
+
+    def run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`[..., N]` of the dtype of x, for x and bias as they were announced, contiguous."""
+        out = x.new_empty((*x.shape[:-1], self._out_features))
+        problem = Linear.from_buffer_copy(self._problem)  # another thread may run the same layer
+        problem.x, problem.out, problem.threads = x.data_ptr(), out.data_ptr(), _threads(self._work)
+        if bias is not None:
+            problem.bias = bias.data_ptr()
+        if self._library.arb_linear(ctypes.byref(problem), self._index):
+            raise MemoryError(f"No memory for the digits of an input of {list(x.shape)}: pass fewer rows at once.")
+        return out
+
+
+# Of a `Linear`, those to the tensors that a plan keeps.
+_POINTERS = tuple(field[0] for field in Linear._fields_ if field[1] is ctypes.c_void_p)[1:8]
+
+
+def ready(packed: PackedWeight) -> PackedWeight:
+    """The same with every tensor contiguous and of a dtype that the kernels read: itself, where they are."""
+    tensors = {name: getattr(packed, name) for name in TENSOR_NAMES}
+    changed: dict[str, Any] = {name: kept for name, each in tensors.items() if (kept := _ready(each)) is not each}
+    return replace(packed, **changed) if changed else packed
 
 
 def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, kernel: str | None = None) -> torch.Tensor:
@@ -196,46 +264,12 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, ker
     Returns:
         `[M, N]` of x's dtype.
     """
-    library = load()
-    assert library is not None
-    rows, columns = packed.weight.shape[0], packed.in_features
-    out = x.new_empty(x.shape[0], rows)
-    if not out.numel():
-        return out
-    name = packed.layout.name
-    # the tensors in the order of the pointers of `Linear`
-    tensors = [
-        _ready(tensor)
-        for tensor in (
-            x,
-            packed.weight,
-            packed.row_scale,
-            packed.col_scale,
-            packed.permutation,
-            packed.salient_columns,
-            packed.salient_weight,
-            packed.salient_col_scale,
-            bias,
-            out,
-        )
-    ]
-    dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-    types = (dtypes[0], dtypes[2], dtypes[3], dtypes[7], dtypes[8], dtypes[4], dtypes[5])
-    salient = 0 if packed.salient_columns is None else packed.salient_columns.shape[-1]
-    problem = Linear.from_buffer_copy(_described(name, packed.block_size, rows, columns, salient, types))
-    for field, tensor in zip(_POINTERS, tensors, strict=True):
-        if tensor is not None:
-            setattr(problem, field, tensor.data_ptr())
-    problem.m = x.shape[0]
-    work = problem.m * rows * columns * problem.term_count
-    problem.threads = _threads(work)
-    index = kernels()[best_kernel() if kernel is None else kernel]
-    if library.arb_linear(ctypes.byref(problem), index):
-        raise MemoryError(f"No memory for the digits of an input of {x.shape[0]} x {columns}: pass fewer rows at once.")
-    return out
-
-
-_POINTERS = tuple(field[0] for field in Linear._fields_ if field[1] is ctypes.c_void_p)[:10]
+    if not x.shape[0] or not packed.out_features:
+        return x.new_empty(x.shape[0], packed.out_features)
+    bias = _ready(bias)
+    dtype = None if bias is None else bias.dtype
+    name = best_kernel() if kernel is None else kernel
+    return LinearPlan(x.shape[0], x.dtype, ready(packed), dtype, name).run(x.contiguous(), bias)
 
 
 def gemm(x: torch.Tensor, packed: PackedWeight, columns: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -269,7 +303,7 @@ def gemm(x: torch.Tensor, packed: PackedWeight, columns: torch.Tensor, bias: tor
         m=x.shape[0],
         columns=packed.in_features,
         permutation_bytes=0 if permutation is None else permutation.dtype.itemsize,
-        bias_type=0 if bias is None else _TYPES[bias.dtype],
+        bias_type=0 if bias is None else TYPES[bias.dtype],
     )
     if library.arb_gemm(ctypes.byref(problem)):
         raise MemoryError(f"No memory for an input of {x.shape[0]} x {packed.in_features}: pass fewer rows at once.")
@@ -303,7 +337,7 @@ def dequantize(
         packed.out_features * tiles.count * tiles.width * problem.term_count, packed.out_features
     )
     scales = torch.empty(problem.threads, tiles.blocks * packed.layout.row_scales)
-    problem.scales, problem.out, problem.out_type = scales.data_ptr(), out.data_ptr(), _TYPES[out.dtype]
+    problem.scales, problem.out, problem.out_type = scales.data_ptr(), out.data_ptr(), TYPES[out.dtype]
     library.arb_dequantize(ctypes.byref(problem), kernels()[best_kernel() if kernel is None else kernel])
     del kept
     return out
@@ -327,7 +361,7 @@ def _dequantize_problem(
         tiles=tiles.count,
         tiles_per_block=tiles.per_block,
         blocks=tiles.blocks,
-        row_scale_type=_TYPES[row_scale.dtype],
+        row_scale_type=TYPES[row_scale.dtype],
         row_scales=packed.layout.row_scales,
         term_count=len(terms),
         planes=packed.layout.planes,
