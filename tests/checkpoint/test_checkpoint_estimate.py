@@ -1,4 +1,5 @@
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
 from optimum_arb import ARBConfig
+from optimum_arb.checkpoint import estimate_memory
 from optimum_arb.checkpoint import probe as probing
 from optimum_arb.checkpoint.estimate import estimate
 from optimum_arb.checkpoint.probe import probe
@@ -71,16 +73,20 @@ def test_memory_grows_with_what_is_held(tmp_path):
     assert 0 < gpu.peak_gpu_bytes < gpu.peak_ram_bytes
 
 
-def test_the_time_is_the_sum_of_what_was_measured(tmp_path):
+def test_the_time_is_the_sum_of_what_was_measured(tmp_path, monkeypatch):
     save_model(tmp_path / "float")
     result = estimate(str(tmp_path / "float"), ARBConfig(num_samples=4, sequence_length=64), budget=2.0)
     assert result.probe is not None
     assert result.seconds == pytest.approx(result.probe.fit_seconds + result.probe.forward_seconds)
     assert result.probe.fit_seconds > 0
     assert result.probe.forward_seconds > 0
-    assert result.probe.probe_seconds < 30
-    more = estimate(str(tmp_path / "float"), ARBConfig(num_samples=400, sequence_length=64), budget=2.0)
-    assert more.probe.forward_seconds > 10 * result.probe.forward_seconds
+    # a run of so small a layer is a few milliseconds: with one of a second, what else the machine does is no part of it
+    monkeypatch.setattr(probing, "_timed", lambda run, device: 1.0)
+    few, many = (
+        estimate(str(tmp_path / "float"), ARBConfig(num_samples=count, sequence_length=64), budget=2.0)
+        for count in (4, 400)
+    )
+    assert many.probe.forward_seconds == pytest.approx(100 * few.probe.forward_seconds)
     without = estimate(str(tmp_path / "float"), ARBConfig(dataset=None), budget=1.0)
     assert without.probe.forward_seconds == 0
 
@@ -128,16 +134,18 @@ def test_experts_count_as_often_as_there_are(tmp_path):
     assert expected.seconds > 0
 
 
-def test_memory_does_not_grow_with_layers(tmp_path):
-    """But for the embeddings and the head, which are in no layer, and for what one layer more packs."""
+def test_memory_does_not_grow_with_layers(tmp_path, monkeypatch):
+    # what the process holds already grows between two calls, by what the first one imports among other things
+    held = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=10**9))
+    monkeypatch.setattr(estimate_memory, "psutil", SimpleNamespace(Process=lambda: held))
     for layers in (2, 16):
         save_tiny(tmp_path / str(layers), "LlamaForCausalLM", num_hidden_layers=layers)
     few, many = (
         estimate(str(tmp_path / str(layers)), ARBConfig(num_samples=4, sequence_length=64), budget=None)
         for layers in (2, 16)
     )
-    # the process itself grows a little between two calls
-    assert abs(many.peak_ram_bytes - few.peak_ram_bytes) < 8_000_000
+    assert few.peak_ram_bytes > 10**9
+    assert many.peak_ram_bytes == few.peak_ram_bytes
     on_disk, in_memory = (
         estimate(
             str(tmp_path / "2"),
@@ -153,7 +161,11 @@ def test_memory_does_not_grow_with_layers(tmp_path):
 
 
 def test_memory_is_that_of_the_run(tmp_path):
-    """Of a process of its own, within the 15 % that are promised."""
+    """Of a process of its own with one thread, within 15 %.
+
+    Each thread more has its own stack and its own part of the allocator's memory, which say more about the machine than
+    about the estimate: of so small a run, 3.6 % less than estimated with one thread was 13 % more with eight.
+    """
     import json
     import subprocess
     import sys
@@ -179,8 +191,10 @@ else:
 """
     if not Path("/proc/self/status").exists():
         pytest.skip("reads the peak memory from /proc")
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     for step in ("make", "run"):
-        run = subprocess.run([sys.executable, "-c", code, step], capture_output=True, text=True, timeout=300)
+        command = [sys.executable, "-c", code, step]
+        run = subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=300)
         assert run.returncode == 0, run.stderr
     expected, measured = json.loads(run.stdout.strip().splitlines()[-1])
     assert abs(expected - measured) < 0.15 * measured
