@@ -18,8 +18,3 @@ def hessian():
     inputs = torch.randn(1000, 320, generator=generator) @ mix
     inputs *= torch.rand(320, generator=generator) ** 2 * 3 + 0.02
     return inputs.T @ inputs
-
-
-def two_groups(weight):
-    large = (weight.abs() > weight.abs().median()).float()
-    return torch.stack([large, 1 - large])

@@ -2,7 +2,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import two_groups
 
 from optimum_arb.algorithms import arb as arb_module
 from optimum_arb.algorithms import arb_rc as arb_rc_module
@@ -10,6 +9,11 @@ from optimum_arb.algorithms.arb import arb
 from optimum_arb.algorithms.arb_rc import arb_rc
 from optimum_arb.algorithms.arb_x import arb_x, refine_under_metric
 from optimum_arb.algorithms.residual import residual_binarization
+
+
+def two_groups(weight):
+    large = (weight.abs() > weight.abs().median()).float()
+    return torch.stack([large, 1 - large])
 
 
 def error(weight, fit):

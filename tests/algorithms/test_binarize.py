@@ -120,9 +120,12 @@ def test_scale_of_the_weights_does_not_matter(weight, hessian, form, scale):
     plain = binarize(weight, hessian, config)
     scaled = unpack(pack(binarize(weight * scale, hessian, config)), config.layout, 320, 128)
     # only the rounding of the scales to float16, which the plain weight here does not go through
-    torch.testing.assert_close(
-        scaled.dequantize(torch.float64) / scale, plain.dequantize(torch.float64), rtol=3e-3, atol=3e-3
-    )
+    found, expected = scaled.dequantize(torch.float64) / scale, plain.dequantize(torch.float64)
+    same = torch.isclose(found, expected, rtol=3e-3, atol=3e-3).all(1)
+    # one row between its fit and round-to-nearest, which are as good: small scales are rounded to another dtype
+    assert int((~same).sum()) <= 1
+    lost = [((error := weight - each) @ hessian.double() * error).sum(1)[~same] for each in (found, expected)]
+    torch.testing.assert_close(*lost, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=ids)

@@ -29,12 +29,17 @@ def test_error_falls_with_the_rank_and_under_the_calibration_matrix(weight, hess
     assert under < 1
 
 
-def test_it_beats_one_plane_at_the_same_bits(weight, hessian):
+def test_it_beats_one_plane_at_the_same_bits(hessian):
+    """On a weight that is mostly of low rank: 0.52 to 0.57 of the plane's error in six draws. On independent numbers,
+    which have no such structure, the two are alike: 0.95 to 1.19."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, 12, generator=generator) @ torch.randn(12, 320, generator=generator) / 12**0.5
+    weight += 0.3 * torch.randn(48, 320, generator=generator)
     plane = binarize(weight, hessian, ARBConfig())
     config = ARBConfig(method="arb-dbf", factor_bits=1.2)
     factors = binarize(weight, hessian, config)
     lost = [output_error(weight, found.dequantize(), hessian) for found in (factors, plane)]
-    assert lost[0] < lost[1]
+    assert lost[0] < 0.7 * lost[1]
 
 
 def test_the_same_seed_gives_the_same_bits(weight, hessian):
