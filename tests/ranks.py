@@ -33,7 +33,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def run_ranks(
-    file: str, function: str, *arguments: Any, ranks: int = 2, timeout: float = 200, **variables: str
+    file: str, function: str, *arguments: Any, ranks: int = 2, timeout: float = 400, **variables: str
 ) -> list[subprocess.CompletedProcess]:
     """Calls `function(*arguments)` of a file in `ranks` processes.
 
