@@ -131,7 +131,9 @@ def test_steps_are_relative_to_what_they_change():
         with torch.no_grad():
             model.get_parameter(NORM)[:2] = torch.tensor([1e-4, 0.0])
 
-    model, results = refined(prepare=prepare, samples=32)
+    # of few tokens the first steps may be the best ones, and then nothing has moved far
+    settings = RefineSettings(**{**vars(FAST), "sign_learning_rate": 0.0})
+    model, results = refined(prepare=prepare, samples=160, settings=settings)
     assert results["model.layers.0"].after < results["model.layers.0"].before
     small, zero, *others = model.get_parameter(NORM).tolist()
     assert 0.01 < max(abs(other - 1) for other in others) < 0.3
@@ -139,12 +141,14 @@ def test_steps_are_relative_to_what_they_change():
 
 
 def test_rates_fall_where_the_usual_ones_spoil_it(monkeypatch):
-    settings = RefineSettings(steps=60, evaluations=30, patience=2, learning_rate=0.1, sign_learning_rate=0.0)
+    """A rate that gains nothing at first, and that may fall until it does: in seven draws to 0.7 to 4.1 % less."""
+    settings = RefineSettings(steps=60, evaluations=30, patience=2, learning_rate=0.3, sign_learning_rate=0.0)
+    monkeypatch.setattr(refine, "LEAST_RATE", 1e-3)
     mended = refined(settings=settings, samples=32)[1]["model.layers.0"]
     monkeypatch.setattr(refine, "LEAST_RATE", 1.0)
     given_up = refined(settings=settings, samples=32)[1]["model.layers.0"]
-    assert mended.after < given_up.after <= given_up.before == mended.before
-    assert given_up.steps < mended.steps < settings.steps
+    assert mended.after < given_up.after == given_up.before == mended.before
+    assert given_up.steps < mended.steps
 
 
 def test_gradients_flow_into_what_is_listed_alone():

@@ -159,14 +159,16 @@ class SomeModel(nn.Module):
 
 
 def test_submodules_that_only_some_batches_reach(monkeypatch):
+    batches = token_batches(tokens(16, 6), 1)
+
     def model():
         torch.manual_seed(0)
         made = SomeModel()
         with torch.no_grad():
-            made.embed.weight[:, 0] *= 20
+            # every other token, that of the first batch among them, leads to the branch
+            made.embed.weight[:, 0] = torch.where((torch.arange(96) - batches[0][0, 0]) % 2 == 0, 20.0, -20.0)
         return made
 
-    batches = token_batches(tokens(16, 6), 1)
     targets = [name for name, module in model().named_modules() if isinstance(module, nn.Linear)]
     starts = [model().embed.weight[batch[0, 0], 0].item() > 0 for batch in batches]
     assert starts[0]

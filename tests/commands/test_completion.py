@@ -26,7 +26,7 @@ def test_bash_completes_commands_and_options(call, tmp_path):
 
     def complete(*words: str) -> list[str]:
         command = ask.format(words=" ".join(words), at=len(words) - 1)
-        run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=20)
+        run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
         return run.stdout.split()
 
     assert complete("optimum-arb", "qua") == ["quantize"]

@@ -8,6 +8,7 @@ from optimum_arb.format.layout import all_layouts, bitmap_layout, planes_layout
 from optimum_arb.format.packing import TENSOR_NAMES, pack
 from optimum_arb.ops import linear
 from optimum_arb.ops.backends import reference
+from optimum_arb.ops.backends.cpu import native
 
 LAYOUTS = {layout.name: layout for layout in all_layouts()}
 
@@ -67,14 +68,17 @@ def test_batch_shapes(shape, backend):
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_strided_input(backend):
+    """The native kernels sum in one order; a library takes another way through a transposed matrix, and its sums round
+    otherwise on some processors (with AVX2 alone)."""
     packed = random_packed(planes_layout(1, col_scale=True), 6, 300)
-    x = torch.randn(300, 20).T
-    assert not x.is_contiguous()
-    assert torch.equal(run(x, packed, backend=backend), run(x.contiguous(), packed, backend=backend))
-    x = torch.randn(3, 600)[:, ::2]
-    assert torch.equal(run(x, packed, backend=backend), run(x.contiguous(), packed, backend=backend))
-    x = torch.randn(1, 300).expand(12, 300)
-    assert torch.equal(run(x, packed, backend=backend), run(x.contiguous(), packed, backend=backend))
+    turned, skipping = torch.randn(300, 20).T, torch.randn(3, 600)[:, ::2]
+    repeated = torch.randn(1, 300).expand(12, 300)
+    assert not turned.is_contiguous()
+    for x in (turned, skipping, repeated):
+        found, expected = run(x, packed, backend=backend), run(x.contiguous(), packed, backend=backend)
+        assert relative_error(found, expected) < 2e-6
+        if backend == "cpu" and native.load() is not None:
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
