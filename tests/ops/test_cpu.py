@@ -33,17 +33,6 @@ ALL_KERNELS = ["portable", "avx2", "avx-vnni", "avx512-vnni", "amx", "neon", "do
 needs_native = pytest.mark.skipif(native.load() is None, reason="the native extension was not built")
 
 
-@pytest.fixture
-def poisoned():
-    """Fills every new tensor with NaN, so that what is not written shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 @pytest.fixture(params=[pytest.param("native", marks=needs_native), "torch"])
 def kernels(request, monkeypatch):
     if request.param == "torch":

@@ -15,15 +15,6 @@ LAYOUTS = {layout.name: layout for layout in all_layouts()}
 PLANES = [planes_layout(1), planes_layout(1, col_scale=True), planes_layout(2, col_scale=True)]
 
 
-@pytest.fixture
-def poisoned():
-    """Fills every new tensor with NaN, so that what is not written shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 def tokens(m: int, packed) -> torch.Tensor:
     return torch.randn(m, packed.in_features, generator=torch.Generator().manual_seed(m)).bfloat16()
 

@@ -21,15 +21,6 @@ SHAPES = [
 ]
 
 
-@pytest.fixture
-def poisoned():
-    """Fills every new tensor with NaN, so that what is not written shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 def check(packed, dtype=torch.float32, **choices):
     """Within the rounding of the sums in float32 and of the result to `dtype`."""
     weight = packed.unpack()

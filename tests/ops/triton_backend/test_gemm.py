@@ -7,6 +7,8 @@ from packed_weights import random_packed
 from optimum_arb.format.layout import all_layouts, planes_layout
 from optimum_arb.ops.backends.triton.gemm import GemmConfig, candidates, gemm, gemm_input_grad, is_fusable
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 LAYOUTS = {layout.name: layout for layout in all_layouts()}
 PORTABLE = GemmConfig("portable", block_m=32, block_n=32)
 # out_features, in_features, block_size, permuted
@@ -20,15 +22,6 @@ SHAPES = [
     (431, 192, 128, True),
     (3, 3, 128, False),
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Fills every new tensor with NaN, so that what is not written shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def check(packed, m, dtype=torch.float16, bias=True, config=PORTABLE, out_dtype=None, strided=False):

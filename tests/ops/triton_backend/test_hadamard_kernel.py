@@ -8,15 +8,6 @@ from optimum_arb.format.hadamard import hadamard_transform, random_signs
 from optimum_arb.ops.backends.triton.hadamard import transform
 
 
-@pytest.fixture
-def poisoned():
-    """Fills every new tensor with NaN, so that what is not written shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 def expected(x, sign, order, block):
     x = x.double() if order is None else x.double()[..., order[0].long()]
     return hadamard_transform(x if sign is None else x * sign, block)
