@@ -136,8 +136,8 @@ class PackedProduct(ABC):
     ) -> torch.Tensor | None:
         """The product as it was made ready at an earlier call; None where that cannot be.
 
-        Looking at every tensor again takes the host longer than the GPU takes for 64 tokens, and half as long as a CPU
-        takes for one token at 576 x 576.
+        Looking at every tensor again takes the host longer than the GPU takes for 64 tokens, and 12 of the 45
+        microseconds that a CPU takes for one token at 576 x 576.
         """
         if not x.is_contiguous() or self.is_offloaded:
             return None

@@ -72,7 +72,7 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> 
 def plan(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> native.LinearPlan | None:
     """`linear` for inputs like x, made ready; None where the kernels that take the packed bits are not the ones.
 
-    A third of the time of one token at 576 x 576 went by before the kernel began.
+    Of 45 microseconds of one token at 576 x 576, 12 less.
 
     Args:
         x, packed, bias: as in `linear`.

@@ -7,7 +7,7 @@
 #define GEMM_TARGET \
     __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")))
 /* A block of W is 512 KiB of bfloat16 and the sums of its rows at most 1 MiB, beside each other in a second-level cache of
-   2 MiB. At 4096 x 4096 and 512 tokens half the rows or half the columns take 9 and 4 % longer, twice either as long. */
+   2 MiB. At 4096 x 4096 and 512 tokens half the rows or half the columns take 9 and 4 % longer, twice the columns 4 %. */
 #define GEMM_ROWS 256
 #define GEMM_DEPTH 1024
 #define GEMM_TOKENS 1024
@@ -56,33 +56,11 @@ static GEMM_TARGET void gemm_pack(const gemm_problem_t *p, int64_t first, int64_
 /* Packing tiles `from` to `to` of one row in bfloat16: 64 bytes in each tile of the matrix unit. */
 ALWAYS_INLINE GEMM_TARGET void gemm_expand_tiles(const dequantize_problem_t *p, int64_t row, int64_t from, int64_t to,
                                                  const float *scales, int lanes, int terms, uint16_t *out) {
-    const __m512 minus = _mm512_set1_ps(-0.0f);
     const int64_t first_block = from / p->tiles_per_block;
     for (int64_t i = from; i < to; i++) {
-        const uint8_t *tile = p->weight + row * p->row_bytes + i * p->planes * p->tile_bytes;
-        const int nbytes = i + 1 < p->tiles ? p->tile_bytes : p->last_bytes;
         const float *row_scales = scales + (i / p->tiles_per_block - first_block) * p->row_scales;
         __m512 sum[8];
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; j++) sum[j] = _mm512_setzero_ps();
-        for (int t = 0; t < terms; t++) {
-            const term_t *term = p->terms + t;
-            const float *columns = p->columns + (term->variant * p->tiles + i) * TILE_FLOATS;
-            const __m512 scale = _mm512_set1_ps(term->factor * row_scales[term->row]);
-            bytes_t bytes; /* a product of no planes is +1: all bits set */
-            memset(&bytes, 255, sizeof bytes);
-            if (term->planes && !(term->planes & (term->planes - 1)))
-                bytes = load_plane(tile + __builtin_ctz(term->planes) * nbytes, nbytes);
-            else if (term->planes)
-                bytes = load_bytes(tile, nbytes, term->planes);
-#pragma GCC unroll 8
-            for (int j = 0; j < 8; j++) {
-                __mmask16 negative = _mm_testn_epi8_mask((__m128i)bytes, _mm_set1_epi8((char)(1 << j)));
-                __m512 column = _mm512_loadu_ps(columns + j * 16);
-                column = _mm512_mask_xor_ps(column, negative, column, minus);
-                sum[j] = _mm512_fmadd_ps(scale, column, sum[j]);
-            }
-        }
+        tile_values_bfloat(p, row, i, row_scales, terms, sum);
         if (lanes == 16) {
 #pragma GCC unroll 4
             for (int s = 0; s < 4; s++, out += TILE_VALUES)
