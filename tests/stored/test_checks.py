@@ -8,26 +8,11 @@ import shutil
 import struct
 
 import pytest
-from saved_llama import LINEAR, binarized_llama, quantization, refusal, save_both, weights
+from saved_llama import LINEAR, quantization, refusal, weights
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_arb.stored.checksums import seal
 from optimum_arb.stored.header import read_header
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return save_both(binarized_llama(tmp_path_factory.mktemp("float")), tmp_path_factory.mktemp("saved"))
-
-
-@pytest.fixture
-def one(saved, tmp_path):
-    return shutil.copytree(saved / "one", tmp_path / "one")
-
-
-@pytest.fixture
-def shards(saved, tmp_path):
-    return shutil.copytree(saved / "shards", tmp_path / "shards")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

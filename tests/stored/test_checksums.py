@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from saved_llama import LINEAR, binarized_llama, quantization, refusal, save_both, weights
+from saved_llama import LINEAR, quantization, refusal, weights
 from tiny_experts import save_moe
 from tiny_models import outputs, save_tiny, tokens
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
@@ -19,26 +19,6 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 from optimum_arb import ARBConfig, save_model
 from optimum_arb.stored.checksums import ENTRY, SKIP_VARIABLE, UNFINISHED, VERSION_ENTRY, seal, tensor_checksums, verify
 from optimum_arb.stored.header import read_header, set_metadata
-
-
-@pytest.fixture(scope="module")
-def binarized(tmp_path_factory):
-    return binarized_llama(tmp_path_factory.mktemp("float"))
-
-
-@pytest.fixture(scope="module")
-def saved(binarized, tmp_path_factory):
-    return save_both(binarized, tmp_path_factory.mktemp("saved"))
-
-
-@pytest.fixture
-def one(saved, tmp_path):
-    return shutil.copytree(saved / "one", tmp_path / "one")
-
-
-@pytest.fixture
-def shards(saved, tmp_path):
-    return shutil.copytree(saved / "shards", tmp_path / "shards")
 
 
 def flip(path, key, byte=0, bit=0):
