@@ -107,7 +107,7 @@ class Phases:
         self._open.pop()
 
     def _close(self) -> None:
-        if self._cuda:
+        if self._cuda and not torch.cuda.is_current_stream_capturing():
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._since

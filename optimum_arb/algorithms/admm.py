@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 
 from ..spare_threads import ahead
+from .cuda_graph import Replayed
 from .planes import PlanesFit
 from .products import MIXED, product_float32
 from .sign_terms import SignTerms
@@ -29,6 +30,8 @@ HIGHEST_RHO = 0.6
 STAGES = 5
 # Rows of a triangular system that is solved at once on a GPU; above, products are faster.
 LARGEST_SOLVE = 1024
+# Weights of which a GPU takes longer for an iteration than the host for its 20 launches.
+MOST_REPLAYED = 1 << 22
 
 
 def admm_planes(
@@ -62,12 +65,24 @@ def admm_planes(
         shifted.diagonal().add_(rho)
         return _inverse(shifted).mul_(rho).to(dtype)
 
+    pulls = torch.empty_like(matrix, dtype=dtype) if _replays(weight) else None
+
+    def iterate() -> None:
+        terms.leave()
+        terms.add_product(pull if pulls is None else pulls)
+        terms.project()
+
+    run = iterate if pulls is None else Replayed(iterate, weight.device)
     for stage, pull in enumerate(ahead(make_pull, range(stages))):
+        if pulls is not None:
+            pulls.copy_(pull)
         for _ in range((stage + 1) * iterations // stages - stage * iterations // stages):
-            terms.leave()
-            terms.add_product(pull)
-            terms.project()
+            run()
     return terms.fits(size)
+
+
+def _replays(weight: torch.Tensor) -> bool:
+    return weight.is_cuda and weight.numel() <= MOST_REPLAYED
 
 
 def _inverse(matrix: torch.Tensor) -> torch.Tensor:

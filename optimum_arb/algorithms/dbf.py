@@ -25,6 +25,7 @@ import torch
 
 from ..format.factors import FactorizedWeight
 from ..spare_threads import product
+from .cuda_graph import Replayed
 from .factor_descent import Factors, descend, finish_scales
 
 RHO = 0.6
@@ -37,6 +38,8 @@ STEPS = 5
 SETTLED = 3
 # Of the descent after ADMM. It lowers the error by 4 to 8 % altogether, most of it in the first two passes.
 DESCENTS = 2
+
+Factor = torch.Tensor | float  # float32 `[]`
 
 
 def binarize_factors(
@@ -142,48 +145,80 @@ class _Split:
         size = torch.abs(free, out=self.value)
         for _ in range(3):  # the best rank-one approximation, by power iteration from the last one
             right = self.left @ size
-            self.right = right / right.norm().clamp_min(1e-30)
-            self.left = size @ self.right
+            torch.div(right, right.norm().clamp_min(1e-30), out=self.right)
+            torch.mv(size, self.right, out=self.left)
         self.signs.fill_(1.0).copysign_(free)
         torch.mul(self.signs, self.left[:, None], out=self.value).mul_(self.right)
         self.multipliers.sub_(self.value)
 
 
 def _admm(problem: _Problem, rank: int, rounds: int, seed: int) -> Factors:
-    weight, hessian = problem.weight, problem.hessian
-    rows, columns = weight.shape
-    device = weight.device
-    weighted = weight @ hessian
-    # on the CPU, so that a seed means the same signs on every device
-    generator = torch.Generator().manual_seed(seed)
-    inner = torch.where(torch.rand(rank, columns, generator=generator) < 0.5, -1.0, 1.0).to(device)
-    outer_split = _Split.zero(rows, rank, device)
-    inner_split = _Split.zero(rank, columns, device)
-    solution = torch.zeros_like(inner)  # of the inner factor, in the eigenbasis
-    of_outer = of_inner = torch.ones(rank, device=device)
+    state = _Rounds(problem, rank, seed)
+    run = Replayed(state.run, problem.weight.device)
     for round_ in range(rounds):
-        rho = RHO * min(1.0, (round_ + 1) / max(rounds - SETTLED, 1))
-        shift = rho + REGULARIZATION
+        state.set_rho(RHO * min(1.0, (round_ + 1) / max(rounds - SETTLED, 1)))
+        run()
+    return state.factors()
 
-        pushed = product(inner, hessian)
-        gram, of_outer = _unit_diagonal(product(pushed, inner.T))
-        gram.diagonal().add_(shift)
-        pull = product(weight, pushed.T).div_(of_outer).add_(outer_split.pull(), alpha=rho)
+
+class _Rounds:
+    """ADMM, a round at a time, on tensors that stay where they are."""
+
+    def __init__(self, problem: _Problem, rank: int, seed: int):
+        rows, columns = problem.weight.shape
+        device = problem.weight.device
+        self._problem = problem
+        self._weighted = problem.weight @ problem.hessian
+        # on the CPU, so that a seed means the same signs on every device
+        generator = torch.Generator().manual_seed(seed)
+        self._inner = torch.where(torch.rand(rank, columns, generator=generator) < 0.5, -1.0, 1.0).to(device)
+        self._outer_split = _Split.zero(rows, rank, device)
+        self._inner_split = _Split.zero(rank, columns, device)
+        self._solution = torch.zeros_like(self._inner)  # of the inner factor, in the eigenbasis
+        self._of_outer, self._of_inner = torch.ones(rank, device=device), torch.ones(rank, device=device)
+        # tensors where they are replayed, of which the values change
+        self._rho: Factor = torch.zeros((), device=device) if device.type == "cuda" else 0.0
+        self._shift: Factor = torch.zeros((), device=device) if device.type == "cuda" else 0.0
+
+    def set_rho(self, rho: float) -> None:
+        """Of the rounds that follow."""
+        if isinstance(self._rho, torch.Tensor) and isinstance(self._shift, torch.Tensor):
+            self._rho.fill_(rho)
+            self._shift.fill_(rho + REGULARIZATION)
+        else:
+            self._rho, self._shift = rho, rho + REGULARIZATION
+
+    def run(self) -> None:
+        """A round."""
+        problem, outer_split, inner_split = self._problem, self._outer_split, self._inner_split
+
+        pushed = product(self._inner, problem.hessian)
+        gram, of_outer = _unit_diagonal(product(pushed, self._inner.T))
+        self._of_outer.copy_(of_outer)
+        gram.diagonal().add_(self._shift)
+        pull = _add(product(problem.weight, pushed.T).div_(of_outer), outer_split.pull(), self._rho)
         outer_split.update(_solve(gram, pull))
         outer = outer_split.value / of_outer
 
         gram, of_inner = _unit_diagonal(product(outer.T, outer))
-        pull = product(outer.T, weighted).div_(of_inner[:, None]).add_(inner_split.pull(), alpha=rho)
-        _sylvester(gram, problem.values, shift, problem.to_basis(pull), solution)
-        inner_split.update(problem.from_basis(solution))
-        inner = inner_split.value / of_inner[:, None]
-    return Factors(
-        outer_split.signs,
-        inner_split.signs,
-        outer_split.left,
-        outer_split.right / of_outer * inner_split.left / of_inner,
-        inner_split.right,
-    )
+        self._of_inner.copy_(of_inner)
+        pull = _add(product(outer.T, self._weighted).div_(of_inner[:, None]), inner_split.pull(), self._rho)
+        _sylvester(gram, problem.values, self._shift, problem.to_basis(pull), self._solution)
+        inner_split.update(problem.from_basis(self._solution))
+        torch.div(inner_split.value, of_inner[:, None], out=self._inner)
+
+    def factors(self) -> Factors:
+        """What the rounds have come to."""
+        outer, inner = self._outer_split, self._inner_split
+        rank = outer.right / self._of_outer * inner.left / self._of_inner
+        return Factors(outer.signs, inner.signs, outer.left, rank, inner.right)
+
+
+def _add(total: torch.Tensor, other: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """In place, `total + factor * other`."""
+    if isinstance(factor, torch.Tensor):
+        return total.addcmul_(other, factor)
+    return total.add_(other, alpha=factor)
 
 
 def _unit_diagonal(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,7 +235,7 @@ def _solve(gram: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
 
 
 def _sylvester(
-    gram: torch.Tensor, values: torch.Tensor, shift: float, pull: torch.Tensor, solution: torch.Tensor
+    gram: torch.Tensor, values: torch.Tensor, shift: Factor, pull: torch.Tensor, solution: torch.Tensor
 ) -> None:
     """`gram X diag(values) + shift X = pull` by conjugate gradients; float32 `[r, K]`.
 
@@ -212,12 +247,12 @@ def _sylvester(
         solution: where it starts, and what it comes to.
     """
     diagonal = values + shift
-    residual = pull.sub_(product(gram, solution).mul_(values).add_(solution, alpha=shift))
+    residual = pull.sub_(_add(product(gram, solution).mul_(values), solution, shift))
     scaled = residual / diagonal
     direction = scaled.clone()
     energy = _dot(residual, scaled)
     for _ in range(STEPS):
-        image = product(gram, direction).mul_(values).add_(direction, alpha=shift)
+        image = _add(product(gram, direction).mul_(values), direction, shift)
         length = energy / _dot(direction, image).clamp_min(1e-30)
         solution.addcmul_(length, direction)
         residual.addcmul_(length, image, value=-1)

@@ -17,10 +17,7 @@ from typing import Protocol
 import torch
 
 from .column_descent import descend_columns
-
-# Relative to the mean diagonal of the normal equations: far below the float32 rounding of their entries, enough for
-# planes that became equal. It pulls towards the current value, so a step can only lower the objective.
-RIDGE = 1e-7
+from .normal_equations import solve
 
 
 class Rounding(Protocol):
@@ -58,6 +55,12 @@ class PlanesFit:
     def copy(self) -> PlanesFit:
         """The same on tensors of its own."""
         return PlanesFit(self.signs.clone(), self.row.clone(), self.col.clone())
+
+    def assign(self, other: PlanesFit) -> None:
+        """Copies the values of another one of the same shapes into these tensors."""
+        self.signs.copy_(other.signs)
+        self.row.copy_(other.row)
+        self.col.copy_(other.col)
 
 
 def fit_planes(
@@ -150,7 +153,7 @@ class Descent:
         else:
             normal = torch.stack([(weighted * plane).sum(2) for plane in basis], 2).permute(1, 0, 2)  # [N, P, P]
         slope = (basis * self.gradient).sum(2).T
-        step = _solve(normal.double(), slope.double()).T.to(fit.row.dtype)
+        step = solve(normal.double(), slope.double()).T.to(fit.row.dtype)
         fit.row += step
         for plane, moved in zip(step, weighted, strict=True):
             self.gradient.addcmul_(plane[:, None], moved, value=-1)
@@ -168,7 +171,7 @@ class Descent:
         if planes > 1:  # planes may be equal, and float32 would not keep what tells them apart
             every = every.double()
         normal = (every.T @ every).double() * self.metric.double().repeat(planes, planes)
-        step = _solve(normal[None], slope[None])[0].view(planes, columns).to(fit.col.dtype)
+        step = solve(normal[None], slope[None])[0].view(planes, columns).to(fit.col.dtype)
         fit.col += step
         self.gradient -= _summed(basis * step[:, None, :]) @ self.metric
 
@@ -229,18 +232,6 @@ def update_signs(weight: torch.Tensor, metric: torch.Tensor, fit: PlanesFit) -> 
 def _summed(planes: torch.Tensor) -> torch.Tensor:
     """The sum over the planes of `[P, N, k]`: a launch less where there is one."""
     return planes[0] if len(planes) == 1 else planes.sum(0)
-
-
-def _solve(normal: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-    """Batched `normal x = slope` in float64 with a ridge; where that fails all the same, no step."""
-    diagonal = normal.diagonal(dim1=-2, dim2=-1)
-    ridge = RIDGE * (diagonal if normal.shape[-1] == 1 else diagonal.mean(-1, keepdim=True))
-    ridge = torch.where(ridge > 0, ridge, 1.0)
-    if normal.shape[-1] == 1:
-        return torch.nan_to_num(slope / (normal[..., 0] + ridge), 0.0, 0.0, 0.0)
-    lower, failed = torch.linalg.cholesky_ex(normal + torch.diag_embed(ridge.expand_as(diagonal)))
-    step = torch.cholesky_solve(slope[..., None], lower)[..., 0]
-    return torch.where((failed != 0)[:, None], 0.0, torch.nan_to_num(step, 0.0, 0.0, 0.0))
 
 
 def signs_in_order(weight: torch.Tensor, factor: torch.Tensor, fit: PlanesFit) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..spare_threads import product
+from .cuda_graph import Replayed
 from .hessian import PreparedHessian
 from .planes import Descent, PlanesFit, Rounding
 
@@ -36,13 +37,54 @@ def refine_blocks(
     columns = weight.shape[1]
     matrix = hessian.damped
     error = weight - torch.cat([fit.reconstruction() for fit in fits], 1)
+    replayed: dict[int, _ReplayedBlock] = {}  # by the width of the block: the last one may be narrower
 
     for _ in range(sweeps):
         for index, start in enumerate(range(0, columns, block_size)):
             here = slice(start, min(start + block_size, columns))
-            gradient = product(error, matrix[:, here])
-            fits[index], change = _improve(matrix[here, here], gradient, fits[index], col_scale, rounding)
+            metric, gradient, fit = matrix[here, here], product(error, matrix[:, here]), fits[index]
+            if weight.is_cuda:
+                width = here.stop - start
+                if width not in replayed:
+                    replayed[width] = _ReplayedBlock(metric, gradient, fit, col_scale, rounding)
+                fits[index], change = replayed[width].improve(metric, gradient, fit)
+            else:
+                fits[index], change = _improve(metric, gradient, fit, col_scale, rounding)
             error[:, here] -= change
+
+
+class _ReplayedBlock:
+    """`_improve` of blocks of one shape on a GPU, by tensors that stay where they are; arguments as there."""
+
+    def __init__(
+        self,
+        metric: torch.Tensor,
+        gradient: torch.Tensor,
+        fit: PlanesFit,
+        col_scale: bool,
+        rounding: Rounding | None,
+    ):
+        self._metric, self._gradient, self._change = (
+            torch.empty_like(each, memory_format=torch.contiguous_format) for each in (metric, gradient, gradient)
+        )
+        self._fit = fit.copy()
+
+        def run() -> None:
+            found, change = _improve(self._metric, self._gradient, self._fit, col_scale, rounding)
+            self._fit.assign(found)
+            self._change.copy_(change)
+
+        self._run = Replayed(run, gradient.device)
+
+    def improve(
+        self, metric: torch.Tensor, gradient: torch.Tensor, before: PlanesFit
+    ) -> tuple[PlanesFit, torch.Tensor]:
+        """What `_improve` returns; the next call overwrites the change."""
+        self._metric.copy_(metric)
+        self._gradient.copy_(gradient)
+        self._fit.assign(before)
+        self._run()
+        return self._fit.copy(), self._change
 
 
 def _improve(

@@ -107,6 +107,7 @@ class ModelRuns:
     ) -> list[list[Call]]:
         """Hands on the hidden states that enter the first layer; each layer's other arguments, batch by batch."""
         calls: list[list[Call]] = [[] for _ in group.modules]
+        found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def recorder(index: int):
             def forward(*args, **kwargs):
@@ -117,7 +118,7 @@ class ModelRuns:
                 kept = (None, *args[1:]) if args else ()
                 rest = {k: v for k, v in kwargs.items() if args or k != "hidden_states"}
                 batch = len(calls[index])
-                calls[index].append(Call(kept, rest).sharing(calls[index][0] if batch else None))
+                calls[index].append(Call(kept, rest).sharing(calls[index][0] if batch else None, found))
                 if index == len(group.modules) - 1:
                     raise Stop
                 return like(group.seen[index][0][1], hidden)
@@ -128,4 +129,5 @@ class ModelRuns:
         with replaced_forwards(group.modules, recorders):
             for batch in batches:
                 self.run(batch)
+                found.clear()
         return calls

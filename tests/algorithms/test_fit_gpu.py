@@ -8,6 +8,7 @@ import torch
 from optimum_arb import ARBConfig
 from optimum_arb.algorithms import binarize, output_error
 from optimum_arb.algorithms.admm import _inverse
+from optimum_arb.algorithms.cuda_graph import Replayed
 from optimum_arb.algorithms.partition import large_weights, salient_columns
 from optimum_arb.calibration.activations import Activations
 from optimum_arb.calibration.calls import CopiedAhead
@@ -101,6 +102,76 @@ def test_error_correction_as_on_the_cpu():
     for name, weight in weights.items():
         torch.testing.assert_close(found["cuda"][name], found["cpu"][name], rtol=1e-4, atol=1e-4)
         assert float((found["cpu"][name] - weight).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"refinement_sweeps": 3},
+        {"planes": 2, "refinement_sweeps": 3},
+        {"planes": 3, "refinement_sweeps": 3, "col_scale": False},
+        {"scale_bits": 8, "hadamard": 64},
+        {"method": "arb-dbf"},
+    ],
+    ids=str,
+)
+def test_a_graph_gives_the_bits_of_its_operators(problem, choices, monkeypatch):
+    weight, hessian = (tensor.cuda() for tensor in problem)
+    config = ARBConfig(**choices)
+    graphs: list[Replayed] = []
+    make = Replayed.__init__
+
+    def made(self, *args):
+        make(self, *args)
+        graphs.append(self)
+
+    monkeypatch.setattr(Replayed, "__init__", made)
+    found = binarize(weight, hessian, config).dequantize()
+    assert any(graph.recorded for graph in graphs)
+    assert not any(graph._plain for graph in graphs)
+    monkeypatch.setattr(Replayed, "__call__", lambda self: self._function())
+    assert torch.equal(found, binarize(weight, hessian, config).dequantize())
+
+
+def test_what_cannot_be_recorded_runs_as_it_is():
+    total = torch.zeros(8, device="cuda")
+
+    def add() -> None:
+        total.add_(float(total.sum()) + 1)  # the host waits for the sum
+
+    run = Replayed(add, total.device)
+    for _ in range(3):
+        run()
+    assert not run.recorded
+    assert total.tolist() == [91.0] * 8  # 1, 10, 91
+    assert torch.isfinite(torch.randn(8, device="cuda")).all()
+
+
+def test_graphs_recorded_by_several_threads():
+    """On the streams of fits, where the other threads wait for theirs and take memory meanwhile."""
+
+    def step(total: torch.Tensor, eye: torch.Tensor) -> None:
+        total.copy_(torch.linalg.cholesky_ex(total @ total.T + eye)[0])
+
+    def task(seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        total = torch.randn(64, 64, generator=generator).cuda()
+        eye = torch.eye(64).cuda()
+        run = Replayed(lambda: step(total, eye), total.device)
+        for _ in range(20):
+            run()
+        return total.cpu()
+
+    def plain(seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        total = torch.randn(64, 64, generator=generator).cuda()
+        eye = torch.eye(64).cuda()
+        for _ in range(20):
+            step(total, eye)
+        return total.cpu()
+
+    found = list(in_order(task, list(range(12)), torch.device("cuda"), 4, 4))
+    assert all(torch.equal(found[seed], plain(seed)) for seed in range(12))
 
 
 def test_random_numbers_after_a_fit_of_two_planes(problem):

@@ -153,6 +153,25 @@ def test_recorded_arguments_are_each_layers_own():
     assert calls[0][0].kwargs["attention_mask"] is calls[0][1].kwargs["attention_mask"]
 
 
+def test_what_layers_share_is_kept_once_and_compared_once_a_batch(monkeypatch):
+    compared = []
+    equal = torch.Tensor.equal
+    monkeypatch.setattr(torch.Tensor, "equal", lambda self, other: compared.append(self) or equal(self, other))
+    counts = []
+    for layers in (2, 6):
+        model = tiny_model("LlamaForCausalLM", num_hidden_layers=layers)
+        walk = CalibrationWalk(model, targets(model), lambda *_: None, token_batches(tokens(), 1))
+        with torch.no_grad():
+            groups = find_layers(model, targets(model))
+            walk.runs.probe(groups, walk.batches[0])
+            compared.clear()
+            calls = walk._record(groups[0])
+        counts.append(len(compared))
+        kept = {id(x) for each in calls for call in each for x in call.kwargs["position_embeddings"]}
+        assert len(kept) == 2  # cos and sin, of all layers and batches
+    assert counts[0] == counts[1] > 0
+
+
 def test_the_model_is_as_before_but_for_its_linears():
     model = tiny_model("LlamaForCausalLM")
     before = {name: p.clone() for name, p in model.named_parameters()}
