@@ -8,10 +8,10 @@ one chunk. The last block is filled up to the width of the others with columns o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice, product
 
 import torch
 
-from .column_descent import sign_patterns
 from .planes import PlanesFit
 from .products import product_float32
 
@@ -215,7 +215,7 @@ class _Chunk:
         sizes = [self._size(plane, self.scratch[4 + plane]) for plane in range(planes)]
         torch.abs(self.wanted, out=goal)
         # levels come in pairs of opposite sign: half of the patterns serve |wanted|, their sign is put right after
-        for index, pattern in enumerate(sign_patterns(planes, goal)[: 2 ** (planes - 1)].tolist()):
+        for index, pattern in enumerate(islice(product((1.0, -1.0), repeat=planes), 2 ** (planes - 1))):
             level.copy_(sizes[0])
             for size, sign in zip(sizes[1:], pattern[1:], strict=True):
                 level.add_(size, alpha=sign)

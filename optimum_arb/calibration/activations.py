@@ -20,13 +20,18 @@ class Activations:
     Those of a GPU are in page-locked memory, to and from which it copies by itself: 6.4 GB a layer of a 7B with 128 x
     2048 tokens.
 
+    Args:
+        device: where layers run.
+
     Attributes:
         in_memory: whether there is memory for them, and so for what is kept of a layer beside them.
     """
 
     in_memory = True
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._for_gpu = device is not None and device.type == "cuda"
+        self._overwrite = True  # but not what enters the first layer, which may be one tensor for two batches
         self._batches: list[torch.Tensor] = []
         self._free: list[torch.Tensor] = []
 
@@ -38,7 +43,10 @@ class Activations:
 
     def put(self, batch: int, hidden: torch.Tensor) -> None:
         """Writes a batch of the next generation; those of the first one come in their order."""
-        kept = self._copy(hidden.detach(), batch) if hidden.is_cuda else hidden.detach().to("cpu")
+        kept = hidden.detach()
+        if kept.is_cuda or (self._for_gpu and not kept.is_pinned()):
+            kept = self._copy(kept, batch)
+        kept = kept.to("cpu")
         if batch == len(self._batches):
             self._batches.append(kept)
         else:
@@ -48,6 +56,7 @@ class Activations:
         """What was put becomes what is read: the outputs of this layer, or what enters the first one (`INPUTS`)."""
         if self._batches and self._batches[0].is_pinned():
             torch.cuda.synchronize()
+        self._overwrite = layer != INPUTS
 
     def restore(self, layer: str) -> bool:
         """Whether the outputs of this layer, which an interrupted run computed, are at hand; they are current then."""
@@ -60,7 +69,7 @@ class Activations:
 
     def _copy(self, hidden: torch.Tensor, batch: int) -> torch.Tensor:
         """A copy in the page-locked memory of the batch that it replaces, or in new one."""
-        if batch < len(self._batches):
+        if self._overwrite and batch < len(self._batches):
             before = self._batches[batch]
             if before.is_pinned() and before.shape == hidden.shape and before.dtype == hidden.dtype:
                 # behind every read of it, which the same stream began earlier; `advance` waits for it

@@ -10,7 +10,7 @@ from optimum_arb.algorithms import binarize, output_error
 from optimum_arb.algorithms.admm import _inverse
 from optimum_arb.algorithms.cuda_graph import Replayed
 from optimum_arb.algorithms.partition import large_weights, salient_columns
-from optimum_arb.calibration.activations import Activations
+from optimum_arb.calibration.activations import INPUTS, Activations
 from optimum_arb.calibration.calls import CopiedAhead
 from optimum_arb.calibration.correction import Corrections, Read, Step
 from optimum_arb.calibration.statistics import Statistic, add_product
@@ -193,6 +193,26 @@ def test_hidden_states_come_back_from_page_locked_memory():
     kept.advance("layer")
     assert [kept[batch].data_ptr() for batch in range(3)] == places
     assert all(torch.equal(kept[batch], -hidden.cpu()) for batch, hidden in enumerate(first))
+
+
+def test_what_enters_the_first_layer_is_page_locked_and_may_be_shared():
+    kept = Activations(torch.device("cuda"))
+    inputs = [torch.randn(1, 16, 32) for _ in range(3)]
+    for batch, hidden in enumerate(inputs):
+        kept.put(2 * batch, hidden)
+        kept.put(2 * batch + 1, kept[2 * batch])
+    kept.advance(INPUTS)
+    assert all(kept[batch].is_pinned() for batch in range(6))
+    assert all(kept[2 * batch] is kept[2 * batch + 1] for batch in range(3))
+    for batch, hidden in enumerate(inputs):
+        kept.put(2 * batch, hidden.cuda() + 1)
+    for batch, hidden in enumerate(inputs):
+        assert torch.equal(kept[2 * batch + 1], hidden)
+        kept.put(2 * batch + 1, hidden.cuda() + 2)
+    kept.advance("layer")
+    for batch, hidden in enumerate(inputs):
+        assert torch.equal(kept[2 * batch], hidden + 1)
+        assert torch.equal(kept[2 * batch + 1], hidden + 2)
 
 
 @pytest.mark.parametrize(
