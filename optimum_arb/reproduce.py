@@ -9,6 +9,7 @@ import platform
 import re
 import shlex
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _VARIABLES = (
 )
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 _CHUNK = 1 << 24
+_HASHED_AT_ONCE = 8
 _TOKEN = re.compile(r"hf_[A-Za-z0-9_]{3,}")
 _SECRET = re.compile(r"--?\S*(token|secret|password|passwd|api.?key)", re.IGNORECASE)
 
@@ -153,9 +155,12 @@ def model_fingerprint(directory: str | Path) -> str:
     is taken as it is.
     """
     digest = hashlib.sha256()
-    for file in sorted(Path(directory).iterdir()):
-        if file.name == "config.json" or file.suffix in _WEIGHTS:
-            digest.update(f"{file.name} {_content_digest(file)}\n".encode())
+    files = sorted(Path(directory).iterdir())
+    files = [file for file in files if file.name == "config.json" or file.suffix in _WEIGHTS]
+    # a thread hashes 1 GB a second: 13 s for the files of a 7B, the last ones of its binarization
+    with ThreadPoolExecutor(min(_HASHED_AT_ONCE, os.cpu_count() or 1)) as pool:
+        for file, found in zip(files, pool.map(_content_digest, files), strict=True):
+            digest.update(f"{file.name} {found}\n".encode())
     return f"sha256:{digest.hexdigest()}"
 
 

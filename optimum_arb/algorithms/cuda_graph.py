@@ -15,7 +15,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# one at a time: all record with the same random number generator
+# One at a time: all record with the same random number generator, and what another thread asks of a stream that is
+# recorded would be recorded too.
 _recording = threading.Lock()
 
 
@@ -45,7 +46,8 @@ class Replayed:
 
     def __call__(self) -> None:
         if not self._plain and self._graph is None:
-            self._first_calls()
+            with _recording:
+                self._first_calls()
         elif self._graph is not None:
             self._graph.replay()
         else:
@@ -62,27 +64,28 @@ class Replayed:
             else:
                 self._function()
         here.wait_stream(stream)
-        if self._called:
-            self()
+        if self._graph is not None:
+            self._graph.replay()
+        elif self._plain:
+            self._function()
         self._called = True
 
     def _record(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        with _recording:
-            # what other threads ask of the GPU meanwhile is not recorded, and does not end it
-            graph.capture_begin(capture_error_mode="thread_local")
+        # what other threads ask of the GPU on their streams is not recorded, and does not end it
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
             try:
-                try:
-                    self._function()
-                finally:
-                    graph.capture_end()
-                self._graph = graph
-            except RuntimeError as error:
-                self._plain = True
-                # torch leaves the generator as one that is recorded with, and refuses random numbers from then on
-                generator = torch.cuda.default_generators[torch.cuda.current_device()]
-                generator.graphsafe_set_state(generator.clone_state())
-                logger.info("A CUDA graph could not be recorded; its operators run one by one: %s", error)
+                self._function()
+            finally:
+                graph.capture_end()
+            self._graph = graph
+        except RuntimeError as error:
+            self._plain = True
+            # torch leaves the generator as one that is recorded with, and refuses random numbers from then on
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
+            logger.info("A CUDA graph could not be recorded; its operators run one by one: %s", error)
 
 
 @lru_cache(maxsize=16)
