@@ -10,43 +10,14 @@ import torch
 
 from ..format.layout import Layout
 from ..format.packing import TENSOR_NAMES
+from ..ops.backends.packed import PackedWeight
 from ..ops.linear import Plan, linear_without_grad, plan
 from .input_transform import InputTransform
+from .plans import MAX_PLANS, Plans, current_device
 from .shared_input import MAX_TOKENS, SharedInput, prepare_layer, run_prepared_layer
 
 if TYPE_CHECKING:
     from ..ops.backends.triton.prepack import Prepacked
-
-MAX_PLANS = 32  # of a layer: prompts come in many lengths
-
-# `torch.cuda.current_device` without its question whether CUDA was started: a tensor is there
-_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-
-_ADDRESS = torch.Tensor.data_ptr
-
-
-class Plans(dict[tuple[Hashable, ...], "Plan | None"]):
-    """Products that were made ready for inputs of a kind, of the tensors of a matrix as they are now.
-
-    Args:
-        tensors: of `optimum_arb.format.packing.TENSOR_NAMES`, as the operator takes them.
-        backend: of the matrix.
-    """
-
-    __slots__ = ("_addresses", "_ids", "_there", "backend")
-
-    def __init__(self, tensors: list[torch.Tensor | None], backend: str):
-        super().__init__()
-        self.backend = backend
-        self._ids = [*map(id, tensors)]  # of tensors that live as long as this
-        self._there = [tensor for tensor in tensors if tensor is not None]
-        self._addresses = [*map(_ADDRESS, self._there)]
-
-    def fit(self, tensors: list[torch.Tensor | None]) -> bool:
-        """Whether these are the same tensors, at the same places in memory; they may have been written."""
-        if [*map(id, tensors)] != self._ids:
-            return False
-        return [*map(_ADDRESS, self._there)] == self._addresses
 
 
 class PackedProduct(ABC):
@@ -72,7 +43,7 @@ class PackedProduct(ABC):
     _prepared: Prepacked | None  # the matrix as the GPU kernel for few tokens reads it
     _looked: bool  # for it
     _most_tokens: int = MAX_TOKENS  # that it is read for
-    _plans: Plans | None = None  # products that were made ready, for inputs of a kind
+    _plans: Plans[Plan] | None = None  # products that were made ready, for inputs of a kind
 
     @property
     @abstractmethod
@@ -88,6 +59,11 @@ class PackedProduct(ABC):
     def operand(self, name: str) -> torch.Tensor | None:
         """The tensor of this name of `optimum_arb.format.packing.TENSOR_NAMES` as the operator takes it: scales
         decoded, no permutation where a Hadamard transform has taken care of it; None where there is none."""
+
+    def packed_weight(self) -> PackedWeight:
+        """The matrix's tensors as a backend takes them."""
+        tensors = {name: self.operand(name) for name in TENSOR_NAMES}
+        return PackedWeight(self.layout, self.block_size, self.columns, **tensors)  # type: ignore[arg-type]
 
     def input_transform(self) -> InputTransform | None:
         """What the input goes through before it meets the matrix."""
@@ -114,8 +90,8 @@ class PackedProduct(ABC):
         bias = self.bias if compiling else self._bias_now()
         few = x.is_cuda and self._few_tokens(x)
         shared = self.shared_input
-        if few and shared is not None and shared.enabled:
-            out = shared.output(self, x)
+        if shared is not None and x.is_cuda and (shared.enabled if few else shared.joins_prompts and not compiling):
+            out = shared.output(self, x, prompt=not few)
             if out is not None:
                 return out
         change = self.input_transform()
@@ -141,7 +117,7 @@ class PackedProduct(ABC):
         """
         if not x.is_contiguous() or self.is_offloaded:
             return None
-        if x.is_cuda and (x.data_ptr() % 16 or _current_device() != x.get_device()):
+        if x.is_cuda and (x.data_ptr() % 16 or current_device() != x.get_device()):
             return None
         backend = self.backend
         if x.shape[-1] != self.columns or backend not in ("auto", "triton", "cpu"):
