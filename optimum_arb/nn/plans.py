@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from operator import is_, itemgetter
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -20,22 +21,28 @@ class Plans(dict[tuple[Hashable, ...], "P | None"], Generic[P]):
     """Products that were made ready for inputs of a kind, of the tensors of a matrix as they are now.
 
     Args:
-        tensors: of `optimum_arb.format.packing.TENSOR_NAMES`, as the operator takes them; those of several matrices,
-            and others that the plans read, for the layers of one input.
+        tensors: those that there are of `optimum_arb.format.packing.TENSOR_NAMES`, as the operator takes them; for the
+            layers of one input those of all, and what else the plans read.
         backend: of the matrix.
     """
 
-    __slots__ = ("_addresses", "_ids", "_there", "backend")
+    __slots__ = ("_addresses", "_tensors", "backend")
 
-    def __init__(self, tensors: list[torch.Tensor | None], backend: str):
+    def __init__(self, tensors: Sequence[torch.Tensor], backend: str):
         super().__init__()
         self.backend = backend
-        self._ids = [*map(id, tensors)]  # of tensors that live as long as this
-        self._there = [tensor for tensor in tensors if tensor is not None]
-        self._addresses = [*map(_ADDRESS, self._there)]
+        self._tensors = [*tensors]
+        self._addresses = [*map(_ADDRESS, tensors)]
 
-    def fit(self, tensors: list[torch.Tensor | None]) -> bool:
+    def fit(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether these are the same tensors, at the same places in memory; they may have been written."""
-        if [*map(id, tensors)] != self._ids:
+        if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
             return False
-        return [*map(_ADDRESS, self._there)] == self._addresses
+        return [*map(_ADDRESS, tensors)] == self._addresses
+
+
+def getter(keys: Sequence[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """What reads the values of these keys, all at once: a third of the time of asking for one after another."""
+    if len(keys) > 1:
+        return itemgetter(*keys)
+    return lambda values: tuple(values[key] for key in keys)

@@ -73,6 +73,10 @@ class PackedProduct(ABC):
         """The tensors of `optimum_arb.format.packing.TENSOR_NAMES`, in this order, as the operator takes them."""
         return [self.operand(name) for name in TENSOR_NAMES]
 
+    def _present(self) -> tuple[torch.Tensor, ...]:
+        """Those of `_operands` that there are, by the shortest way."""
+        return tuple(tensor for tensor in self._operands() if tensor is not None)
+
     def _bias_now(self) -> torch.Tensor | None:
         """`bias`, by the shortest way outside of compiled code."""
         return self.bias
@@ -99,17 +103,16 @@ class PackedProduct(ABC):
             x = change.apply(x) if shared is None else shared.transformed(x, change)
         if few and not compiling and self._prepared is not None:
             return run_prepared_layer(x, self._prepared, bias)
-        tensors = self._operands()
         if not compiling and not x.is_meta and self._without_grad(x):
-            out = self._planned(x, tensors, bias)
+            out = self._planned(x, bias)
             if out is not None:
                 return out
-            return linear_without_grad(x, tensors, bias, self.layout, self.block_size, self.backend)
-        return torch.ops.optimum_arb.linear(x, *tensors, bias, self.layout.name, self.block_size, self.backend)
+            return linear_without_grad(x, self._operands(), bias, self.layout, self.block_size, self.backend)
+        return torch.ops.optimum_arb.linear(
+            x, *self._operands(), bias, self.layout.name, self.block_size, self.backend
+        )  # fmt: skip
 
-    def _planned(
-        self, x: torch.Tensor, tensors: list[torch.Tensor | None], bias: torch.Tensor | None
-    ) -> torch.Tensor | None:
+    def _planned(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         """The product as it was made ready at an earlier call; None where that cannot be.
 
         Looking at every tensor again takes the host longer than the GPU takes for 64 tokens, and 12 of the 45
@@ -126,14 +129,14 @@ class PackedProduct(ABC):
             key: tuple[Hashable, ...] = (x.numel(), x.dtype)
         else:
             key = (x.numel(), x.dtype, bias.dtype, bias.data_ptr() % 16)
-        plans = self._plans
+        plans, tensors = self._plans, self._present()
         if plans is None or len(plans) > MAX_PLANS or not plans.fit(tensors) or plans.backend != backend:
             plans = self._plans = Plans(tensors, backend)
         found = plans.get(key)
         if found is None:
             if key in plans:
                 return None
-            found = plans[key] = plan(x, tensors, bias, self.layout, self.block_size, backend)
+            found = plans[key] = plan(x, self._operands(), bias, self.layout, self.block_size, backend)
         return None if found is None else found.run(x, bias)
 
     def _without_grad(self, x: torch.Tensor) -> bool:

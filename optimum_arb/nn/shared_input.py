@@ -35,13 +35,19 @@ SHARED_INPUTS = (
 MAX_TOKENS = 4  # of the kernels for few tokens, as long as no copy for them is made that says otherwise
 MOST_WASTED = 3  # calls in a row whose results some layers did not take
 
-# An input that was computed for, the results that were not taken yet, and the input's `_state` then
-_Waiting = tuple[torch.Tensor, list[torch.Tensor | None], tuple[int, int] | None]
-
 _current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
 # Two threads that meet the same layers for the first time would each copy the weights.
 _PREPARING = threading.RLock()
+
+
+class _Waiting:
+    """The results for an input that were not taken yet, of how many layers, and the input's `_state` then."""
+
+    __slots__ = ("input", "left", "results", "state")
+
+    def __init__(self, x: torch.Tensor, results: list[torch.Tensor | None], state: tuple[int, int] | None):
+        self.input, self.results, self.left, self.state = x, results, len(results), state
 
 
 class SharedInput:
@@ -92,8 +98,8 @@ class SharedInput:
         thread = 0 if tracing else threading.get_ident()
         waiting = self._traced if tracing else self._waiting.get(thread)
         index = layer.shared_index
-        if waiting is not None and waiting[0] is not x:
-            if waiting[1][index] is not None:  # cross-attention: key and value have an input of their own
+        if waiting is not None and waiting.input is not x:
+            if waiting.results[index] is not None:  # cross-attention: key and value have an input of their own
                 self._disable()
                 return None
             waiting = None  # the layer has had its part: what waits is left of a call that an error ended
@@ -109,20 +115,26 @@ class SharedInput:
             if results is None:
                 self._waiting.pop(thread, None)  # what was left
                 return None
-            waiting = (x, results, state)
-        elif waiting[2] != state:
+            waiting = _Waiting(x, results, state)
+            if tracing:
+                self._traced = waiting
+            else:
+                self._waiting[thread] = waiting
+        elif waiting.state != state:
             return (
                 None  # written since, or to be used on another stream: the layer's own result waits for what it has to
             )
-        part, waiting[1][index] = waiting[1][index], None
-        left = None if all(result is None for result in waiting[1]) else waiting
-        if tracing:
-            self._traced = left
-        elif left is not None:
-            self._waiting[thread] = left
-        else:
-            self._waiting.pop(thread, None)
-            self._wasted = 0
+        part = waiting.results[index]
+        if part is None:
+            return None
+        waiting.results[index] = None
+        waiting.left -= 1
+        if not waiting.left:
+            if tracing:
+                self._traced = None
+            else:
+                self._waiting.pop(thread, None)
+                self._wasted = 0
         return part
 
     def _few_tokens(self, x: torch.Tensor, layers: list[PackedProduct], tracing: bool) -> list[torch.Tensor | None]:

@@ -48,16 +48,19 @@ class SharedPrompts:
         backend, grad = first.backend, torch.is_grad_enabled()
         if grad and x.requires_grad:
             return None
-        tensors: list[torch.Tensor | None] = []
+        tensors: list[torch.Tensor] = []
         for layer in layers:
             bias = layer._bias_now()
-            if layer.backend != backend or layer.is_offloaded or (grad and bias is not None and bias.requires_grad):
+            if layer.backend != backend or layer.is_offloaded:
                 return None
-            tensors += layer._operands()
-            tensors.append(bias)
+            tensors += layer._present()
+            if bias is not None:
+                if grad and bias.requires_grad:
+                    return None
+                tensors.append(bias)
         change = first.input_transform()
         if change is not None:
-            tensors += [change.permutation, change.sign]
+            tensors += [tensor for tensor in change[:2] if tensor is not None]
         plans = self._plans
         if plans is None or len(plans) > MAX_PLANS or plans.backend != backend or not plans.fit(tensors):
             plans = self._plans = Plans(tensors, backend)
