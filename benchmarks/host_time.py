@@ -1,10 +1,11 @@
-"""Microseconds of the host for the linear layers of a Llama-7B block: bfloat16, and packed with and without launch.c.
+"""Microseconds of the host for the linear layers of a Llama-7B block: bfloat16, and packed in several ways.
 
     python setup.py build_ext --inplace; python benchmarks/host_time.py
 
 Each number is a call's share of 20 calls that are queued without waiting for the GPU, the median of interleaved rounds.
-Query, key and value (and gate and up) are called one after another, as a block does. What the GPU takes is not in it
-as long as its queue has room.
+Query, key and value (and gate and up) are called one after another, as a block does: "joined" computes them together,
+"native" a prompt of each by itself (few tokens are always computed together), "triton" is without launch.c. What the
+GPU takes is not in it as long as its queue has room.
 """
 
 from __future__ import annotations
@@ -36,23 +37,33 @@ CALLS = {
     "gate/up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
-WAYS = ("bf16", "triton", "native")
+WAYS = ("bf16", "triton", "native", "joined")
 
 
-def block(planes: int | None) -> nn.ModuleDict:
-    """The linear layers of a block, random; in bfloat16 where `planes` is None."""
+def block(planes: int | None, order: str = "none") -> nn.ModuleDict:
+    """The linear layers of a block, random; in bfloat16 where `planes` is None.
+
+    Args:
+        planes: see above.
+        order: of the columns: "none", "one" for all layers of an input, as calibrated models have it, or "own" ones.
+    """
     layers = nn.ModuleDict()
     for name, (rows, columns) in SHAPES.items():
         if planes is None:
             layers[name] = nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16, device="cuda")
             continue
         layout = planes_layout(planes, col_scale=True)
-        layer = ARBLinear(columns, rows, layout, 128, bias=False, permuted=True, device="cuda")
-        packed = random_weight(layout, rows, columns, 128, True, "cuda")
-        for tensor in ("weight", "row_scale", "col_scale", "permutation"):
+        permuted = order != "none"
+        layer = ARBLinear(columns, rows, layout, 128, bias=False, permuted=permuted, device="cuda")
+        packed = random_weight(layout, rows, columns, 128, permuted, "cuda")
+        for tensor in ("weight", "row_scale", "col_scale", *["permutation"] * permuted):
             target = layer.packed_parameter(tensor)
             assert target is not None
             target.copy_(getattr(packed, tensor))
+        if order == "one":
+            first = next(names[0] for names in CALLS.values() if name in names)
+            if name != first:
+                layer.weight_permutation.copy_(layers[first].weight_permutation)
         layers[name] = layer
     share_inputs(layers)
     return layers
@@ -74,6 +85,8 @@ def native(layers: nn.ModuleDict) -> int:
     ]
     unique = {id(made): made for made in copies if made is not None}
     found += [plan for made in unique.values() for plan in made.plans.values()]
+    groups = {id(layer.shared_input): layer.shared_input for layer in layers.values() if layer.shared_input is not None}
+    found += [plan for group in groups.values() for plan in (group._prompts._plans or {}).values()]
     return sum(plan is not None and plan.native is not None for plan in found)
 
 
@@ -93,12 +106,17 @@ def main() -> None:
     parser.add_argument("--planes", default="1,2")
     parser.add_argument("--tokens", default="1,16,64,512", help="from 64 on those of one prompt")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--order", choices=("none", "one", "own"), default="none", help="of the columns")
     args = parser.parse_args()
     dense = block(None)
     for planes in map(int, args.planes.split(",")):
-        packed = block(planes)
-        ways = {"bf16": dense, "triton": copy.deepcopy(packed), "native": packed}
-        share_inputs(ways["triton"])
+        packed = block(planes, args.order)
+        ways = {"bf16": dense, "triton": copy.deepcopy(packed), "native": copy.deepcopy(packed), "joined": packed}
+        for way in ("triton", "native"):
+            share_inputs(ways[way])
+            for layer in ways[way].values():
+                if layer.shared_input is not None:
+                    layer.shared_input.joins_prompts = False
         for tokens in map(int, args.tokens.split(",")):
             shape = (1, tokens) if tokens >= 64 else (tokens, 1)
             found: dict[str, dict[str, list[float]]] = {}
@@ -115,8 +133,8 @@ def main() -> None:
                 for _ in range(args.rounds):
                     for way, call in calls.items():
                         times[way].append(clock(call))
-            taken = {way: native(ways[way]) for way in ("triton", "native")}
-            print(f"planes {planes}, tokens {tokens} (native plans: {taken['native']}, {taken['triton']} without)")
+            taken = ", ".join(f"{way} {native(ways[way])}" for way in WAYS[1:])
+            print(f"planes {planes}, tokens {tokens} (plans that launch natively: {taken})")
             total = dict.fromkeys(WAYS, 0.0)
             for name, times in found.items():
                 median = {way: statistics.median(times[way]) for way in WAYS}

@@ -130,6 +130,9 @@ class ARBFactorizedLinear(ARBLinear):
     def _operands(self) -> list[torch.Tensor | None]:
         return PackedProduct._operands(self)  # not the linear's, which reads the parameters of one matrix
 
+    def _present(self) -> tuple[torch.Tensor, ...]:
+        return PackedProduct._present(self)
+
     @property
     def _grids(self) -> dict[str, int]:
         return factors.SCALE_GRIDS

@@ -13,6 +13,7 @@ from ..format.layout import Layout, form_name
 from ..format.packing import BinarizedWeight
 from .casting import keep_dtype
 from .input_transform import InputTransform
+from .plans import getter
 from .product import PackedProduct
 from .shared_input import is_offloaded
 
@@ -21,6 +22,8 @@ PARAMETERS = {name: name if name == "weight" else f"weight_{name}" for name in p
 _OPERANDS = tuple(PARAMETERS[name] for name in packing.TENSOR_NAMES)
 _BYTES = ("weight", "salient_weight", "inner", "input_signs")
 _INDICES = ("permutation", "salient_columns")
+# of parameters, and of buffers where there are some
+_Readers = tuple[Callable[[Any], tuple[torch.Tensor, ...]], Callable[[Any], tuple[torch.Tensor, ...]] | None]
 
 
 class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is declared in both
@@ -96,6 +99,7 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         self._prepared = None
         self._looked = False
         self._coded: tuple[str, ...] = ()  # the scales that are stored as codes
+        self._readers: _Readers | None = None  # of the tensors that there are
         self._decoded_from: tuple[Any, ...] | None = None
         self._dequantized: torch.Tensor | None = None
         self._dequantized_from: tuple[Any, ...] | None = None
@@ -203,6 +207,20 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         get = self._parameters.get
         return [get(key) for key in _OPERANDS]
 
+    def _present(self) -> tuple[torch.Tensor, ...]:
+        readers = self._readers
+        if readers is None:
+            coded = [f"decoded_{name}" for name in packing.TENSOR_NAMES if name in self._coded]
+            rest = [name for name in packing.TENSOR_NAMES if name not in self._coded]
+            there = [PARAMETERS[name] for name in rest if self.operand(name) is not None]
+            readers = self._readers = getter(there), getter(coded) if coded else None
+        parameters, buffers = readers
+        try:
+            found = parameters(self._parameters)
+            return found if buffers is None else found + buffers(self._buffers)
+        except KeyError:  # one was taken away by other means than a module's own
+            return super()._present()
+
     def _bias_now(self) -> torch.Tensor | None:
         try:
             return self._parameters["bias"]  # a module finds its parameters by way of an error
@@ -228,6 +246,10 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         """The tensors of scales -> how many grids each has in 8 bits."""
         return scales.scale_grids(self.layout)
 
+    def forget(self) -> None:
+        super().forget()
+        self._readers = None
+
     def decode_stored(self) -> None:
         """Makes the float16 scales of stored codes and the signs of the inputs anew.
 
@@ -243,6 +265,7 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         for name in set(self._coded) - set(coded):
             delattr(self, f"decoded_{name}")
         self._coded = tuple(coded)
+        self._readers = None
         if coded:
             # tensors of inference mode could not be kept for a gradient later
             with torch.inference_mode(False), torch.no_grad():
@@ -262,7 +285,7 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
 
     @property
     def is_offloaded(self) -> bool:
-        return is_offloaded(self)
+        return "_hf_hook" in self.__dict__ and is_offloaded(self)
 
     def packed(self) -> dict[str, torch.Tensor]:
         """The packed tensors by the names of `optimum_arb.format.packing.pack`."""
@@ -341,6 +364,7 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
             "_prepared": None,
             "_looked": False,
             "_plans": None,
+            "_readers": None,
             "_dequantized": None,
             "_dequantized_from": None,
         }

@@ -10,43 +10,14 @@ import torch
 
 from ..format.layout import Layout
 from ..format.packing import TENSOR_NAMES
+from ..ops.backends.packed import PackedWeight
 from ..ops.linear import Plan, linear_without_grad, plan
 from .input_transform import InputTransform
+from .plans import MAX_PLANS, Plans, current_device
 from .shared_input import MAX_TOKENS, SharedInput, prepare_layer, run_prepared_layer
 
 if TYPE_CHECKING:
     from ..ops.backends.triton.prepack import Prepacked
-
-MAX_PLANS = 32  # of a layer: prompts come in many lengths
-
-# `torch.cuda.current_device` without its question whether CUDA was started: a tensor is there
-_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-
-_ADDRESS = torch.Tensor.data_ptr
-
-
-class Plans(dict[tuple[Hashable, ...], "Plan | None"]):
-    """Products that were made ready for inputs of a kind, of the tensors of a matrix as they are now.
-
-    Args:
-        tensors: of `optimum_arb.format.packing.TENSOR_NAMES`, as the operator takes them.
-        backend: of the matrix.
-    """
-
-    __slots__ = ("_addresses", "_ids", "_there", "backend")
-
-    def __init__(self, tensors: list[torch.Tensor | None], backend: str):
-        super().__init__()
-        self.backend = backend
-        self._ids = [*map(id, tensors)]  # of tensors that live as long as this
-        self._there = [tensor for tensor in tensors if tensor is not None]
-        self._addresses = [*map(_ADDRESS, self._there)]
-
-    def fit(self, tensors: list[torch.Tensor | None]) -> bool:
-        """Whether these are the same tensors, at the same places in memory; they may have been written."""
-        if [*map(id, tensors)] != self._ids:
-            return False
-        return [*map(_ADDRESS, self._there)] == self._addresses
 
 
 class PackedProduct(ABC):
@@ -72,7 +43,7 @@ class PackedProduct(ABC):
     _prepared: Prepacked | None  # the matrix as the GPU kernel for few tokens reads it
     _looked: bool  # for it
     _most_tokens: int = MAX_TOKENS  # that it is read for
-    _plans: Plans | None = None  # products that were made ready, for inputs of a kind
+    _plans: Plans[Plan] | None = None  # products that were made ready, for inputs of a kind
 
     @property
     @abstractmethod
@@ -89,6 +60,11 @@ class PackedProduct(ABC):
         """The tensor of this name of `optimum_arb.format.packing.TENSOR_NAMES` as the operator takes it: scales
         decoded, no permutation where a Hadamard transform has taken care of it; None where there is none."""
 
+    def packed_weight(self) -> PackedWeight:
+        """The matrix's tensors as a backend takes them."""
+        tensors = {name: self.operand(name) for name in TENSOR_NAMES}
+        return PackedWeight(self.layout, self.block_size, self.columns, **tensors)  # type: ignore[arg-type]
+
     def input_transform(self) -> InputTransform | None:
         """What the input goes through before it meets the matrix."""
         return None
@@ -96,6 +72,10 @@ class PackedProduct(ABC):
     def _operands(self) -> list[torch.Tensor | None]:
         """The tensors of `optimum_arb.format.packing.TENSOR_NAMES`, in this order, as the operator takes them."""
         return [self.operand(name) for name in TENSOR_NAMES]
+
+    def _present(self) -> tuple[torch.Tensor, ...]:
+        """Those of `_operands` that there are, by the shortest way."""
+        return tuple(tensor for tensor in self._operands() if tensor is not None)
 
     def _bias_now(self) -> torch.Tensor | None:
         """`bias`, by the shortest way outside of compiled code."""
@@ -114,8 +94,8 @@ class PackedProduct(ABC):
         bias = self.bias if compiling else self._bias_now()
         few = x.is_cuda and self._few_tokens(x)
         shared = self.shared_input
-        if few and shared is not None and shared.enabled:
-            out = shared.output(self, x)
+        if shared is not None and x.is_cuda and (shared.enabled if few else shared.joins_prompts and not compiling):
+            out = shared.output(self, x, prompt=not few)
             if out is not None:
                 return out
         change = self.input_transform()
@@ -123,17 +103,16 @@ class PackedProduct(ABC):
             x = change.apply(x) if shared is None else shared.transformed(x, change)
         if few and not compiling and self._prepared is not None:
             return run_prepared_layer(x, self._prepared, bias)
-        tensors = self._operands()
         if not compiling and not x.is_meta and self._without_grad(x):
-            out = self._planned(x, tensors, bias)
+            out = self._planned(x, bias)
             if out is not None:
                 return out
-            return linear_without_grad(x, tensors, bias, self.layout, self.block_size, self.backend)
-        return torch.ops.optimum_arb.linear(x, *tensors, bias, self.layout.name, self.block_size, self.backend)
+            return linear_without_grad(x, self._operands(), bias, self.layout, self.block_size, self.backend)
+        return torch.ops.optimum_arb.linear(
+            x, *self._operands(), bias, self.layout.name, self.block_size, self.backend
+        )  # fmt: skip
 
-    def _planned(
-        self, x: torch.Tensor, tensors: list[torch.Tensor | None], bias: torch.Tensor | None
-    ) -> torch.Tensor | None:
+    def _planned(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         """The product as it was made ready at an earlier call; None where that cannot be.
 
         Looking at every tensor again takes the host longer than the GPU takes for 64 tokens, and 12 of the 45
@@ -141,7 +120,7 @@ class PackedProduct(ABC):
         """
         if not x.is_contiguous() or self.is_offloaded:
             return None
-        if x.is_cuda and (x.data_ptr() % 16 or _current_device() != x.get_device()):
+        if x.is_cuda and (x.data_ptr() % 16 or current_device() != x.get_device()):
             return None
         backend = self.backend
         if x.shape[-1] != self.columns or backend not in ("auto", "triton", "cpu"):
@@ -150,14 +129,14 @@ class PackedProduct(ABC):
             key: tuple[Hashable, ...] = (x.numel(), x.dtype)
         else:
             key = (x.numel(), x.dtype, bias.dtype, bias.data_ptr() % 16)
-        plans = self._plans
+        plans, tensors = self._plans, self._present()
         if plans is None or len(plans) > MAX_PLANS or not plans.fit(tensors) or plans.backend != backend:
             plans = self._plans = Plans(tensors, backend)
         found = plans.get(key)
         if found is None:
             if key in plans:
                 return None
-            found = plans[key] = plan(x, tensors, bias, self.layout, self.block_size, backend)
+            found = plans[key] = plan(x, self._operands(), bias, self.layout, self.block_size, backend)
         return None if found is None else found.run(x, bias)
 
     def _without_grad(self, x: torch.Tensor) -> bool:

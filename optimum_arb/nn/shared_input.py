@@ -1,7 +1,8 @@
-"""Layers that are given the same input, query, key and value say, computed in one launch when there are few tokens.
+"""Layers that are given the same input, query, key and value say, computed together.
 
-Modules, parameters and files stay as they are: the first of the layers that is called computes for all, and the others
-take their part when they are called with the same tensor.
+Few tokens take one launch, or two with that of their preparation; prompts take one call for all launches, see
+`shared_prompts.py`. Modules, parameters and files stay as they are: the first of the layers that is called computes for
+all, and the others take their part when they are called with the same tensor.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch
 from torch import nn
 
 from ..format import packing
-from ..ops.backends.packed import PackedWeight
 from ..ops.backends.triton.available import has_one_bit_kernel
 from ..ops.shared_input import split_results
+from .shared_prompts import SharedPrompts
 
 if TYPE_CHECKING:
     from ..ops.backends.triton.prepack import Prepacked
@@ -32,9 +33,21 @@ SHARED_INPUTS = (
     ("w1", "w3"),
 )
 MAX_TOKENS = 4  # of the kernels for few tokens, as long as no copy for them is made that says otherwise
+MOST_WASTED = 3  # calls in a row whose results some layers did not take
+
+_current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
 # Two threads that meet the same layers for the first time would each copy the weights.
 _PREPARING = threading.RLock()
+
+
+class _Waiting:
+    """The results for an input that were not taken yet, of how many layers, and the input's `_state` then."""
+
+    __slots__ = ("input", "left", "results", "state")
+
+    def __init__(self, x: torch.Tensor, results: list[torch.Tensor | None], state: tuple[int, int] | None):
+        self.input, self.results, self.left, self.state = x, results, len(results), state
 
 
 class SharedInput:
@@ -46,7 +59,9 @@ class SharedInput:
 
     Attributes:
         layers: at most three, of one layout, block size and number of input features; those that still exist.
-        enabled: False once one of them was called with another input than the first, or was replaced.
+        enabled: whether few tokens are computed together: no longer once one of them was called with another input than
+            the first, or was replaced.
+        joins_prompts: whether prompts are; as `enabled`, but they need no copy of the weights.
     """
 
     def __init__(self, layers: list[PackedProduct]):
@@ -56,46 +71,89 @@ class SharedInput:
         self.enabled = True
         self._rows = tuple(layer.out_features for layer in layers)
         self._prepared: Prepacked | None = None
-        # thread -> the input that it computed for, and the results that its layers have not taken yet
-        self._waiting: dict[int, tuple[torch.Tensor, list[torch.Tensor | None]]] = {}
+        # of each thread what it computed and its layers have not taken yet
+        self._waiting: dict[int, _Waiting] = {}
         # the same while a graph is traced: reading a thread's number would become a guard of the graph
-        self._traced: tuple[torch.Tensor, list[torch.Tensor | None]] | None = None
+        self._traced: _Waiting | None = None
         # thread -> the input that was transformed, what it became, and how many layers have not taken it yet
         self._transformed: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
         self._alike = True  # in what the layers do to their input, as `share_inputs` found them
+        self.joins_prompts = True
+        self._prompts = SharedPrompts()
+        self._wasted = 0  # calls in a row of which a result was left
 
     @property
     def layers(self) -> list[PackedProduct]:
         return [layer for layer in [reference() for reference in self._layers] if layer is not None]
 
-    def output(self, layer: PackedProduct, x: torch.Tensor) -> torch.Tensor | None:
-        """The layer's result for x `[..., K]`; None where the layer has to compute it itself."""
+    def output(self, layer: PackedProduct, x: torch.Tensor, *, prompt: bool = False) -> torch.Tensor | None:
+        """The layer's result for x `[..., K]`; None where the layer has to compute it itself.
+
+        Args:
+            layer: of the group.
+            x: see above.
+            prompt: whether x, on a CUDA device, has more tokens than the kernels for few take.
+        """
         tracing = torch.compiler.is_compiling()
         thread = 0 if tracing else threading.get_ident()
         waiting = self._traced if tracing else self._waiting.get(thread)
         index = layer.shared_index
-        if waiting is not None and waiting[0] is not x:
-            if waiting[1][index] is not None:  # cross-attention: key and value have an input of their own
+        if waiting is not None and waiting.input is not x:
+            if waiting.results[index] is not None:  # cross-attention: key and value have an input of their own
                 self._disable()
                 return None
             waiting = None  # the layer has had its part: what waits is left of a call that an error ended
+            if not tracing and self._is_wasted():
+                return None
+        state = None if tracing else _state(x)
         if waiting is None:
             layers = self.layers
             if len(layers) < len(self._rows):
                 self._disable()
                 return None
-            out = self._compute(x, layers)
-            untraced = self._prepared is not None and not tracing
-            waiting = (x, [*split_results(out, x.shape[:-1], self._rows, untraced=untraced)])
-        part, waiting[1][index] = waiting[1][index], None
-        left = None if all(result is None for result in waiting[1]) else waiting
-        if tracing:
-            self._traced = left
-        elif left is not None:
-            self._waiting[thread] = left
-        else:
-            self._waiting.pop(thread, None)
+            results = self._prompt(x, layers) if prompt else self._few_tokens(x, layers, tracing)
+            if results is None:
+                self._waiting.pop(thread, None)  # what was left
+                return None
+            waiting = _Waiting(x, results, state)
+            if tracing:
+                self._traced = waiting
+            else:
+                self._waiting[thread] = waiting
+        elif waiting.state != state:
+            return (
+                None  # written since, or to be used on another stream: the layer's own result waits for what it has to
+            )
+        part = waiting.results[index]
+        if part is None:
+            return None
+        waiting.results[index] = None
+        waiting.left -= 1
+        if not waiting.left:
+            if tracing:
+                self._traced = None
+            else:
+                self._waiting.pop(thread, None)
+                self._wasted = 0
         return part
+
+    def _few_tokens(self, x: torch.Tensor, layers: list[PackedProduct], tracing: bool) -> list[torch.Tensor | None]:
+        out = self._compute(x, layers)
+        untraced = self._prepared is not None and not tracing
+        return [*split_results(out, x.shape[:-1], self._rows, untraced=untraced)]
+
+    def _prompt(self, x: torch.Tensor, layers: list[PackedProduct]) -> list[torch.Tensor | None] | None:
+        if not self._alike and (torch.cuda.is_current_stream_capturing() or not self._still_alike()):
+            return None
+        results = self._prompts.results(layers, x)
+        return None if results is None else [*results]
+
+    def _is_wasted(self) -> bool:
+        """Counts results that nobody took; whether there are so many that a layer must be one that is not called."""
+        self._wasted += 1
+        if self._wasted >= MOST_WASTED:
+            self._disable()
+        return self._wasted >= MOST_WASTED
 
     def transformed(self, x: torch.Tensor, change: InputTransform) -> torch.Tensor:
         """What becomes of an input, computed once for all layers that are called with it one after another."""
@@ -116,10 +174,11 @@ class SharedInput:
         if not self._alike:
             self._alike = _one_transform(self.layers)
             self.enabled = self.enabled and self._alike
+            self.joins_prompts = self.joins_prompts and self._alike
         return self._alike
 
     def _disable(self) -> None:
-        self.enabled = False
+        self.enabled = self.joins_prompts = False
         self.forget()
         for layer in self.layers:
             layer._looked = False  # for a copy of its own weight alone: the next call that is not compiled
@@ -153,7 +212,7 @@ class SharedInput:
         from ..ops.backends.triton.dispatch import prepare
 
         layers = self.layers
-        weights = [packed_weight(layer) for layer in layers]
+        weights = [layer.packed_weight() for layer in layers]
         whole = len(layers) == len(self._rows)
         if not self._still_alike() or not self.enabled:
             prepack.drop(weights)
@@ -169,18 +228,21 @@ class SharedInput:
         self._prepared = self._traced = None
         self._waiting.clear()
         self._transformed.clear()
+        self._prompts.forget()
         self._alike = False  # has to be looked at again
 
 
-def packed_weight(layer: PackedProduct) -> PackedWeight:
-    """The layer's tensors as a backend takes them."""
-    tensors = {name: layer.operand(name) for name in packing.TENSOR_NAMES}
-    return PackedWeight(layer.layout, layer.block_size, layer.columns, **tensors)  # type: ignore[arg-type]
+def _state(x: torch.Tensor) -> tuple[int, int]:
+    """Changes when an input is written, as far as torch knows, or another stream becomes the current one."""
+    version = 0 if x.is_inference() else x._version
+    return version, _current_stream(x.get_device()) if x.is_cuda else 0
 
 
 def is_offloaded(layer: nn.Module) -> bool:
     """Whether a hook of accelerate brings the layer's weights to the GPU for the time of a call: no copy is to stay."""
     hook = layer.__dict__.get("_hf_hook")  # a module raises and catches an error to say that it has no attribute
+    if hook is None:
+        return False
     return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook]))
 
 
@@ -233,7 +295,7 @@ def prepare_layer(layer: PackedProduct) -> Prepacked | None:
     Returns:
         The layer's own copy of its weight; None where it shares one with others or has none.
     """
-    weight = packed_weight(layer)
+    weight = layer.packed_weight()
     if layer.is_offloaded or not has_one_bit_kernel(weight.weight.device):
         return None
     from ..ops.backends.triton.dispatch import prepare

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ..format.layout import layout_from_name
 from .backends.packed import PackedWeight
+from .backends.triton.available import has_kernels
 from .linear import compute
 
 torch.library.define(
@@ -59,6 +60,40 @@ def _shared_input_linear(x: torch.Tensor, *rest: Any) -> torch.Tensor:
 @torch.library.register_fake("optimum_arb::shared_input_linear")
 def _fake(x: torch.Tensor, weight: Sequence[torch.Tensor], *rest: Any) -> torch.Tensor:
     return x.new_empty(x.numel() // x.shape[-1] * sum(packed.shape[0] for packed in weight))
+
+
+class GroupPlan(Protocol):
+    """Products of one input that were made ready for inputs of one size and dtype."""
+
+    def run(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The result `[..., N]` of each product, for x as it was announced."""
+
+
+def plan_group(
+    x: torch.Tensor,
+    weights: Sequence[PackedWeight],
+    biases: Sequence[torch.Tensor | None],
+    transform: tuple[torch.Tensor | None, torch.Tensor, int] | None,
+    backend: str,
+) -> GroupPlan | None:
+    """The products of one input made ready for inputs like x; None where each is computed by itself.
+
+    Args:
+        x: floating `[..., K]`, contiguous and 16-byte aligned, on the current CUDA device.
+        weights: two or three. Their tensors and the biases are to stay where they are.
+        biases: `[N]` of each weight, or None.
+        transform: `permutation`, `sign` and `block` of `ops.hadamard.transform`, which x goes through first; or None.
+        backend: a name.
+    """
+    if not has_kernels(x.device) or backend not in ("auto", "triton"):
+        return None
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    for packed in weights:
+        packed.check()
+    from .backends.triton import dispatch
+
+    return dispatch.plan_group(x, weights, biases, transform)
 
 
 # What code that torch compiled calls to view memory another way: half of the time of `as_strided`.

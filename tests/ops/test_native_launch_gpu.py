@@ -10,6 +10,7 @@ import torch
 from packed_weights import random_binarized
 from torch import nn
 
+from optimum_arb.format.hadamard import random_signs
 from optimum_arb.format.layout import planes_layout
 from optimum_arb.nn import ARBLinear, share_inputs
 from optimum_arb.ops.backends.triton.available import has_kernels
@@ -20,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available() or not has_kernels(DEVICE), reason="needs a GPU with kernels"),
 ]
 EVERY_M = (1, 2, 4, 5, 8, 16, 33, 64)
+PROMPTS = (17, 64, 512, 2048)
 
 
 @pytest.fixture
@@ -96,9 +98,9 @@ def test_same_bits(taken, without_native, planes, permuted, bias, dtype):
 
 
 class Attention(nn.Module):
-    def __init__(self, planes: int, bias: bool):
+    def __init__(self, layers: list[ARBLinear]):
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (layer(planes, bias=bias, rows=rows) for rows in (160, 32, 7))
+        self.q_proj, self.k_proj, self.v_proj = layers
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
@@ -108,7 +110,7 @@ class Attention(nn.Module):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("planes", [1, 2])
 def test_layers_of_one_input(taken, without_native, planes, bias):
-    found = Attention(planes, bias)
+    found = Attention([layer(planes, bias=bias, rows=rows) for rows in (160, 32, 7)])
     assert share_inputs(found) == 1
     other = by_triton(found)
     for m in EVERY_M:
@@ -117,6 +119,181 @@ def test_layers_of_one_input(taken, without_native, planes, bias):
             before = taken[0]
             assert torch.equal(found(x), without_native(other, x)), f"{m} tokens, call {seed}"
             assert taken[0] > before or seed == 0, f"{m} tokens: Triton launched"
+
+
+def prompt_layers(
+    planes: int, rows: tuple[int, ...], columns: int, *, one_order: bool = False, hadamard: int = 0, **choices
+) -> Attention | GatedMLP:
+    """Layers of one input, with orders of columns of their own (if any) unless told otherwise."""
+    layout, found = planes_layout(planes, col_scale=planes < 3), []
+    bias, dtype = choices.pop("bias", False), choices.pop("dtype", torch.float16)
+    for seed, count in enumerate(rows):
+        weight = random_binarized(layout, count, columns, seed=seed, **choices)
+        if hadamard:
+            weight.hadamard, weight.input_signs = hadamard, random_signs(columns, 3)
+        if found and (one_order or hadamard):
+            weight.permutation = found[0].permutation
+        found.append(weight)
+    generator = torch.Generator().manual_seed(5)
+    made = [
+        ARBLinear.from_binarized(w, torch.randn(w.shape[0], generator=generator).to(dtype) if bias else None)
+        for w in found
+    ]
+    module = Attention(made) if len(made) == 3 else GatedMLP(made)
+    module.to(DEVICE)
+    assert share_inputs(module) == 1
+    return module
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, layers: list[ARBLinear]):
+        super().__init__()
+        self.gate_proj, self.up_proj = layers
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.up_proj(x), self.gate_proj(x)], -1)
+
+
+def alone(module: nn.Module) -> nn.Module:
+    """A copy whose layers each compute their own result."""
+    return copy.deepcopy(module)  # a copy shares nothing until it is told to
+
+
+def group_plans(module: nn.Module) -> dict:
+    shared = next(layer.shared_input for layer in module.modules() if isinstance(layer, ARBLinear))
+    return shared._prompts._plans or {}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("rows", "columns", "choices"),
+    [
+        ((512, 128, 128), 512, {}),
+        ((160, 32, 7), 512, {"permuted": True}),
+        ((160, 32, 7), 512, {"permuted": True, "one_order": True}),
+        ((1024, 96, 96), 2048, {"hadamard": 128}),
+        ((160, 32, 7), 384, {"hadamard": 256, "permuted": True}),
+        ((431, 123), 4224, {"permuted": True, "one_order": True}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("planes", "bias", "dtype"),
+    [(1, False, torch.bfloat16), (1, True, torch.float16), (2, True, torch.bfloat16)],
+    ids=str,
+)
+def test_prompts_of_layers_of_one_input(taken, monkeypatch, planes, rows, columns, choices, bias, dtype):
+    """One native call for all layers, and the bits that each computes alone."""
+    from optimum_arb.ops.backends.triton import dispatch
+
+    many = [m for m in PROMPTS if m < 2048 or not choices.get("hadamard")]
+    if 2048 in many:  # for which unpacking the weight first is what the table says, and each layer is by itself
+        tuned = dispatch._tuned
+        monkeypatch.setattr(dispatch, "_tuned", lambda *of: tuned(*of[:-1], min(of[-1], 512)))
+    found = prompt_layers(planes, rows, columns, bias=bias, dtype=dtype, **choices)
+    other = alone(found)
+    assert all(layer.shared_input is None for layer in other.children())
+    for m in PROMPTS:
+        for seed in range(3):
+            x = torch.randn(m, columns, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+            expected = other(x)
+            before = taken[0]
+            assert torch.equal(found(x), expected), f"{m} tokens, call {seed}"
+            if (x.numel(), dtype) in group_plans(found):
+                assert taken[0] - before == 1 or seed == 0, f"{m} tokens, call {seed}: {taken[0] - before} native runs"
+            assert torch.equal(found(x[None]), expected[None])
+    if hopper():
+        assert [m for m in PROMPTS if (m * columns, dtype) in group_plans(found)] == many
+
+
+def hopper() -> bool:
+    return torch.cuda.get_device_capability(DEVICE)[0] == 9
+
+
+@torch.no_grad()
+def test_prompts_of_a_group_in_a_graph(taken):
+    """Captured after the launches were made ready, and before."""
+    for warm in (3, 0):
+        found = prompt_layers(2, (160, 32, 7), 512, bias=True)
+        other = alone(found)
+        x = random_input(64, torch.float16)
+        for module in (found, other):
+            for _ in range(warm or 1):
+                module(x if warm else x[:60])  # compiled, for other numbers of tokens
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = found(x)
+        for seed in range(3):
+            x.copy_(random_input(64, torch.float16, seed))
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(out, other(x))
+
+
+@torch.no_grad()
+def test_prompts_of_a_group_of_written_tensors(taken):
+    """Column scales, which are converted for bfloat16, and orders of columns, which are compared once."""
+    found = prompt_layers(2, (160, 32, 7), 512, permuted=True, one_order=True)
+    other = alone(found)
+    x = random_input(64, torch.bfloat16)
+    for name in (None, "weight_col_scale", "weight_permutation", "weight_row_scale"):
+        for module in (found, other):
+            if name is not None:
+                written = getattr(module.k_proj, name)
+                written.copy_(written.flip(-1))
+        for _ in range(3):
+            before = taken[0]
+            expected = other(x)
+            alone_took = taken[0] - before
+            assert torch.equal(found(x), expected), name
+        assert not hopper() or taken[0] - before - alone_took == 1
+
+
+@torch.no_grad()
+def test_prompts_of_a_group_on_streams_and_threads(taken):
+    found = prompt_layers(2, (2048, 256, 256), 512, bias=True)
+    inputs = [random_input(64, torch.float16, seed) for seed in range(3)]
+    expected = [[found(x) for _ in range(3)][-1] for x in inputs]
+    torch.cuda.synchronize()
+    results: list[list[torch.Tensor]] = [[] for _ in inputs]
+
+    def work(index: int) -> None:
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream(DEVICE)):
+            results[index] += [found(inputs[index]) for _ in range(100)]
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for of_thread, wanted in zip(results, expected, strict=True):
+        assert len(of_thread) == 100
+        assert all(torch.equal(result, wanted) for result in of_thread)
+
+
+def test_prompts_of_a_group_leave_no_memory(taken):
+    """Each result has memory of its own, and nothing holds it, or the input, when all were taken."""
+    found = prompt_layers(2, (1376, 1376), 640)
+    with torch.no_grad():
+        for _ in range(3):
+            found(random_input(512, torch.float16).repeat(1, 2)[:, :640].contiguous())
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated(DEVICE)
+        x = random_input(512, torch.float16).repeat(1, 2)[:, :640].contiguous()
+        gate, up = found.gate_proj(x), found.up_proj(x)
+        one = gate.untyped_storage().nbytes()
+        assert one == up.untyped_storage().nbytes() == 512 * 1376 * 2
+        held = torch.cuda.memory_allocated(DEVICE)
+        del gate
+        assert torch.cuda.memory_allocated(DEVICE) == held - one
+        del up, x
+        assert torch.cuda.memory_allocated(DEVICE) == before
+    # with gradients each computes its own
+    x = torch.randn(64, 640, device=DEVICE, dtype=torch.float16, requires_grad=True)
+    found(x).sum().backward()
+    assert x.grad is not None
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ sizes of their parameters are those of the assembly, so that nothing here knows 
 """
 
 import ctypes
+import math
 import re
 import sys
 from pathlib import Path
@@ -21,8 +22,11 @@ from optimum_arb.format.layout import layout_from_name
 from optimum_arb.ops.backends.triton import (
     columns,
     few_tokens_plan,
+    hadamard,
     half_bits,
+    hopper_group,
     hopper_plan,
+    hopper_product,
     native_launch,
     one_bit,
     sums,
@@ -73,14 +77,14 @@ def start(folder: Path) -> ctypes.CDLL:
     library = native_launch.open_library(folder / "_launch.so", "libcuda.so.1")
     native_launch.load = lambda: library
     native_launch._empty = lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
-    for module in (hopper_plan, few_tokens_plan):
+    for module in (hopper_plan, hopper_group, few_tokens_plan):
         module.current_stream = lambda device: 77
-    for module in (launch_file, columns, sums, half_bits):
+    for module in (launch_file, columns, sums, half_bits, hadamard):
         module.overlaps = lambda device: True
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
     torch.cuda.is_current_stream_capturing = lambda: False
     converted: dict = {}  # kept on a GPU alone
-    hopper_file.column_scales = hopper_plan.column_scales = lambda scale, dtype: converted.setdefault(
+    hopper_file.column_scales = hopper_product.column_scales = lambda scale, dtype: converted.setdefault(
         (id(scale), scale._version, dtype), columns.column_scales(scale, dtype)
     )
     loaded = CompiledKernel._init_handles
@@ -130,27 +134,130 @@ def hopper(fake: ctypes.CDLL, name: str, tokens: int, permuted: bool, with_bias:
     plan = hopper_plan.HopperPlan(packed, tokens, 512, (dtype, True), dtype, bias, DEVICE, config.split_k, config)
     plan.run(x, bias)  # by Triton
     out = torch.zeros(tokens, 272, dtype=dtype)
-    scratch = torch.zeros(max(plan._scratch, 1), dtype=torch.uint8)
+    scratch = torch.zeros(max(plan.scratch, 1), dtype=torch.uint8)
     gathered = scratch[: tokens * 512 * 2].view(dtype) if permuted else x
+    product = plan.product
 
     def by_triton():
         if plan.gather is not None:
             plan.gather.launch(plan.gather.arguments(x, gathered))
-        if plan.sum is None:
-            plan.multiply(gathered, bias, out)
+        if product.sum is None:
+            product.multiply(gathered, bias, out)
         else:
-            parts = scratch[plan._parts_at :].view(torch.float32)
-            plan.multiply(gathered, None, parts)
-            plan.sum(parts, bias, out)
+            parts = scratch[plan.parts_at :].view(torch.float32)
+            product.multiply(gathered, None, parts)
+            product.sum(parts, bias, out)
 
     compare(fake, f"hopper {name} {tokens} {dtype} {config}", plan, x, bias, out, scratch, by_triton)
-    if plan.multiply.col_scale is not None and dtype == torch.bfloat16:
+    if product.multiply.col_scale is not None and dtype == torch.bfloat16:
         before = plan.native
         packed.col_scale.mul_(2)
         for _ in range(2):
             native_launch._empty = lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
             plan.run(x, bias)
         assert plan.native is not before, "the converted column scales are those of before"
+
+
+def natively(fake: ctypes.CDLL, plan, memory: list[torch.Tensor], *args) -> list[bytes]:
+    """What one native run in this memory asks the driver for; the plan has run by Triton before."""
+    assert plan.native_now() is not None
+    fake.fake_reset()
+    native_launch._empty = lambda shape, strides, dtype: memory.pop(0).flatten()[: math.prod(shape)].view(shape)
+    plan.run(*args)
+    assert not memory
+    return recorded(fake)
+
+
+def fresh(shape, strides, dtype) -> torch.Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype)
+
+
+def group(fake: ctypes.CDLL, title, weights, with_bias, dtype, tokens, config, orders, block: int = 0) -> None:
+    """The products of one input ask for what each alone asks for, but for `orders` gathers instead of one each."""
+    columns_of_x = weights[0].in_features
+    x = torch.zeros(tokens, columns_of_x, dtype=dtype)
+    kind, counts = (dtype, True), [packed.out_features for packed in weights]
+    biases = [torch.zeros(count, dtype=dtype) if with_bias else None for count in counts]
+    transform = None
+    if block:
+        sign = torch.ones(columns_of_x, dtype=torch.int8)
+        order = torch.arange(columns_of_x, dtype=torch.int16).view(1, -1)
+        transform = hadamard.Transform(order, sign, block, tokens, columns_of_x, columns_of_x, kind, DEVICE)
+    splits = [config.split_k] * len(weights)
+    configs = [config] * len(weights)
+    joined = hopper_group.HopperGroup(weights, biases, tokens, dtype, DEVICE, splits, configs, transform)
+    scratch = torch.zeros(max(joined.scratch, 1), dtype=torch.uint8)
+    outs = [torch.zeros(tokens, count, dtype=dtype) for count in counts]
+    native_launch._empty = fresh
+    joined.run(x)  # by Triton
+    expected: list[bytes] = []
+    given = x
+    if transform is not None:
+        given = scratch[: tokens * columns_of_x * 2].view(dtype).view(tokens, columns_of_x)
+        fake.fake_reset()
+        transform.launch(transform.arguments(x, given))
+        expected += recorded(fake)
+    gathers = 0
+    for packed, bias, out, order in zip(weights, biases, outs, joined.gathers, strict=True):
+        alone = hopper_plan.HopperPlan(
+            packed, tokens, columns_of_x, kind, dtype, bias, DEVICE, config.split_k, config
+        )  # fmt: skip
+        native_launch._empty = fresh
+        alone.run(given, bias)  # by Triton
+        # its scratch memory lies behind what was transformed, as in the group
+        memory = [out, scratch[joined.parts_at :] if transform is not None else scratch][: 1 + bool(alone.scratch)]
+        found = natively(fake, alone, memory, given, bias)
+        gathers += order is not None
+        expected += found if alone.gather is None or order is not None else found[1:]
+    assert gathers == orders, f"{title}: {gathers} gathers"
+    found = natively(fake, joined, [*outs, *[scratch][: bool(joined.scratch)]], x)
+    assert len(found) == len(expected), f"{title}: {len(found)}, {len(expected)} launches"
+    for one, other in zip(found, expected, strict=True):
+        assert one == other, f"{title}: {describe(one)}\n{describe(other)}"
+    print(f"group {title}: {len(found)} launches")
+
+
+def groups(fake: ctypes.CDLL) -> None:
+    small, split = GemmConfig("hopper", 32, 64, 4, 3, 1), GemmConfig("hopper", 32, 64, 4, 3, 2)
+    two, one = layout_from_name("planes-2-col"), layout_from_name("planes-1-col")
+
+    def weights(layout, *rows: int, **choices):
+        return [random_packed(layout, count, 512, seed=seed, **choices) for seed, count in enumerate(rows)]
+
+    group(fake, "plain", weights(two, 272, 42), True, torch.float16, 64, small, 0)
+    group(fake, "split", weights(two, 160, 32, 7), True, torch.bfloat16, 33, split, 0)
+    group(fake, "each its order", weights(two, 160, 32, 7, permuted=True), False, torch.float16, 64, split, 3)
+    same = weights(two, 160, 32, 7, permuted=True)
+    for packed in same[1:]:
+        packed.permutation = same[0].permutation.clone()
+    group(fake, "one order", same, False, torch.float16, 64, split, 1)
+    scaled = weights(one, 160, 32, permuted=True)
+    scaled[1].permutation = scaled[0].permutation
+    group(fake, "scaled", scaled, False, torch.float16, 64, small, 2)
+    group(fake, "transformed", weights(two, 160, 32, 7), True, torch.float16, 64, split, 0, block=128)
+    written(fake, same, small)
+
+
+def written(fake: ctypes.CDLL, weights, config) -> None:
+    """Orders of columns and scales that were written after the launches were made ready."""
+    x = torch.zeros(64, 512, dtype=torch.bfloat16)
+    joined = hopper_group.HopperGroup(
+        weights, [None] * 3, 64, torch.bfloat16, DEVICE, [1] * 3, [config] * 3, None
+    )  # fmt: skip
+    native_launch._empty = fresh
+    counts = []
+    for change in (None, weights[1].permutation, weights[2].col_scale):
+        if change is not None:
+            change.copy_(change.flip(-1))
+        before = joined.native
+        for _ in range(3):
+            fake.fake_reset()
+            joined.run(x)
+        assert joined.native is not None
+        assert joined.native is not before, "the native launches are those of before"
+        counts.append(fake.fake_count())
+    assert counts == [4, 6, 6], counts
+    print("group written")
 
 
 def few(fake: ctypes.CDLL, kind, config, name: str, tokens: int, rows: tuple[int, ...], with_bias: bool) -> None:
@@ -176,6 +283,7 @@ def main() -> None:
     hopper(fake, "planes-1-col", 16, True, True, torch.float16, GemmConfig("hopper", 16, 64, 4, 3, 2, 2))
     hopper(fake, "planes-2-col", 64, False, True, torch.bfloat16, GemmConfig("hopper", 64, 64, 4, 2, 1))
     hopper(fake, "planes-3-mean", 64, True, False, torch.float16, GemmConfig("hopper", 32, 128, 8, 3, 1, 2))
+    groups(fake)
     few(fake, one_bit, one_bit.DecodeConfig(), "planes-2-col", 1, (272,), True)
     few(fake, one_bit, one_bit.DecodeConfig(), "planes-1", 2, (42, 7, 64), False)
     few(fake, half_bits, half_bits.HalfConfig(), "planes-2-col", 16, (42, 64), True)

@@ -13,7 +13,6 @@ from torch import nn
 from optimum_arb.format.layout import all_layouts, planes_layout
 from optimum_arb.format.packing import pack
 from optimum_arb.nn import ARBLinear
-from optimum_arb.nn.shared_input import packed_weight
 from optimum_arb.ops.backends.packed import PackedWeight
 from optimum_arb.ops.backends.triton import prepack as module
 from optimum_arb.ops.backends.triton.prepack import find, join, make, prepack, program
@@ -195,17 +194,17 @@ def same(a, b) -> bool:
 
 def test_made_once_and_found(cache):
     module = layer()
-    assert find([packed_weight(module)]) is None
-    made = make([packed_weight(module)])
-    assert same(made, prepack(packed_weight(module)))
-    assert make([packed_weight(module)]) is made
-    assert find([packed_weight(module)]) is made
+    assert find([module.packed_weight()]) is None
+    made = make([module.packed_weight()])
+    assert same(made, prepack(module.packed_weight()))
+    assert make([module.packed_weight()]) is made
+    assert find([module.packed_weight()]) is made
     assert len(cache) == 1
 
 
 def test_several_weights_are_one_entry(cache):
     modules = [layer(seed=seed) for seed in range(3)]
-    weights = [packed_weight(module) for module in modules]
+    weights = [module.packed_weight() for module in modules]
     made = make(weights)
     assert made.rows == 126
     assert find(weights) is made
@@ -218,7 +217,7 @@ def test_several_weights_are_one_entry(cache):
 
 
 def test_what_does_not_fit_together_is_remembered(cache):
-    weights = [packed_weight(layer()), packed_weight(layer(columns=384))]
+    weights = [layer().packed_weight(), layer(columns=384).packed_weight()]
     assert make(weights) is None
     assert len(cache) == 1
     assert make(weights) is None
@@ -231,7 +230,7 @@ def test_what_does_not_fit_together_is_remembered(cache):
 def test_a_change_in_place_is_seen(name):
     """Of any tensor that the copy was made of."""
     module = layer("groups-all-salient-col", permuted=True)
-    before = make([packed_weight(module)])
+    before = make([module.packed_weight()])
     with torch.no_grad():
         parameter = module.packed_parameter(name)
         if name in ("weight", "salient_weight"):
@@ -244,27 +243,27 @@ def test_a_change_in_place_is_seen(name):
             parameter.copy_(parameter.sort().values)
         else:
             parameter.mul_(2)
-    assert find([packed_weight(module)]) is None
-    after = make([packed_weight(module)])
+    assert find([module.packed_weight()]) is None
+    after = make([module.packed_weight()])
     assert not (same(before, after) and torch.equal(before.index, after.index))
-    assert same(after, prepack(packed_weight(module)))
-    assert find([packed_weight(module)]) is after
+    assert same(after, prepack(module.packed_weight()))
+    assert find([module.packed_weight()]) is after
 
 
 def test_a_replaced_scale_is_seen():
     module = layer()
-    make([packed_weight(module)])
+    make([module.packed_weight()])
     module.weight_row_scale = nn.Parameter(module.weight_row_scale * 2, requires_grad=False)
-    assert find([packed_weight(module)]) is None
-    after = make([packed_weight(module)])
-    assert same(after, prepack(packed_weight(module)))
+    assert find([module.packed_weight()]) is None
+    after = make([module.packed_weight()])
+    assert same(after, prepack(module.packed_weight()))
     gc.collect()  # what the first copy was made of is gone, and takes nothing with it
-    assert find([packed_weight(module)]) is after
+    assert find([module.packed_weight()]) is after
 
 
 def test_gone_with_the_weight(cache):
     module = layer()
-    make([packed_weight(module)])
+    make([module.packed_weight()])
     assert len(cache) == 1
     del module
     gc.collect()
@@ -277,27 +276,27 @@ def test_memory_that_is_used_again():
     memory = {name: tensor.numpy().copy() for name, tensor in module.packed().items()}
     for name in memory:
         module.packed_parameter(name).data = torch.from_numpy(memory[name])
-    before = make([packed_weight(module)])
+    before = make([module.packed_weight()])
     for name in memory:
         module.packed_parameter(name).data = module.packed_parameter(name).data.clone()
     for name, tensor in other.packed().items():
         memory[name][...] = tensor.numpy()
         other.packed_parameter(name).data = torch.from_numpy(memory[name])
-    assert find([packed_weight(other)]) is None
-    assert not same(before, make([packed_weight(other)]))
-    assert same(make([packed_weight(other)]), prepack(packed_weight(other)))
+    assert find([other.packed_weight()]) is None
+    assert not same(before, make([other.packed_weight()]))
+    assert same(make([other.packed_weight()]), prepack(other.packed_weight()))
 
 
 def test_a_copy_has_its_own(cache):
     module = layer()
-    made = make([packed_weight(module)])
+    made = make([module.packed_weight()])
     copied = copy.deepcopy(module)
-    assert find([packed_weight(copied)]) is None
-    assert make([packed_weight(copied)]) is not made
+    assert find([copied.packed_weight()]) is None
+    assert make([copied.packed_weight()]) is not made
     with torch.no_grad():
         copied.weight.bitwise_not_()
-    assert find([packed_weight(module)]) is made
-    assert not same(make([packed_weight(copied)]), made)
+    assert find([module.packed_weight()]) is made
+    assert not same(make([copied.packed_weight()]), made)
     del copied
     gc.collect()
     assert len(cache) == 1
@@ -306,5 +305,5 @@ def test_a_copy_has_its_own(cache):
 def test_inference_tensors():
     with torch.inference_mode():
         module = layer()
-        made = make([packed_weight(module)])
-        assert find([packed_weight(module)]) is made
+        made = make([module.packed_weight()])
+        assert find([module.packed_weight()]) is made

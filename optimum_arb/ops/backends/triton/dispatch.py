@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
@@ -17,11 +17,14 @@ from .available import has_half_bits_kernel, has_one_bit_kernel
 from .dequantize import dequantize
 from .gemm import GemmConfig, default_config, fits_hopper, gemm, gemm_input_grad, has_hopper, is_fusable
 from .gemm import plan as make_plan
+from .gemm import plan_group as make_group
+from .hadamard import Transform
 from .launch import current_device, hooked
 from .table import bucket, lookup
 
 if TYPE_CHECKING:
     from . import half_bits, one_bit
+    from .hopper_group import HopperGroup
     from .hopper_plan import HopperPlan
 
 # Tuned numbers of tokens of the kernel that follows the one-bit kernel where the table says that it is the fastest.
@@ -260,6 +263,29 @@ def plan(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> Ho
     """`many_tokens` made ready for inputs like x, see `gemm.plan`; None where the host has to look at each."""
     config = _config(x.device, x.dtype, x.numel() // packed.in_features, packed)
     return make_plan(x, packed, bias, config)
+
+
+def plan_group(
+    x: torch.Tensor,
+    weights: Sequence[PackedWeight],
+    biases: Sequence[torch.Tensor | None],
+    transform: tuple[torch.Tensor | None, torch.Tensor, int] | None,
+) -> HopperGroup | None:
+    """`plan` of two or three weights of one input, see `gemm.plan_group`.
+
+    Args:
+        x: see there, and so the others that are not told here.
+        weights: see there.
+        biases: see there.
+        transform: the order of columns, the signs and the block of a `hadamard.transform`, or None.
+    """
+    columns = x.shape[-1]
+    tokens = x.numel() // columns
+    configs = [_config(x.device, x.dtype, tokens, packed) for packed in weights]
+    change = None
+    if transform is not None:
+        change = Transform(*transform, tokens, columns, columns, (x.dtype, True), x.device)
+    return make_group(x, weights, biases, configs, change)
 
 
 def _config(device: torch.device, dtype: torch.dtype, tokens: int, packed: PackedWeight) -> GemmConfig:

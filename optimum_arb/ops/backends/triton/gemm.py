@@ -11,6 +11,7 @@ Three ways, which `GemmConfig.kernel` names:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,13 +24,15 @@ from ..packed import PackedWeight
 from .columns import gather_columns
 from .decode import arguments, decode_tile
 from .dequantize import dequantize
+from .hadamard import Transform
 from .launch import Launcher, capability, cdiv, power_of_2, size_class, tensor_class
 from .sums import Sum
 
 try:
+    from .hopper_group import HopperGroup
     from .hopper_plan import HopperPlan
 except ImportError:  # a Triton without Gluon, or with another form of it
-    HopperPlan = None  # type: ignore[assignment, misc]
+    HopperPlan = HopperGroup = None  # type: ignore[assignment, misc]
 
 Kernel = Literal["hopper", "portable", "dequantize"]
 
@@ -379,6 +382,33 @@ def plan(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, confi
     tokens, columns = x.numel() // packed.in_features, packed.in_features
     kind = (x.dtype, True)
     return HopperPlan(packed, tokens, columns, kind, x.dtype, bias, x.device, _split(config, packed), config)
+
+
+def plan_group(
+    x: torch.Tensor,
+    weights: Sequence[PackedWeight],
+    biases: Sequence[torch.Tensor | None],
+    configs: Sequence[GemmConfig],
+    transform: Transform | None,
+) -> HopperGroup | None:
+    """`plan` of several weights of one input, all launches made ready; None where one of them is not by "hopper".
+
+    Args:
+        x: as in `plan`.
+        weights: two or three, with the same number of columns, all of them with an order of columns or none.
+        biases: `[N]` of each weight, or None; they stay where they are.
+        configs: how each is computed.
+        transform: what x goes through first; the weights have no order of columns then. Or None.
+    """
+    orders = {packed.permutation is None for packed in weights}
+    if len(orders) > 1 or len(weights) > 3 or not x.numel():
+        return None
+    for packed, config in zip(weights, configs, strict=True):
+        if config.kernel != "hopper" or packed.weight.device != x.device or not fits_hopper(packed, x.dtype):
+            return None
+    tokens = x.numel() // x.shape[-1]
+    splits = [_split(config, packed) for config, packed in zip(configs, weights, strict=True)]
+    return HopperGroup(weights, biases, tokens, x.dtype, x.device, splits, configs, transform)
 
 
 def _portable(

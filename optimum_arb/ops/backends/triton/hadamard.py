@@ -7,12 +7,14 @@ the parity of the bits that row and column number share.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .launch import Launcher, cdiv, overlaps, size_class, tensor_class
+from .launch import Launch, Launcher, cdiv, overlaps, size_class, tensor_class
 
 # Columns of a matrix product. Blocks of 256 are two of them: a matrix of 256 x 256 does not fit into registers.
 HALF = 128
@@ -116,37 +118,80 @@ def transform(
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     tokens, columns = rows.shape
-    out = rows.new_empty(tokens, columns)
-    pair = block > HALF
-    width = block // 2 if pair else block
-    size = FEW if batch_invariant or tokens <= FEW else MANY
-    overlap = overlaps(x.device)
-    key = (
-        tensor_class(rows),
-        None if permutation is None else tensor_class(permutation),
-        None if sign is None else tensor_class(sign),
-        columns,
-        size_class(rows.stride(0)),
-        size,
-        block,
-    )
-    args = (
-        out,
-        rows,
-        rows if permutation is None else permutation,
-        rows if sign is None else sign,
-        tokens,
-        columns,
-        rows.stride(0),
-        permutation is not None,
-        sign is not None,
-        overlap,
-        size,
-        width,
-        width.bit_length() - 1,
-        pair,
-        "ieee" if x.dtype == torch.float32 else "tf32",
-    )
-    grid = (cdiv(columns, block), cdiv(tokens, size), 1)
-    _hadamard(key, grid, args, x.device, num_warps=8, **({"launch_pdl": True} if overlap else {}))
-    return out.view(x.shape)
+    kind, stride = tensor_class(rows), rows.stride(0)
+    made = Transform(
+        permutation, sign, block, tokens, columns, stride, kind, x.device, batch_invariant=batch_invariant
+    )  # fmt: skip
+    return made(rows).view(x.shape)
+
+
+class Transform:
+    """`transform` for a number of tokens, with all but x known.
+
+    Args:
+        permutation: see `transform`, and so the others that are not told here.
+        sign: see there.
+        block: see there.
+        tokens: M.
+        columns: K.
+        stride: from row to row of x.
+        kind: `tensor_class` of x.
+        device: of all tensors.
+        batch_invariant: see there.
+    """
+
+    def __init__(
+        self,
+        permutation: torch.Tensor | None,
+        sign: torch.Tensor | None,
+        block: int,
+        tokens: int,
+        columns: int,
+        stride: int,
+        kind: tuple[torch.dtype, bool],
+        device: torch.device,
+        *,
+        batch_invariant: bool = False,
+    ):
+        pair = block > HALF
+        width = block // 2 if pair else block
+        size = FEW if batch_invariant or tokens <= FEW else MANY
+        overlap = overlaps(device)
+        self.permutation, self.sign = permutation, sign
+        self.shape = (tokens, columns)
+        self.rest = (
+            tokens,
+            columns,
+            stride,
+            permutation is not None,
+            sign is not None,
+            overlap,
+            size,
+            width,
+            width.bit_length() - 1,
+            pair,
+            "ieee" if kind[0] == torch.float32 else "tf32",
+        )
+        key = (
+            kind,
+            None if permutation is None else tensor_class(permutation),
+            None if sign is None else tensor_class(sign),
+            columns,
+            size_class(stride),
+            size,
+            block,
+        )
+        grid = (cdiv(columns, block), cdiv(tokens, size), 1)
+        options = {"launch_pdl": True} if overlap else {}
+        self.launch = Launch(_hadamard, key, grid, device, num_warps=8, **options)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`[M, K]`, contiguous."""
+        out = x.new_empty(self.shape)
+        self.launch(self.arguments(x, out))
+        return out
+
+    def arguments(self, x: Any, out: Any) -> tuple[Any, ...]:
+        """All of the kernel's, of tensors or of what stands for them."""
+        permutation = x if self.permutation is None else self.permutation
+        return out, x, permutation, x if self.sign is None else self.sign, *self.rest

@@ -1,15 +1,16 @@
-"""The launches of one product by `hopper.py`, in order: the input's columns, the product, the sum of its parts."""
+"""All launches of a product by `hopper.py`, in order: the input's columns, the product, the sum of its parts."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..packed import PackedWeight
-from . import hopper
-from .columns import Gather, column_scales
-from .launch import Ready, hooked, tensor_class
+from .hopper_product import HopperProduct, gather
+from .launch import Ready, hooked
 from .native_launch import (
     EXTRA,
     OUT,
@@ -23,17 +24,69 @@ from .native_launch import (
     empty_vector,
     prepare,
 )
-from .sums import Sum
 
 if TYPE_CHECKING:
     from .gemm import GemmConfig
 
 
-class HopperPlan:
-    """What a product of some weight and number of tokens takes, with all but x and bias known.
+def versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Changes when one of these is written, as far as torch knows."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
-    The first run goes through Triton, which compiles; later ones are one native call for all launches, where there is
-    one. The weight's tensors are to stay where they are, though they may be written.
+
+class HopperLaunches(ABC):
+    """Launches with all but a few addresses known, which run by Triton first, which compiles, then by one native call.
+
+    The weights' tensors are to stay where they are, though they may be written.
+
+    Args:
+        device: of all tensors.
+
+    Attributes:
+        native: the native launches, once they were made.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.native: NativeLaunches | None = None
+        self._ran = self._tried = False
+        self._read: list[torch.Tensor] = []  # what copies that the native launches read were made of
+        self._versions: list[int] = []
+
+    @abstractmethod
+    def products(self) -> Sequence[HopperProduct]:
+        """Those of the launches."""
+
+    @abstractmethod
+    def ready(self) -> list[Ready | None]:
+        """The launches that a first run has compiled, with slots for what changes."""
+
+    def native_now(self) -> NativeLaunches | None:
+        """The native launches, where a run is to take them."""
+        if self._ran and not self._tried:
+            self._prepare_native()
+        native = self.native
+        if native is None or hooked():
+            return None
+        if self._read and versions(self._read) != self._versions:
+            self._tried = False  # the column scales were written
+            return None
+        return native
+
+    def _prepare_native(self) -> None:
+        found = [product.converted_scale() for product in self.products()]
+        read = [scale for scale in found if scale is not None]
+        if read and torch.cuda.is_current_stream_capturing():
+            return  # a copy made now would belong to the graph
+        seen = versions(read)
+        # in this order, for another thread that runs meanwhile: new launches with an old version are not used
+        self.native = prepare(self.ready(), self.device)
+        self._read, self._versions = read, seen
+        self._tried = True
+
+
+class HopperPlan(HopperLaunches):
+    """What a product of some weight and number of tokens takes, with all but x and bias known.
 
     Args:
         packed: the weight.
@@ -59,57 +112,27 @@ class HopperPlan:
         split_k: int,
         config: GemmConfig,
     ):
-        rows = packed.out_features
-        self.rows, self.out_dtype, self.device = rows, out_dtype, device
-        self.with_bias = bias is not None
-        self.native: NativeLaunches | None = None
-        self._ran = self._tried = False
-        self._version = -1  # of the column scales that were converted for the native launches
-        self._outputs = Outputs(rows, out_dtype)
-        self.gather = self.sum = None
-        scaled = False
-        scratch = 0
-        if packed.permutation is not None:
-            scaled = packed.layout.planes == 1 and packed.layout.col_scales == 1
-            self.gather = Gather(packed, tokens, stride, kind, device, scaled=scaled)
+        super().__init__(device)
+        self.out_dtype, self.with_bias = out_dtype, bias is not None
+        self._outputs = Outputs(packed.out_features, out_dtype)
+        self.gather = gather(packed, tokens, stride, kind, device)
+        self.parts_at = 0
+        if self.gather is not None:
             stride = packed.in_features
-            scratch = aligned(tokens * stride * kind[0].itemsize)
-        self._parts_at = scratch
-        if split_k > 1:
-            self.parts = (split_k, tokens, rows)
-            self.sum = Sum(split_k, tokens, rows, out_dtype, bias, device)
-            scratch += split_k * tokens * rows * 4
-        self._scratch = scratch
-        self.multiply = hopper.Multiply(
-            packed,
-            tokens,
-            stride,
-            kind[0],
-            out_dtype if self.sum is None else torch.float32,
-            None if bias is None or self.sum is not None else tensor_class(bias),
-            device,
-            block_m=config.block_m,
-            block_n=config.block_n,
-            warps=config.warps,
-            stages=config.stages,
-            tiles=config.tiles,
-            split_k=split_k,
-            scaled=scaled,
-            overlapped=True,
-        )
+            self.parts_at = aligned(tokens * stride * kind[0].itemsize)
+        self.product = HopperProduct(packed, tokens, stride, kind[0], out_dtype, bias, device, split_k, config)
+        self.scratch = self.parts_at + self.product.scratch
+
+    def products(self) -> Sequence[HopperProduct]:
+        return [self.product]
 
     def run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`[..., K]` to `[..., N]`, on the current device."""
-        if self._ran and not self._tried:
-            self._prepare_native()
-        native = self.native
-        if native is None or hooked():
-            return self._run_by_triton(x, bias)
-        if self._version >= 0 and self._version != self._scale_version():
-            self._tried = False  # the column scales were written
+        native = self.native_now()
+        if native is None:
             return self._run_by_triton(x, bias)
         out = self._outputs.empty(x.shape)
-        size = self._scratch
+        size = self.scratch
         scratch = empty_vector(size, torch.uint8) if size else out
         native.run(
             current_stream(self.device.index),
@@ -121,43 +144,17 @@ class HopperPlan:
         return out
 
     def _run_by_triton(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        out = torch.empty((*x.shape[:-1], self.rows), dtype=self.out_dtype, device=x.device)
+        out = torch.empty((*x.shape[:-1], self.product.rows), dtype=self.out_dtype, device=x.device)
         if self.gather is not None:
             x = self.gather(x)
-        if self.sum is None:
-            self.multiply(x, bias, out)
-        else:
-            parts = torch.empty(self.parts, dtype=torch.float32, device=x.device)
-            self.multiply(x, None, parts)
-            self.sum(parts, bias, out)
+        self.product.run(x, bias, out)
         self._ran = True
         return out
 
-    def _scale_version(self) -> int:
-        scale = self.multiply.col_scale
-        return 0 if scale is None or scale.is_inference() else scale._version
-
-    def _prepare_native(self) -> None:
-        """Makes the native launches, of the programs that a first run has compiled."""
-        scale = self.multiply.col_scale
-        version = -1
-        if scale is not None and column_scales(scale, self.multiply.dtype).data_ptr() != scale.data_ptr():
-            if torch.cuda.is_current_stream_capturing():
-                return  # a copy made now would belong to the graph
-            version = self._scale_version()
+    def ready(self) -> list[Ready | None]:
         bias = Slot(EXTRA) if self.with_bias else None
-        x, out = Slot(X), Slot(OUT)
-        launches: list[Ready | None] = []
-        if self.gather is not None:
-            launches.append(self.gather.launch.ready(self.gather.arguments(x, Slot(SCRATCH))))
-            x = Slot(SCRATCH)
-        if self.sum is None:
-            launches.append(self.multiply.launch.ready(self.multiply.arguments(x, bias, out)))
-        else:
-            parts = Slot(SCRATCH, self._parts_at)
-            launches.append(self.multiply.launch.ready(self.multiply.arguments(x, None, parts)))
-            launches.append(self.sum.launch.ready(self.sum.arguments(parts, bias, out)))
-        # in this order, for another thread that runs meanwhile: new launches with an old version are not used
-        self.native = prepare(launches, self.device)
-        self._version = version
-        self._tried = True
+        parts = Slot(SCRATCH, self.parts_at)
+        if self.gather is None:
+            return self.product.ready(Slot(X), bias, Slot(OUT), parts)
+        gathered = self.gather.launch.ready(self.gather.arguments(Slot(X), Slot(SCRATCH)))
+        return [gathered, *self.product.ready(Slot(SCRATCH), bias, Slot(OUT), parts)]

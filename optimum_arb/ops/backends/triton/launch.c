@@ -63,7 +63,7 @@ typedef struct {
 
 typedef struct {
     uint64_t offset;      /* bytes from the address of the run */
-    uint32_t at, address; /* where in the block it goes, and which address of the run it is */
+    uint32_t at, address; /* where in the block it goes, and which of the six addresses of a run it is */
     uint32_t is_map;      /* whether a tensor map lies there, which is to describe this address */
     uint32_t unused;
 } patch_t;
@@ -124,10 +124,7 @@ static int ensure_context(int ordinal) {
     return set_context(context);
 }
 
-/* Queues the launches of a plan, in order, with these addresses in its parameters. Several threads may use one plan.
- * Returns the driver's first error, or 0. */
-int arb_launch(const plan_t *plan, void *stream, uint64_t x, uint64_t out, uint64_t extra, uint64_t scratch) {
-    const uint64_t addresses[4] = {x, out, extra, scratch};
+static int launch_all(const plan_t *plan, void *stream, const uint64_t *addresses) {
     _Alignas(128) unsigned char block[MAX_BLOCK];
     int code = ensure_context(plan->device);
     if (code) return code;
@@ -156,6 +153,20 @@ int arb_launch(const plan_t *plan, void *stream, uint64_t x, uint64_t out, uint6
         if ((code = launch_kernel(&config, launch->function, params, NULL))) return code;
     }
     return 0;
+}
+
+/* Queues the launches of a plan, in order, with these addresses in its parameters. Several threads may use one plan.
+ * Returns the driver's first error, or 0. */
+int arb_launch(const plan_t *plan, void *stream, uint64_t x, uint64_t out, uint64_t extra, uint64_t scratch) {
+    const uint64_t addresses[6] = {x, out, extra, scratch, 0, 0};
+    return launch_all(plan, stream, addresses);
+}
+
+/* The same for up to three products of one input, each of which has a result of its own. */
+int arb_launch_group(const plan_t *plan, void *stream, uint64_t x, uint64_t scratch, uint64_t first, uint64_t second,
+                     uint64_t third) {
+    const uint64_t addresses[6] = {x, first, 0, scratch, second, third};
+    return launch_all(plan, stream, addresses);
 }
 
 /* The most that a plan may hold: bytes of its block, parameters and attributes of a launch. */

@@ -1,7 +1,7 @@
 """Launches of a product by one call of `launch.c`, where that was built: no argument is looked at again in Python.
 
 What Triton's own launcher makes of a compiled kernel's arguments is made once, as `triton/backends/nvidia/driver.py`
-of release 3.6 does it (of which `launch.DIRECT` says that it is the one here). A run fills in up to four addresses.
+of release 3.6 does it (of which `launch.DIRECT` says that it is the one here). A run fills in a few addresses.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 
@@ -31,7 +31,7 @@ class Slot(NamedTuple):
     """The place of an address that is known at a run.
 
     Attributes:
-        address: which one of `NativeLaunches.run`: X, OUT, EXTRA or SCRATCH.
+        address: which one of `NativeLaunches.run`: X, OUT, EXTRA or SCRATCH; of `run_group` also SECOND and THIRD.
         offset: bytes from there.
     """
 
@@ -39,7 +39,8 @@ class Slot(NamedTuple):
     offset: int = 0
 
 
-X, OUT, EXTRA, SCRATCH = range(4)
+X, OUT, EXTRA, SCRATCH, SECOND, THIRD = range(6)
+RESULTS = (OUT, SECOND, THIRD)  # of a group
 
 
 class _Attribute(ctypes.Structure):
@@ -101,6 +102,8 @@ def open_library(path: Path, driver: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.arb_launch.argtypes = (ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint64] * 4)
     library.arb_launch.restype = ctypes.c_int
+    library.arb_launch_group.argtypes = (ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint64] * 5)
+    library.arb_launch_group.restype = ctypes.c_int
     numbers, words = ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_uint32)
     library.arb_tensor_map.argtypes = (
         *(ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p),
@@ -176,6 +179,7 @@ class NativeLaunches:
         self._plan = _Plan(*starts, len(block), len(described), len(patches), device)
         self._address = ctypes.addressof(self._plan)
         self._function: Callable[..., int] = library.arb_launch
+        self._of_group: Callable[..., int] = library.arb_launch_group
 
     def run(self, stream: int, x: int, out: int, extra: int, scratch: int) -> None:
         """Queues the launches with these addresses (0 for one that no launch has).
@@ -185,8 +189,21 @@ class NativeLaunches:
         """
         code = self._function(self._address, stream, x, out, extra, scratch)
         if code:
-            text = self._library.arb_error(code).decode()
-            raise RuntimeError(f"CUDA error {code} at the launch of a packed product: {text}.")
+            self._fail(code)
+
+    def run_group(self, stream: int, x: int, scratch: int, out: int, second: int, third: int) -> None:
+        """`run` of launches with a result for each of up to three products (0 for one that there is not).
+
+        Raises:
+            RuntimeError: the driver refuses one.
+        """
+        code = self._of_group(self._address, stream, x, scratch, out, second, third)
+        if code:
+            self._fail(code)
+
+    def _fail(self, code: int) -> NoReturn:
+        text = self._library.arb_error(code).decode()
+        raise RuntimeError(f"CUDA error {code} at the launch of a packed product: {text}.")
 
 
 def _launch(launch: Ready, attributes: list[_Attribute], first: int, count: int) -> _Launch:

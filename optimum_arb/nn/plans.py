@@ -1,0 +1,48 @@
+"""What a layer, or the layers of one input, keep ready for inputs of a kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from operator import is_, itemgetter
+from typing import Any, Generic, TypeVar
+
+import torch
+
+MAX_PLANS = 32  # of a layer: prompts come in many lengths
+
+# `torch.cuda.current_device` without its question whether CUDA was started: a tensor is there
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+_ADDRESS = torch.Tensor.data_ptr
+P = TypeVar("P")
+
+
+class Plans(dict[tuple[Hashable, ...], "P | None"], Generic[P]):
+    """Products that were made ready for inputs of a kind, of the tensors of a matrix as they are now.
+
+    Args:
+        tensors: those that there are of `optimum_arb.format.packing.TENSOR_NAMES`, as the operator takes them; for the
+            layers of one input those of all, and what else the plans read.
+        backend: of the matrix.
+    """
+
+    __slots__ = ("_addresses", "_tensors", "backend")
+
+    def __init__(self, tensors: Sequence[torch.Tensor], backend: str):
+        super().__init__()
+        self.backend = backend
+        self._tensors = [*tensors]
+        self._addresses = [*map(_ADDRESS, tensors)]
+
+    def fit(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the same tensors, at the same places in memory; they may have been written."""
+        if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
+            return False
+        return [*map(_ADDRESS, tensors)] == self._addresses
+
+
+def getter(keys: Sequence[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """What reads the values of these keys, all at once: a third of the time of asking for one after another."""
+    if len(keys) > 1:
+        return itemgetter(*keys)
+    return lambda values: tuple(values[key] for key in keys)

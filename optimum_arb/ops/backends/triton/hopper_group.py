@@ -1,0 +1,134 @@
+"""All launches of the products of one input by `hopper.py`: what its columns go through once, and each product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..packed import PackedWeight
+from .columns import Gather
+from .hadamard import Transform
+from .hopper_plan import HopperLaunches, versions
+from .hopper_product import HopperProduct, gather, gathers_scaled
+from .launch import Ready
+from .native_launch import RESULTS, SCRATCH, Outputs, Slot, X, aligned, current_stream, empty_vector
+
+if TYPE_CHECKING:
+    from .gemm import GemmConfig
+
+
+class HopperGroup(HopperLaunches):
+    """What the products of up to three weights and one input take, each with a result and a bias of its own.
+
+    Every product is launched as `HopperPlan` does it. Weights with one and the same order of columns have them brought
+    into it once. Biases stay where they are, as the weights do.
+
+    Args:
+        weights: with the same number of columns.
+        biases: `[N]` of each weight, or None.
+        tokens: M; x is contiguous and 16-byte aligned.
+        dtype: of x and the results, float16 or bfloat16.
+        device: of all tensors, the current one.
+        splits: programs that share the columns of an output tile, of each weight.
+        configs: how else, of each weight.
+        transform: what x goes through first; the weights have no column order then. Or None.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[PackedWeight],
+        biases: Sequence[torch.Tensor | None],
+        tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        splits: Sequence[int],
+        configs: Sequence[GemmConfig],
+        transform: Transform | None,
+    ):
+        super().__init__(device)
+        self.biases, self.transform = biases, transform
+        self._weights, self._tokens, self._dtype = weights, tokens, dtype
+        columns = weights[0].in_features
+        self._outputs = [Outputs(packed.out_features, dtype) for packed in weights]
+        self._products = [
+            HopperProduct(packed, tokens, columns, dtype, dtype, bias, device, split_k, config)
+            for packed, bias, split_k, config in zip(weights, biases, splits, configs, strict=True)
+        ]
+        prepares = transform is not None or any(packed.permutation is not None for packed in weights)
+        # the parts of one product lie where those of another did: a launch reads and writes when the one before ended
+        self.parts_at = aligned(tokens * columns * dtype.itemsize) if prepares else 0
+        self.scratch = self.parts_at + max(product.scratch for product in self._products)
+        self._orders = [packed.permutation for packed in weights if packed.permutation is not None]
+        self._find_orders()
+
+    def products(self) -> Sequence[HopperProduct]:
+        return self._products
+
+    def _find_orders(self) -> None:
+        """Compares the weights' orders of columns, which waits for the GPU."""
+        self._orders_seen = versions(self._orders)
+        gathers: list[Gather | None] = []
+        before: PackedWeight | None = None
+        for packed in self._weights:
+            if before is not None and _same_gather(before, packed):
+                gathers.append(None)  # what lies there from the one before
+            else:
+                kind = (self._dtype, True)
+                gathers.append(gather(packed, self._tokens, packed.in_features, kind, self.device))
+            before = packed
+        self.gathers = gathers
+        self.native = None
+        self._ran = self._tried = False
+
+    def run(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """`[..., K]` to `[..., N]` of each weight, on the current device."""
+        if self._orders and versions(self._orders) != self._orders_seen:
+            self._find_orders()  # they were written
+        native = self.native_now()
+        if native is None:
+            return self._run_by_triton(x)
+        shape = x.shape
+        results = [outputs.empty(shape) for outputs in self._outputs]
+        size = self.scratch
+        scratch = empty_vector(size, torch.uint8) if size else x
+        stream = current_stream(self.device.index)
+        addresses = [result.data_ptr() for result in results]
+        if len(addresses) < 3:
+            addresses += [0] * (3 - len(addresses))
+        native.run_group(stream, x.data_ptr(), scratch.data_ptr(), *addresses)
+        return results
+
+    def _run_by_triton(self, x: torch.Tensor) -> list[torch.Tensor]:
+        shape = x.shape[:-1]
+        results = [x.new_empty((*shape, product.rows)) for product in self._products]
+        prepared = x if self.transform is None else self.transform(x)
+        for product, order, bias, out in zip(self._products, self.gathers, self.biases, results, strict=True):
+            prepared = prepared if order is None else order(x)
+            product.run(prepared, bias, out)
+        self._ran = True
+        return results
+
+    def ready(self) -> list[Ready | None]:
+        found: list[Ready | None] = []
+        x, prepared = Slot(X), Slot(SCRATCH)
+        if self.transform is not None:
+            found.append(self.transform.launch.ready(self.transform.arguments(x, prepared)))
+        elif not self._orders:
+            prepared = x
+        for product, order, bias, out in zip(self._products, self.gathers, self.biases, RESULTS, strict=False):
+            if order is not None:
+                found.append(order.launch.ready(order.arguments(x, prepared)))
+            found += product.ready(prepared, bias, Slot(out), Slot(SCRATCH, self.parts_at))
+        return found
+
+
+def _same_gather(one: PackedWeight, other: PackedWeight) -> bool:
+    """Whether both weights want the same of x: the same columns, not multiplied by scales of their own."""
+    first, second = one.permutation, other.permutation
+    if first is None or second is None:
+        return first is second
+    if gathers_scaled(one) or gathers_scaled(other) or torch.cuda.is_current_stream_capturing():
+        return False
+    return torch.equal(first, second)

@@ -1,0 +1,119 @@
+"""One product by `hopper.py` of an input whose columns are ready: the product, and the sum of its parts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..packed import PackedWeight
+from . import hopper
+from .columns import Gather, column_scales
+from .launch import Ready, tensor_class
+from .native_launch import Slot
+from .sums import Sum
+
+if TYPE_CHECKING:
+    from .gemm import GemmConfig
+
+
+def gathers_scaled(packed: PackedWeight) -> bool:
+    """Whether the column scale is multiplied into x where its columns are brought into the weight's order."""
+    return packed.permutation is not None and packed.layout.planes == 1 and packed.layout.col_scales == 1
+
+
+def gather(
+    packed: PackedWeight, tokens: int, stride: int, kind: tuple[torch.dtype, bool], device: torch.device
+) -> Gather | None:
+    """What brings the columns of x into the weight's order; None where they are.
+
+    Args:
+        packed: the weight.
+        tokens: M.
+        stride: from row to row of x.
+        kind: `tensor_class` of x.
+        device: of x.
+    """
+    if packed.permutation is None:
+        return None
+    return Gather(packed, tokens, stride, kind, device, scaled=gathers_scaled(packed))
+
+
+class HopperProduct:
+    """The launches of a product, with all but x, bias and result known.
+
+    Args:
+        packed: the weight.
+        tokens: M.
+        stride: from row to row of x, whose columns are in the weight's order.
+        x_dtype: float16 or bfloat16.
+        out_dtype: of the result.
+        bias: one like those that are to be added, or None.
+        device: of all tensors.
+        split_k: programs that share the columns of an output tile.
+        config: how else.
+    """
+
+    def __init__(
+        self,
+        packed: PackedWeight,
+        tokens: int,
+        stride: int,
+        x_dtype: torch.dtype,
+        out_dtype: torch.dtype,
+        bias: torch.Tensor | None,
+        device: torch.device,
+        split_k: int,
+        config: GemmConfig,
+    ):
+        rows = self.rows = packed.out_features
+        self.parts = (split_k, tokens, rows)
+        self.sum = Sum(split_k, tokens, rows, out_dtype, bias, device) if split_k > 1 else None
+        self.multiply = hopper.Multiply(
+            packed,
+            tokens,
+            stride,
+            x_dtype,
+            out_dtype if self.sum is None else torch.float32,
+            None if bias is None or self.sum is not None else tensor_class(bias),
+            device,
+            block_m=config.block_m,
+            block_n=config.block_n,
+            warps=config.warps,
+            stages=config.stages,
+            tiles=config.tiles,
+            split_k=split_k,
+            scaled=gathers_scaled(packed),
+            overlapped=True,
+        )
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of the parts of the sums."""
+        split_k, tokens, rows = self.parts
+        return 0 if self.sum is None else split_k * tokens * rows * 4
+
+    def run(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        """Launches by Triton."""
+        if self.sum is None:
+            self.multiply(x, bias, out)
+        else:
+            parts = torch.empty(self.parts, dtype=torch.float32, device=x.device)
+            self.multiply(x, None, parts)
+            self.sum(parts, bias, out)
+
+    def ready(self, x: Any, bias: Any, out: Any, parts: Slot) -> list[Ready | None]:
+        """The launches once they were compiled, of tensors or of what stands for them."""
+        if self.sum is None:
+            return [self.multiply.launch.ready(self.multiply.arguments(x, bias, out))]
+        return [
+            self.multiply.launch.ready(self.multiply.arguments(x, None, parts)),
+            self.sum.launch.ready(self.sum.arguments(parts, bias, out)),
+        ]
+
+    def converted_scale(self) -> torch.Tensor | None:
+        """The column scales, where the launches read a copy of them in another dtype."""
+        scale = self.multiply.col_scale
+        if scale is None or column_scales(scale, self.multiply.dtype).data_ptr() == scale.data_ptr():
+            return None
+        return scale
