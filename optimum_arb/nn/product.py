@@ -91,9 +91,13 @@ class PackedProduct(ABC):
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., columns]` to `[..., rows]`, the bias added."""
         compiling = torch.compiler.is_compiling()
+        shared = self.shared_input
+        if shared is not None and not compiling and not torch.is_grad_enabled():
+            out = shared.take(self, x)
+            if out is not None:
+                return out
         bias = self.bias if compiling else self._bias_now()
         few = x.is_cuda and self._few_tokens(x)
-        shared = self.shared_input
         if shared is not None and x.is_cuda and (shared.enabled if few else shared.joins_prompts and not compiling):
             out = shared.output(self, x, prompt=not few)
             if out is not None:
