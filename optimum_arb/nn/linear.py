@@ -213,6 +213,8 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
             coded = [f"decoded_{name}" for name in packing.TENSOR_NAMES if name in self._coded]
             rest = [name for name in packing.TENSOR_NAMES if name not in self._coded]
             there = [PARAMETERS[name] for name in rest if self.operand(name) is not None]
+            if self._parameters.get("bias") is not None:
+                there.append("bias")
             readers = self._readers = getter(there), getter(coded) if coded else None
         parameters, buffers = readers
         try:

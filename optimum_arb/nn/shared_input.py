@@ -42,12 +42,23 @@ _PREPARING = threading.RLock()
 
 
 class _Waiting:
-    """The results for an input that were not taken yet, of how many layers, and the input's `_state` then."""
+    """The results for an input that were not taken yet.
 
-    __slots__ = ("input", "left", "results", "state")
+    Attributes:
+        input: as it was given.
+        results: of all layers; None for one that was taken.
+        left: how many were not.
+        state: `_state` of the input when they were computed.
+        backend: of the layer that was called first.
+    """
 
-    def __init__(self, x: torch.Tensor, results: list[torch.Tensor | None], state: tuple[int, int] | None):
+    __slots__ = ("backend", "input", "left", "results", "state")
+
+    def __init__(
+        self, x: torch.Tensor, results: list[torch.Tensor | None], state: tuple[int, int] | None, backend: str
+    ):
         self.input, self.results, self.left, self.state = x, results, len(results), state
+        self.backend = backend
 
 
 class SharedInput:
@@ -97,15 +108,13 @@ class SharedInput:
         tracing = torch.compiler.is_compiling()
         thread = 0 if tracing else threading.get_ident()
         waiting = self._traced if tracing else self._waiting.get(thread)
-        index = layer.shared_index
         if waiting is not None and waiting.input is not x:
-            if waiting.results[index] is not None:  # cross-attention: key and value have an input of their own
+            if waiting.results[layer.shared_index] is not None:  # cross-attention: key and value have another input
                 self._disable()
                 return None
             waiting = None  # the layer has had its part: what waits is left of a call that an error ended
             if not tracing and self._is_wasted():
                 return None
-        state = None if tracing else _state(x)
         if waiting is None:
             layers = self.layers
             if len(layers) < len(self._rows):
@@ -115,24 +124,36 @@ class SharedInput:
             if results is None:
                 self._waiting.pop(thread, None)  # what was left
                 return None
-            waiting = _Waiting(x, results, state)
+            waiting = _Waiting(x, results, None if tracing else _state(x), layer.backend)
             if tracing:
                 self._traced = waiting
             else:
                 self._waiting[thread] = waiting
-        elif waiting.state != state:
+        elif not tracing:
+            return self.take(layer, x)
+        part, waiting.results[layer.shared_index] = waiting.results[layer.shared_index], None
+        if part is not None:
+            waiting.left -= 1
+        if tracing and not waiting.left:
+            self._traced = None
+        return part
+
+    def take(self, layer: PackedProduct, x: torch.Tensor) -> torch.Tensor | None:
+        """What another layer's call has computed for this one, of this very input and not in compiled code."""
+        thread = threading.get_ident()
+        waiting = self._waiting.get(thread)
+        if waiting is None or waiting.input is not x:
+            return None
+        if waiting.state != _state(x) or waiting.backend != layer.backend:
             return (
                 None  # written since, or to be used on another stream: the layer's own result waits for what it has to
             )
+        index = layer.shared_index
         part = waiting.results[index]
-        if part is None:
-            return None
-        waiting.results[index] = None
-        waiting.left -= 1
-        if not waiting.left:
-            if tracing:
-                self._traced = None
-            else:
+        if part is not None:
+            waiting.results[index] = None
+            waiting.left -= 1
+            if not waiting.left:
                 self._waiting.pop(thread, None)
                 self._wasted = 0
         return part

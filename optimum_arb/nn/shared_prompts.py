@@ -43,34 +43,31 @@ class SharedPrompts:
         if key in self._alone or type(x) is not torch.Tensor or not x.is_contiguous() or x.data_ptr() % 16:
             return None
         first = layers[0]
-        if x.shape[-1] != first.columns or current_device() != x.get_device():
+        if x.size(-1) != first.columns or current_device() != x.get_device():
             return None
-        backend, grad = first.backend, torch.is_grad_enabled()
-        if grad and x.requires_grad:
+        if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in [x, *_biases(layers)]):
             return None
+        backend = first.backend
         tensors: list[torch.Tensor] = []
         for layer in layers:
-            bias = layer._bias_now()
-            if layer.backend != backend or layer.is_offloaded:
+            if layer.backend != backend:
                 return None
             tensors += layer._present()
-            if bias is not None:
-                if grad and bias.requires_grad:
-                    return None
-                tensors.append(bias)
         change = first.input_transform()
         if change is not None:
             tensors += [tensor for tensor in change[:2] if tensor is not None]
         plans = self._plans
-        if plans is None or len(plans) > MAX_PLANS or plans.backend != backend or not plans.fit(tensors):
+        if plans is None or plans.backend != backend or not plans.fit(tensors) or len(plans) > MAX_PLANS:
+            self._plans = None
+            if any(layer.is_offloaded for layer in layers):
+                return None
             plans = self._plans = Plans(tensors, backend)
         found = plans.get(key)
         if found is None:
             if torch.cuda.is_current_stream_capturing():  # the host has to look at tensors once
                 return None
             weights = [layer.packed_weight() for layer in layers]
-            biases = [layer._bias_now() for layer in layers]
-            found = plan_group(x, weights, biases, None if change is None else change[:3], backend)
+            found = plan_group(x, weights, _biases(layers), None if change is None else change[:3], backend)
             if found is None:
                 if len(self._alone) > MAX_ALONE:
                     self._alone.clear()
@@ -78,3 +75,7 @@ class SharedPrompts:
                 return None
             plans[key] = found
         return found.run(x)
+
+
+def _biases(layers: list[PackedProduct]) -> list[torch.Tensor | None]:
+    return [layer._bias_now() for layer in layers]

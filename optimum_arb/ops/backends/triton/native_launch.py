@@ -334,15 +334,16 @@ def aligned(size: int) -> int:
     return -(-size // 512) * 512
 
 
-# What code that torch compiled calls; it takes the current device. `torch.empty` takes the host twice as long.
-_empty_strided: Callable[..., torch.Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
 
-def _empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    if _empty_strided is None:
-        return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
-    return _empty_strided(shape, strides, dtype)
+def _empty_strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
+
+# What code that torch compiled calls; it takes the current device. `torch.empty` takes the host twice as long.
+_empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]
+_empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _empty_strided)
 
 
 def empty_vector(size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -375,4 +376,4 @@ class Outputs:
             known = of_result, tuple(strides)
             if len(self._known) < MOST_SHAPES:
                 self._known[shape] = known
-        return _empty(*known, self._dtype)
+        return _empty(known[0], known[1], self._dtype)
