@@ -25,7 +25,8 @@ class Replayed:
     replayed from there on, with the bits that its operators give one by one.
 
     Args:
-        function: waits for nothing on the host. What it puts into new tensors is lost.
+        function: waits for nothing on the host. What it puts into new tensors is lost. It must not refer to what holds
+            this: memory of a graph goes back when nothing does.
         device: where its tensors are. On others than CUDA's the function is called as it is.
 
     Attributes:

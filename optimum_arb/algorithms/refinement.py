@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ..spare_threads import product
@@ -60,21 +62,16 @@ class _ReplayedBlock:
         self,
         metric: torch.Tensor,
         gradient: torch.Tensor,
-        fit: PlanesFit,
+        before: PlanesFit,
         col_scale: bool,
         rounding: Rounding | None,
     ):
         self._metric, self._gradient, self._change = (
             torch.empty_like(each, memory_format=torch.contiguous_format) for each in (metric, gradient, gradient)
         )
-        self._fit = fit.copy()
-
-        def run() -> None:
-            found, change = _improve(self._metric, self._gradient, self._fit, col_scale, rounding)
-            self._fit.assign(found)
-            self._change.copy_(change)
-
-        self._run = Replayed(run, gradient.device)
+        self._fit = before.copy()
+        tensors = self._metric, self._gradient, self._change
+        self._run = Replayed(partial(_improve_in_place, *tensors, self._fit, col_scale, rounding), gradient.device)
 
     def improve(
         self, metric: torch.Tensor, gradient: torch.Tensor, before: PlanesFit
@@ -85,6 +82,20 @@ class _ReplayedBlock:
         self._fit.assign(before)
         self._run()
         return self._fit.copy(), self._change
+
+
+def _improve_in_place(
+    metric: torch.Tensor,
+    gradient: torch.Tensor,
+    change: torch.Tensor,
+    fit: PlanesFit,
+    col_scale: bool,
+    rounding: Rounding | None,
+) -> None:
+    # Not a method: a cycle of references would keep a graph's memory until Python looks for one, 1.5 GB a layer of a 7B.
+    better, changed = _improve(metric, gradient, fit, col_scale, rounding)
+    fit.assign(better)
+    change.copy_(changed)
 
 
 def _improve(

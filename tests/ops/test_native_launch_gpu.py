@@ -32,17 +32,20 @@ def taken(monkeypatch):
     if native_launch.load() is None:
         pytest.skip("needs launch.c: python setup.py build_ext --inplace, and the Triton release that it knows")
     counts = [0]
-    run = native_launch.NativeLaunches.run
 
-    def counted(self, *args):
-        counts[0] += 1
-        run(self, *args)
+    def counted(run):
+        def of(self, *args):
+            counts[0] += 1
+            run(self, *args)
+
+        return of
 
     def poisoned(shape, strides, dtype):
         made = torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
         return made.fill_(float("nan") if dtype.is_floating_point else -1 if dtype.is_signed else 255)
 
-    monkeypatch.setattr(native_launch.NativeLaunches, "run", counted)
+    for name in ("run", "run_group"):
+        monkeypatch.setattr(native_launch.NativeLaunches, name, counted(getattr(native_launch.NativeLaunches, name)))
     monkeypatch.setattr(native_launch, "_empty", poisoned)
     return counts
 
