@@ -92,7 +92,7 @@ def _improve_in_place(
     col_scale: bool,
     rounding: Rounding | None,
 ) -> None:
-    # Not a method: a cycle of references would keep a graph's memory until Python looks for one, 1.5 GB a layer of a 7B.
+    # Not a method: a cycle of references kept a graph's memory until Python looked for one, 1.5 GB a layer of a 7B.
     better, changed = _improve(metric, gradient, fit, col_scale, rounding)
     fit.assign(better)
     change.copy_(changed)
