@@ -63,7 +63,7 @@ DETAIL = {
     "fit: groups": ["algorithms.bitmap:large_weights"],
     "fit: alternation": ["algorithms.bitmap:arb_rc"],
     "fit: factors": ["algorithms.dbf:_admm"],
-    "fit: eigenvectors": ["algorithms.dbf:_Problem.__init__"],
+    "fit: eigenvectors": ["algorithms.dbf:_of_unit_diagonal"],
     "fit: descent of factors": ["algorithms.dbf:descend"],
     "fit: packing": ["conversion:packed_linear"],
     "fit: errors": ["conversion:output_error"],

@@ -28,6 +28,7 @@ from .guard import no_worse_than_rounding, round_to_nearest, rounding_is_better
 from .hessian import PreparedHessian, identity_hessian, prepare_hessian
 from .planes import PlanesFit, fit_planes
 from .refinement import refine_blocks
+from .shared_work import once, share
 
 __all__ = ["binarize", "hadamard_gain", "output_error", "squared_errors"]
 
@@ -167,8 +168,16 @@ def _power_of_two(values: torch.Tensor) -> float:
 
 
 def _prepare(hessian: torch.Tensor, config: ARBConfig, act_order: bool) -> PreparedHessian:
-    inverse = not config.resolved_admm_iterations  # only fits of one block after the other look at it
-    return prepare_hessian(hessian, config.resolved_damp_percent, act_order, config.resolved_shrinkage, inverse)
+    whole = bool(config.resolved_admm_iterations)  # only fits of one block after the other look at the inverse
+    options = config.resolved_damp_percent, act_order, config.resolved_shrinkage, not whole
+
+    def make() -> PreparedHessian:
+        prepared = prepare_hessian(hessian, *options)
+        if whole:
+            share(prepared.damped)
+        return prepared
+
+    return once(hessian, options, make)
 
 
 def _binarize_rotated(target: torch.Tensor, hessian: torch.Tensor, config: ARBConfig) -> BinarizedWeight:

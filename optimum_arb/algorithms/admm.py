@@ -20,6 +20,7 @@ from ..spare_threads import ahead
 from .cuda_graph import Replayed
 from .planes import PlanesFit
 from .products import MIXED, product_float32
+from .shared_work import once
 from .sign_terms import SignTerms
 
 # The highest rho, for a matrix H of unit diagonal. Mean of 5 matrices of SmolLM2-135M, one plane, held-out output error
@@ -54,16 +55,20 @@ def admm_planes(
         raise ValueError(f"iterations={iterations} must be at least 1.")
     size = matrix.diagonal().sqrt() if col_scale else matrix.diagonal().mean().sqrt().expand(len(matrix))
     target = weight * size
-    matrix = matrix / (size[:, None] * size)
+    scaled = matrix / (size[:, None] * size)
     dtype = _product_dtype(weight.device)
     terms = SignTerms(target, block_size, planes, col_scale, dtype)
     stages = min(STAGES, iterations)
 
     def make_pull(stage: int) -> torch.Tensor:
         rho = HIGHEST_RHO * (stage + 1) / stages
-        shifted = matrix.clone()
-        shifted.diagonal().add_(rho)
-        return _inverse(shifted).mul_(rho).to(dtype)
+
+        def make() -> torch.Tensor:
+            shifted = scaled.clone()
+            shifted.diagonal().add_(rho)
+            return _inverse(shifted).mul_(rho).to(dtype)
+
+        return once(matrix, (rho, col_scale), make)
 
     pulls = torch.empty_like(matrix, dtype=dtype) if _replays(weight) else None
 

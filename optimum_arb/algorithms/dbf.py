@@ -27,6 +27,7 @@ from ..format.factors import FactorizedWeight
 from ..spare_threads import product
 from .cuda_graph import Replayed
 from .factor_descent import Factors, descend, finish_scales
+from .shared_work import once
 
 RHO = 0.6
 REGULARIZATION = 0.03
@@ -95,18 +96,9 @@ class _Problem:
             self.hessian = torch.eye(columns, device=weight.device)
             self.spread = self.values = torch.ones(columns, device=weight.device)
         else:
-            if not torch.isfinite(hessian).all():
-                raise ValueError("the calibration matrix has NaN or Inf: the layer's inputs overflowed")
-            full = hessian.double()
-            mean = full.diagonal().mean()
-            full = full / torch.where(mean > 0, mean, 1.0)
             damping = max(damp_percent, 1e-6)
-            full = full + damping * torch.eye(columns, dtype=torch.float64, device=weight.device)
-            spread = full.diagonal().sqrt()
-            self.hessian = (full / (spread[:, None] * spread)).float()
-            self.spread = spread.float()
-            self.values, self.basis = torch.linalg.eigh(self.hessian)
-            self.values = self.values.clamp_min(0)
+            found = once(hessian, damping, lambda: _of_unit_diagonal(hessian, damping))
+            self.hessian, self.spread, self.values, self.basis = found
         spread_weight = weight * self.spread
         unit = spread_weight.square().mean().sqrt()
         self.unit = torch.where(unit > 0, unit, 1.0)
@@ -117,6 +109,22 @@ class _Problem:
 
     def from_basis(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.basis is None else product(x, self.basis.T)
+
+
+def _of_unit_diagonal(
+    hessian: torch.Tensor, damping: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`hessian`, `spread`, `values` and `basis` of `_Problem`."""
+    if not torch.isfinite(hessian).all():
+        raise ValueError("the calibration matrix has NaN or Inf: the layer's inputs overflowed")
+    full = hessian.double()
+    mean = full.diagonal().mean()
+    full = full / torch.where(mean > 0, mean, 1.0)
+    full = full + damping * torch.eye(len(full), dtype=torch.float64, device=full.device)
+    spread = full.diagonal().sqrt()
+    scaled = (full / (spread[:, None] * spread)).float()
+    values, basis = torch.linalg.eigh(scaled)
+    return scaled, spread.float(), values.clamp_min(0), basis
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..algorithms.shared_work import SharedWork, sharing
 from ..experts.matrices import is_experts
 from ..modules import linear_shape
 from ..nn import ARBExperts, ARBLinear
@@ -79,12 +80,16 @@ class Fitting:
             module = sources[name] = self._to_fit(name, statistics)
             hessian = None if statistics is None else statistics.linears.hessian(name)
             tokens = 0 if statistics is None else statistics.linears.tokens(name)
-            packed, error = self._linear(name, module, hessian, tokens)
+            with sharing(shared.get(id(hessian))):
+                packed, error = self._linear(name, module, hessian, tokens)
             return packed, [] if error is None else [error], time.perf_counter() - start
 
+        shared: dict[int, SharedWork] = {}
         if statistics is not None:  # made of the wider sums once, not by several threads
-            for name in linears:
-                statistics.linears.hessian(name)
+            found = [statistics.linears.hessian(name) for name in linears]
+            if self._device.type == "cuda":  # on a CPU it is a hundredth of the time, and the memory counts
+                several = [one for one in found if one is not None and sum(one is other for other in found) > 1]
+                shared = {id(hessian): SharedWork(hessian) for hessian in several}
             self._correct(linears, statistics)
         largest = max((math.prod(linear_shape(self.model.get_submodule(name))) for name in linears), default=1)
         streams = min(FITS, len(linears), max(1, FITTED_WEIGHTS // largest))
@@ -112,6 +117,7 @@ class Fitting:
             self.model.set_submodule(name, packed)
             self._progress.linear(name, seconds, errors)
         fits.close()
+        shared.clear()
         for name, module in self._ranks.share(done, self._device, self._records).items():
             self.model.set_submodule(name, module)
         return sources

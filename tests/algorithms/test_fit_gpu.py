@@ -12,6 +12,7 @@ from optimum_arb.algorithms import binarize, output_error
 from optimum_arb.algorithms.admm import _inverse
 from optimum_arb.algorithms.cuda_graph import Replayed
 from optimum_arb.algorithms.partition import large_weights, salient_columns
+from optimum_arb.algorithms.shared_work import SharedWork, sharing
 from optimum_arb.calibration.activations import INPUTS, Activations
 from optimum_arb.calibration.calls import CopiedAhead
 from optimum_arb.calibration.correction import Corrections, Read, Step
@@ -248,6 +249,24 @@ def test_fits_on_streams_of_their_own_make_the_same_bits(problem, choices):
 
     alone = list(in_order(fit, range(10), torch.device("cuda")))
     together = list(in_order(fit, range(10), torch.device("cuda"), streams=4))
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("choices", [{}, {"planes": 2}, {"method": "arb-rc"}, {"method": "arb-dbf"}], ids=str)
+@pytest.mark.parametrize("streams", [1, 3])
+def test_fits_that_share_a_matrix_make_the_same_bits(problem, choices, streams):
+    config = ARBConfig(**choices)
+    weights = [(problem[0] + 0.01 * index).cuda() for index in range(6)]
+    hessian = problem[1].cuda()
+    work = SharedWork(hessian)
+
+    def fit(index):
+        with sharing(work):
+            return binarize(weights[index], hessian, config).dequantize()
+
+    together = list(in_order(fit, range(6), torch.device("cuda"), streams=streams))
+    assert work._entries
+    alone = [binarize(weight, hessian, config).dequantize() for weight in weights]
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 

@@ -1,0 +1,77 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from optimum_arb import ARBConfig, algorithms
+from optimum_arb.algorithms import admm, binarize, dbf
+from optimum_arb.algorithms.shared_work import SharedWork, once, share, sharing
+
+
+def counted(monkeypatch, module, name):
+    calls = []
+    function = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: calls.append(args) or function(*args))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "choices", [{}, {"planes": 2}, {"act_order": True}, {"method": "arb-rc"}, {"method": "arb-dbf"}], ids=str
+)
+def test_fits_of_one_matrix_share_its_factorizations_and_keep_their_bits(monkeypatch, choices):
+    config = ARBConfig(**choices)
+    inputs = torch.randn(300, 96)
+    hessian = inputs.T @ inputs
+    weights = [torch.randn(rows, 96) for rows in (40, 24, 64)]
+    alone = [binarize(weight, hessian, config).dequantize() for weight in weights]
+    factors = choices.get("method") == "arb-dbf"
+    where = (dbf, "_of_unit_diagonal") if factors else (algorithms, "prepare_hessian")
+    prepared = counted(monkeypatch, *where)
+    inverses = counted(monkeypatch, admm, "_inverse")
+    work = SharedWork(hessian)
+
+    def fit(weight):
+        with torch.no_grad(), sharing(work):
+            return binarize(weight, hessian, config).dequantize()
+
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(fit, weights))
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+    assert len(prepared) == 1
+    assert len(inverses) == (0 if choices.get("method") else admm.STAGES)
+
+
+def test_other_matrices_are_nobody_elses():
+    shared, other = torch.eye(3), torch.eye(3)
+    made = []
+
+    def make():
+        made.append(None)
+        return len(made)
+
+    work = SharedWork(shared)
+    with sharing(work):
+        assert [once(shared, "key", make) for _ in range(3)] == [1, 1, 1]
+        assert once(shared, "another", make) == 2
+        assert [once(other, "key", make) for _ in range(2)] == [3, 4]
+        share(other)
+        assert [once(other, "key", make) for _ in range(2)] == [5, 5]
+    assert once(shared, "key", make) == 6  # outside nothing is kept
+    with sharing(None):
+        assert once(shared, "key", make) == 7
+
+
+def test_an_error_is_not_kept():
+    matrix, ready = torch.eye(2), threading.Event()
+
+    def make():
+        if not ready.is_set():
+            ready.set()
+            raise ValueError("not yet")
+        return "made"
+
+    with sharing(SharedWork(matrix)):
+        with pytest.raises(ValueError, match="not yet"):
+            once(matrix, "key", make)
+        assert once(matrix, "key", make) == "made"
