@@ -88,15 +88,19 @@ def highest(session: nox.Session) -> None:
 
 @nox.session
 def audit(session: nox.Session) -> None:
-    """Known vulnerabilities of the pinned dependencies; a package that the service does not know is an error too."""
+    """Known vulnerabilities of the pinned dependencies; a package that PyPI does not know is an error too.
+
+    Arguments go to pip-audit: `-s osv` asks osv.dev, `-s osv --osv-url URL` another server with its interface.
+    """
     session.install("pip-audit")
-    session.run("pip-audit", "--strict", "--disable-pip", "--no-deps", "--requirement", "constraints.txt")
+    command = ["pip-audit", "--strict", "--disable-pip", "--no-deps", "--requirement", "constraints.txt"]
+    session.run(*command, *session.posargs)
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """The site of the documentation in site/; every warning is an error. The package is read, not imported."""
-    session.install("-c", "constraints.txt", "mkdocs-material>=9.5", "mkdocstrings[python]>=1.0")
+    session.install("-c", "constraints.txt", "mkdocs-material>=9.5.32", "mkdocstrings[python]>=1.0")
     session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
