@@ -72,6 +72,7 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     done = []
     with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)  # a process that may not write there is to see what is there
         for trial in run(args.trials, args.seed, Path(folder)):
             done.append(trial)
             if not trial.good:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 # What is counted as an operation on files: Python's audit events of these names.
 _EVENTS = ("open", "os.", "shutil.", "tempfile.", "fcntl.", "ctypes.dlsym", "mmap.")
@@ -60,14 +62,28 @@ def lower(limit: int, value: int) -> None:
     resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
 
 
-def virtual_bytes() -> int:
-    """The address space of this process."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
+def address_space(key: str = "VmSize") -> int:
+    """Bytes of the address space of this process, or the most that it was ("VmPeak")."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{key}:"))
 
 
-def drop_rights() -> None:
+def take_rights() -> None:
     """This process may do no more than any user."""
     if os.getuid() == 0:
         os.setgid(_NOBODY)
         os.setuid(_NOBODY)
+
+
+def give_away(folder: Path) -> None:
+    """Makes a directory, with all that is in it, that of the user without rights."""
+    if os.getuid() == 0:
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, _NOBODY, _NOBODY)
+
+
+def set_writable(folder: Path, writable: bool) -> None:
+    """Whether files may be made in a directory and those below it, and removed."""
+    for path, _, _ in os.walk(folder):
+        with contextlib.suppress(FileNotFoundError):  # which a process has just moved
+            os.chmod(path, 0o755 if writable else 0o555)

@@ -22,7 +22,7 @@ from optimum_arb import ARBConfig, save_model
 from optimum_arb.publish import JOURNAL, finish_interrupted
 
 from .disks import mount, remove
-from .process import drop_rights, lower, on_events, run_child, stop_at, virtual_bytes
+from .process import address_space, lower, on_events, run_child, stop_at, take_rights
 
 # how the model is saved -> what lies in its place before
 WAYS = (
@@ -197,8 +197,8 @@ class Saves:
             return f"files of {limit:,} bytes", lambda: lower(resource.RLIMIT_FSIZE, limit), None
         if stop == "out of memory":
             more = rng.randrange(1 << 12, 1 << 21)
-            return f"{more:,} bytes more", lambda: lower(resource.RLIMIT_AS, virtual_bytes() + more), None
-        return "no rights", drop_rights, None
+            return f"{more:,} bytes more", lambda: lower(resource.RLIMIT_AS, address_space() + more), None
+        return "no rights", take_rights, None
 
     def measure(self, way: str, number: int) -> None:
         """How long a save takes, and how many operations on files."""

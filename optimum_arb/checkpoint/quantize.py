@@ -120,6 +120,7 @@ def quantize_checkpoint(
             "(--resume), or delete that directory to begin anew."
         )
     staging = work.path / "model"
+    run: StreamedRun | None = None
     if resume:
         before = _finished_before(work, staging, output, config, overwrite) if ranks.is_first else None
         if done := ranks.exchange(before, "looking for a finished model")[0]:
@@ -157,6 +158,10 @@ def quantize_checkpoint(
         quantization: Any = binarized.config.quantization_config
         seconds = time.perf_counter() - began
         return QuantizedCheckpoint(output, model_report(binarized), quantization, seconds, run.resumed, files)
+    except (OSError, MemoryError, RuntimeError):  # a full disk, too little memory: nothing is lost, but who knows that
+        if run is not None and work.locked and (kept := run.what_is_kept()):
+            logger.warning("An error ended the run: %s", kept)
+        raise
     finally:
         if not work.pieces and work.locked:
             work.clear()

@@ -102,11 +102,16 @@ class StreamedRun:
 
     def how_to_go_on(self) -> str:
         """What to tell a user who interrupts the run."""
+        kept = self.what_is_kept()
+        return f"interrupted: {kept}" if kept else "interrupted before a layer was finished"
+
+    def what_is_kept(self) -> str:
+        """Where the finished layers are and how to go on, in a sentence; empty where there are none."""
         done = sum(layer in self.work.pieces for layer in self.layers)
         if not done:
-            return "interrupted before a layer was finished"
+            return ""
         return (
-            f"interrupted: {done} of {len(self.layers)} layers are finished and kept in {self.work.path}. The same "
+            f"{done} of {len(self.layers)} layers are finished and kept in {self.work.path}. The same "
             "call with resume=True (--resume) goes on from there."
         )
 

@@ -18,7 +18,7 @@ exit codes:
   2    bad usage or input, or an environment that fails: one line on stderr says what
   130  interrupted; what quantize has finished is kept, and it says how to go on"""
 # What bad input and a failing environment raise. Anything else is a defect of ours, which deserves its traceback.
-EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
 
 
 def build_parser(prog: str = "optimum-arb") -> argparse.ArgumentParser:
@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "optimum-arb") -> int:
     except EXPECTED_ERRORS as error:
         if args.debug:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        unnamed = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+        message = " ".join(str(error).split()) or unnamed
         print(f"{prog}: error: {message}", file=sys.stderr)
         return 2

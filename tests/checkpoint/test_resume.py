@@ -229,7 +229,8 @@ def test_two_processes_do_not_work_on_one(tmp_path, monkeypatch, finished):
     assert_same_files(out, finished / "out")
 
 
-def test_a_full_disk_leaves_what_is_finished(tmp_path, monkeypatch, finished):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError()], ids=["disk", "memory"])
+def test_a_full_disk_leaves_what_is_finished(tmp_path, monkeypatch, finished, error, caplog):
     from optimum_arb.checkpoint import work as work_module
 
     out = tmp_path / "out"
@@ -239,15 +240,18 @@ def test_a_full_disk_leaves_what_is_finished(tmp_path, monkeypatch, finished):
     def fill(tensors, path):
         if len(saved) == 1:
             Path(path).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
+            raise error
         saved.append(path)
         save_file(tensors, path)
 
     with monkeypatch.context() as patch:
         patch.setattr(work_module, "save_file", fill)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(type(error)):
             quantize_checkpoint(finished / "float", out, config())
     assert not out.exists()
+    said = caplog.text
+    assert f"An error ended the run: 1 of {LAYERS} layers are finished and kept in {tmp_path / '.out.partial'}" in said
+    assert "--resume" in said
     result = quantize_checkpoint(finished / "float", out, config(), resume=True)
     assert result.resumed_layers == 1
     assert_same_files(out, finished / "out")
@@ -331,10 +335,10 @@ def save_tokenizer(path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes that are killed are forked")
 def test_killed_at_random_instants():
     script = Path(__file__).parents[2] / "benchmarks" / "kill_resume.py"
-    command = [sys.executable, str(script), "--kills", "4", "--layers", "2", "--json"]
+    command = [sys.executable, str(script), "--kills", "6", "--layers", "2", "--json"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
     trials = json.loads(run.stdout.strip().splitlines()[-1])["trials"]
-    assert len(trials) == 4
-    assert all(trial["resumed"] and trial["identical"] for trial in trials)
-    assert all(trial["left"] in ("no model", "the old model", "the new model") for trial in trials)
+    assert len({trial["stop"] for trial in trials}) == 6  # signals, a full disk, too little memory, no rights
+    assert all(trial["resumed"] and trial["identical"] and not trial["leftovers"] for trial in trials)
+    assert all(trial["left"] in ("nothing", "old", "new") for trial in trials)
