@@ -78,10 +78,11 @@ def main() -> int:
     if args.json:
         print(json.dumps({"seconds": runs.seconds, "trials": [asdict(trial) for trial in trials]}))
     else:
-        print(f"{args.layers} layers, {runs.seconds:.2f} s and {runs.operations} operations on files when nobody stops")
+        disks = "a tmpfs" if mounts else "a limit on the size of files"
         print(
-            f"it, {len(runs.expected)} files; full disks are {'tmpfs' if mounts else 'limits on the size of files'}\n"
+            f"{args.layers} layers, {len(runs.expected)} files; {runs.seconds:.2f} s and {runs.operations} operations"
         )
+        print(f"on files where nobody stops it. A full disk is {disks}.\n")
         print(table(trials))
         print(f"\n{len(trials)} runs were stopped; {len(trials) - len(bad)} gave the same bits when resumed.")
     return int(bool(bad))

@@ -35,6 +35,16 @@ def test_interruption(monkeypatch, capsys, float_model):
     assert "interrupted" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("message", ["", "cannot allocate 8 GB"])
+def test_too_little_memory_is_no_defect(monkeypatch, capsys, float_model, message):
+    def allocate(name: str) -> None:
+        raise MemoryError(message)
+
+    monkeypatch.setattr("optimum_arb.inspection.inspect_model", allocate)
+    assert entry.main(["inspect", str(float_model)]) == 2
+    assert capsys.readouterr().err == f"optimum-arb: error: {message or 'out of memory'}\n"
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch, float_model):
     def defect(name: str) -> None:
         raise AssertionError("ours")
