@@ -60,7 +60,7 @@ def test_every_shape(rows, width, block_size, poisoned):
     check(20, random_packed(PLANES[0], rows, width, block_size))
 
 
-@pytest.mark.parametrize(("rows", "width", "m"), [(300, 2200, 40), (33, 4304, 33), (600, 192, 1100)])
+@pytest.mark.parametrize(("rows", "width", "m"), [(300, 2200, 40), (33, 4304, 33), (600, 192, 1100), (33, 192, 16384)])
 @pytest.mark.parametrize("block_size", [64, 128, -1])
 def test_several_blocks_of_rows_columns_and_tokens(rows, width, m, block_size, poisoned):
     check(m, random_packed(PLANES[2], rows, width, block_size, permuted=True))

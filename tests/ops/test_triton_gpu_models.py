@@ -183,6 +183,7 @@ def test_generate_compiled(llama):
     assert_same(generate(llama, cache_implementation="static", disable_compile=True), expected)
     assert_same(generate(llama, cache_implementation="static"), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert_same(generate(llama, cache_implementation="static"), expected)
 
