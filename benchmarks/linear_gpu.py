@@ -3,7 +3,8 @@
     python benchmarks/linear_gpu.py --json linear_gpu.json
 
 Microseconds of a call, from CUDA graphs over copies of the weight that do not fit the caches together, median of
-the replays; everything that a call does is in it (scaling and permuting x, adding parts). Packed weights have row and
+the replays; everything that a call does is in it (scaling and permuting x, adding parts). Beside them stand how many
+times faster than bf16 that is, and how much of the measured bandwidth it uses. Packed weights have row and
 column scales and a permutation, as `arb-hrc` can make them; `--no-permutation` times them without. Kernels come from
 the package's table, nothing is tuned here. Every result is first compared with a float32 product of the weight.
 
@@ -142,6 +143,18 @@ def stored_bits(name: str) -> float:
     return PEERS[name][1] + 32 / 128  # scale and zero
 
 
+def bandwidth_percent(bits: float, n: int, k: int, tokens: int, us: float, speed: float) -> float:
+    """How much of the memory's speed (bytes a microsecond) the least that a product reads and writes would take.
+
+    Args:
+        bits: of a stored weight.
+        n, k, tokens: its sizes; x and y have 2 bytes a number.
+        us: microseconds of a call.
+        speed: what `bandwidth` measured.
+    """
+    return 100 * (bits / 8 * n * k + 2 * tokens * (n + k)) / us / speed
+
+
 def missing(name: str) -> str | None:
     """Why a peer cannot be imported, None where it can."""
     try:
@@ -220,9 +233,7 @@ def measure(
             copies = min(count, 12) if row["tokens"] > 64 else count
             row["us"] = graph_time(lambda i, x=x: call(x, i), copies, 5)  # type: ignore[misc]
             row["times"] = bf16[row["tokens"]] / row["us"]
-            row["bandwidth_percent"] = (
-                100 * (stored_bits(name) / 8 * n * k + 2 * row["tokens"] * (n + k)) / row["us"] / speed
-            )
+            row["bandwidth_percent"] = bandwidth_percent(stored_bits(name), n, k, row["tokens"], row["us"], speed)
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
             torch.cuda.synchronize()
@@ -230,7 +241,8 @@ def measure(
 
 
 def table(rows: list[Row], tokens: list[int]) -> str:
-    """Markdown: one line a shape and kernel, one column a number of tokens."""
+    """Markdown: one line a shape and kernel, one column a number of tokens: microseconds, times bf16's, and percent of
+    the measured bandwidth."""
     lines = ["| shape | kernel | " + " | ".join(f"M = {m}" for m in tokens) + " |", "|---" * (len(tokens) + 2) + "|"]
     by_kernel: dict[tuple[str, str], dict[int, Row]] = {}
     for row in rows:
@@ -239,8 +251,9 @@ def table(rows: list[Row], tokens: list[int]) -> str:
         cells = []
         for m in tokens:
             row = found.get(m, {})
-            times = f", {row['times']:.2f}x" if "us" in row and kernel != "bf16" else ""
-            cells.append(f"{row['us']:.1f} µs{times}" if "us" in row else "failed" if "failed" in row else "-")
+            times = f", {row['times']:.2f}x" if "times" in row else ""
+            share = f", {row['bandwidth_percent']:.0f} %" if "us" in row else ""
+            cells.append(f"{row['us']:.1f} µs{times}{share}" if "us" in row else "failed" if "failed" in row else "-")
         lines.append(f"| {shape} | {kernel} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -293,7 +306,10 @@ def main() -> None:
     try:
         for n, k in shapes:
             bf16 = bf16_times(n, k, tokens)
-            rows += [{"kernel": "bf16", "shape": f"{n}x{k}", "tokens": m, "us": us} for m, us in bf16.items()]
+            for m, us in bf16.items():
+                percent = bandwidth_percent(16, n, k, m, us, speed)
+                row = {"kernel": "bf16", "shape": f"{n}x{k}", "tokens": m, "us": us, "bandwidth_percent": percent}
+                rows.append(row)
             for name, build, at, most in work:
                 if time.monotonic() - start > args.seconds:
                     left.append(f"{name} {n}x{k}")
