@@ -5,8 +5,9 @@
 
 Without MODEL a tiny random Llama is binarized first, so that a thousand cycles take minutes. "modules" are the packed
 layers of former cycles that still exist, with Python's collector of reference cycles off: a model is to go when the
-last reference to it goes. Memory is the process's resident set, in MB, and on a GPU what torch has allocated there;
-before it is read the collector runs, for the garbage of others (a thousand loads of a float model leave some too).
+last reference to it goes. Memory is the process's resident set, in MB, "with the model" before a cycle lets go of it
+and "resident" after, and on a GPU what torch has allocated there; before the latter two are read the collector runs,
+for the garbage of others (a thousand loads of a float model leave some too).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Sample:
     """What was measured after a number of cycles: bytes, and packed layers of former cycles that still exist."""
 
     cycle: int
+    loaded: int  # before the model of this cycle was let go of
     resident: int
     on_device: int
     modules: int
@@ -71,13 +73,14 @@ def run_cycles(model: Path | str, cycles: int, every: int, device: str = "cpu", 
             expected = expected or out
             if out != expected:
                 raise AssertionError(f"cycle {cycle} generated {out}, the first {expected}")
+            loaded_bytes = resident() if cycle == 1 or cycle % every == 0 else 0
             layers += [weakref.ref(module) for module in loaded.modules() if isinstance(module, ARBLinear)]
             del loaded
             layers = [layer for layer in layers if layer() is not None]
             if cycle == 1 or cycle % every == 0:
                 gc.collect()
                 on_device = torch.cuda.memory_allocated() if device != "cpu" else 0
-                samples.append(Sample(cycle, resident(), on_device, len(layers)))
+                samples.append(Sample(cycle, loaded_bytes, resident(), on_device, len(layers)))
     finally:
         if was_enabled:
             gc.enable()
@@ -96,10 +99,11 @@ def main() -> None:
         model = args.model or tiny_llama(Path(directory))
         samples = run_cycles(model, args.cycles, args.every, args.device)
     print(f"torch {torch.__version__}, {args.device}")
-    print("| cycles | resident MB | on the device MB | modules |")
-    print("|---|---|---|---|")
+    print("| cycles | with the model, MB | resident MB | on the device MB | modules |")
+    print("|---|---|---|---|---|")
     for sample in samples:
-        print(f"| {sample.cycle} | {sample.resident / 1e6:.1f} | {sample.on_device / 1e6:.1f} | {sample.modules} |")
+        memory = (sample.loaded, sample.resident, sample.on_device)
+        print(f"| {sample.cycle} | {' | '.join(f'{value / 1e6:.1f}' for value in memory)} | {sample.modules} |")
 
 
 if __name__ == "__main__":
