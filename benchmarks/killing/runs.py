@@ -124,8 +124,9 @@ class Runs:
         ended, _, _ = self._child(self.work(folder / "old" / "model", "other"))
         assert ended == "finished", ended
         self.old = digests(folder / "old" / "model")
-        for path in (folder, folder / "float"):
-            os.chmod(path, 0o755)  # a process without rights is to read it
+        os.chmod(folder, 0o755)
+        for path in (folder / "float", *(folder / "float").iterdir()):  # a process without rights is to read it
+            os.chmod(path, 0o755)
 
     def work(self, output: Path, source: str = "float", **options: bool) -> Callable[[], None]:
         return lambda: quantize_checkpoint(self.folder / source, output, self.config, **options) and None
