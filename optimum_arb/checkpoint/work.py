@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .source import read_range
@@ -158,10 +159,16 @@ class WorkDirectory:
             records: of its binarized modules, as JSON.
             sources: part -> SHA-256 of what it was made of.
             activations: what was kept of its outputs.
+
+        Raises:
+            OSError: it cannot be written; what was finished before is as it was.
         """
         name = f"{re.sub(r'[^0-9A-Za-z.]+', '-', part) or 'outside'}.safetensors"
         temporary = self.path / f"{name}.tmp"
-        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, temporary)
+        try:
+            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, temporary)
+        except SafetensorError as error:  # what its writer makes of an error of the system
+            raise OSError(f"Cannot keep {part or 'what is outside of the layers'} in {temporary}: {error}.") from error
         digest = file_digest(temporary)
         synchronize(temporary)
         os.replace(temporary, self.path / name)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from test_quantize_checkpoint import assert_same_files, save
 from tiny_models import save_tiny, tokens
 
@@ -229,8 +230,19 @@ def test_two_processes_do_not_work_on_one(tmp_path, monkeypatch, finished):
     assert_same_files(out, finished / "out")
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError()], ids=["disk", "memory"])
-def test_a_full_disk_leaves_what_is_finished(tmp_path, monkeypatch, finished, error, caplog):
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (
+            SafetensorError("I/O error: No space left"),
+            r"Cannot keep model\.layers\.1 in .*1\.safetensors\.tmp: I/O error: No",
+        ),
+        (MemoryError(), ""),
+    ],
+    ids=["disk", "safetensors' word for it", "memory"],
+)
+def test_a_full_disk_leaves_what_is_finished(tmp_path, monkeypatch, finished, error, raised, caplog):
     from optimum_arb.checkpoint import work as work_module
 
     out = tmp_path / "out"
@@ -246,7 +258,7 @@ def test_a_full_disk_leaves_what_is_finished(tmp_path, monkeypatch, finished, er
 
     with monkeypatch.context() as patch:
         patch.setattr(work_module, "save_file", fill)
-        with pytest.raises(type(error)):
+        with pytest.raises((OSError, MemoryError), match=raised):
             quantize_checkpoint(finished / "float", out, config())
     assert not out.exists()
     said = caplog.text
