@@ -95,6 +95,45 @@ def test_files_that_a_page_names_exist(page):
     assert not missing
 
 
+def exists(name: str) -> bool:
+    """Whether a dotted name of this package is a module or what a module has; without importing what is not there."""
+    path, *rest = ROOT, *name.split(".")
+    while rest and ((path / rest[0]).is_dir() or (path / f"{rest[0]}.py").is_file()):
+        path = path / rest.pop(0)
+    try:
+        found = importlib.import_module(".".join(path.relative_to(ROOT).parts))
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("optimum_arb"):
+            raise
+        return True  # it needs a package that is not installed here, Triton say
+    for attribute in rest:
+        if not hasattr(found, attribute):
+            return False
+        found = getattr(found, attribute)
+    return True
+
+
+SOURCES = [*PAGES, *sorted((ROOT / "optimum_arb").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+
+
+def test_names_of_the_package_exist():
+    """Those that pages, docstrings and comments give with their module: moved modules leave old names behind."""
+    named = {
+        (name, str(source.relative_to(ROOT)))
+        for source in SOURCES
+        for name in re.findall(r"(?<![\w/.-])optimum_arb(?:\.[A-Za-z]\w*)+", source.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 50
+    assert not [(name, where) for name, where in sorted(named) if not exists(name)]
+    assert not exists("optimum_arb.packing")
+    assert not exists("optimum_arb.format.packing.no_such_name")
+
+
+def test_every_command_has_a_row():
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([a-z]+)[ `]", page.split("## ")[0], re.MULTILINE)) == NAMES
+
+
 def commands(text: str) -> Iterator[str]:
     """Lines of code blocks and code spans, continued lines joined."""
     text = text.replace("\\\n", " ")

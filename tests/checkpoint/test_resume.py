@@ -236,9 +236,9 @@ def test_two_processes_do_not_work_on_one(tmp_path, monkeypatch, finished):
         (OSError(28, "No space left on device"), "No space left on device"),
         (
             SafetensorError("I/O error: No space left"),
-            r"Cannot keep model\.layers\.1 in .*1\.safetensors\.tmp: I/O error: No",
+            r"Cannot keep model\.layers\.1 in .*safetensors\.tmp: I/O error",
         ),
-        (MemoryError(), ""),
+        (MemoryError(), "^$"),
     ],
     ids=["disk", "safetensors' word for it", "memory"],
 )
