@@ -146,9 +146,13 @@ def test_weights_that_are_not_finite(tmp_path, value, dataset):
         binarize(tmp_path, dataset=dataset, num_samples=4)
 
 
-def test_activations_that_are_not_finite(tmp_path):
-    model = tiny_model("LlamaForCausalLM")
-    model.model.layers[1].input_layernorm.weight.data[0] = float("inf")
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(float("inf"), torch.float32), (6e4, torch.float16)], ids=["a weight", "overflow of float16"]
+)
+def test_activations_that_are_not_finite(tmp_path, value, dtype):
+    model = tiny_model("LlamaForCausalLM").to(dtype)
+    model.model.layers[1].input_layernorm.weight.data[0] = value
+    assert dtype == torch.float32 or all(parameter.isfinite().all() for parameter in model.parameters())
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_proj: the activations"):
         binarize(tmp_path, dataset=tokens(), num_samples=4)
