@@ -6,7 +6,7 @@
 
 Writes random Llama checkpoints of float32 (hidden size 512, 12.6 MB a layer) in several files, binarizes each in a
 process of its own and reads that process's largest resident memory (VmHWM), mapped pages of the files included. What
-the process holds before it begins, Python with its packages, is shown beside it.
+the process holds before it begins, Python with its packages, is shown beside it, and what `estimate` says of the run.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from random_llama import random_llama
 from transformers import LlamaForCausalLM
 
 from optimum_arb import ARBConfig, quantize_checkpoint
+from optimum_arb.checkpoint.estimate import estimate
 
 
 def memory(key: str) -> int:
@@ -45,7 +46,9 @@ def measure(args: argparse.Namespace) -> None:
     tokens = torch.randint(
         5, 1024, (args.num_samples, args.sequence_length), generator=torch.Generator().manual_seed(0)
     )
-    config = ARBConfig(dataset=tokens, method=args.method, num_samples=len(tokens))
+    choices = {"num_samples": len(tokens), "sequence_length": tokens.shape[1], **args.config}
+    config = ARBConfig(dataset=tokens, method=args.method, **choices)
+    told = estimate(args.source, config, budget=None, activations_on_disk=args.activations_on_disk)
     before, began = memory("VmHWM"), time.perf_counter()
     if args.in_memory:
         model = LlamaForCausalLM.from_pretrained(args.source, quantization_config=config)
@@ -53,7 +56,8 @@ def measure(args: argparse.Namespace) -> None:
     else:
         quantize_checkpoint(args.source, args.out, config, activations_on_disk=args.activations_on_disk)
     seconds = time.perf_counter() - began
-    print(json.dumps({"before": before, "peak": memory("VmHWM"), "seconds": seconds}))
+    figures = {"before": before, "peak": memory("VmHWM"), "seconds": seconds, "estimated": told.peak_ram_bytes}
+    print(json.dumps(figures))
 
 
 def main() -> None:
@@ -61,6 +65,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--method", default="arb-hrc")
+    parser.add_argument("--config", type=json.loads, default={}, metavar="JSON", help="further choices of ARBConfig")
     parser.add_argument("--num-samples", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--in-memory", action="store_true")
@@ -73,7 +78,7 @@ def main() -> None:
         measure(args)
         return
     rows = []
-    print("layers  float checkpoint   peak memory   of it before the run    seconds")
+    print("layers  float checkpoint   peak memory     estimated   of it before the run    seconds")
     for layers in args.layers:
         with tempfile.TemporaryDirectory() as folder:
             make_model(Path(folder) / "float", layers, args.hidden_size)
@@ -83,8 +88,8 @@ def main() -> None:
             found = json.loads(run.stdout.strip().splitlines()[-1])
         rows.append((layers, size, found["peak"], found["seconds"]))
         print(
-            f"{layers:6}  {size / 1e6:13.1f} MB  {found['peak'] / 1e6:8.1f} MB  {found['before'] / 1e6:17.1f} MB  "
-            f"{found['seconds']:10.1f}",
+            f"{layers:6}  {size / 1e6:13.1f} MB  {found['peak'] / 1e6:8.1f} MB  "
+            f"{found['estimated'] / 1e6:8.1f} MB  {found['before'] / 1e6:17.1f} MB  {found['seconds']:10.1f}",
             flush=True,
         )
     if args.plot:

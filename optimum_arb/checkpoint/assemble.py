@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from ..calibration.memory import give_back_memory
 from ..calibration.weights import OUTSIDE
-from .memory import give_back_memory
 from .streamed import StreamedWeights
 from .work import synchronize
 

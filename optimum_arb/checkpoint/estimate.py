@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from ..calibration.refinement import refinement_batch_size
 from ..config import ARBConfig
 from ..format.packing import block_count
 from ..inspection import skeleton
@@ -179,9 +180,12 @@ def estimate(
             f"searched salient columns: {SEARCHED_SALIENT} a block, as SmolLM2-135M has; the range is for 1 to 49"
         )
     corrected = tokens[0] > 0 and config.resolved_error_correction > 0
-    held = model, linears, packed, float_dtype, tokens, device, activations_on_disk, corrected
+    batch_size = refinement_batch_size(config, max(tokens[1], 1))
+    held = model, linears, packed, float_dtype, tokens, batch_size, device, activations_on_disk, corrected
     ram, gpu = streamed_memory(*held)
     assumptions.append("the layers form a chain; otherwise all weights are in memory at once")
+    if config.refine is not None:
+        assumptions.append(f"neither the seconds nor the memory of refine={config.refine!r} are counted")
     measured = None
     if budget is not None:
         shapes = [(one.rows, one.columns, one.config, one.copies) for one in linears]

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTo
 from transformers.utils import cached_file
 
 from ..calibration.distributed import current_ranks
+from ..calibration.memory import bounded_memory
 from ..calibration.progress import Progress
 from ..config import ARBConfig
 from ..hub.card import NAME as CARD
@@ -28,7 +29,6 @@ from ..report import ModelReport, ModuleReport, model_report
 from ..saving import check_output_directory, save_model
 from .assemble import assemble
 from .interrupt import interruptible
-from .memory import bounded_memory
 from .publish import publish
 from .run import StreamedRun, work_directory
 from .source import NotStreamable, skeleton_class

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..calibration.memory import give_back_memory
 from ..calibration.weights import OUTSIDE, LayerWeights
 from ..conversion import Record, empty_linear
 from ..experts.packing import packed_form
@@ -23,7 +24,6 @@ from ..nn import ARBExperts, ARBLinear
 from ..stored.linears import StoredLinear, describe
 from ..stored.tensors import StoredTensor
 from .disk_activations import DiskActivations
-from .memory import give_back_memory
 from .source import CheckpointSource, NotStreamable, read_header
 from .work import WorkDirectory
 

@@ -1,16 +1,21 @@
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from gguf_models import save_model
 from tiny_models import save_tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from optimum_arb import ARBConfig
 from optimum_arb.checkpoint import estimate_memory
 from optimum_arb.checkpoint import probe as probing
 from optimum_arb.checkpoint.estimate import estimate
+from optimum_arb.checkpoint.estimate_fit import fit_memory
 from optimum_arb.checkpoint.probe import probe
 from optimum_arb.nn import ARBLinear
 from optimum_arb.report import model_report
@@ -160,41 +165,53 @@ def test_memory_does_not_grow_with_layers(tmp_path, monkeypatch):
     assert abs(in_memory.peak_ram_bytes - on_disk.peak_ram_bytes - expected) < 0.01 * expected
 
 
-def test_memory_is_that_of_the_run(tmp_path):
-    """Of a process of its own with one thread, within 15 %.
-
-    Each thread more has its own stack and its own part of the allocator's memory, which say more about the machine than
-    about the estimate: of so small a run, 3.6 % less than estimated with one thread was 13 % more with eight.
-    """
-    import json
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    code = f"""
-import json, sys, torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from optimum_arb import ARBConfig, quantize_checkpoint
-from optimum_arb.checkpoint.estimate import estimate
-config = LlamaConfig(vocab_size=256, hidden_size=256, intermediate_size=1024, num_hidden_layers=1,
-                     num_attention_heads=4, num_key_value_heads=4)
-path = {str(tmp_path)!r}
-if sys.argv[1] == "make":
-    LlamaForCausalLM(config).save_pretrained(path + "/float")
-else:
-    tokens = torch.randint(5, 256, (8, 64), generator=torch.Generator().manual_seed(0))
-    choices = ARBConfig(dataset=tokens, num_samples=8, sequence_length=64)
-    expected = estimate(path + "/float", choices, budget=None).peak_ram_bytes
-    quantize_checkpoint(path + "/float", path + "/out", choices)
-    peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
-    print(json.dumps([expected, int(peak.split()[1]) * 1024]))
-"""
+@pytest.mark.parametrize("threads", [1, 2])
+def test_memory_is_that_of_the_run(tmp_path, threads):
+    """Of a process of its own, within 15 %: with two threads, two fits run at once."""
     if not Path("/proc/self/status").exists():
         pytest.skip("reads the peak memory from /proc")
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    for step in ("make", "run"):
-        command = [sys.executable, "-c", code, step]
-        run = subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=300)
-        assert run.returncode == 0, run.stderr
+    sizes = {"vocab_size": 256, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4)).save_pretrained(
+        tmp_path / "float"
+    )
+    code = f"""
+import json, torch
+from optimum_arb import ARBConfig, quantize_checkpoint
+from optimum_arb.checkpoint.estimate import estimate
+from optimum_arb.checkpoint.estimate_fit import fit_memory
+path = {str(tmp_path)!r}
+tokens = torch.randint(5, 256, (8, 64), generator=torch.Generator().manual_seed(0))
+choices = ARBConfig(dataset=tokens, num_samples=8, sequence_length=64, admm_iterations=5)
+expected = estimate(path + "/float", choices, budget=None).peak_ram_bytes
+quantize_checkpoint(path + "/float", path + "/out", choices)
+peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
+print(json.dumps([expected, int(peak.split()[1]) * 1024]))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
     expected, measured = json.loads(run.stdout.strip().splitlines()[-1])
     assert abs(expected - measured) < 0.15 * measured
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_memory_counts_the_fits_that_run_at_once(monkeypatch, device):
+    """On a CPU as many as there are threads; on a GPU four of so small matrices, whatever the threads."""
+    found = []
+    for threads in (1, 2, 4, 8):
+        monkeypatch.setattr(estimate_memory.torch, "get_num_threads", lambda threads=threads: threads)
+        linears = [SimpleNamespace(rows=64, columns=96, config=ARBConfig(), experts=False)] * 7
+        found.append(estimate_memory._fits(linears, device, True))
+    one = fit_memory(64, 96, ARBConfig(), True)
+    if device == "cuda":
+        assert found == [4 * one] * 4
+    else:
+        alone, heap = (int(one * pieces) for pieces in estimate_memory.IN_PIECES), estimate_memory.HEAP
+        first, several = alone
+        assert found == [first, 2 * several + heap, 4 * several + heap, 4 * several + heap]
+
+
+def test_refinement_is_said_not_to_be_counted(tmp_path):
+    save_tiny(tmp_path / "float", "LlamaForCausalLM")
+    config = ARBConfig(num_samples=4, sequence_length=64, refine="block")
+    assert any("refine='block'" in text for text in estimate(str(tmp_path / "float"), config, budget=None).assumptions)

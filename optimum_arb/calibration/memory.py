@@ -18,7 +18,8 @@ from functools import lru_cache
 from typing import Any
 
 _M_MMAP_THRESHOLD = -3
-_OWN_MAPPING = 32 << 20
+# Bytes from which on a block has a mapping of its own inside `bounded_memory`.
+OWN_MAPPING = 32 << 20
 
 
 @lru_cache(maxsize=1)
@@ -38,7 +39,7 @@ def bounded_memory() -> Iterator[None]:
     """Blocks from 32 MB on have mappings of their own; what smaller ones took goes back to the system in the end."""
     library = _libc()
     if library is not None:
-        library.mallopt(_M_MMAP_THRESHOLD, _OWN_MAPPING)
+        library.mallopt(_M_MMAP_THRESHOLD, OWN_MAPPING)
     try:
         yield
     finally:
