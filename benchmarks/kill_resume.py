@@ -32,7 +32,7 @@ from killing.runs import STOPS, Runs, Trial
 def table(trials: list[Trial]) -> str:
     """What was left, by what stopped the runs."""
     lines = [
-        "| stopped by | runs | ended with an error | of them finished | nothing there | the old model | the new model "
+        "| stopped by | runs | ended with an error | finished before | nothing there | the old model | the new model "
         "| layers kept, mean | resumed: every file the same |",
         "|---" * 9 + "|",
     ]
