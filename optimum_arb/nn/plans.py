@@ -58,15 +58,15 @@ class Plans(dict[tuple[Hashable, ...], "P | None"], Generic[P]):
         native = getattr(plan, "native", None)
         if native is None or self._ready.get(shape) is native or len(self._ready) > MAX_SHAPES:
             return
-        self._ready[shape] = native
         if self.call is None:
             from ..ops.backends.triton.native_launch import make_calls
 
             self.call = make_calls(watched())
-        if self.call is not None:
-            entry = plan.entry(shape, bias)
-            if entry is not None:
-                self.call.add(*entry)
+        entry = None if self.call is None else plan.entry(shape, bias)
+        if entry is not None:
+            self.call.add(*entry)
+        if entry is not None or self.call is None:
+            self._ready[shape] = native
 
     def fit(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether these are the same tensors, at the same places in memory; they may have been written."""

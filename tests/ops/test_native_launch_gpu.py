@@ -119,7 +119,7 @@ def test_same_bits(taken, without_native, planes, permuted, bias, dtype):
             assert torch.equal(found(x), expected), f"{m} tokens, call {seed}"
             assert torch.equal(found(x.view(1, m, 512)), expected[None])
             assert taken[0] - before == 2 or seed == 0, f"{m} tokens: Triton launched"
-    assert len(taken) > 10 or not hopper()  # calls without a step of the interpreter
+    assert len(taken) > 5 or not hopper()  # calls without a step of the interpreter
 
 
 class Attention(nn.Module):
@@ -228,7 +228,7 @@ def test_prompts_of_layers_of_one_input(taken, monkeypatch, planes, rows, column
                 assert taken[0] - before == 1 or seed == 0, f"{m} tokens, call {seed}: {taken[0] - before} native runs"
             assert torch.equal(found(x[None]), expected[None])
     if hopper():
-        assert len(taken) > 4 * len(many), "calls that were ready were not taken"
+        assert len(taken) > 2 * len(many), "calls that were ready were not taken"
         assert [m for m in PROMPTS if (m * columns, dtype) in group_plans(found)] == many
 
 
