@@ -2,7 +2,8 @@
 
 Plain C objects without Python, torch or CUDA headers, loaded through ctypes: the kernels of the CPU by
 optimum_arb/ops/backends/cpu/native.py, the launches of those of the GPU by
-optimum_arb/ops/backends/triton/native_launch.py. Where no compiler can build one, the installation goes on without it.
+optimum_arb/ops/backends/triton/native_launch.py. And a module of Python without torch or CUDA headers, which calls the
+latter. Where no compiler can build one, the installation goes on without it.
 """
 
 import gzip
@@ -89,6 +90,12 @@ setup(
             "optimum_arb.ops.backends.triton._launch",
             sources=[LAUNCH + "launch.c"],
             libraries=["dl"] if sys.platform == "linux" else [],  # its own before glibc 2.34
+            extra_compile_args=["-O2", "-g0", "-std=gnu11"],
+            optional=True,
+        ),
+        Extension(
+            "optimum_arb.ops.backends.triton._calls",
+            sources=[LAUNCH + "calls.c"],
             extra_compile_args=["-O2", "-g0", "-std=gnu11"],
             optional=True,
         ),

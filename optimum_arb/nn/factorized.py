@@ -48,6 +48,9 @@ class InnerProduct(PackedProduct):
     def operand(self, name: str) -> torch.Tensor | None:
         return self.layer.taken(INNER[name]) if name in INNER else None
 
+    def _watched(self) -> list[tuple[dict[str, Any], str]]:
+        return self.layer._watched()
+
 
 class ARBFactorizedLinear(ARBLinear):
     """`y = x W^T + bias` with `W = diag(a) A diag(m) B diag(b)`, A and B of signs: two products of packed matrices.

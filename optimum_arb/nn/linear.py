@@ -223,6 +223,9 @@ class ARBLinear(PackedProduct, nn.Linear):  # type: ignore[misc]  # `bias` is de
         except KeyError:  # one was taken away by other means than a module's own
             return super()._present()
 
+    def _watched(self) -> list[tuple[dict[str, Any], str]]:
+        return [(values, key) for values in (self._parameters, self._buffers) for key in values]
+
     def _bias_now(self) -> torch.Tensor | None:
         try:
             return self._parameters["bias"]  # a module finds its parameters by way of an error

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 MAX_PLANS = 32  # of a layer: prompts come in many lengths
+MAX_SHAPES = 128
 
 # `torch.cuda.current_device` without its question whether CUDA was started: a tensor is there
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
@@ -24,15 +25,48 @@ class Plans(dict[tuple[Hashable, ...], "P | None"], Generic[P]):
         tensors: those that there are of `optimum_arb.format.packing.TENSOR_NAMES`, as the operator takes them; for the
             layers of one input those of all, and what else the plans read.
         backend: of the matrix.
+
+    Attributes:
+        call: takes an input to its result, or to None where the host has to look at it; None before one is ready.
     """
 
-    __slots__ = ("_addresses", "_tensors", "backend")
+    __slots__ = ("_addresses", "_ready", "_tensors", "backend", "call")
 
     def __init__(self, tensors: Sequence[torch.Tensor], backend: str):
         super().__init__()
         self.backend = backend
         self._tensors = [*tensors]
         self._addresses = [*map(_ADDRESS, tensors)]
+        self.call: Any = None
+        self._ready: dict[torch.Size, Any] = {}  # shapes of inputs -> the launches of their calls
+
+    def keep(
+        self,
+        plan: Any,
+        shape: torch.Size,
+        bias: torch.Tensor | None,
+        watched: Callable[[], Sequence[tuple[dict[str, Any], str]]],
+    ) -> None:
+        """Makes `call` ready for inputs of a shape that a plan has just computed, if it launches natively.
+
+        Args:
+            plan: one of these.
+            shape: of the input.
+            bias: that was added.
+            watched: gives the dicts and keys of all tensors that plans read.
+        """
+        native = getattr(plan, "native", None)
+        if native is None or self._ready.get(shape) is native or len(self._ready) > MAX_SHAPES:
+            return
+        if self.call is None:
+            from ..ops.backends.triton.native_launch import make_calls
+
+            self.call = make_calls(watched())
+        entry = None if self.call is None else plan.entry(shape, bias)
+        if entry is not None:
+            self.call.add(*entry)
+        if entry is not None or self.call is None:
+            self._ready[shape] = native
 
     def fit(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether these are the same tensors, at the same places in memory; they may have been written."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,6 +30,7 @@ class PackedProduct(ABC):
         bias: `[rows]`, or None.
         shared_input: the group that computes this product with others of the same input; set by `share_inputs`.
         shared_index: the place in it.
+        hadamard: columns of the blocks of a Hadamard transform of the input, 0 for none.
     """
 
     layout: Layout
@@ -39,6 +40,7 @@ class PackedProduct(ABC):
     bias: torch.Tensor | None
     shared_input: SharedInput | None
     shared_index: int
+    hadamard: int = 0
     _prepared: Prepacked | None  # the matrix as the GPU kernel for few tokens reads it
     _looked: bool  # for it
     _most_tokens: int = MAX_TOKENS  # that it is read for
@@ -58,6 +60,10 @@ class PackedProduct(ABC):
     def operand(self, name: str) -> torch.Tensor | None:
         """The tensor of this name of `optimum_arb.format.packing.TENSOR_NAMES` as the operator takes it: scales
         decoded, no permutation where a Hadamard transform has taken care of it; None where there is none."""
+
+    @abstractmethod
+    def _watched(self) -> list[tuple[dict[str, Any], str]]:
+        """The dicts and keys where the tensors stand that the product reads, the bias and the input's transform too."""
 
     def packed_weight(self) -> PackedWeight:
         """The matrix's tensors as a backend takes them."""
@@ -91,8 +97,10 @@ class PackedProduct(ABC):
         """`[..., columns]` to `[..., rows]`, the bias added."""
         compiling = torch.compiler.is_compiling()
         shared = self.shared_input
-        if shared is not None and not compiling and not torch.is_grad_enabled():
-            out = shared.take(self, x)
+        if not compiling and not torch.is_grad_enabled():
+            out = None if shared is None else shared.take(self, x)
+            if out is None and (shared is None or not shared.joins_prompts):
+                out = self._called(x)
             if out is not None:
                 return out
         bias = self.bias if compiling else self._bias_now()
@@ -137,7 +145,19 @@ class PackedProduct(ABC):
             if key in plans:
                 return None
             found = plans[key] = plan(x, self._operands(), bias, self.layout, self.block_size, backend)
-        return None if found is None else found.run(x, bias)
+        if found is None:
+            return None
+        out = found.run(x, bias)
+        if x.is_cuda and (bias is None or bias is self._bias_now()):
+            plans.keep(found, x.shape, bias, self._watched)
+        return out
+
+    def _called(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The product by a call that was made ready, outside of compiled code and without gradients, or None."""
+        plans = self._plans
+        if plans is None or plans.call is None or self.hadamard or plans.backend != self.backend:
+            return None
+        return plans.call(x)
 
     def _without_grad(self, x: torch.Tensor) -> bool:
         """Whether this is a plain product without a gradient, for which the host need not ask the dispatcher."""
@@ -168,6 +188,7 @@ class PackedProduct(ABC):
         A call does so by itself unless it is compiled: to be called before code that compiles the very first one.
         """
         self._prepared = prepare_layer(self)
+        self._plans = None  # which few tokens may be among
         # a number of the layer's own: compiled code asks for it
         self._most_tokens = MAX_TOKENS
         if self._prepared is not None:

@@ -78,7 +78,15 @@ class SharedInput:
     def __init__(self, layers: list[PackedProduct]):
         # weak: the layers hold this object, and a model that is let go of is to free its memory at once, not when
         # Python's collector of cycles runs next
-        self._layers = [weakref.ref(layer) for layer in layers]
+        disable = weakref.WeakMethod(self._disable)
+
+        def ended(_: object) -> None:
+            """What is ready for the layers would keep the tensors of the one that is gone."""
+            method = disable()
+            if method is not None:
+                method()
+
+        self._layers = [weakref.ref(layer, ended) for layer in layers]
         self.enabled = True
         self._rows = tuple(layer.out_features for layer in layers)
         self._prepared: Prepacked | None = None
@@ -129,25 +137,38 @@ class SharedInput:
                 self._traced = waiting
             else:
                 self._waiting[thread] = waiting
-        elif not tracing:
-            return self.take(layer, x)
+        elif not tracing and (waiting.state != _state(x) or waiting.backend != layer.backend):
+            return None  # as in `take`
+        if not tracing:
+            return self._part(waiting, layer, thread)
         part, waiting.results[layer.shared_index] = waiting.results[layer.shared_index], None
         if part is not None:
             waiting.left -= 1
-        if tracing and not waiting.left:
-            self._traced = None
+            if not waiting.left:
+                self._traced = None
         return part
 
     def take(self, layer: PackedProduct, x: torch.Tensor) -> torch.Tensor | None:
-        """What another layer's call has computed for this one, of this very input and not in compiled code."""
+        """The layer's result where it waits, or where a call of all layers is ready; else None.
+
+        Not in compiled code, and without gradients.
+        """
         thread = threading.get_ident()
         waiting = self._waiting.get(thread)
-        if waiting is None or waiting.input is not x:
+        if waiting is None:
+            results = self._prompts.call(x, layer.backend) if self.joins_prompts else None
+            if results is None:
+                return None
+            waiting = self._waiting[thread] = _Waiting(x, [*results], _state(x), layer.backend)
+        elif waiting.input is not x:
             return None
-        if waiting.state != _state(x) or waiting.backend != layer.backend:
+        elif waiting.state != _state(x) or waiting.backend != layer.backend:
             return (
                 None  # written since, or to be used on another stream: the layer's own result waits for what it has to
             )
+        return self._part(waiting, layer, thread)
+
+    def _part(self, waiting: _Waiting, layer: PackedProduct, thread: int) -> torch.Tensor | None:
         index = layer.shared_index
         part = waiting.results[index]
         if part is not None:

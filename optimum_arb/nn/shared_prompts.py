@@ -74,7 +74,16 @@ class SharedPrompts:
                 self._alone.add(key)
                 return None
             plans[key] = found
-        return found.run(x)
+        results = found.run(x)
+        plans.keep(found, x.shape, None, lambda: [place for layer in layers for place in layer._watched()])
+        return results
+
+    def call(self, x: torch.Tensor, backend: str) -> list[torch.Tensor] | None:
+        """`results` by a call that was made ready, without gradients; None where there is none for such an input."""
+        plans = self._plans
+        if plans is None or plans.call is None or plans.backend != backend:
+            return None
+        return plans.call(x)
 
 
 def _biases(layers: list[PackedProduct]) -> list[torch.Tensor | None]:

@@ -1,8 +1,11 @@
 """What a layer keeps ready for inputs of a size: a GPU's launches, made up here, and calls of the CPU's kernels."""
 
 import copy
+import gc
 import pickle
+import sys
 import types
+import weakref
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import nn
 
 from optimum_arb.format.layout import planes_layout
 from optimum_arb.nn import ARBFactorizedLinear, ARBLinear, product
+from optimum_arb.ops.backends import triton
 from optimum_arb.ops.backends.cpu import native
 from optimum_arb.ops.linear import linear_without_grad
 
@@ -98,6 +102,121 @@ def test_backends_without_plans():
     tensors = found._operands()
     for backend in ("reference", "auto:batch-invariant"):
         assert product.plan(torch.randn(1, 256), tensors, None, found.layout, 128, backend) is None
+
+
+# Calls that were made ready
+
+
+class Calls:
+    """As `_calls.Calls`: gives what was announced, for inputs of the shapes that were."""
+
+    def __init__(self, watched):
+        self.watched, self.entries, self.taken = watched, {}, 0
+
+    def add(self, shape, value) -> None:
+        self.entries[shape] = value
+
+    def __call__(self, x):
+        found = self.entries.get(x.shape)
+        self.taken += found is not None
+        return found
+
+
+@pytest.fixture
+def ready(monkeypatch):
+    """All that were made; plans launch natively, and tensors say that they are on a GPU."""
+    calls: list[Calls] = []
+    fake = types.ModuleType("native_launch")
+    fake.make_calls = lambda watched: calls.append(Calls(watched)) or calls[-1]
+    monkeypatch.setitem(sys.modules, f"{triton.__name__}.native_launch", fake)
+    monkeypatch.setattr(triton, "native_launch", fake, raising=False)
+
+    def plan(x, *rest):
+        native = object()
+        entry = lambda shape, bias: (shape, torch.zeros(1))  # noqa: E731
+        return types.SimpleNamespace(run=lambda x, bias: torch.ones(1), native=native, entry=entry)
+
+    monkeypatch.setattr(product, "plan", plan)
+    monkeypatch.setattr(product, "current_device", lambda: -1)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return calls
+
+
+def is_ready(found: ARBLinear, x: torch.Tensor) -> bool:
+    with torch.no_grad():
+        return not found(x).any()
+
+
+def test_calls_that_are_ready(ready):
+    found = layer(bias=True)
+    x = torch.randn(2, 32, 256).half()
+    assert [is_ready(found, x) for _ in range(3)] == [False, True, True]
+    assert not is_ready(found, x.view(64, 256))  # of another shape
+    assert is_ready(found, x.view(64, 256))
+    assert len(ready) == 1
+    assert {key for _, key in ready[0].watched} >= {"weight", "weight_row_scale", "weight_col_scale", "bias"}
+    assert all(values is found._parameters or values is found._buffers for values, _ in ready[0].watched)
+
+
+def test_calls_that_are_not_taken(ready, monkeypatch):
+    found = layer(bias=True)
+    x = torch.randn(64, 256).half()
+    is_ready(found, x)
+    assert is_ready(found, x)
+    before = ready[0].taken
+    assert found(x).any()  # where gradients are wanted: the bias has one
+    found.backend = "triton"
+    assert not is_ready(found, x)
+    found.backend = "auto"
+    assert not is_ready(found, x)
+    with monkeypatch.context() as compiling, torch.no_grad():
+        compiling.setattr(torch.compiler, "is_compiling", lambda: True)
+        compiling.setattr(torch.ops.optimum_arb, "linear", lambda x, *rest: torch.ones(1))
+        found._looked = True
+        assert found(x).any()
+    assert ready[0].taken == before
+
+
+def test_calls_end_with_what_they_were_made_of(ready):
+    found = layer()
+    x = torch.randn(64, 256).half()
+    for change in (
+        lambda: setattr(found, "weight_row_scale", nn.Parameter(found.weight_row_scale * 2, requires_grad=False)),
+        lambda: found.load_state_dict(layer().state_dict()),
+        lambda: found.to(torch.bfloat16),
+        found.prepare,
+    ):
+        is_ready(found, x)
+        assert is_ready(found, x)
+        change()
+        assert not is_ready(found, x)
+
+
+def test_new_launches_are_made_ready(ready):
+    """As after column scales were written, which a copy was made of."""
+    found = layer()
+    x = torch.randn(64, 256).half()
+    is_ready(found, x)
+    (made,) = found._plans.values()
+    made.native = object()
+    ready[0].entries.clear()  # as the calls notice it
+    assert not is_ready(found, x)
+    assert is_ready(found, x)
+    assert len(ready) == 1
+
+
+def test_layers_with_ready_calls_end_at_once(ready):
+    found = layer()
+    x = torch.randn(64, 256).half()
+    is_ready(found, x)
+    end = weakref.ref(found)
+    gc.disable()
+    try:
+        del found
+        assert end() is None
+    finally:
+        gc.enable()
 
 
 # Plans of the CPU's kernels

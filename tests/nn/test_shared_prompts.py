@@ -1,6 +1,7 @@
 """Prompts through layers of one input on a GPU, with launches that are made up: who computes for whom, and when not."""
 
 import gc
+import sys
 import types
 import weakref
 
@@ -11,8 +12,8 @@ from packed_weights import random_binarized
 from shared_layers import layers, shared
 from torch import nn
 
-from optimum_arb.nn import ARBLinear, share_inputs, shared_input, shared_prompts
-from optimum_arb.ops.backends import reference
+from optimum_arb.nn import ARBLinear, product, share_inputs, shared_input, shared_prompts
+from optimum_arb.ops.backends import reference, triton
 from optimum_arb.ops.hadamard import transform
 
 
@@ -82,6 +83,7 @@ def on_a_gpu(monkeypatch):
     """Tensors say that they are on one."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(shared_input, "_current_stream", lambda device: 0)
+    monkeypatch.setattr(product, "current_device", lambda: 0)  # another: no plans of a layer's own
 
 
 @torch.no_grad()
@@ -108,6 +110,53 @@ def test_compiled_layers_compute_by_themselves(runs, on_a_gpu, monkeypatch):
     found[0]._looked = True
     found[0]._product(torch.randn(20, 300))
     assert not runs.plans
+
+
+@torch.no_grad()
+def test_calls_of_all_layers_that_are_ready(runs, on_a_gpu, monkeypatch):
+    """From the second prompt of a shape on; what is left to be taken is as without them."""
+    entries = {}
+    taken = []
+
+    class Calls:
+        def __init__(self, watched):
+            taken.append(watched)
+
+        def add(self, shape, results):
+            entries[shape] = results
+
+        def __call__(self, x):
+            return entries.get(x.shape)
+
+    made = types.ModuleType("native_launch")
+    made.make_calls = Calls
+    monkeypatch.setitem(sys.modules, f"{triton.__name__}.native_launch", made)
+    monkeypatch.setattr(triton, "native_launch", made, raising=False)
+    plan_group = shared_prompts.plan_group
+
+    def with_native(*args):
+        plan = plan_group(*args)
+        plan.native, plan.entry = object(), lambda shape, bias: (shape, [torch.full((1,), float(i)) for i in range(3)])
+        return plan
+
+    monkeypatch.setattr(shared_prompts, "plan_group", with_native)
+    found = layers()
+    model = Attention(found)
+    share_inputs(model)
+    x = torch.randn(1, 20, 300, dtype=torch.float16)
+    for _ in range(2):
+        model(x)
+    assert [float(result) for result in model(x)] == [2, 0, 1]
+    together = found[0].shared_input
+    assert not together._waiting
+    assert len(runs.shapes) == 1
+    watched = [(values, key) for values, key in taken[0]]
+    assert all(any(values is layer._parameters for values, _ in watched) for layer in found)
+    found[0](x)
+    other = x + 1  # of one layer: each computes its own from then on
+    assert found[1](other).shape == (1, 20, 7)
+    assert not together.joins_prompts
+    assert found[2](x).shape == (1, 20, 16)  # not what waited
 
 
 def test_nothing_is_kept(runs):

@@ -37,6 +37,11 @@ from optimum_arb.ops.backends.triton.gemm import GemmConfig
 from optimum_arb.ops.backends.triton.prepack import join, prepack
 
 DEVICE = torch.device("cuda", 0)
+try:
+    from optimum_arb.ops.backends.triton._calls import Calls as CALLS
+except ImportError:  # not built
+    CALLS = None
+FUNCTION = 0  # of launch.c
 SIZES = {"u64": 8, "b64": 8, "s64": 8, "u32": 4, "b32": 4, "s32": 4, "u16": 2, "b16": 2, "u8": 1, "b8": 1}
 
 
@@ -76,6 +81,8 @@ def start(folder: Path) -> ctypes.CDLL:
     driver.set_active(active)
     library = native_launch.open_library(folder / "_launch.so", "libcuda.so.1")
     native_launch.load = lambda: library
+    global FUNCTION
+    FUNCTION = ctypes.cast(library.arb_launch_at, ctypes.c_void_p).value
     native_launch._empty = lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
     for module in (hopper_plan, hopper_group, few_tokens_plan):
         module.current_stream = lambda device: 77
@@ -163,9 +170,20 @@ def natively(fake: ctypes.CDLL, plan, memory: list[torch.Tensor], *args) -> list
     assert plan.native_now() is not None
     fake.fake_reset()
     native_launch._empty = lambda shape, strides, dtype: memory.pop(0).flatten()[: math.prod(shape)].view(shape)
+    again = [*memory]
     plan.run(*args)
     assert not memory
-    return recorded(fake)
+    found = recorded(fake)
+    if CALLS is not None:
+        memory += again
+        entry = plan.entry(args[0].shape, *args[1:])._replace(device=-1)  # as tensors on the CPU have it
+        empty = native_launch._empty
+        calls = CALLS(torch.Tensor, (), lambda: -1, lambda _: 77, empty, lambda: False, FUNCTION)
+        calls.add(*entry)
+        assert calls(args[0]) is not None
+        assert not memory
+        assert recorded(fake) == found, "calls.c asks for something else"
+    return found
 
 
 def fresh(shape, strides, dtype) -> torch.Tensor:

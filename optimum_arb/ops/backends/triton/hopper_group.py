@@ -13,7 +13,7 @@ from .hadamard import Transform
 from .hopper_plan import HopperLaunches, versions
 from .hopper_product import HopperProduct, gather, gathers_scaled
 from .launch import Ready
-from .native_launch import RESULTS, SCRATCH, Outputs, Slot, X, aligned, current_stream, empty_vector
+from .native_launch import RESULTS, SCRATCH, Entry, Outputs, Slot, X, aligned, current_stream, empty_vector
 
 if TYPE_CHECKING:
     from .gemm import GemmConfig
@@ -99,6 +99,10 @@ class HopperGroup(HopperLaunches):
             addresses += [0] * (3 - len(addresses))
         native.run_group(stream, x.data_ptr(), scratch.data_ptr(), *addresses)
         return results
+
+    def entry(self, shape: torch.Size, bias: torch.Tensor | None = None) -> Entry | None:
+        """`run` of inputs `[..., K]` of this shape."""
+        return self._entry(shape, self._outputs, self._dtype, self.scratch, 0, self._orders)
 
     def _run_by_triton(self, x: torch.Tensor) -> list[torch.Tensor]:
         shape = x.shape[:-1]

@@ -15,6 +15,7 @@ from .native_launch import (
     EXTRA,
     OUT,
     SCRATCH,
+    Entry,
     NativeLaunches,
     Outputs,
     Slot,
@@ -73,6 +74,26 @@ class HopperLaunches(ABC):
             return None
         return native
 
+    def _entry(
+        self,
+        shape: torch.Size,
+        outputs: Sequence[Outputs],
+        dtype: torch.dtype,
+        scratch: int,
+        extra: int,
+        read: Sequence[torch.Tensor] = (),
+    ) -> Entry | None:
+        """A run for inputs of this shape as `_calls` takes it; None where there are no native launches."""
+        native = self.native_now()
+        if native is None:
+            return None
+        results = tuple(each.arguments(shape) for each in outputs)
+        memory = ((scratch,), (1,), torch.uint8) if scratch else None
+        counted = [tensor for tensor in [*self._read, *read] if not tensor.is_inference()]
+        written = tuple(each for tensor in counted for each in (tensor, tensor._version))
+        one = len(outputs) == 1
+        return Entry(shape, dtype, self.device.index, native, native.address, extra, results, memory, written, one)
+
     def _prepare_native(self) -> None:
         found = [product.converted_scale() for product in self.products()]
         read = [scale for scale in found if scale is not None]
@@ -113,7 +134,7 @@ class HopperPlan(HopperLaunches):
         config: GemmConfig,
     ):
         super().__init__(device)
-        self.out_dtype, self.with_bias = out_dtype, bias is not None
+        self.dtype, self.out_dtype, self.with_bias = kind[0], out_dtype, bias is not None
         self._outputs = Outputs(packed.out_features, out_dtype)
         self.gather = gather(packed, tokens, stride, kind, device)
         self.parts_at = 0
@@ -142,6 +163,11 @@ class HopperPlan(HopperLaunches):
             scratch.data_ptr(),
         )
         return out
+
+    def entry(self, shape: torch.Size, bias: torch.Tensor | None) -> Entry | None:
+        """`run` of inputs `[..., K]` of this shape with this bias, contiguous and 16-byte aligned."""
+        extra = 0 if bias is None else bias.data_ptr()
+        return self._entry(shape, [self._outputs], self.dtype, self.scratch, extra)
 
     def _run_by_triton(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         out = torch.empty((*x.shape[:-1], self.product.rows), dtype=self.out_dtype, device=x.device)

@@ -124,7 +124,9 @@ static int ensure_context(int ordinal) {
     return set_context(context);
 }
 
-static int launch_all(const plan_t *plan, void *stream, const uint64_t *addresses) {
+/* Queues the launches of a plan, in order, with these six addresses in its parameters. Several threads may use one plan.
+ * Returns the driver's first error, or 0. */
+int arb_launch_at(const plan_t *plan, void *stream, const uint64_t *addresses) {
     _Alignas(128) unsigned char block[MAX_BLOCK];
     int code = ensure_context(plan->device);
     if (code) return code;
@@ -155,18 +157,17 @@ static int launch_all(const plan_t *plan, void *stream, const uint64_t *addresse
     return 0;
 }
 
-/* Queues the launches of a plan, in order, with these addresses in its parameters. Several threads may use one plan.
- * Returns the driver's first error, or 0. */
+/* The same for one product. */
 int arb_launch(const plan_t *plan, void *stream, uint64_t x, uint64_t out, uint64_t extra, uint64_t scratch) {
     const uint64_t addresses[6] = {x, out, extra, scratch, 0, 0};
-    return launch_all(plan, stream, addresses);
+    return arb_launch_at(plan, stream, addresses);
 }
 
 /* The same for up to three products of one input, each of which has a result of its own. */
 int arb_launch_group(const plan_t *plan, void *stream, uint64_t x, uint64_t scratch, uint64_t first, uint64_t second,
                      uint64_t third) {
     const uint64_t addresses[6] = {x, first, 0, scratch, second, third};
-    return launch_all(plan, stream, addresses);
+    return arb_launch_at(plan, stream, addresses);
 }
 
 /* The most that a plan may hold: bytes of its block, parameters and attributes of a launch. */

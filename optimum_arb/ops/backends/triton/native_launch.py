@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 
-from .launch import DIRECT, Ready
+from .launch import DIRECT, Ready, current_device, hooked
 
 # What CUDA's header calls the attributes of a launch
 _COOPERATIVE, _CLUSTER, _CLUSTER_POLICY, _OVERLAPPED = 2, 4, 5, 6
@@ -104,6 +104,7 @@ def open_library(path: Path, driver: str) -> ctypes.CDLL:
     library.arb_launch.restype = ctypes.c_int
     library.arb_launch_group.argtypes = (ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint64] * 5)
     library.arb_launch_group.restype = ctypes.c_int
+    library.arb_launch_at.restype = ctypes.c_int  # which `_calls` calls
     numbers, words = ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_uint32)
     library.arb_tensor_map.argtypes = (
         *(ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p),
@@ -177,7 +178,7 @@ class NativeLaunches:
         )
         starts = [ctypes.addressof(array) for array in self._arrays]
         self._plan = _Plan(*starts, len(block), len(described), len(patches), device)
-        self._address = ctypes.addressof(self._plan)
+        self.address = ctypes.addressof(self._plan)
         self._function: Callable[..., int] = library.arb_launch
         self._of_group: Callable[..., int] = library.arb_launch_group
 
@@ -187,9 +188,9 @@ class NativeLaunches:
         Raises:
             RuntimeError: the driver refuses one.
         """
-        code = self._function(self._address, stream, x, out, extra, scratch)
+        code = self._function(self.address, stream, x, out, extra, scratch)
         if code:
-            self._fail(code)
+            self.fail(code)
 
     def run_group(self, stream: int, x: int, scratch: int, out: int, second: int, third: int) -> None:
         """`run` of launches with a result for each of up to three products (0 for one that there is not).
@@ -197,11 +198,12 @@ class NativeLaunches:
         Raises:
             RuntimeError: the driver refuses one.
         """
-        code = self._of_group(self._address, stream, x, scratch, out, second, third)
+        code = self._of_group(self.address, stream, x, scratch, out, second, third)
         if code:
-            self._fail(code)
+            self.fail(code)
 
-    def _fail(self, code: int) -> NoReturn:
+    def fail(self, code: int) -> NoReturn:
+        """Raises what the driver says of this error."""
         text = self._library.arb_error(code).decode()
         raise RuntimeError(f"CUDA error {code} at the launch of a packed product: {text}.")
 
@@ -346,6 +348,57 @@ _empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]
 _empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _empty_strided)
 
 
+# Sizes, strides and dtype of a tensor that `_empty` makes
+Allocation: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+class Entry(NamedTuple):
+    """A call that is ready for inputs of one shape, as `_calls` takes it.
+
+    Attributes:
+        shape: of the input.
+        dtype: of the input.
+        device: the number of the GPU.
+        launches: of which `address` is the plan.
+        address: see there.
+        extra: an address that the launches read, of a tensor that is watched; or 0.
+        results: allocations of the results.
+        scratch: that of the scratch memory; or None.
+        written: tensors that copies were made of and their versions then, in turns.
+        one: whether the result is wanted, not a list of it.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: int
+    launches: NativeLaunches
+    address: int
+    extra: int
+    results: tuple[Allocation, ...]
+    scratch: Allocation | None
+    written: tuple[Any, ...]
+    one: bool
+
+
+def make_calls(watched: Sequence[tuple[dict[str, Any], str]]) -> Any:
+    """A `_calls.Calls` without entries yet; None where it was not built.
+
+    Args:
+        watched: where the tensors stand that the launches read; a call is ready as long as these are there, at the
+            same addresses.
+    """
+    library = load()
+    if library is None:
+        return None
+    try:
+        from ._calls import Calls  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+    there = tuple((values, key, values[key]) for values, key in watched)
+    function = ctypes.cast(library.arb_launch_at, ctypes.c_void_p).value
+    return Calls(torch.Tensor, there, current_device, current_stream, _empty, hooked, function)
+
+
 def empty_vector(size: int, dtype: torch.dtype) -> torch.Tensor:
     """`[size]` on the current GPU."""
     return _empty((size,), (1,), dtype)
@@ -367,6 +420,14 @@ class Outputs:
 
     def empty(self, shape: torch.Size) -> torch.Tensor:
         """A result on the current GPU for an input of this shape."""
+        known = self._of(shape)
+        return _empty(known[0], known[1], self._dtype)
+
+    def arguments(self, shape: torch.Size) -> Allocation:
+        """Those of the allocation of such a result."""
+        return *self._of(shape), self._dtype
+
+    def _of(self, shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
         known = self._known.get(shape)
         if known is None:
             of_result = (*shape[:-1], self._rows)
@@ -376,4 +437,4 @@ class Outputs:
             known = of_result, tuple(strides)
             if len(self._known) < MOST_SHAPES:
                 self._known[shape] = known
-        return _empty(known[0], known[1], self._dtype)
+        return known
