@@ -137,7 +137,8 @@ def backends(device: str = "cpu", triton: bool = False) -> list[Backend]:
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise SystemExit("Triton's kernels run on a CPU in its interpreter alone: set TRITON_INTERPRET=1.")
         _mend_interpreter()
-        from optimum_arb.ops.backends.triton.gemm import GemmConfig, gemm
+        from optimum_arb.ops.backends.triton.gemm import gemm
+        from optimum_arb.ops.backends.triton.gemm_config import GemmConfig
 
         for kernel in ("portable", "dequantize"):
 

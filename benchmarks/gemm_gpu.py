@@ -26,7 +26,8 @@ from optimum_arb.ops.backends.packed import PackedWeight
 from optimum_arb.ops.backends.triton import dequantize as dense_module
 from optimum_arb.ops.backends.triton.columns import gather_columns
 from optimum_arb.ops.backends.triton.dequantize import dequantize
-from optimum_arb.ops.backends.triton.gemm import GemmConfig, candidates, gemm, gemm_input_grad
+from optimum_arb.ops.backends.triton.gemm import gemm, gemm_input_grad
+from optimum_arb.ops.backends.triton.gemm_config import GemmConfig, candidates
 
 START = time.time()
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

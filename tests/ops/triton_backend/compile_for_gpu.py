@@ -22,20 +22,21 @@ from triton.runtime import driver, jit
 from optimum_arb.format.layout import all_layouts, layout_from_name
 from optimum_arb.ops.backends.triton import columns, gemm, launch, one_bit
 from optimum_arb.ops.backends.triton.dequantize import dequantize
+from optimum_arb.ops.backends.triton.gemm_config import GemmConfig
 from optimum_arb.ops.backends.triton.prepack import join, prepack
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # layout, permuted, config
 QUICK = [
-    ("planes-1-col", True, gemm.GemmConfig("hopper", 8, 64, 4, 3, 2, 2)),
-    ("planes-2-col", True, gemm.GemmConfig("hopper", 128, 256, 8, 4, 1, 1)),
+    ("planes-1-col", True, GemmConfig("hopper", 8, 64, 4, 3, 2, 2)),
+    ("planes-2-col", True, GemmConfig("hopper", 128, 256, 8, 4, 1, 1)),
 ]
 # with those, each shape of program, one and two tiles a slot, one to three planes
 MORE = [
-    ("planes-2-col", True, gemm.GemmConfig("hopper", 16, 64, 4, 3, 1, 2)),
-    ("planes-2", False, gemm.GemmConfig("hopper", 64, 64, 4, 4, 1, 1)),
-    ("planes-2", False, gemm.GemmConfig("hopper", 256, 128, 8, 3, 1, 1)),
-    ("planes-3-mean", False, gemm.GemmConfig("hopper", 64, 128, 8, 3, 1, 2)),
+    ("planes-2-col", True, GemmConfig("hopper", 16, 64, 4, 3, 1, 2)),
+    ("planes-2", False, GemmConfig("hopper", 64, 64, 4, 4, 1, 1)),
+    ("planes-2", False, GemmConfig("hopper", 256, 128, 8, 3, 1, 1)),
+    ("planes-3-mean", False, GemmConfig("hopper", 64, 128, 8, 3, 1, 2)),
 ]
 
 
@@ -111,9 +112,9 @@ def misaligned(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 def calls():
     """Weights of many kinds, each with what is to be multiplied with it: configs, dtypes of x, biases."""
-    fused = [gemm.GemmConfig("hopper", 64, 64, 4, 2, split_k) for split_k in (1, 2)]
-    fused += [gemm.GemmConfig("hopper", 32, 128, 8, 3, 1, 2), gemm.GemmConfig("hopper", 64, 64, 4, 4, 1)]
-    portable = [gemm.GemmConfig("portable", 64, 64, 4, 2), gemm.GemmConfig("portable", 16, 128, 8, 2, 2)]
+    fused = [GemmConfig("hopper", 64, 64, 4, 2, split_k) for split_k in (1, 2)]
+    fused += [GemmConfig("hopper", 32, 128, 8, 3, 1, 2), GemmConfig("hopper", 64, 64, 4, 4, 1)]
+    portable = [GemmConfig("portable", 64, 64, 4, 2), GemmConfig("portable", 16, 128, 8, 2, 2)]
     fields = ("row_scale", "col_scale", "permutation", "salient_columns", "salient_weight", "salient_col_scale")
     for name in ("planes-1-col", "planes-2-col", "planes-3-mean", "groups-all-salient-col"):
         for rows, width, block_size, permuted in ((48, 512, 128, True), (17, 512, -1, False), (48, 576, 64, True)):
@@ -184,7 +185,7 @@ def main() -> None:
     jit.JITFunction.run = compile_only
     driver.set_active(NoDevice())
     gemm.fits_hopper = lambda packed, dtype: True
-    gemm.overlaps = columns.overlaps = lambda device: True
+    columns.overlaps = lambda device: True
     if "keys" in sys.argv:
         check_keys()
 
@@ -211,7 +212,7 @@ def main() -> None:
         gemm.gemm(
             x,
             random_packed(layout_from_name("planes-2-col"), 272, 2048),
-            config=gemm.GemmConfig("portable", 64, 64, 4, 2),
+            config=GemmConfig("portable", 64, 64, 4, 2),
         )
     if "dequantize" in sys.argv:
         for layout in all_layouts():

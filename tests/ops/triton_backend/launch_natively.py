@@ -33,7 +33,7 @@ from optimum_arb.ops.backends.triton import (
 )
 from optimum_arb.ops.backends.triton import hopper as hopper_file
 from optimum_arb.ops.backends.triton import launch as launch_file
-from optimum_arb.ops.backends.triton.gemm import GemmConfig
+from optimum_arb.ops.backends.triton.gemm_config import GemmConfig
 from optimum_arb.ops.backends.triton.prepack import join, prepack
 
 DEVICE = torch.device("cuda", 0)

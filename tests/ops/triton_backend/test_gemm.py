@@ -5,7 +5,8 @@ import torch
 from packed_weights import random_packed
 
 from optimum_arb.format.layout import all_layouts, planes_layout
-from optimum_arb.ops.backends.triton.gemm import GemmConfig, candidates, gemm, gemm_input_grad, is_fusable
+from optimum_arb.ops.backends.triton.gemm import gemm, gemm_input_grad
+from optimum_arb.ops.backends.triton.gemm_config import GemmConfig, candidates, is_fusable
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

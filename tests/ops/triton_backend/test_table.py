@@ -174,7 +174,7 @@ def test_shipped_tables(path):
 def test_configs_of_shipped_tables(path):
     pytest.importorskip("triton.experimental.gluon")  # Triton from 3.4 on
     from optimum_arb.ops.backends.triton import half_bits
-    from optimum_arb.ops.backends.triton.gemm import GemmConfig
+    from optimum_arb.ops.backends.triton.gemm_config import GemmConfig
     from optimum_arb.ops.backends.triton.one_bit import MAX_TOKENS, DecodeConfig
 
     for found in read(path):

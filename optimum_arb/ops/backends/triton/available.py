@@ -16,7 +16,7 @@ from ..packed import PackedWeight
 
 logger = logging.getLogger("optimum_arb")
 
-# the first with `gdc_wait` and Gluon; the kernels in Gluon need 3.5, which `_works` finds, and `hopper.py` 3.6
+# the first with `gdc_wait` and Gluon; the kernels in Gluon need 3.5, which `_works` finds, and `hopper_decode.py` 3.6
 FIRST_TRITON = (3, 4)
 # mma with operands of one bit is an instruction of these; 10.0 and later emulate it slowly
 ONE_BIT_CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0))

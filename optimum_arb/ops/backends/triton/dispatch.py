@@ -15,9 +15,10 @@ from ..packed import PackedWeight
 from . import prepack
 from .available import has_half_bits_kernel, has_one_bit_kernel
 from .dequantize import dequantize
-from .gemm import GemmConfig, default_config, fits_hopper, gemm, gemm_input_grad, has_hopper, is_fusable
+from .gemm import gemm, gemm_input_grad
 from .gemm import plan as make_plan
 from .gemm import plan_group as make_group
+from .gemm_config import GemmConfig, default_config, fits_hopper, has_hopper, is_fusable
 from .hadamard import Transform
 from .launch import current_device, hooked
 from .table import bucket, lookup

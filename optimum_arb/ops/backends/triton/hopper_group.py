@@ -16,7 +16,7 @@ from .launch import Ready
 from .native_launch import RESULTS, SCRATCH, Entry, Outputs, Slot, X, aligned, current_stream, empty_vector
 
 if TYPE_CHECKING:
-    from .gemm import GemmConfig
+    from .gemm_config import GemmConfig
 
 
 class HopperGroup(HopperLaunches):

@@ -27,7 +27,7 @@ from .native_launch import (
 )
 
 if TYPE_CHECKING:
-    from .gemm import GemmConfig
+    from .gemm_config import GemmConfig
 
 
 def versions(tensors: Sequence[torch.Tensor]) -> list[int]:

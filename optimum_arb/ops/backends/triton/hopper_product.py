@@ -14,7 +14,7 @@ from .native_launch import Slot
 from .sums import Sum
 
 if TYPE_CHECKING:
-    from .gemm import GemmConfig
+    from .gemm_config import GemmConfig
 
 
 def gathers_scaled(packed: PackedWeight) -> bool:

@@ -13,7 +13,8 @@ from ....format.layout import planes_layout
 from ..packed import PackedWeight
 from . import half_bits, one_bit, prepack
 from .available import has_one_bit_kernel
-from .gemm import GemmConfig, candidates, gemm
+from .gemm import gemm
+from .gemm_config import GemmConfig, candidates
 from .table import TOKENS, Entry
 from .timing import copies_for, graph_time, random_weight
 

@@ -1,0 +1,131 @@
+"""How a product of many tokens is computed: the choices, and which of them a weight and a device have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ....format.packing import tile_width
+from ..packed import PackedWeight
+from .launch import capability, cdiv, power_of_2
+
+try:
+    from . import hopper_kernels
+except ImportError:  # a Triton without Gluon, or with another form of it
+    hopper_kernels = None  # type: ignore[assignment]
+
+Kernel = Literal["hopper", "portable", "dequantize"]
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """How a product is computed. The result for a row of x depends on the config, never on the other rows.
+
+    Attributes:
+        kernel: see the top of this file.
+        block_m: tokens of a tile of the output.
+        block_n: weight rows of a tile of the output.
+        warps: warps of a program.
+        stages: tiles of x that are loaded ahead.
+        tiles: "hopper" alone: packing tiles that are loaded at once, 1 or 2.
+        split_k: programs that share the columns of one output tile; their sums are added in order by a second kernel.
+    """
+
+    kernel: Kernel = "dequantize"
+    block_m: int = 64
+    block_n: int = 128
+    warps: int = 4
+    stages: int = 3
+    split_k: int = 1
+    tiles: int = 1
+
+
+def is_fusable(packed: PackedWeight) -> bool:
+    """Whether "portable" computes this layout: it would have to search for salient columns again and again."""
+    return not packed.layout.salient
+
+
+def has_hopper() -> bool:
+    """Whether "hopper" is written for this version of Triton."""
+    return hopper_kernels is not None
+
+
+def fits_hopper(packed: PackedWeight, dtype: torch.dtype) -> bool:
+    """Whether "hopper" computes this weight for inputs of this dtype on the weight's device."""
+    return (
+        has_hopper()
+        and capability(packed.weight.device)[0] == 9
+        and dtype in (torch.float16, torch.bfloat16)
+        and packed.layout.name.startswith("planes-")
+        and packed.block_size != 64
+        and packed.in_features % 128 == 0
+        and packed.weight.data_ptr() % 16 == 0  # the copy engine wants that
+        and packed.weight.stride(1) == 1
+    )
+
+
+def candidates(n: int, k: int, m: int) -> list[GemmConfig]:
+    """Configurations worth timing for `[m, k] x [n, k]`, the fastest of which depends on the device.
+
+    Args:
+        n: out_features.
+        k: in_features.
+        m: tokens.
+    """
+    found = [GemmConfig("dequantize")] if m >= 128 else []
+    # tokens, rows, warps, stages, tiles of a program
+    if m <= 64:
+        block_m = max(8, power_of_2(m))
+        programs = [(block_m, 64, 4, 2 if block_m == 64 else 3, 2), (block_m, 64, 4, 4, 1)]
+        programs.append((block_m, 128, 4, 4, 1) if m <= 32 else (block_m, 128, 8, 3, 2))
+        if m <= 32:
+            programs.append((block_m, 128, 8, 4, 2))
+    elif m <= 256:
+        programs = [(64, 64, 4, 4, 1), (128, 64, 4, 3, 1), (128, 128, 8, 4, 1), (64, 128, 8, 3, 2)]
+    else:
+        programs = [(128, 128, 8, 4, 1), (128, 256, 8, 4, 1), (256, 128, 8, 3, 1)]
+    for block_m, block_n, warps, stages, tiles in programs:
+        count = cdiv(m, block_m) * cdiv(n, block_n)
+        # two large programs have no room on one multiprocessor, about four small ones do
+        most = 270 if warps == 8 else 800
+        for split_k in (1, 2, 4, 8, 16):
+            if split_k > 1 and (m > 256 or count * split_k > most or k // 128 < 2 * tiles * split_k):
+                continue
+            if count * split_k < 100 and count * split_k * 2 <= most and k // 128 >= 4 * tiles * split_k and m <= 256:
+                continue
+            found.append(GemmConfig("hopper", block_m, block_n, warps, stages, split_k, tiles))
+    return found
+
+
+def default_config(packed: PackedWeight, m: int, dtype: torch.dtype) -> GemmConfig:
+    """A configuration that works, for what no table knows."""
+    if not (packed.weight.is_cuda and is_fusable(packed) and dtype in (torch.float16, torch.bfloat16)):
+        return GemmConfig("dequantize")
+    n, tiles = packed.out_features, packed.in_features // 128
+    if not fits_hopper(packed, dtype):
+        if m > 128:
+            return GemmConfig("dequantize")
+        block_m = max(16, power_of_2(m))
+        programs = cdiv(n, 128)
+        split_k = 1
+        while programs * split_k < 100 and split_k < 8 and tiles >= 8 * split_k:
+            split_k *= 2
+        return GemmConfig("portable", block_m, 128, 8, 2, split_k)
+    if m > 256:
+        large = cdiv(m, 128) * cdiv(n, 256) >= 120
+        return GemmConfig("hopper", 128, 256 if large else 128, 8, 4)
+    block_m = min(max(8, power_of_2(m)), 128)
+    programs = cdiv(m, block_m) * cdiv(n, 64)
+    split_k = 1
+    while programs * split_k < 200 and split_k < 8 and tiles >= 8 * split_k:
+        split_k *= 2
+    return GemmConfig("hopper", block_m, 64, 4, 4 if block_m < 128 else 3, split_k)
+
+
+def split_of(config: GemmConfig, packed: PackedWeight) -> int:
+    """No more programs along K than there are whole steps of `config.tiles` tiles, each with at least one."""
+    steps = max(cdiv(packed.in_features // tile_width(packed.block_size), config.tiles), 1)
+    share = cdiv(steps, min(config.split_k, steps))
+    return cdiv(steps, share)
