@@ -1,0 +1,251 @@
+"""The two kernels for one to four tokens: fixed-point inputs as bit planes, and sign words times them.
+
+`_prepare` scales the inputs by the column scales, rounds each tile of 128 to 16-bit fixed point (2.8e-5 of the result,
+less than rounding them to float16) and writes their bit planes; `_decode` reads every sign word once.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from . import fragments
+from .prepack import ROWS, SLOTS
+
+_PREPARE = gl.constexpr(fragments.prepare())
+_PREPARE_CONSTRAINTS = gl.constexpr(fragments.PREPARE_CONSTRAINTS)
+_MULTIPLY = gl.constexpr(fragments.multiply())
+_MULTIPLY_CONSTRAINTS = gl.constexpr(fragments.MULTIPLY_CONSTRAINTS)
+_ADD_SUM = gl.constexpr(fragments.add_sum())
+_ADD_SUM_CONSTRAINTS = gl.constexpr(fragments.ADD_SUM_CONSTRAINTS)
+_SLOTS = gl.constexpr(SLOTS)
+_ROWS = gl.constexpr(ROWS)
+# the operand is passed through so that what is computed from it stays behind the instruction
+_WAIT = gl.constexpr("{ griddepcontrol.wait; mov.b32 $0, $1; }")
+_LAUNCH = gl.constexpr("{ griddepcontrol.launch_dependents; mov.b32 $0, $1; }")
+
+
+@gluon.jit(do_not_specialize=["T", "x_stride", "M"])
+def _prepare(
+    x_ptr,
+    scale_ptr,
+    index_ptr,
+    expert_ptr,
+    out_ptr,
+    T,
+    x_stride,
+    M,
+    INPUTS: gl.constexpr,
+    PARTS: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    INDEXED: gl.constexpr,
+    OVERLAP: gl.constexpr,
+):
+    """x [M, K] to int32 [PARTS, INPUTS, M, T, 128]. Grid (T, M, PARTS * INPUTS), one warp."""
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    slot = gl.arange(0, _SLOTS, layout=layout)
+    if OVERLAP:
+        slot = gl.inline_asm_elementwise(_LAUNCH, "=r,r", [slot], dtype=gl.int32, is_pure=False, pack=1)
+        slot = gl.max_contiguous(gl.multiple_of(slot, 128), 128)
+    tile = gl.program_id(0)
+    token = gl.program_id(1)
+    source = gl.program_id(2)
+    at = tile * _SLOTS + slot
+    weight = 0
+    if EXPERTS:
+        weight = gl.minimum(gl.load(expert_ptr + token), EXPERTS - 1).to(gl.int64)
+    if INDEXED:
+        column = gl.load(index_ptr + (weight * PARTS + source // INPUTS) * (T * _SLOTS) + at)
+    else:
+        column = at
+    scale = gl.load(scale_ptr + (weight * (PARTS * INPUTS) + source) * (T * _SLOTS) + at)
+    x = gl.load(x_ptr + token * x_stride + column).to(gl.float32)
+    x = gl.where(scale != 0, x * scale, 0.0)
+    words = gl.inline_asm_elementwise(_PREPARE, _PREPARE_CONSTRAINTS, [x], dtype=gl.int32, is_pure=False, pack=4)
+    gl.store(out_ptr + ((source * M + token) * T) * _SLOTS + at, words)
+
+
+@gluon.jit
+def _sign_word(words, MASK: gl.constexpr):
+    """The product of the planes in MASK: equal signs give +1, so XNOR, and XOR of three."""
+    found = words[0]
+    count: gl.constexpr = (MASK & 1) + (MASK >> 1 & 1) + (MASK >> 2 & 1)
+    if count == 1:
+        if MASK == 2:
+            found = words[1]
+        if MASK == 4:
+            found = words[2]
+    else:
+        if MASK & 1:
+            found = words[0] ^ (words[1] if MASK & 2 else words[2])
+        else:
+            found = words[1] ^ words[2]
+        if count == 3:
+            found = found ^ words[2]
+        else:
+            found = found ^ -1
+    return found
+
+
+@gluon.jit(do_not_specialize=["T", "G", "M", "end0", "end1", "end2", "group1", "group2", "out_rows"])
+def _decode(
+    input_ptr,
+    words_ptr,
+    scale_ptr,
+    expert_ptr,
+    bias_ptr,
+    out_ptr,
+    T,
+    G,
+    M,
+    end0,
+    end1,
+    end2,
+    group1,
+    group2,
+    out_rows,
+    PLANES: gl.constexpr,
+    ROW_SCALES: gl.constexpr,
+    INPUTS: gl.constexpr,
+    TERMS: gl.constexpr,
+    TILES_PER_BLOCK: gl.constexpr,
+    BIAS: gl.constexpr,
+    PARTS: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    GROUPS: gl.constexpr,
+    WARPS: gl.constexpr,
+    PREFETCH: gl.constexpr,
+    OVERLAP: gl.constexpr,
+):
+    """One program: GROUPS * 32 rows of all tiles, every warp the tiles w, w + WARPS, ...
+
+    Parts (weights of one input, joined) begin at row groups group1 and group2; end0, end1 and end2 are the columns of
+    out at which their results end.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([TOKENS, GROUPS, 4], [1, 1, 32], [1, 1, WARPS], [2, 1, 0])
+    weight_layout: gl.constexpr = gl.SliceLayout(0, layout)  # [GROUPS, lanes]
+    input_layout: gl.constexpr = gl.SliceLayout(1, layout)  # [TOKENS, lanes]
+    LANES: gl.constexpr = WARPS * _SLOTS
+    lane = gl.arange(0, LANES, layout=gl.SliceLayout(0, weight_layout))
+    warp = lane // _SLOTS
+    slot = lane % _SLOTS
+    t = lane // 4 % 4
+    group = gl.arange(0, GROUPS, layout=gl.SliceLayout(1, weight_layout))
+    input_lane = gl.arange(0, LANES, layout=gl.SliceLayout(0, input_layout))
+    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, input_layout))
+
+    first = gl.program_id(0) * GROUPS
+    part = 0
+    first_group = 0
+    start = 0
+    end = end0
+    if PARTS > 1:  # noqa: SIM102 (the outer condition is a constant of the compilation)
+        if first >= group1:
+            part = 1
+            first_group = group1
+            start = end0
+            end = end1
+    if PARTS > 2:  # noqa: SIM102
+        if first >= group2:
+            part = 2
+            first_group = group2
+            start = end1
+            end = end2
+    row_group = gl.expand_dims(gl.minimum(first + group, G - 1), 1)
+    blocks = gl.cdiv(T, TILES_PER_BLOCK)
+    expert = 0
+    if EXPERTS:
+        expert = gl.load(expert_ptr + gl.program_id(1))
+        weight = gl.minimum(expert, EXPERTS - 1).to(gl.int64)
+        words_ptr += weight * (G * T * (PLANES * _SLOTS))
+        scale_ptr += weight * (G * blocks * (ROW_SCALES * _ROWS))
+    words_at = words_ptr + row_group * (T * (PLANES * _SLOTS)) + gl.expand_dims(warp * (PLANES * _SLOTS) + slot, 0)
+    scale_slot = gl.max_contiguous(gl.multiple_of(slot // 16 * 4 + lane % 4, 4), 4)
+    scale_at = scale_ptr + row_group * (blocks * (ROW_SCALES * _ROWS)) + gl.expand_dims(scale_slot, 0)
+    relative = gl.expand_dims(gl.expand_dims(gl.where(t == 3, -2, 2), 0), 0)
+    sums = gl.full([TOKENS, GROUPS, LANES], 0.0, gl.float32, layout=layout)
+
+    there = gl.expand_dims(warp < T, 0)
+    if PREFETCH:
+        next0 = gl.load(words_at, mask=there, other=0)
+        next1 = next0
+        next2 = next0
+        if PLANES > 1:
+            next1 = gl.load(words_at + _SLOTS, mask=there, other=0)
+        if PLANES > 2:
+            next2 = gl.load(words_at + 2 * _SLOTS, mask=there, other=0)
+    input_slot = input_lane
+    if OVERLAP:
+        zero = gl.inline_asm_elementwise(_WAIT, "=r,r", [input_lane * 0], dtype=gl.int32, is_pure=False, pack=1)
+        input_slot = input_lane + gl.max_constancy(gl.multiple_of(zero, [128]), [128])
+    input_at = input_ptr + part * (INPUTS * M * T * _SLOTS)
+    if EXPERTS:
+        token += gl.program_id(1)
+    input_at += gl.expand_dims(gl.minimum(token, M - 1) * (T * _SLOTS), 1) + gl.expand_dims(input_slot, 0)
+
+    for step in range(gl.cdiv(T, WARPS)):
+        tile = step * WARPS + warp
+        there = gl.expand_dims(tile < T, 0)
+        if PREFETCH:
+            words = (next0, next1, next2)
+            following = gl.expand_dims(tile + WARPS < T, 0)
+            at = words_at + (step + 1) * (WARPS * PLANES * _SLOTS)
+            next0 = gl.load(at, mask=following, other=0)
+            next1 = next0
+            next2 = next0
+            if PLANES > 1:
+                next1 = gl.load(at + _SLOTS, mask=following, other=0)
+            if PLANES > 2:
+                next2 = gl.load(at + 2 * _SLOTS, mask=following, other=0)
+        else:
+            at = words_at + step * (WARPS * PLANES * _SLOTS)
+            word0 = gl.load(at, mask=there, other=0)
+            word1 = word0
+            word2 = word0
+            if PLANES > 1:
+                word1 = gl.load(at + _SLOTS, mask=there, other=0)
+            if PLANES > 2:
+                word2 = gl.load(at + 2 * _SLOTS, mask=there, other=0)
+            words = (word0, word1, word2)
+        row_scale_at = scale_at + gl.expand_dims(tile // TILES_PER_BLOCK * (ROW_SCALES * _ROWS), 0)
+        input_there = gl.expand_dims(step * WARPS + input_lane // _SLOTS < T, 0)
+        for i in gl.static_range(INPUTS):
+            x = gl.load(input_at + (i * M * T + step * WARPS) * _SLOTS, mask=input_there, other=0)
+            x = gl.expand_dims(x, 1)
+            for j in gl.static_range(len(TERMS)):
+                if TERMS[j][2] == i:
+                    row_scale = gl.load(row_scale_at + TERMS[j][1] * _ROWS, mask=there, other=0.0).to(gl.float32)
+                    if TERMS[j][3] != 1.0:
+                        row_scale = row_scale * TERMS[j][3]
+                    row_scale = gl.expand_dims(row_scale, 0)
+                    if TERMS[j][0] == 0:
+                        sums = gl.inline_asm_elementwise(
+                            _ADD_SUM, _ADD_SUM_CONSTRAINTS, [x, row_scale, sums], dtype=gl.float32, is_pure=True, pack=4
+                        )
+                    else:
+                        word = gl.expand_dims(_sign_word(words, TERMS[j][0]), 0)
+                        sums = gl.inline_asm_elementwise(
+                            _MULTIPLY,
+                            _MULTIPLY_CONSTRAINTS,
+                            [word, x, row_scale, sums, relative],
+                            dtype=gl.float32,
+                            is_pure=True,
+                            pack=4,
+                        )
+    sums = sums * gl.expand_dims(gl.expand_dims((1 << (2 * t)).to(gl.float32), 0), 0)
+    sums = gl.reshape(sums, [TOKENS, GROUPS, WARPS, 8, 4, 4])
+    sums = gl.permute(gl.sum(gl.sum(sums, 4), 2), (0, 1, 3, 2))  # [TOKENS, GROUPS, row / 8, row % 8]
+    out_layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, WARPS], [1, 0])
+    out = gl.convert_layout(gl.reshape(sums, [TOKENS, GROUPS * _ROWS]), out_layout)
+    row = (first - first_group) * _ROWS + start + gl.arange(0, GROUPS * _ROWS, layout=gl.SliceLayout(0, out_layout))
+    out_token = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, out_layout))
+    if BIAS:
+        out += gl.expand_dims(gl.load(bias_ptr + row, mask=row < end, other=0.0).to(gl.float32), 0)
+    if EXPERTS:
+        out = gl.where(expert < EXPERTS, out, 0.0)
+        out_at = out_ptr + gl.program_id(1) * out_rows + gl.expand_dims(out_token * 0, 1) + gl.expand_dims(row, 0)
+    else:
+        out_at = out_ptr + start * M + gl.expand_dims(out_token * (end - start), 1) + gl.expand_dims(row - start, 0)
+    there = gl.expand_dims(row < end, 0) & gl.expand_dims(out_token < M, 1)
+    gl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=there)
