@@ -59,7 +59,7 @@ class Plans(dict[tuple[Hashable, ...], "P | None"], Generic[P]):
         if native is None or self._ready.get(shape) is native or len(self._ready) > MAX_SHAPES:
             return
         if self.call is None:
-            from ..ops.backends.triton.native_launch import make_calls
+            from ..ops.backends.triton.calls import make_calls
 
             self.call = make_calls(watched())
         entry = None if self.call is None else plan.entry(shape, bias)

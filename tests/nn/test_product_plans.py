@@ -126,10 +126,10 @@ class Calls:
 def ready(monkeypatch):
     """All that were made; plans launch natively, and tensors say that they are on a GPU."""
     calls: list[Calls] = []
-    fake = types.ModuleType("native_launch")
+    fake = types.ModuleType("calls")
     fake.make_calls = lambda watched: calls.append(Calls(watched)) or calls[-1]
-    monkeypatch.setitem(sys.modules, f"{triton.__name__}.native_launch", fake)
-    monkeypatch.setattr(triton, "native_launch", fake, raising=False)
+    monkeypatch.setitem(sys.modules, f"{triton.__name__}.calls", fake)
+    monkeypatch.setattr(triton, "calls", fake, raising=False)
 
     def plan(x, *rest):
         native = object()

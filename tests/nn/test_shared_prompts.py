@@ -128,10 +128,10 @@ def test_calls_of_all_layers_that_are_ready(runs, on_a_gpu, monkeypatch):
         def __call__(self, x):
             return entries.get(x.shape)
 
-    made = types.ModuleType("native_launch")
+    made = types.ModuleType("calls")
     made.make_calls = Calls
-    monkeypatch.setitem(sys.modules, f"{triton.__name__}.native_launch", made)
-    monkeypatch.setattr(triton, "native_launch", made, raising=False)
+    monkeypatch.setitem(sys.modules, f"{triton.__name__}.calls", made)
+    monkeypatch.setattr(triton, "calls", made, raising=False)
     plan_group = shared_prompts.plan_group
 
     def with_native(*args):

@@ -27,7 +27,7 @@ PROMPTS = (17, 64, 512, 2048)
 @pytest.fixture
 def taken(monkeypatch):
     """The number of runs by the native launcher, first of a list; what they allocate is full of NaN before."""
-    from optimum_arb.ops.backends.triton import native_launch
+    from optimum_arb.ops.backends.triton import calls, native_launch, outputs
 
     if native_launch.load() is None:
         pytest.skip("needs launch.c: python setup.py build_ext --inplace, and the Triton release that it knows")
@@ -44,7 +44,7 @@ def taken(monkeypatch):
 
     count("run")
     count("run_group")
-    make = native_launch.make_calls
+    make = calls.make_calls
 
     class Calls:
         """Those that need no step of Python's interpreter."""
@@ -61,13 +61,13 @@ def taken(monkeypatch):
                 counts.append(1)  # one more of these
             return found
 
-    monkeypatch.setattr(native_launch, "make_calls", Calls)
+    monkeypatch.setattr(calls, "make_calls", Calls)
 
     def poisoned(shape, strides, dtype):
         made = torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
         return made.fill_(float("nan") if dtype.is_floating_point else -1 if dtype.is_signed else 255)
 
-    monkeypatch.setattr(native_launch, "_empty", poisoned)
+    monkeypatch.setattr(outputs, "_empty", poisoned)
     return counts
 
 

@@ -29,6 +29,7 @@ from optimum_arb.ops.backends.triton import (
     hopper_product,
     native_launch,
     one_bit,
+    outputs,
     sums,
 )
 from optimum_arb.ops.backends.triton import hopper as hopper_file
@@ -83,7 +84,7 @@ def start(folder: Path) -> ctypes.CDLL:
     native_launch.load = lambda: library
     global FUNCTION
     FUNCTION = ctypes.cast(library.arb_launch_at, ctypes.c_void_p).value
-    native_launch._empty = lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
+    outputs._empty = lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
     for module in (hopper_plan, hopper_group, few_tokens_plan):
         module.current_stream = lambda device: 77
     for module in (launch_file, columns, sums, half_bits, hadamard):
@@ -119,7 +120,7 @@ def compare(fake: ctypes.CDLL, name: str, plan, x, bias, out, scratch, by_triton
     by_triton()
     expected = recorded(fake)
     memory = [scratch, out] if hasattr(plan, "launches") else [out, scratch]
-    native_launch._empty = lambda shape, strides, dtype: memory.pop(0).view(shape)
+    outputs._empty = lambda shape, strides, dtype: memory.pop(0).view(shape)
     plan.run(x, bias)
     found = recorded(fake)
     assert plan.native is not None, name
@@ -160,7 +161,7 @@ def hopper(fake: ctypes.CDLL, name: str, tokens: int, permuted: bool, with_bias:
         before = plan.native
         packed.col_scale.mul_(2)
         for _ in range(2):
-            native_launch._empty = lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
+            outputs._empty = lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
             plan.run(x, bias)
         assert plan.native is not before, "the converted column scales are those of before"
 
@@ -169,7 +170,7 @@ def natively(fake: ctypes.CDLL, plan, memory: list[torch.Tensor], *args) -> list
     """What one native run in this memory asks the driver for; the plan has run by Triton before."""
     assert plan.native_now() is not None
     fake.fake_reset()
-    native_launch._empty = lambda shape, strides, dtype: memory.pop(0).flatten()[: math.prod(shape)].view(shape)
+    outputs._empty = lambda shape, strides, dtype: memory.pop(0).flatten()[: math.prod(shape)].view(shape)
     again = [*memory]
     plan.run(*args)
     assert not memory
@@ -177,7 +178,7 @@ def natively(fake: ctypes.CDLL, plan, memory: list[torch.Tensor], *args) -> list
     if CALLS is not None:
         memory += again
         entry = plan.entry(args[0].shape, *args[1:])._replace(device=-1)  # as tensors on the CPU have it
-        empty = native_launch._empty
+        empty = outputs._empty
         calls = CALLS(torch.Tensor, (), lambda: -1, lambda _: 77, empty, lambda: False, FUNCTION)
         calls.add(*entry)
         assert calls(args[0]) is not None
@@ -206,7 +207,7 @@ def group(fake: ctypes.CDLL, title, weights, with_bias, dtype, tokens, config, o
     joined = hopper_group.HopperGroup(weights, biases, tokens, dtype, DEVICE, splits, configs, transform)
     scratch = torch.zeros(max(joined.scratch, 1), dtype=torch.uint8)
     outs = [torch.zeros(tokens, count, dtype=dtype) for count in counts]
-    native_launch._empty = fresh
+    outputs._empty = fresh
     joined.run(x)  # by Triton
     expected: list[bytes] = []
     given = x
@@ -220,7 +221,7 @@ def group(fake: ctypes.CDLL, title, weights, with_bias, dtype, tokens, config, o
         alone = hopper_plan.HopperPlan(
             packed, tokens, columns_of_x, kind, dtype, bias, DEVICE, config.split_k, config
         )  # fmt: skip
-        native_launch._empty = fresh
+        outputs._empty = fresh
         alone.run(given, bias)  # by Triton
         # its scratch memory lies behind what was transformed, as in the group
         memory = [out, scratch[joined.parts_at :] if transform is not None else scratch][: 1 + bool(alone.scratch)]
@@ -262,7 +263,7 @@ def written(fake: ctypes.CDLL, weights, config) -> None:
     joined = hopper_group.HopperGroup(
         weights, [None] * 3, 64, torch.bfloat16, DEVICE, [1] * 3, [config] * 3, None
     )  # fmt: skip
-    native_launch._empty = fresh
+    outputs._empty = fresh
     counts = []
     for change in (None, weights[1].permutation, weights[2].col_scale):
         if change is not None:

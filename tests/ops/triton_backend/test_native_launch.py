@@ -16,7 +16,7 @@ import pytest
 import torch
 import triton
 
-from optimum_arb.ops.backends.triton import native_launch
+from optimum_arb.ops.backends.triton import native_launch, outputs
 from optimum_arb.ops.backends.triton.launch import Ready
 from optimum_arb.ops.backends.triton.native_launch import EXTRA, OUT, SCRATCH, NativeLaunches, Slot, Unexpected, X
 
@@ -258,23 +258,23 @@ def test_where_it_is_not_to_be_had(library, built, monkeypatch, tmp_path):
 
 
 def test_results_of_every_shape(monkeypatch):
-    monkeypatch.setattr(native_launch, "_empty_strided", None)
     asked = []
     monkeypatch.setattr(
-        native_launch,
+        outputs,
         "_empty",
         lambda *args: asked.append(args) or torch.empty_strided(args[0], args[1], dtype=args[2]),
     )
-    outputs = native_launch.Outputs(6, torch.float16)
+    results = outputs.Outputs(6, torch.float16)
     for shape in ((8,), (3, 8), (2, 3, 8), (2, 1, 3, 8)):
         for _ in range(2):
-            made = outputs.empty(torch.Size(shape))
+            made = results.empty(torch.Size(shape))
             assert made.shape == (*shape[:-1], 6)
             assert made.stride() == torch.empty(made.shape).stride()
             assert made.dtype == torch.float16
+            assert results.arguments(torch.Size(shape)) == (made.shape, made.stride(), torch.float16)
     for count in range(1, 100):
-        assert outputs.empty(torch.Size((count, 8))).shape == (count, 6)
-    assert len(outputs._known) <= native_launch.MOST_SHAPES
+        assert results.empty(torch.Size((count, 8))).shape == (count, 6)
+    assert len(results._known) <= outputs.MOST_SHAPES
     assert asked[-1] == ((99, 6), (6, 1), torch.float16)
 
 

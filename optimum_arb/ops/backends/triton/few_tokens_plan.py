@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from .launch import Program, hooked
-from .native_launch import EXTRA, OUT, SCRATCH, NativeLaunches, Outputs, Slot, X, current_stream, empty_vector, prepare
+from .native_launch import EXTRA, OUT, SCRATCH, NativeLaunches, Slot, X, prepare
+from .outputs import Outputs, current_stream, empty_vector
 
 Grid = tuple[int, int, int]
 

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..packed import PackedWeight
+from .calls import Entry
 from .columns import Gather
 from .hadamard import Transform
 from .hopper_plan import HopperLaunches, versions
 from .hopper_product import HopperProduct, gather, gathers_scaled
 from .launch import Ready
-from .native_launch import RESULTS, SCRATCH, Entry, Outputs, Slot, X, aligned, current_stream, empty_vector
+from .native_launch import RESULTS, SCRATCH, Slot, X
+from .outputs import Outputs, aligned, current_stream, empty_vector
 
 if TYPE_CHECKING:
     from .gemm_config import GemmConfig

@@ -9,22 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..packed import PackedWeight
+from .calls import Entry
 from .hopper_product import HopperProduct, gather
 from .launch import Ready, hooked
-from .native_launch import (
-    EXTRA,
-    OUT,
-    SCRATCH,
-    Entry,
-    NativeLaunches,
-    Outputs,
-    Slot,
-    X,
-    aligned,
-    current_stream,
-    empty_vector,
-    prepare,
-)
+from .native_launch import EXTRA, OUT, SCRATCH, NativeLaunches, Slot, X, prepare
+from .outputs import Outputs, aligned, current_stream, empty_vector
 
 if TYPE_CHECKING:
     from .gemm_config import GemmConfig

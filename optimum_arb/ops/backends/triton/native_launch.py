@@ -16,12 +16,11 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 
-from .launch import DIRECT, Ready, current_device, hooked
+from .launch import DIRECT, Ready
 
 # What CUDA's header calls the attributes of a launch
 _COOPERATIVE, _CLUSTER, _CLUSTER_POLICY, _OVERLAPPED = 2, 4, 5, 6
 _SPREAD = 1
-MOST_SHAPES = 32  # of inputs, that results are known for
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
 _INTEGERS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I"}
 _INTEGERS["u64"] = "Q"
@@ -329,112 +328,3 @@ def _tensor_map(library: ctypes.CDLL, descriptor: Any, meta: dict[str, Any], som
     if code:
         raise Unexpected(f"the driver makes no map of {descriptor}: {library.arb_error(code).decode()}")
     return bytes(found)
-
-
-def aligned(size: int) -> int:
-    """Bytes up to where another tensor may begin, as torch aligns its own."""
-    return -(-size // 512) * 512
-
-
-current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
-
-
-def _empty_strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
-
-
-# What code that torch compiled calls; it takes the current device. `torch.empty` takes the host twice as long.
-_empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]
-_empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _empty_strided)
-
-
-# Sizes, strides and dtype of a tensor that `_empty` makes
-Allocation: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
-
-
-class Entry(NamedTuple):
-    """A call that is ready for inputs of one shape, as `_calls` takes it.
-
-    Attributes:
-        shape: of the input.
-        dtype: of the input.
-        device: the number of the GPU.
-        launches: of which `address` is the plan.
-        address: see there.
-        extra: an address that the launches read, of a tensor that is watched; or 0.
-        results: allocations of the results.
-        scratch: that of the scratch memory; or None.
-        written: tensors that copies were made of and their versions then, in turns.
-        one: whether the result is wanted, not a list of it.
-    """
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: int
-    launches: NativeLaunches
-    address: int
-    extra: int
-    results: tuple[Allocation, ...]
-    scratch: Allocation | None
-    written: tuple[Any, ...]
-    one: bool
-
-
-def make_calls(watched: Sequence[tuple[dict[str, Any], str]]) -> Any:
-    """A `_calls.Calls` without entries yet; None where it was not built.
-
-    Args:
-        watched: where the tensors stand that the launches read; a call is ready as long as these are there, at the
-            same addresses.
-    """
-    library = load()
-    if library is None:
-        return None
-    try:
-        from ._calls import Calls  # type: ignore[import-not-found]
-    except ImportError:
-        return None
-    there = tuple((values, key, values[key]) for values, key in watched)
-    function = ctypes.cast(library.arb_launch_at, ctypes.c_void_p).value
-    return Calls(torch.Tensor, there, current_device, current_stream, _empty, hooked, function)
-
-
-def empty_vector(size: int, dtype: torch.dtype) -> torch.Tensor:
-    """`[size]` on the current GPU."""
-    return _empty((size,), (1,), dtype)
-
-
-class Outputs:
-    """Results `[..., rows]` for inputs `[..., K]` of a number of tokens, which come in a few shapes.
-
-    Args:
-        rows: see above.
-        dtype: of the results.
-    """
-
-    __slots__ = ("_dtype", "_known", "_rows")
-
-    def __init__(self, rows: int, dtype: torch.dtype):
-        self._rows, self._dtype = rows, dtype
-        self._known: dict[torch.Size, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-
-    def empty(self, shape: torch.Size) -> torch.Tensor:
-        """A result on the current GPU for an input of this shape."""
-        known = self._of(shape)
-        return _empty(known[0], known[1], self._dtype)
-
-    def arguments(self, shape: torch.Size) -> Allocation:
-        """Those of the allocation of such a result."""
-        return *self._of(shape), self._dtype
-
-    def _of(self, shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        known = self._known.get(shape)
-        if known is None:
-            of_result = (*shape[:-1], self._rows)
-            strides = [1]
-            for size in of_result[:0:-1]:
-                strides.insert(0, strides[0] * size)
-            known = of_result, tuple(strides)
-            if len(self._known) < MOST_SHAPES:
-                self._known[shape] = known
-        return known
