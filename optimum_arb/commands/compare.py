@@ -12,7 +12,7 @@ from .printing import fields, size, table
 
 EXAMPLES = """\
   %(prog)s my-model --methods rtn,arb-hrc:1,arb-hrc:2 --num-samples 32 --sequence-length 1024 --max-windows 30
-  %(prog)s my-model --methods billm:published,arb-rc:published,arb-hrc:1,arb-hrc:2,hqq:2 --text my-held-out-text.txt
+  %(prog)s my-model --methods billm:published,arb-rc:published,arb-hrc:1,arb-hrc:2,hqq:2 --eval my-held-out-text.txt
 
 A row takes as long as quantize and evaluate together. Run again with the same --out, an interrupted comparison goes on
 after its last finished row, and further methods are added to it."""
