@@ -5,6 +5,10 @@
 The dense layer and those of one, two, ... planes are timed in turn, so that a change of the machine's speed meets all;
 medians, and the medians of the ratios of neighbouring runs, are printed. With --clock cpu and one thread the time is
 the processor's, which other programs on the machine lengthen less. Memory is the bytes of the tensors that each keeps.
+
+    python benchmarks/linear_cpu.py --hadamard 64,128,256
+
+compares the same layers with a Hadamard transform of the inputs, and without a permutation, instead.
 """
 
 from __future__ import annotations
@@ -24,8 +28,9 @@ from optimum_arb.nn import ARBLinear
 from optimum_arb.ops.backends.cpu import native
 
 
-def packed_linear(rows: int, columns: int, planes: int) -> ARBLinear:
-    """Random signs and scales in the layout of arb-hrc, with the permutation that a calibrated weight has."""
+def packed_linear(rows: int, columns: int, planes: int, hadamard: int | None = None) -> ARBLinear:
+    """Random signs and scales in the layout of arb-hrc, with the permutation that fits of block after block have, or,
+    in its place, a Hadamard transform of such blocks (0 for none)."""
     generator = torch.Generator().manual_seed(0)
     layout = planes_layout(planes, col_scale=True)
     weight = BinarizedWeight(
@@ -34,8 +39,10 @@ def packed_linear(rows: int, columns: int, planes: int) -> ARBLinear:
         torch.rand(planes, rows, columns, generator=generator) < 0.5,
         torch.rand(rows, block_count(columns, 128), planes, generator=generator),
         torch.rand(planes, columns, generator=generator),
-        torch.randperm(columns, generator=generator),
+        torch.randperm(columns, generator=generator) if hadamard is None else None,
     )
+    if hadamard:
+        weight.hadamard, weight.input_signs = hadamard, torch.rand(columns, generator=generator) < 0.5
     return ARBLinear.from_binarized(weight, None)
 
 
@@ -60,17 +67,23 @@ def main() -> None:
     parser.add_argument("--dtypes", default="bfloat16,float32,float16")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--hadamard", metavar="BLOCKS", help="layers without a transform of the inputs and with these")
     args = parser.parse_args()
+    blocks = [None] if args.hadamard is None else [0, *(int(block) for block in args.hadamard.split(","))]
     clock = time.perf_counter if args.clock == "wall" else time.process_time
     planes = [int(count) for count in args.planes.split(",")]
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, kernel {native.best_kernel()}")
-    heads = [f"{count} plane{'s' * (count > 1)}: ms | times dense | memory" for count in planes]
+    kinds = [(count, block) for count in planes for block in blocks]
+    heads = [
+        f"{count} plane{'s' * (count > 1)}{f', Hadamard {block}' if block else ''}: ms | times dense | memory"
+        for count, block in kinds
+    ]
     print(f"| rows x columns | dtype | tokens | dense ms | {' | '.join(heads)} |")
-    print("|" + "---|" * (4 + 3 * len(planes)))
+    print("|" + "---|" * (4 + 3 * len(kinds)))
     with torch.no_grad():
         for shape in args.shapes.split(","):
             rows, columns = (int(size) for size in shape.split("x"))
-            layers = [packed_linear(rows, columns, count) for count in planes]
+            layers = [packed_linear(rows, columns, count, block) for count, block in kinds]
             for dtype in (getattr(torch, name) for name in args.dtypes.split(",")):
                 dense = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
                 size = dense.numel() * dense.element_size()

@@ -46,8 +46,8 @@ def measure(args: argparse.Namespace) -> None:
     tokens = torch.randint(
         5, 1024, (args.num_samples, args.sequence_length), generator=torch.Generator().manual_seed(0)
     )
-    choices = {"num_samples": len(tokens), "sequence_length": tokens.shape[1], **args.config}
-    config = ARBConfig(dataset=tokens, method=args.method, **choices)
+    sizes = {"num_samples": len(tokens), "sequence_length": tokens.shape[1]}
+    config = ARBConfig(**{"dataset": tokens, "method": args.method, **sizes, **args.config})
     told = estimate(args.source, config, budget=None, activations_on_disk=args.activations_on_disk)
     before, began = memory("VmHWM"), time.perf_counter()
     if args.in_memory:

@@ -73,6 +73,10 @@ def describe(model: str, result: Inspection, every_module: bool = False) -> str:
         headers += [ERRORS[key] for key in known]
         for row, modules in zip(rows, groups.values(), strict=True):
             row += [ratio(mean([getattr(reports[m.name], key) for m in modules])) for key in known]
+        if any(module.hadamard_gain is not None for module in result.report):
+            headers.append("Hadamard gain")
+            for row, modules in zip(rows, groups.values(), strict=True):
+                row.append(ratio(mean([reports[m.name].hadamard_gain for m in modules])))
     text += "\n\n" + table(headers, rows)
     for line in warning_lines(result.warnings):
         text += f"\nLOOKS BROKEN  {line}"

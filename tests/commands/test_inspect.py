@@ -7,11 +7,12 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from optimum_arb import inspection
+from optimum_arb import ARBConfig, inspection, quantize_checkpoint
 from optimum_arb.inspection import inspect_model
 from optimum_arb.report import model_report
 from optimum_arb.stored import tensors as stored_tensors
@@ -153,3 +154,13 @@ def test_plot(call, fail, binarized_model, tmp_path):
     call("inspect", binarized_model, "--plot", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "the picture is written as" in fail("inspect", binarized_model, "--plot", tmp_path / "plot.gif")
+
+
+def test_what_a_hadamard_transform_gains_stands_beside_each_layer(call, float_model, tmp_path):
+    config = ARBConfig(dataset=torch.randint(5, 96, (2, 16)), hadamard=64, admm_iterations=2)
+    quantize_checkpoint(float_model, tmp_path / "out", config)
+    reported = {module.name: module.hadamard_gain for module in inspect_model(str(tmp_path / "out")).report}
+    lines = call("inspect", tmp_path / "out", "--modules").splitlines()
+    assert any(line.startswith("binarized") and line.rstrip().endswith("Hadamard gain") for line in lines)
+    for name, gain in reported.items():
+        assert next(line for line in lines if line.startswith(f"{name} ")).split()[-1] == f"{gain:.4f}"
