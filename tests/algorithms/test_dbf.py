@@ -4,6 +4,7 @@ import torch
 from optimum_arb import ARBConfig
 from optimum_arb.algorithms import binarize, output_error
 from optimum_arb.algorithms.dbf import _Problem, _sylvester, _unit_diagonal, binarize_factors
+from optimum_arb.format.factors import stored_bits
 
 
 def fit(weight, hessian, rank, rounds=30, seed=0, damp=0.02):
@@ -85,3 +86,17 @@ def test_the_sylvester_equation_is_solved(weight, hessian, monkeypatch):
     _sylvester(gram, problem.values, 0.3, problem.to_basis(pull), solution)
     found = problem.from_basis(solution)
     torch.testing.assert_close(gram @ found @ problem.hessian + 0.3 * found, pull, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [0.5, 0.85, 1.18, 2.3])
+def test_any_number_of_bits_and_more_are_better(weight, hessian, bits):
+    """Stored bits, padding included, are at most what was asked for, and eight ranks more would be above it."""
+    rows, columns = weight.shape
+    found = []
+    for wanted in (bits, 1.5 * bits):
+        config = ARBConfig(method="arb-dbf", factor_bits=wanted, num_iterations=10)
+        factors = binarize(weight, hessian, config)
+        assert stored_bits(rows, columns, factors.rank, 16) / weight.numel() <= wanted
+        assert stored_bits(rows, columns, factors.rank + 8, 16) / weight.numel() > wanted
+        found.append(output_error(weight, factors.dequantize(), hessian))
+    assert found[1] < found[0] < 1
