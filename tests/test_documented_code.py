@@ -27,7 +27,7 @@ def refused(name: str, rest: str) -> str:
     Brackets around what may be left out, a comment two blanks behind, and what a shell does with the output are no part
     of it.
     """
-    arguments = re.split(r"(?<=\S) {2,}(?=[a-z(])|\s[>|]\s|;", re.sub(r"[][]", "", rest).strip())[0]
+    arguments = re.split(r"(?<=\S) {2,}(?=[a-z(#])|\s[>|]\s|;", re.sub(r"[][]", "", rest).strip())[0]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
