@@ -11,7 +11,6 @@ until the end of a layer: with 16 layers of hidden size 512 at most 599 MB were 
 from __future__ import annotations
 
 import ctypes
-import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,24 +44,6 @@ def bounded_memory() -> Iterator[None]:
         yield
     finally:
         give_back_memory()
-
-
-@contextmanager
-def garbage_apart() -> Iterator[None]:
-    """Within, Python looks for cycles of references among what was made within alone, in milliseconds.
-
-    What a cycle holds is free when Python looks, which it does the less often the more objects there are: on an H200 a
-    7B's run took 8 GB in its second layer and 73 GB in its last one.
-    """
-    if gc.get_freeze_count():  # somebody else's
-        yield
-        return
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def give_back_memory() -> None:

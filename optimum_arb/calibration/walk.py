@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -17,7 +16,6 @@ from .distributed import Ranks
 from .experts import LayerStatistics, Taken
 from .fitting import Binarize, BinarizeExperts, Fitting, Measure
 from .layers import Layers, find_layers, no_one_chain
-from .memory import garbage_apart
 from .progress import Progress
 from .runs import ModelRuns
 from .steps import Steps
@@ -137,7 +135,7 @@ class CalibrationWalk:
             if self.follow_float:
                 self.chain = groups[0]
             total = sum(len(group.modules) for group in groups) + bool(outside)
-            with self.progress.running(total), garbage_apart():
+            with self.progress.running(total):
                 for index, group in enumerate(groups):
                     if not self.batches:
                         self._walk_without_inputs(group)
@@ -189,7 +187,6 @@ class CalibrationWalk:
             with self.progress.layer(name, [] if finished[index] else names):
                 self._turn(group, index, finished[index], hidden, calls[index])
             calls[index].clear()
-            gc.collect()
         hidden.clear()
 
     def _record(self, group: Layers) -> list[list[Call]]:
@@ -310,7 +307,6 @@ class CalibrationWalk:
                 self.fitting.binarize(names, None)
                 layer.to("cpu")
                 self.weights.finish(name)
-            gc.collect()
 
     def _walk_by_whole_runs(self, group: Layers) -> None:
         for name, layer, names, seen in zip(group.names, group.modules, group.targets, group.seen, strict=True):
@@ -318,8 +314,6 @@ class CalibrationWalk:
                 if names:
                     statistics = self._statistics_of_whole_runs(names, layer if len(seen) == 1 else None)
                     self.fitting.binarize(names, statistics)
-                    del statistics
-            gc.collect()
 
     def _statistics_of_whole_runs(self, names: list[str], last: nn.Module | None = None) -> LayerStatistics:
         """Statistics from runs of the whole model, each ended after the module `last` if there is one."""
