@@ -16,10 +16,21 @@ _EVENTS = ("open", "os.", "shutil.", "tempfile.", "fcntl.", "ctypes.dlsym", "mma
 _NOBODY = 65534
 
 
+def fork() -> int:
+    """`os.fork`, with Ctrl-C held back in the child until `run_child` is there to end it: the child would go on as its
+    parent, and remove what is the parent's."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    child = os.fork()
+    if child:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return child
+
+
 def run_child(before: Callable[[], None], work: Callable[[], None]) -> None:
-    """What a forked process does; it never returns."""
+    """What a process from `fork` does; it never returns."""
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
         before()
         work()

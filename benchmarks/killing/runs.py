@@ -27,6 +27,7 @@ from optimum_arb.publish import JOURNAL
 from .disks import mount, remove
 from .process import (
     address_space,
+    fork,
     give_away,
     lower,
     on_events,
@@ -161,7 +162,7 @@ class Runs:
                 raise
 
         began = time.perf_counter()
-        child = os.fork()
+        child = fork()
         if child == 0:
             run_child(before, told)
         os.close(writer)

@@ -22,7 +22,7 @@ from optimum_arb import ARBConfig, save_model
 from optimum_arb.publish import JOURNAL, finish_interrupted
 
 from .disks import mount, remove
-from .process import address_space, lower, on_events, run_child, stop_at, take_rights
+from .process import address_space, fork, lower, on_events, run_child, stop_at, take_rights
 
 # how the model is saved -> what lies in its place before
 WAYS = (
@@ -156,7 +156,7 @@ class Saves:
         instant, before, wait = self._instant(way, stop, rng, size)
         if stop == "not writable":
             os.chmod(path if path.exists() else path.parent, 0o555)
-        child = os.fork()
+        child = fork()
         if child == 0:
             run_child(before, lambda: self.save(way, path))
         if wait is not None:
@@ -215,7 +215,7 @@ class Saves:
             os.write(writer, str(counter[0]).encode())
 
         counter = [0]
-        child = os.fork()
+        child = fork()
         if child == 0:
             run_child(lambda: on_events(lambda: counter.__setitem__(0, counter[0] + 1)), count)
         os.waitpid(child, 0)

@@ -19,6 +19,14 @@ CHOICES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """Code that was compiled too often for other layers is not compiled again, here and in the tests that follow."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
 @torch.no_grad()
 def test_steps_are_one_graph_and_compiled_once(tmp_path, choices):
@@ -30,7 +38,6 @@ def test_steps_are_one_graph_and_compiled_once(tmp_path, choices):
     options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, PROMPT:].tolist()
 
-    torch.compiler.reset()
     step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     cache = StaticCache(config=model.config, max_cache_len=PROMPT + NEW)
     logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
