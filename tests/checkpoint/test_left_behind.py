@@ -28,7 +28,7 @@ class Counted(Progress):
         self._seen += 1
 
 
-@pytest.mark.parametrize("choices", [{}, {"error_correction": 0}, {"method": "arb-dbf"}], ids=str)
+@pytest.mark.parametrize("choices", [{}, {"error_correction": 0}, {"method": "arb-dbf"}, {"method": "arb-rc"}], ids=str)
 def test_no_cycle_of_references_holds_a_layers_tensors(tmp_path, choices):
     """In Python 3.12 all that a layer's runs had made was part of one: 2 GB a layer of a 7B."""
     source = save_tiny(tmp_path / "float", "LlamaForCausalLM", num_hidden_layers=5)

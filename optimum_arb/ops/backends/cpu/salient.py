@@ -31,21 +31,26 @@ def salient_weight(packed: PackedWeight, salient_terms: tuple[Term, ...]) -> tor
     if packed.salient_weight is not None:
         own = unpack_bits(packed.salient_weight, layout.salient_planes, len(at), tiles.width)
     row_scale = packed.row_scale.view(-1, tiles.blocks, layout.row_scales)
-    signs: dict[tuple[int, ...], torch.Tensor] = {}
+    single: dict[int, torch.Tensor] = {}
+    products: dict[tuple[int, ...], torch.Tensor] = {}
 
+    def sign_of(plane: int) -> torch.Tensor:
+        if plane not in single:
+            if plane >= layout.planes:
+                assert own is not None
+                bits = own[plane - layout.planes]
+            else:
+                where = tile * layout.planes * whole + plane * nbytes + byte
+                bits = (packed.weight.index_select(1, where) >> bit) & 1
+            single[plane] = bits.float().mul_(2).sub_(1)
+        return single[plane]
+
+    # not by itself: a function that refers to itself is a cycle, and held the weight's tensors after every call
     def sign(planes: tuple[int, ...]) -> torch.Tensor:
         """The product of the planes, float32 `[N, S]`; multiplying by it is several times faster than selecting."""
-        if planes not in signs:
-            if len(planes) > 1:
-                signs[planes] = math.prod((sign((plane,)) for plane in planes[1:]), start=sign(planes[:1]))
-            elif planes[0] >= layout.planes:
-                assert own is not None
-                signs[planes] = own[planes[0] - layout.planes].float().mul_(2).sub_(1)
-            else:
-                where = tile * layout.planes * whole + planes[0] * nbytes + byte
-                bits = (packed.weight.index_select(1, where) >> bit) & 1
-                signs[planes] = bits.float().mul_(2).sub_(1)
-        return signs[planes]
+        if planes not in products:
+            products[planes] = math.prod(map(sign_of, planes[1:]), start=sign_of(planes[0]))
+        return products[planes]
 
     total = torch.zeros(packed.out_features, len(at))
     for term in salient_terms:
