@@ -31,7 +31,7 @@ HIGHEST_RHO = 0.6
 STAGES = 5
 # Rows of a triangular system that is solved at once on a GPU; above, products are faster.
 LARGEST_SOLVE = 1024
-# Weights of which a GPU takes longer for an iteration than the host for its 20 launches.
+# Weights whose iterations are replayed on a GPU. Those of a 7B are larger, and keep it busy by themselves.
 MOST_REPLAYED = 1 << 22
 
 

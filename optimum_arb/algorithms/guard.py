@@ -105,7 +105,7 @@ def no_worse_than_rounding(
     lost = torch.cat(list(row_errors(target, fit, unit, hessian)))
     if fit.layout.col_scales:
         whole = float(lost.sum())
-        # a quarter of the rows says it where round-to-nearest has four times the error, as it usually has
+        # as many rows as it takes: a quarter of them where round-to-nearest has four times the error
         return fit if any(whole <= bound for bound in accumulate(_sums(target, rounded, unit, hessian))) else rounded
     bound = torch.cat(list(row_errors(target, rounded, unit, hessian)))
     worse = ~(lost <= bound)

@@ -89,7 +89,7 @@ class Fitting:
         shared: dict[int, SharedWork] = {}
         if statistics is not None:  # made of the wider sums once, not by several threads
             found = [statistics.linears.hessian(name) for name in linears]
-            if self._device.type == "cuda":  # on a CPU it is a hundredth of the time, and the memory counts
+            if self._device.type == "cuda":  # what is shared stays in memory for all fits
                 several = [one for one in found if one is not None and sum(one is other for other in found) > 1]
                 shared = {id(hessian): SharedWork(hessian) for hessian in several}
             self._correct(linears, statistics)
