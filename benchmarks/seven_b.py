@@ -10,9 +10,9 @@ depend on the values. Token ids follow Zipf's law. Every run prints one JSON lin
 
 `seconds` is all of `quantize_checkpoint`, `phases` where it went (time of a phase within another counts for the inner
 one alone), `layers` the seconds of each layer. The first layer pays for what is compiled and loaded once: so
-`seconds_of_32` is what is outside the layers, plus the first layer, plus 31 times the median of the others. `--detail`
-also times the steps of the fit; it waits for the GPU at each, which costs some percent, and needs OMP_NUM_THREADS=1 on
-a CPU, where the linears of a layer are fitted by several threads otherwise.
+`seconds_of_32` is what is outside the layers, plus the first layer, plus 31 times the median of the others. `--profile`
+also prints, of the last layer, the kernels that took the GPU longest, how long it was busy, and the time in each phase;
+it slows that layer down.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd.profiler import record_function
+from torch.profiler import ProfilerActivity, profile
 
 from optimum_arb.calibration.progress import Progress
 
@@ -51,22 +54,6 @@ PHASES = {
     "waiting for ranks": ["calibration.distributed:Ranks.exchange"],
     "writing": ["checkpoint.streamed:StreamedWeights._write"],
     "assembling": ["checkpoint.quantize:_write_model", "checkpoint.quantize:publish"],
-}
-DETAIL = {
-    "fit: factorizing H": ["algorithms:prepare_hessian"],
-    "fit: search of planes": ["algorithms:admm_planes"],
-    "fit: Cholesky and inverse": ["torch.linalg:cholesky_ex", "torch:cholesky_inverse", "torch:cholesky_solve"],
-    "fit: columns in turn": ["algorithms.planes:descend_columns", "algorithms.factor_descent:descend_columns"],
-    "fit: refinement": ["algorithms:refine_blocks"],
-    "fit: block loop": ["algorithms:binarize_blocks"],
-    "fit: salient columns": ["algorithms.bitmap:salient_columns"],
-    "fit: groups": ["algorithms.bitmap:large_weights"],
-    "fit: alternation": ["algorithms.bitmap:arb_rc"],
-    "fit: factors": ["algorithms.dbf:_admm"],
-    "fit: eigenvectors": ["algorithms.dbf:_of_unit_diagonal"],
-    "fit: descent of factors": ["algorithms.dbf:descend"],
-    "fit: packing": ["conversion:packed_linear"],
-    "fit: errors": ["conversion:output_error"],
 }
 
 
@@ -90,7 +77,8 @@ class Phases:
         def timed(*args: Any, **kwargs: Any) -> Any:
             self.begin(phase)
             try:
-                return function(*args, **kwargs)
+                with record_function(f"phase: {phase}"):
+                    return function(*args, **kwargs)
             finally:
                 self.end()
 
@@ -143,30 +131,36 @@ class Phases:
 
 
 class Layers(Progress):
-    """Remembers when each layer was finished."""
+    """Remembers when each layer was finished.
 
-    def __init__(self) -> None:
+    Args:
+        profiled: the number of the layer to profile, or None.
+    """
+
+    def __init__(self, profiled: int | None = None) -> None:
         super().__init__()
         self.finished: list[float] = []
+        self.profile: profile | None = None
+        self._profiled = profiled
 
     def layer(self, name: str, targets: Any) -> Any:
         if not self.finished:
             self.finished.append(time.perf_counter())
         inner = super().layer(name, targets)
-        finished = self.finished
+        if len(self.finished) - 1 == self._profiled:
+            activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
+            self.profile = profile(activities=activities)
+        return self._timed(inner, self.profile or nullcontext())
 
-        class Timed:
-            def __enter__(self) -> None:
-                inner.__enter__()
-
-            def __exit__(self, *exception: Any) -> None:
-                inner.__exit__(*exception)
-                finished.append(time.perf_counter())
-
-        return Timed()
+    @contextmanager
+    def _timed(self, inner: Any, profiled: Any) -> Iterator[None]:
+        with profiled, inner:
+            yield
+        self.finished.append(time.perf_counter())
 
     @property
     def seconds(self) -> list[float]:
+        """Of each layer."""
         return [after - before for before, after in zip(self.finished, self.finished[1:], strict=False)]
 
 
@@ -236,8 +230,8 @@ def work(args: argparse.Namespace, source: Path, target: Path) -> None:
     config = ARBConfig(
         method=args.method, dataset=ids, num_samples=args.samples, sequence_length=args.length, **args.config
     )
-    phases, layers = Phases(args.device), Layers()
-    phases.install(PHASES | (DETAIL if args.detail else {}))
+    phases, layers = Phases(args.device), Layers(args.layers - 1 if args.profile else None)
+    phases.install(PHASES)
     phases.install_statistics()
     cuda = args.device.startswith("cuda")
     with distributed() as ranks:
@@ -278,6 +272,24 @@ def work(args: argparse.Namespace, source: Path, target: Path) -> None:
         "output_error": done.report.mean_output_error,
     }
     print(json.dumps(figures), flush=True)
+    if layers.profile is not None:
+        print_profile(layers.profile, each[-1], cuda)
+
+
+def print_profile(profiled: profile, seconds: float, cuda: bool) -> None:
+    """Kernels (or operators) by their own time, and how long the GPU was busy."""
+    if cuda:
+        kernels = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        spans = sorted((e.time_range.start, e.time_range.end) for e in kernels if not e.name.startswith("phase: "))
+        busy, reached = 0.0, 0.0
+        for start, end in spans:
+            busy += max(0.0, end - max(start, reached))
+            reached = max(reached, end)
+        print(f"The last layer took {seconds:.2f} s, of which the GPU was busy {busy / 1e6:.2f} s.")
+    table = profiled.key_averages().table(
+        sort_by="self_cuda_time_total" if cuda else "self_cpu_time_total", row_limit=45, max_name_column_width=90
+    )
+    print(table, flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -291,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, nargs="+", help="by torchrun; of several numbers, one run each")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a hidden size of 256 in place of 4096")
-    parser.add_argument("--detail", action="store_true", help="time the steps of the fit too")
+    parser.add_argument("--profile", action="store_true", help="profile the last layer")
     parser.add_argument("--keep", action="store_true", help="keep the binarized models")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -312,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
                 command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
             command += [__file__, "--worker", "--out", args.out, "--method", args.method, "--layers", args.layers]
             command += ["--config", json.dumps(args.config), "--samples", args.samples, "--length", args.length]
-            command += ["--device", args.device] + ["--tiny"] * args.tiny + ["--detail"] * args.detail
+            command += ["--device", args.device] + ["--tiny"] * args.tiny + ["--profile"] * args.profile
             subprocess.run(list(map(str, command)), check=True)
             if not args.keep:
                 shutil.rmtree(args.out / f"{args.method}-{count}", ignore_errors=True)
