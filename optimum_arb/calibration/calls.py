@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .activations import Activations
+from .activations import Activations, CopiedAhead
 
 
 class Stop(Exception):
@@ -99,52 +97,6 @@ def layer_runs(
         return calls[batch].run(layer, given, device, moved)
 
     return run
-
-
-class CopiedAhead:
-    """Hidden states on a GPU: where batch follows batch, each is copied there while the one before it runs.
-
-    A layer of a 7B runs eight times over 128 x 2048 tokens, of which each takes 40 ms to copy. Nothing may write to a
-    batch that comes later than the last one asked for. The host waits for the GPU where it is two batches ahead: memory
-    of a copy is free again when the GPU is done with it, not before, and took 2 GB more of a 7B's run without the wait.
-
-    Args:
-        inputs: where they lie; from page-locked memory the host need not wait for a copy.
-        count: batches.
-        device: the GPU.
-    """
-
-    def __init__(self, inputs: Activations, count: int, device: torch.device):
-        self._inputs = inputs
-        self._count = count
-        self._device = device
-        self._ahead: tuple[int, torch.Tensor, torch.cuda.Event] | None = None
-        self._last = -1
-        self._under_way: deque[torch.cuda.Event] = deque()
-
-    def __getitem__(self, batch: int) -> torch.Tensor:
-        if self._ahead is None or self._ahead[0] != batch:
-            self._ahead = self._copy(batch)
-        _, hidden, done = self._ahead
-        here = torch.cuda.current_stream(self._device)
-        self._under_way.append(here.record_event())
-        if len(self._under_way) > 2:
-            self._under_way.popleft().synchronize()
-        here.wait_event(done)
-        hidden.record_stream(here)
-        follows = batch == self._last + 1 and batch + 1 < self._count
-        self._ahead, self._last = self._copy(batch + 1) if follows else None, batch
-        return hidden
-
-    def _copy(self, batch: int) -> tuple[int, torch.Tensor, torch.cuda.Event]:
-        stream = _copying(self._device)
-        with torch.cuda.stream(stream):
-            return batch, self._inputs[batch].to(self._device, non_blocking=True), stream.record_event()
-
-
-@lru_cache(maxsize=16)
-def _copying(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def hidden_states(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor | None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .activations import Activations
+from .activations import Activations, CopiedAhead
 from .calls import like, replaced_forwards
 from .correction import Step
 
@@ -242,15 +242,19 @@ class Reuse:
 
     def _forward(self, settled: Settled, forward: Callable[..., Any]) -> Callable[..., Any]:
         kept, outputs = self._kept[settled.name], self._outputs[settled.name]
+        ahead = CopiedAhead(kept, len(kept), self._device) if self._device.type == "cuda" else None
         linear = None if settled.linear is None else self._layer.get_submodule(settled.linear)
         again = self._run < settled.until
+
+        def on_device(batch: int) -> torch.Tensor:
+            return kept[batch].to(self._device) if ahead is None else ahead[batch]
 
         def kept_forward(*args: Any, **kwargs: Any) -> Any:
             batch = self._local.batch
             if batch in outputs:
-                return like(settled.form, kept[batch].to(self._device, non_blocking=True))
+                return like(settled.form, on_device(batch))
             if linear is not None and batch < len(kept):
-                result = linear(kept[batch].to(self._device, non_blocking=True))
+                result = linear(on_device(batch))
                 found = like(settled.form, result)
             else:
                 found = forward(*args, **kwargs)

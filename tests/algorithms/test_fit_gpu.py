@@ -13,8 +13,7 @@ from optimum_arb.algorithms.admm import _inverse
 from optimum_arb.algorithms.cuda_graph import Replayed
 from optimum_arb.algorithms.partition import large_weights, salient_columns
 from optimum_arb.algorithms.shared_work import SharedWork, sharing
-from optimum_arb.calibration.activations import INPUTS, Activations
-from optimum_arb.calibration.calls import CopiedAhead
+from optimum_arb.calibration.activations import INPUTS, Activations, CopiedAhead
 from optimum_arb.calibration.correction import Corrections, Read, Step
 from optimum_arb.calibration.statistics import Statistic, add_product
 from optimum_arb.calibration.workers import in_order
@@ -297,6 +296,29 @@ def test_hidden_states_are_copied_ahead():
             first[batch] = first[batch] + 1
     kept.advance("layer")
     assert all(torch.equal(kept[batch].cuda(), hidden) for batch, hidden in enumerate(first))
+
+
+def test_copies_run_beside_what_computes():
+    """Nothing waits for the host here: what is read, computed and written in its place is kept in order by events."""
+    kept = Activations(torch.device("cuda"))
+    batches, layers = 24, 4
+    for batch in range(batches):
+        kept.put(batch, torch.full((2048, 2048), float(batch)))
+    kept.advance(INPUTS)
+    slow = torch.randn(4096, 4096, device="cuda")
+    for layer in range(layers):
+        ahead = CopiedAhead(kept, batches, torch.device("cuda"))
+        for batch in range(batches):
+            hidden = ahead[batch]
+            if batch % 5 == layer:
+                slow = torch.tanh(slow @ slow)  # some batches take longer than their copies, others less
+            kept.put(batch, hidden * 2 + slow[0, 0] * 0 + layer)
+        kept.advance("layer")
+    for batch in range(batches):
+        expected = float(batch)
+        for layer in range(layers):
+            expected = expected * 2 + layer
+        assert bool((kept[batch] == expected).all()), batch
 
 
 @pytest.mark.parametrize("size", [500, 3000])
