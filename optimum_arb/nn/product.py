@@ -110,10 +110,10 @@ class PackedProduct(ABC):
             if out is not None:
                 return out
         change = self.input_transform()
+        if few and not compiling and self._prepared is not None:
+            return run_prepared_layer(x, self._prepared, bias, change)
         if change is not None:
             x = change.apply(x) if shared is None else shared.transformed(x, change)
-        if few and not compiling and self._prepared is not None:
-            return run_prepared_layer(x, self._prepared, bias)
         if not compiling and self._without_grad(x) and not x.is_meta:
             out = self._planned(x, bias)
             if out is not None:
