@@ -84,15 +84,17 @@ def transform_tile(
     left = slot * 0 + gl.minimum(K - chunk * _SLOTS, _SLOTS)
     there = slot < left
     x = _load(row, permutation_ptr, sign_ptr, chunk * _SLOTS + slot, there, PERMUTED, RAGGED)
+    y = x
+    if LOG > _STAGES:  # before the first wait for memory
+        whole = K - (chunk - chunk % 2) * _SLOTS >= 2 * _SLOTS
+        other = gl.where(whole, chunk ^ 1, chunk)
+        y = _load(row, permutation_ptr, sign_ptr, other * _SLOTS + slot, there, PERMUTED, RAGGED)
     x = _butterflies(x, left, STAGES, RAGGED)
     log = slot * 0 + STAGES
     if RAGGED:
         # the highest bit of (slot xor left), as the exponent of its float32
         log = gl.minimum(((slot ^ left).to(gl.float32).to(gl.int32, bitcast=True) >> 23) - 127, STAGES)
     if LOG > _STAGES:
-        whole = K - (chunk - chunk % 2) * _SLOTS >= 2 * _SLOTS
-        other = gl.where(whole, chunk ^ 1, chunk)
-        y = _load(row, permutation_ptr, sign_ptr, other * _SLOTS + slot, there, PERMUTED, RAGGED)
         y = _butterflies(y, left, STAGES, False)
         # the first half of the block is the sum of both, the second the first less the second
         own = gl.where(whole, 1 - 2 * (chunk % 2), 1).to(gl.float32)
