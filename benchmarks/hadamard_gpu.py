@@ -26,6 +26,7 @@ from optimum_arb.format.layout import planes_layout
 from optimum_arb.ops.backends.triton import dispatch, half_bits, prepack
 from optimum_arb.ops.backends.triton.available import fuses_hadamard
 from optimum_arb.ops.backends.triton.hadamard import transform
+from optimum_arb.ops.backends.triton.table import bucket, lookup
 from optimum_arb.ops.backends.triton.timing import copies_for, graph_time, random_weight
 from optimum_arb.ops.hadamard import transform as exact_transform
 
@@ -44,6 +45,7 @@ class Product:
         found = [dispatch.prepare([packed]) for packed in self.weights]
         self.ready = [each for each in found if each is not None]
         assert len(self.ready) == self.count, "no one-bit kernel on this device"
+        self.planes = planes
         self.dense = self.weights[0].unpack().dequantize()
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(k, generator=generator).to(torch.int16 if k <= 2**15 else torch.int32)
@@ -61,7 +63,8 @@ class Product:
         if tokens <= self.ready[0].most_tokens:
             rows = (self.ready[0].rows,)
             return lambda x, i: dispatch.run_prepared(x, self.ready[i], None, rows, shaped=True, change=change)
-        config = half_bits.HalfConfig()
+        entry = lookup(self.sign.device, self.ready[0].rows, len(self.sign), self.planes, bucket(tokens), True)
+        config = half_bits.HalfConfig() if entry is None else half_bits.HalfConfig(**entry.config)
         return lambda x, i: half_bits.multiply(x, self.ready[i], None, config, transform=change).view(len(x), -1)
 
     def calls(self, tokens: int, blocks: list[int]) -> list[tuple[str, int, Call]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -233,15 +233,7 @@ class SharedInput:
         change = first.input_transform()
         if self._prepared is not None and not torch.compiler.is_compiling():
             return _run_prepared()(x, self._prepared, bias, self._rows, change=None if change is None else change[:3])
-        if change is not None:
-            x = change.apply(x)
-        tensors: list[list[torch.Tensor]] = []
-        for name in packing.TENSOR_NAMES:
-            found = [layer.operand(name) for layer in layers]
-            tensors.append([tensor for tensor in found if tensor is not None])
-        return torch.ops.optimum_arb.shared_input_linear(
-            x, *tensors, bias, first.layout.name, first.block_size, first.backend
-        )
+        return products_of_one_input(x, layers, bias, change)
 
     @property
     def most_tokens(self) -> int:
@@ -272,6 +264,21 @@ class SharedInput:
         self._transformed.clear()
         self._prompts.forget()
         self._alike = False  # has to be looked at again
+
+
+def products_of_one_input(
+    x: torch.Tensor, layers: Sequence[PackedProduct], bias: torch.Tensor | None, change: InputTransform | None
+) -> torch.Tensor:
+    """The layers' results one after another, a vector, by the operator, which transforms the input too."""
+    first = layers[0]
+    tensors: list[list[torch.Tensor]] = []
+    for name in packing.TENSOR_NAMES:
+        found = [layer.operand(name) for layer in layers]
+        tensors.append([tensor for tensor in found if tensor is not None])
+    transform = () if change is None else change[:3]
+    return torch.ops.optimum_arb.shared_input_linear(
+        x, *tensors, bias, first.layout.name, first.block_size, first.backend, *transform
+    )
 
 
 def _state(x: torch.Tensor) -> tuple[int, int]:

@@ -211,3 +211,20 @@ def test_graph(fused, m):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(out, module(module(x)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("m", [1, 4])
+def test_compiled(fused, m):
+    """The same bits as by plain calls, of a layer and of several of one input."""
+    torch.compiler.reset()
+    module = Attention([layer(576, 128, rows=rows, seed=rows) for rows in (256, 64, 96)])
+    share_inputs(module)
+    alone = layer(576, 256, rows=64, bias=True)
+    x = random_input(m, 576, torch.float16)
+    for each in (module, alone):
+        expected = each(x)
+        compiled = torch.compile(each, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), expected)
+        assert torch.equal(compiled(x), each(x))
+    torch.compiler.reset()

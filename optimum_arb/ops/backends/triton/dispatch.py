@@ -125,13 +125,19 @@ def grouped_linear(x: torch.Tensor, offsets: torch.Tensor, packed: PackedExperts
     return grouped.linear(x, offsets, packed, lambda part, weight: linear(part, weight, None))
 
 
-def few_tokens(rows: torch.Tensor, weights: list[PackedWeight], bias: torch.Tensor | None) -> torch.Tensor | None:
+def few_tokens(
+    rows: torch.Tensor,
+    weights: list[PackedWeight],
+    bias: torch.Tensor | None,
+    change: few_tokens_plan.Transform | None = None,
+) -> torch.Tensor | None:
     """`[M * N]` by the kernels for weights that `prepare` has prepared; None where these are not to be used.
 
     Args:
         rows: `[M, K]`.
         weights: one, or several of the same input whose results are wanted side by side.
         bias: `[N]`, of all weights together, or None.
+        change: see `run_prepared`.
 
     Returns:
         The results `[M, rows]` of the weights, one after another.
@@ -141,7 +147,7 @@ def few_tokens(rows: torch.Tensor, weights: list[PackedWeight], bias: torch.Tens
     weight = prepack.find(weights)
     if weight is None or rows.shape[0] > weight.most_tokens:
         return None
-    return run_prepared(rows, weight, bias, tuple(packed.out_features for packed in weights))
+    return run_prepared(rows, weight, bias, tuple(packed.out_features for packed in weights), change=change)
 
 
 def run_prepared(
