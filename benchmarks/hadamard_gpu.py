@@ -65,7 +65,7 @@ class Product:
             return lambda x, i: dispatch.run_prepared(x, self.ready[i], None, rows, shaped=True, change=change)
         entry = lookup(self.sign.device, self.ready[0].rows, len(self.sign), self.planes, bucket(tokens), True)
         config = half_bits.HalfConfig() if entry is None else half_bits.HalfConfig(**entry.config)
-        return lambda x, i: half_bits.multiply(x, self.ready[i], None, config, transform=change).view(len(x), -1)
+        return lambda x, i: half_bits.multiply(x, self.ready[i], None, config, change=change).view(len(x), -1)
 
     def calls(self, tokens: int, blocks: list[int]) -> list[tuple[str, int, Call]]:
         """Names, blocks and calls."""

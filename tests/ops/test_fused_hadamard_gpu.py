@@ -63,8 +63,8 @@ def multiply(module: ARBLinear, x: torch.Tensor) -> torch.Tensor:
     assert ready is not None
     assert change is not None
     if len(x) <= one_bit.MAX_TOKENS:
-        return one_bit.decode(x, ready, module.bias, one_bit.DecodeConfig(), transform=change[:3]).view(len(x), -1)
-    return half_bits.multiply(x, ready, module.bias, half_bits.HalfConfig(), transform=change[:3]).view(len(x), -1)
+        return one_bit.decode(x, ready, module.bias, one_bit.DecodeConfig(), change=change[:3]).view(len(x), -1)
+    return half_bits.multiply(x, ready, module.bias, half_bits.HalfConfig(), change=change[:3]).view(len(x), -1)
 
 
 @torch.no_grad()

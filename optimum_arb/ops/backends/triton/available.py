@@ -148,9 +148,9 @@ def _transform_self_check(device: torch.device) -> float:
         expected = changed @ packed.unpack().dequantize(torch.float64).T
         weight, change = prepack.prepack(packed), (order, sign, 256)
         if tokens > one_bit.MAX_TOKENS:
-            out = half_bits.multiply(x, weight, None, half_bits.HalfConfig(1, 1, 4), transform=change)
+            out = half_bits.multiply(x, weight, None, half_bits.HalfConfig(1, 1, 4), change=change)
         else:
-            out = one_bit.decode(x, weight, None, one_bit.DecodeConfig(warps=4), transform=change)
+            out = one_bit.decode(x, weight, None, one_bit.DecodeConfig(warps=4), change=change)
         errors.append((out.view(expected.shape).double() - expected).norm() / expected.norm())
     return float(torch.stack(errors).max())
 

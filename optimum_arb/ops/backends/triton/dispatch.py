@@ -15,7 +15,7 @@ from ..packed import PackedWeight
 from . import prepack
 from .available import fuses_hadamard, has_half_bits_kernel, has_one_bit_kernel
 from .dequantize import dequantize
-from .few_tokens_plan import transform_class
+from .few_tokens_plan import change_class
 from .gemm import gemm, gemm_input_grad
 from .gemm import plan as make_plan
 from .gemm import plan_group as make_group
@@ -129,7 +129,7 @@ def few_tokens(
     rows: torch.Tensor,
     weights: list[PackedWeight],
     bias: torch.Tensor | None,
-    change: few_tokens_plan.Transform | None = None,
+    change: few_tokens_plan.Change | None = None,
 ) -> torch.Tensor | None:
     """`[M * N]` by the kernels for weights that `prepare` has prepared; None where these are not to be used.
 
@@ -157,7 +157,7 @@ def run_prepared(
     parts: tuple[int, ...],
     *,
     shaped: bool = False,
-    change: few_tokens_plan.Transform | None = None,
+    change: few_tokens_plan.Change | None = None,
 ) -> torch.Tensor:
     """`few_tokens` of a weight that `prepare` returned.
 
@@ -197,12 +197,12 @@ def _kind(
     x: torch.Tensor,
     bias: torch.Tensor | None,
     parts: tuple[int, ...],
-    change: few_tokens_plan.Transform | None,
+    change: few_tokens_plan.Change | None,
 ) -> Hashable:
     """Equal for what one plan of a weight serves."""
     if bias is None:
-        return x.numel(), x.dtype, x.data_ptr() % 16, parts, transform_class(change)
-    return x.numel(), x.dtype, x.data_ptr() % 16, parts, transform_class(change), bias.dtype, bias.data_ptr() % 16
+        return x.numel(), x.dtype, x.data_ptr() % 16, parts, change_class(change)
+    return x.numel(), x.dtype, x.data_ptr() % 16, parts, change_class(change), bias.dtype, bias.data_ptr() % 16
 
 
 def _plan(
@@ -210,7 +210,7 @@ def _plan(
     weight: prepack.Prepacked,
     bias: torch.Tensor | None,
     parts: tuple[int, ...] | None,
-    change: few_tokens_plan.Transform | None,
+    change: few_tokens_plan.Change | None,
 ) -> one_bit.Plan | half_bits.Plan:
     tokens = rows.shape[0]
     if tokens > prepack.ONE_BIT_TOKENS:

@@ -15,14 +15,14 @@ from .prepack import SLOTS, Prepacked
 
 Grid = tuple[int, int, int]
 # permutation, sign and block of `hadamard.transform`, which an input goes through first
-Transform: TypeAlias = "tuple[torch.Tensor | None, torch.Tensor, int]"
+Change: TypeAlias = "tuple[torch.Tensor | None, torch.Tensor, int]"
 
 
-def transform_class(transform: Transform | None) -> Hashable:
+def change_class(change: Change | None) -> Hashable:
     """Equal for transforms that one plan of launches serves: it keeps their tensors."""
-    if transform is None:
+    if change is None:
         return None
-    permutation, sign, block = transform
+    permutation, sign, block = change
     return 0 if permutation is None else permutation.data_ptr(), sign.data_ptr(), block
 
 
@@ -51,12 +51,10 @@ class FewTokensPlan(ABC):
         self._native: NativeLaunches | None = None
         self._stride = -1  # of the input, from row to row, that the native launches are for
 
-    def preparation(
-        self, weight: Prepacked, transform: Transform | None
-    ) -> tuple[tuple[Any, ...], tuple[int, bool, int]]:
+    def preparation(self, weight: Prepacked, change: Change | None) -> tuple[tuple[Any, ...], tuple[int, bool, int]]:
         """The tensors that the preparation of inputs reads, and what it is compiled for because of their transform."""
         index = weight.input_scale if weight.index is None else weight.index
-        permutation, sign, block = transform or (None, weight.input_scale, 1)
+        permutation, sign, block = change or (None, weight.input_scale, 1)
         order = sign if permutation is None else permutation
         tile = SLOTS if weight.tiles == cdiv(self._columns, SLOTS) else SLOTS // 2
         constants = (block.bit_length() - 1, permutation is not None, tile)

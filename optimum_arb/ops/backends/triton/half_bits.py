@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 
-from .few_tokens_plan import FewTokensPlan, Grid, Transform, transform_class
+from .few_tokens_plan import Change, FewTokensPlan, Grid, change_class
 from .half_bits_kernels import _multiply, _prepare
 from .half_bits_transformed import WARPS as TRANSFORMED_WARPS
 from .half_bits_transformed import _prepare_transformed
@@ -71,7 +71,7 @@ def multiply(
     bias: torch.Tensor | None,
     config: HalfConfig,
     part_rows: tuple[int, ...] | None = None,
-    transform: Transform | None = None,
+    change: Change | None = None,
 ) -> torch.Tensor:
     """`x W^T + bias` for 1 to `MAX_TOKENS` rows of x.
 
@@ -81,15 +81,15 @@ def multiply(
         bias: `[N]`, or None.
         config: how to cut the work.
         part_rows: the rows of each weight that was joined; None for a single one.
-        transform: what x goes through first.
+        change: what x goes through first.
 
     Returns:
         `[M * N]` of x's dtype: the results `[M, rows]` of the parts, one after another.
     """
-    key = (likeness(x, bias), config, part_rows, transform_class(transform))
+    key = (likeness(x, bias), config, part_rows, change_class(change))
     plan = weight.plans.get(key)
     if plan is None:
-        plan = weight.plans[key] = Plan(x, weight, bias, config, part_rows or (weight.rows,), transform)
+        plan = weight.plans[key] = Plan(x, weight, bias, config, part_rows or (weight.rows,), change)
     device = x.device
     if x.is_cuda and torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
@@ -107,7 +107,7 @@ class Plan(FewTokensPlan):
         bias: torch.Tensor | None,
         config: HalfConfig,
         parts: tuple[int, ...],
-        transform: Transform | None = None,
+        change: Change | None = None,
     ):
         starts = [0]
         for rows in parts:
@@ -122,14 +122,14 @@ class Plan(FewTokensPlan):
         super().__init__(x, weight.rows, scratch=len(parts) * inputs * tiles * token_tiles * 528)
         ends = [sum(parts[: i + 1]) for i in range(len(parts))]
         self.prepare_grid = (tiles, token_tiles, len(parts) * inputs)
-        tensors, constants = self.preparation(weight, transform)
+        tensors, constants = self.preparation(weight, change)
         common = (inputs, len(parts), weight.index is not None)
         self.prepare: Any = _prepare
         self.prepare_weights: tuple[Any, ...] = tensors[2:]
         self.prepare_sizes: tuple[int, ...] = (tokens,)
         self.prepare_constants: tuple[Any, ...] = (*common, overlap)
         self.prepare_warps = 4
-        if transform is not None:
+        if change is not None:
             self.prepare, self.prepare_warps = _prepare_transformed, TRANSFORMED_WARPS
             self.prepare_weights, self.prepare_sizes = tensors, (tokens, x.shape[1])
             self.prepare_constants = (*common, *constants, overlap)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton
 
-from .few_tokens_plan import FewTokensPlan, Grid, Transform, transform_class
+from .few_tokens_plan import Change, FewTokensPlan, Grid, change_class
 from .launch import Program, likeness
 from .one_bit_kernels import _decode, _prepare
 from .prepack import ONE_BIT_TOKENS, ROWS, SLOTS, Prepacked
@@ -45,7 +45,7 @@ def decode(
     config: DecodeConfig,
     part_rows: tuple[int, ...] | None = None,
     experts: torch.Tensor | None = None,
-    transform: Transform | None = None,
+    change: Change | None = None,
 ) -> torch.Tensor:
     """`x W^T + bias` for 1 to `MAX_TOKENS` rows of x.
 
@@ -58,17 +58,17 @@ def decode(
         part_rows: the rows of each weight that was joined; None for a single one.
         experts: int32 `[M]`, for the weights of experts (`prepack.experts`): the expert of each row of x, of which
             there may be any number; a number that is none's gives zeros.
-        transform: what x goes through first; not with experts.
+        change: what x goes through first; not with experts.
 
     Returns:
         `[M * N]` of x's dtype: the results `[M, rows]` of the parts, one after another; with experts `[M, N]`, the
         parts side by side.
     """
     # Triton's own launch looks at every argument again: 25 us a kernel in Python, against 6 of a plan's
-    key = (likeness(x, bias), config, part_rows, experts is None, transform_class(transform))
+    key = (likeness(x, bias), config, part_rows, experts is None, change_class(change))
     plan = weight.plans.get(key)
     if plan is None:
-        plan = weight.plans[key] = Plan(x, weight, bias, config, part_rows or (weight.rows,), experts, transform)
+        plan = weight.plans[key] = Plan(x, weight, bias, config, part_rows or (weight.rows,), experts, change)
     device = x.device.index
     if torch.cuda.current_device() != device:
         with torch.cuda.device(device):
@@ -87,7 +87,7 @@ class Plan(FewTokensPlan):
         config: DecodeConfig,
         parts: tuple[int, ...],
         experts: torch.Tensor | None,
-        transform: Transform | None = None,
+        change: Change | None = None,
     ):
         tokens = x.shape[0]
         inputs, tiles = len(weight.program.inputs), weight.tiles
@@ -104,7 +104,7 @@ class Plan(FewTokensPlan):
             <= 4 * torch.cuda.get_device_properties(x.device).multi_processor_count
         )
         self.prepare_grid = (tiles, tokens, len(parts) * inputs)
-        self.prepare_weights, constants = self.preparation(weight, transform)
+        self.prepare_weights, constants = self.preparation(weight, change)
         self.prepare_sizes = (tokens, x.shape[1])
         self.prepare_constants = (inputs, len(parts), weight.experts, weight.index is not None, *constants, overlap)
         self.tiles = tiles
