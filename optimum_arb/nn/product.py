@@ -13,7 +13,7 @@ from ..ops.backends.packed import PackedWeight
 from ..ops.linear import Plan, linear_without_grad, plan
 from .input_transform import InputTransform
 from .plans import MAX_PLANS, Plans, current_device
-from .shared_input import MAX_TOKENS, SharedInput, prepare_layer, run_prepared_layer
+from .shared_input import MAX_TOKENS, SharedInput, prepare_layer, products_of_one_input, run_prepared_layer
 
 if TYPE_CHECKING:
     from ..ops.backends.triton.prepack import Prepacked
@@ -110,10 +110,12 @@ class PackedProduct(ABC):
             if out is not None:
                 return out
         change = self.input_transform()
+        if few and not compiling and self._prepared is not None:
+            return run_prepared_layer(x, self._prepared, bias, change)
+        if few and compiling and change is not None:  # the operator for one product alone has no transform
+            return products_of_one_input(x, [self], bias, change).view(*x.shape[:-1], self.out_features)
         if change is not None:
             x = change.apply(x) if shared is None else shared.transformed(x, change)
-        if few and not compiling and self._prepared is not None:
-            return run_prepared_layer(x, self._prepared, bias)
         if not compiling and self._without_grad(x) and not x.is_meta:
             out = self._planned(x, bias)
             if out is not None:

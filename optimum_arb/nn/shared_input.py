@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..format import packing
-from ..ops.backends.triton.available import has_one_bit_kernel
+from ..ops.backends.triton.available import fuses_hadamard, has_one_bit_kernel
 from ..ops.shared_input import split_results
 from .shared_prompts import SharedPrompts
 
@@ -231,17 +231,9 @@ class SharedInput:
         biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         bias = torch.cat(biases) if biases else None
         change = first.input_transform()
-        if change is not None:
-            x = change.apply(x)
         if self._prepared is not None and not torch.compiler.is_compiling():
-            return _run_prepared()(x, self._prepared, bias, self._rows)
-        tensors: list[list[torch.Tensor]] = []
-        for name in packing.TENSOR_NAMES:
-            found = [layer.operand(name) for layer in layers]
-            tensors.append([tensor for tensor in found if tensor is not None])
-        return torch.ops.optimum_arb.shared_input_linear(
-            x, *tensors, bias, first.layout.name, first.block_size, first.backend
-        )
+            return _run_prepared()(x, self._prepared, bias, self._rows, change=None if change is None else change[:3])
+        return products_of_one_input(x, layers, bias, change)
 
     @property
     def most_tokens(self) -> int:
@@ -272,6 +264,21 @@ class SharedInput:
         self._transformed.clear()
         self._prompts.forget()
         self._alike = False  # has to be looked at again
+
+
+def products_of_one_input(
+    x: torch.Tensor, layers: Sequence[PackedProduct], bias: torch.Tensor | None, change: InputTransform | None
+) -> torch.Tensor:
+    """The layers' results one after another, a vector, by the operator, which transforms the input too."""
+    first = layers[0]
+    tensors: list[list[torch.Tensor]] = []
+    for name in packing.TENSOR_NAMES:
+        found = [layer.operand(name) for layer in layers]
+        tensors.append([tensor for tensor in found if tensor is not None])
+    transform = () if change is None else change[:3]
+    return torch.ops.optimum_arb.shared_input_linear(
+        x, *tensors, bias, first.layout.name, first.block_size, first.backend, *transform
+    )
 
 
 def _state(x: torch.Tensor) -> tuple[int, int]:
@@ -342,6 +349,8 @@ def prepare_layer(layer: PackedProduct) -> Prepacked | None:
         return None
     from ..ops.backends.triton.dispatch import prepare
 
+    if layer.hadamard:
+        fuses_hadamard(weight.weight.device)  # found out now: a call may be captured in a CUDA graph
     with _PREPARING:
         shared = layer.shared_input
         if shared is not None and shared.prepare():
@@ -349,9 +358,12 @@ def prepare_layer(layer: PackedProduct) -> Prepacked | None:
         return prepare([weight])
 
 
-def run_prepared_layer(x: torch.Tensor, prepared: Prepacked, bias: torch.Tensor | None) -> torch.Tensor:
+def run_prepared_layer(
+    x: torch.Tensor, prepared: Prepacked, bias: torch.Tensor | None, change: InputTransform | None = None
+) -> torch.Tensor:
     """A layer's result for few tokens, without the operator's detour: `[..., K]` to `[..., N]`."""
-    return _run_prepared()(x, prepared, bias, (prepared.rows,), shaped=True)
+    transform = None if change is None else change[:3]
+    return _run_prepared()(x, prepared, bias, (prepared.rows,), shaped=True, change=transform)
 
 
 @cache

@@ -1,7 +1,8 @@
 """`torch.ops.optimum_arb.shared_input_linear`: several packed linear layers of one input, computed together.
 
 The result is one vector, the layers' results one after another; `split_results` gives them their shapes. For inference:
-it has no gradient.
+it has no gradient. What the input goes through before it meets all of them (`input_sign`, see `ops.hadamard.transform`)
+is a part of it, so that kernels can do both in one launch.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import torch
 from ..format.layout import layout_from_name
 from .backends.packed import PackedWeight
 from .backends.triton.available import has_kernels
+from .hadamard import transform
 from .linear import compute
 
 torch.library.define(
     "optimum_arb::shared_input_linear",
     "(Tensor x, Tensor[] weight, Tensor[] row_scale, Tensor[] col_scale, Tensor[] permutation, "
     "Tensor[] salient_columns, Tensor[] salient_weight, Tensor[] salient_col_scale, Tensor? bias, "
-    "str layout, int block_size, str backend) -> Tensor",
+    "str layout, int block_size, str backend, Tensor? order=None, Tensor? input_sign=None, int hadamard=0) -> Tensor",
 )
 
 
@@ -38,9 +40,26 @@ def packed_weights(
 
 
 @torch.library.impl("optimum_arb::shared_input_linear", "CompositeExplicitAutograd")
-def _shared_input_linear(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-    *tensors, bias, layout, block_size, backend = rest
-    weights = packed_weights(x.shape[-1], layout, block_size, *tensors)
+def _shared_input_linear(
+    x: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    row_scale: Sequence[torch.Tensor],
+    col_scale: Sequence[torch.Tensor],
+    permutation: Sequence[torch.Tensor],
+    salient_columns: Sequence[torch.Tensor],
+    salient_weight: Sequence[torch.Tensor],
+    salient_col_scale: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    layout: str,
+    block_size: int,
+    backend: str,
+    order: torch.Tensor | None = None,
+    input_sign: torch.Tensor | None = None,
+    hadamard: int = 0,
+) -> torch.Tensor:
+    rest = (row_scale, col_scale, permutation, salient_columns, salient_weight, salient_col_scale)
+    weights = packed_weights(x.shape[-1], layout, block_size, weight, *rest)
+    change = None if input_sign is None else (order, input_sign, hadamard)
     for packed in weights:
         packed.check()
     if x.is_cuda and backend in ("auto", "triton") and x.dtype in (torch.float16, torch.bfloat16):
@@ -49,9 +68,11 @@ def _shared_input_linear(x: torch.Tensor, *rest: Any) -> torch.Tensor:
         if has_one_bit_kernel(x.device):
             from .backends.triton.dispatch import few_tokens
 
-            out = few_tokens(x.reshape(-1, x.shape[-1]), weights, bias)
+            out = few_tokens(x.reshape(-1, x.shape[-1]), weights, bias, change)
             if out is not None:
                 return out
+    if change is not None:
+        x = transform(x, *change, backend=backend)
     rows = [packed.out_features for packed in weights]
     biases = [None] * len(rows) if bias is None else bias.split(rows)
     return torch.cat([compute(x, packed, b, backend).flatten() for packed, b in zip(weights, biases, strict=True)])

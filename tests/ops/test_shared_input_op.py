@@ -4,6 +4,7 @@ import pytest
 import torch
 from packed_weights import random_packed, relative_error
 
+from optimum_arb.format.hadamard import random_signs
 from optimum_arb.format.layout import all_layouts, planes_layout
 from optimum_arb.format.packing import TENSOR_NAMES
 from optimum_arb.ops.shared_input import packed_weights, split_results
@@ -38,6 +39,18 @@ def test_results_one_after_another():
         assert part.is_contiguous()
         expected = x.double() @ packed.unpack().dequantize(torch.float64).T + added
         assert relative_error(part, expected) < 2e-6
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_an_input_that_is_transformed_first(permuted):
+    weights = [random_packed(planes_layout(2, col_scale=True), rows, 200, seed=rows) for rows in ROWS]
+    x, bias = torch.randn(2, 2, 200), torch.randn(sum(ROWS))
+    sign = random_signs(200, 1).to(torch.int8) * 2 - 1
+    order = torch.randperm(200).to(torch.int16)[None] if permuted else None
+    call, given = torch.ops.optimum_arb.shared_input_linear, operands(weights, bias)
+    out = call(x, *given, order, sign, 128)
+    assert torch.equal(out, call(torch.ops.optimum_arb.hadamard(x, order, sign, 128, False, "auto"), *given))
+    torch.library.opcheck(call.default, (x, *given, order, sign, 128))
 
 
 def test_lists_of_tensors_and_weights():

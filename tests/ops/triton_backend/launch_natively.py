@@ -279,12 +279,18 @@ def written(fake: ctypes.CDLL, weights, config) -> None:
     print("group written")
 
 
-def few(fake: ctypes.CDLL, kind, config, name: str, tokens: int, rows: tuple[int, ...], with_bias: bool) -> None:
+def few(
+    fake: ctypes.CDLL, kind, config, name: str, tokens: int, rows: tuple[int, ...], with_bias: bool, block: int = 0
+) -> None:
     x = torch.zeros(tokens, 320, dtype=torch.bfloat16)
     parts = [prepack(random_packed(layout_from_name(name), count, 320, permuted=True)) for count in rows]
     weight = parts[0] if len(parts) == 1 else join(parts)
     bias = torch.zeros(sum(rows), dtype=torch.bfloat16) if with_bias else None
-    plan = kind.Plan(x, weight, bias, config, rows, *[None] * (kind is one_bit))
+    transform = None
+    if block:
+        sign, order = torch.ones(320, dtype=torch.int8), torch.arange(320, dtype=torch.int16)[None]
+        transform = (order if with_bias else None, sign, block)
+    plan = kind.Plan(x, weight, bias, config, rows, *[None] * (kind is one_bit), transform)
     plan.device = DEVICE
     plan.run(x, bias)
     out, scratch = torch.zeros(plan.results, dtype=x.dtype), torch.zeros(plan.scratch, dtype=torch.int32)
@@ -294,7 +300,7 @@ def few(fake: ctypes.CDLL, kind, config, name: str, tokens: int, rows: tuple[int
         for program, grid, args in zip(plan.launches, plan.grids(), (first, second), strict=True):
             program(grid, args, 77)
 
-    compare(fake, f"{kind.__name__} {name} {tokens} {rows}", plan, x, bias, out, scratch, by_triton)
+    compare(fake, f"{kind.__name__} {name} {tokens} {rows} {block}", plan, x, bias, out, scratch, by_triton)
 
 
 def main() -> None:
@@ -306,6 +312,8 @@ def main() -> None:
     few(fake, one_bit, one_bit.DecodeConfig(), "planes-2-col", 1, (272,), True)
     few(fake, one_bit, one_bit.DecodeConfig(), "planes-1", 2, (42, 7, 64), False)
     few(fake, half_bits, half_bits.HalfConfig(), "planes-2-col", 16, (42, 64), True)
+    few(fake, one_bit, one_bit.DecodeConfig(), "planes-2-col", 4, (42, 7, 64), True, block=256)
+    few(fake, half_bits, half_bits.HalfConfig(), "planes-1", 5, (272,), False, block=128)
 
 
 if __name__ == "__main__":

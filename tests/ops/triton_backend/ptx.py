@@ -173,6 +173,13 @@ def _bfly(self: _Fragment, a: np.ndarray, lanes: np.ndarray, clamp: np.ndarray, 
     return np.broadcast_to(a, self.shape)[..., np.arange(LANES) ^ int(lanes)]
 
 
+def _idx(self: _Fragment, a: np.ndarray, lanes: np.ndarray, clamp: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    _mask_is_full(mask)
+    assert clamp == 31, "the whole warp is one segment"
+    source = np.broadcast_to(lanes, self.shape).astype(np.int64) & 31
+    return np.take_along_axis(np.broadcast_to(a, self.shape), source, -1)
+
+
 def _shf_l_wrap(self: _Fragment, low: np.ndarray, high: np.ndarray, count: np.ndarray) -> np.ndarray:
     both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
     return (both << (count & np.uint32(31)).astype(np.uint64) >> np.uint64(32)).astype(np.uint32)
@@ -255,12 +262,14 @@ _INSTRUCTIONS: dict[str, tuple[str, tuple[str, ...], Callable]] = {
     "abs.f32": ("f32", ("f32",), _float_op(np.abs)),
     "max.NaN.f32": ("f32", ("f32", "f32"), _max_nan),
     "mul.f32": ("f32", ("f32", "f32"), _float_op(np.multiply)),
+    "add.f32": ("f32", ("f32", "f32"), _float_op(np.add)),
     "sub.f32": ("f32", ("f32", "f32"), _float_op(np.subtract)),
     "fma.rn.f32": ("f32", ("f32", "f32", "f32"), _fma),
     "rcp.approx.f32": ("f32", ("f32",), _rcp),
     "redux.sync.max.u32": ("u32", ("u32", "imm"), _redux_max),
     "redux.sync.add.s32": ("s32", ("s32", "imm"), _redux_add),
     "setp.gt.f32": ("pred", ("f32", "f32"), lambda self, a, b: (floats(a) > floats(b)).astype(np.uint32)),
+    "setp.gt.u32": ("pred", ("u32", "u32"), _int_op(lambda a, b: (a > b).astype(np.uint32))),
     "setp.eq.u32": ("pred", ("u32", "u32"), _int_op(lambda a, b: (a == b).astype(np.uint32))),
     "selp.f32": ("f32", ("f32", "f32", "pred"), _select),
     "selp.b32": ("b32", ("b32", "b32", "pred"), _select),
@@ -269,11 +278,13 @@ _INSTRUCTIONS: dict[str, tuple[str, tuple[str, ...], Callable]] = {
     "cvt.rn.f32.s32": ("f32", ("s32",), lambda self, a: bits(ints(a).astype(np.float32))),
     "add.s32": ("s32", ("s32", "s32"), _int_op(np.add)),
     "mad.lo.s32": ("s32", ("s32", "s32", "s32"), _int_op(lambda a, b, c: a * b + c)),
+    "xor.b32": ("b32", ("b32", "b32"), _int_op(np.bitwise_xor)),
     "and.b32": ("b32", ("b32", "b32"), _int_op(np.bitwise_and)),
     "shr.u32": ("u32", ("u32", "u32"), _int_op(np.right_shift)),
     "prmt.b32": ("b32", ("b32", "b32", "imm"), _prmt),
     "shf.l.wrap.b32": ("b32", ("b32", "b32", "u32"), _shf_l_wrap),
     "lop3.b32": ("b32", ("b32", "b32", "b32", "imm"), _lop3),
+    "shfl.sync.idx.b32": ("b32", ("b32", "b32", "imm", "imm"), _idx),
     "shfl.sync.bfly.b32": ("b32", ("b32", "imm", "imm", "imm"), _bfly),
     "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc": ("s32", ("b32", "b32", "s32"), _mma),
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": ("f32", ("b32", "b32", "f32"), _mma_half),

@@ -9,7 +9,12 @@ import torch
 
 from optimum_arb.ops.backends import reference
 from optimum_arb.ops.backends.triton import available
-from optimum_arb.ops.backends.triton.available import has_half_bits_kernel, has_kernels, has_one_bit_kernel
+from optimum_arb.ops.backends.triton.available import (
+    fuses_hadamard,
+    has_half_bits_kernel,
+    has_kernels,
+    has_one_bit_kernel,
+)
 from optimum_arb.ops.linear import _backend
 
 DEVICE = torch.device("cuda", 0)
@@ -26,10 +31,11 @@ def machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Test GPU")
     monkeypatch.setattr(available, "_self_check", lambda device: 3e-5)
     monkeypatch.setattr(available, "_half_self_check", lambda device: 3e-4)
-    for cached in (has_kernels, has_one_bit_kernel, has_half_bits_kernel):
+    monkeypatch.setattr(available, "_transform_self_check", lambda device: 3e-4)
+    for cached in (has_kernels, has_one_bit_kernel, has_half_bits_kernel, fuses_hadamard):
         cached.cache_clear()
     yield
-    for cached in (has_kernels, has_one_bit_kernel, has_half_bits_kernel):
+    for cached in (has_kernels, has_one_bit_kernel, has_half_bits_kernel, fuses_hadamard):
         cached.cache_clear()
 
 
@@ -41,6 +47,7 @@ def test_a_good_machine(caplog):
     assert has_kernels(DEVICE)
     assert has_one_bit_kernel(DEVICE)
     assert has_half_bits_kernel(DEVICE)
+    assert fuses_hadamard(DEVICE)
     assert not warnings(caplog)
 
 
@@ -108,6 +115,20 @@ def test_a_kernel_that_does_not_compile(monkeypatch, caplog, failure):
     assert has_kernels(DEVICE)
     (found,) = warnings(caplog)
     assert f"does not compile here ({failure}); using the others" in found
+
+
+def test_the_transform_of_inputs_alone(monkeypatch, caplog):
+    """Wrong, or switched off, it is a launch of its own, and the products stay."""
+    monkeypatch.setattr(available, "_transform_self_check", lambda device: float("nan"))
+    for _ in range(3):
+        assert not fuses_hadamard(DEVICE)
+    assert has_half_bits_kernel(DEVICE)
+    (found,) = warnings(caplog)
+    assert "The fused Hadamard transform kernel is wrong here" in found
+    monkeypatch.setattr(available, "_transform_self_check", lambda device: 3e-4)
+    monkeypatch.setattr(available, "FUSE_HADAMARD", False)
+    fuses_hadamard.cache_clear()
+    assert not fuses_hadamard(DEVICE)
 
 
 def test_the_kernel_for_5_to_16_tokens_alone(monkeypatch, caplog):

@@ -22,14 +22,14 @@ needs_fused = pytest.mark.skipif(
 )
 
 
-def compile_for_gpu(*what: str, cache: Path) -> str:
+def compile_for_gpu(*what: str, cache: Path, script: str = "compile_for_gpu") -> str:
     """In a process of its own: this one has the interpreter."""
     here = Path(__file__)
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     paths = [str(here.parents[3]), str(here.parents[2]), environment.get("PYTHONPATH", "")]
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(paths)}
-    script = here.with_name("compile_for_gpu.py")
-    done = subprocess.run([sys.executable, str(script), *what], env=environment, capture_output=True, text=True)
+    path = here.with_name(f"{script}.py")
+    done = subprocess.run([sys.executable, str(path), *what], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -54,6 +54,14 @@ def test_one_bit(tmp_path):
     """The assembly is taken, and its products run on the tensor cores."""
     out = compile_for_gpu("one_bit", cache=tmp_path)
     assert out.startswith("4 kernels: _decode, _prepare")
+
+
+@pytest.mark.parametrize("what", ["quick", pytest.param("more", marks=pytest.mark.slow)])
+def test_transformed_inputs(tmp_path, what):
+    """What is compiled for inputs that a Hadamard transform goes before computes that, in an emulator of the GPU."""
+    out = compile_for_gpu(what, cache=tmp_path, script="prepare_transformed")
+    assert "_prepare " in out
+    assert "_prepare_transformed " in out
 
 
 @pytest.mark.slow

@@ -45,7 +45,9 @@ def test_few_tokens_need_a_prepared_weight(monkeypatch):
     packed = random_packed(planes_layout(1), 42, 256)
     other = random_packed(planes_layout(1), 7, 256)
     asked = []
-    monkeypatch.setattr(dispatch, "run_prepared", lambda rows, weight, bias, parts: asked.append((len(rows), parts)))
+    monkeypatch.setattr(
+        dispatch, "run_prepared", lambda rows, weight, bias, parts, change: asked.append((len(rows), parts))
+    )
     x = torch.randn(17, 256).half()
     assert few_tokens(x[:1], [packed], None) is None
     prepack.make([packed])

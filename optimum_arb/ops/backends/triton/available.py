@@ -6,6 +6,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -18,6 +19,8 @@ logger = logging.getLogger("optimum_arb")
 
 # the first with `gdc_wait` and Gluon; the kernels in Gluon need 3.5, which `_works` finds, and `hopper_decode.py` 3.6
 FIRST_TRITON = (3, 4)
+# False: the Hadamard transform of few tokens is a launch of its own, as that of many
+FUSE_HADAMARD = True
 # mma with operands of one bit is an instruction of these; 10.0 and later emulate it slowly
 ONE_BIT_CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0))
 
@@ -82,6 +85,16 @@ def has_half_bits_kernel(device: torch.device) -> bool:
     return has_one_bit_kernel(device) and _works("half-bits tensor core", 1e-3, _half_self_check, device)
 
 
+@cache
+def fuses_hadamard(device: torch.device) -> bool:
+    """Whether the kernels for few tokens transform their inputs themselves on this device, found and told alike."""
+    return (
+        FUSE_HADAMARD
+        and has_half_bits_kernel(device)
+        and _works("fused Hadamard transform", 1e-3, _transform_self_check, device)
+    )
+
+
 def _works(name: str, most: float, check: Callable[[torch.device], float], device: torch.device) -> bool:
     # said only where it takes long enough to look like a hang, which is once: Triton keeps what it compiled on disk
     notice = threading.Timer(2, logger.warning, ["Compiling GPU kernels of packed layers; this takes seconds, once."])
@@ -118,6 +131,28 @@ def _half_self_check(device: torch.device) -> float:
         out = half_bits.multiply(x, prepack.prepack(packed), None, half_bits.HalfConfig(1, 1, 4))
         errors.append((out.view(expected.shape).double() - expected).norm() / expected.norm())
     return float(torch.stack(errors).max())  # NaN where one is
+
+
+def _transform_self_check(device: torch.device) -> float:
+    """The larger error of both kernels for few tokens, with a block of 256 columns and one that is left of 64."""
+    from ...hadamard import transform
+    from . import half_bits, one_bit, prepack
+
+    errors = []
+    for tokens in (2, 5):
+        packed, x, _ = _check_product(device, tokens)
+        packed = replace(packed, permutation=None)
+        order = torch.arange(packed.in_features - 1, -1, -1, dtype=torch.int32, device=device)[None]
+        sign = (torch.arange(packed.in_features, device=device) // 3 % 2 * 2 - 1).to(torch.int8)
+        changed = transform(x.double(), order, sign, 256, backend="reference")
+        expected = changed @ packed.unpack().dequantize(torch.float64).T
+        weight, change = prepack.prepack(packed), (order, sign, 256)
+        if tokens > one_bit.MAX_TOKENS:
+            out = half_bits.multiply(x, weight, None, half_bits.HalfConfig(1, 1, 4), change=change)
+        else:
+            out = one_bit.decode(x, weight, None, one_bit.DecodeConfig(warps=4), change=change)
+        errors.append((out.view(expected.shape).double() - expected).norm() / expected.norm())
+    return float(torch.stack(errors).max())
 
 
 def _check_product(device: torch.device, tokens: int) -> tuple[PackedWeight, torch.Tensor, torch.Tensor]:

@@ -13,18 +13,19 @@ from .. import grouped, reference
 from ..grouped import PackedExperts
 from ..packed import PackedWeight
 from . import prepack
-from .available import has_half_bits_kernel, has_one_bit_kernel
+from .available import fuses_hadamard, has_half_bits_kernel, has_one_bit_kernel
 from .dequantize import dequantize
+from .few_tokens_plan import change_class
 from .gemm import gemm, gemm_input_grad
 from .gemm import plan as make_plan
 from .gemm import plan_group as make_group
 from .gemm_config import GemmConfig, default_config, fits_hopper, has_hopper, is_fusable
-from .hadamard import Transform
+from .hadamard import Transform, transform
 from .launch import current_device, hooked
 from .table import bucket, lookup
 
 if TYPE_CHECKING:
-    from . import half_bits, one_bit
+    from . import few_tokens_plan, half_bits, one_bit
     from .hopper_group import HopperGroup
     from .hopper_plan import HopperPlan
 
@@ -124,13 +125,19 @@ def grouped_linear(x: torch.Tensor, offsets: torch.Tensor, packed: PackedExperts
     return grouped.linear(x, offsets, packed, lambda part, weight: linear(part, weight, None))
 
 
-def few_tokens(rows: torch.Tensor, weights: list[PackedWeight], bias: torch.Tensor | None) -> torch.Tensor | None:
+def few_tokens(
+    rows: torch.Tensor,
+    weights: list[PackedWeight],
+    bias: torch.Tensor | None,
+    change: few_tokens_plan.Change | None = None,
+) -> torch.Tensor | None:
     """`[M * N]` by the kernels for weights that `prepare` has prepared; None where these are not to be used.
 
     Args:
         rows: `[M, K]`.
         weights: one, or several of the same input whose results are wanted side by side.
         bias: `[N]`, of all weights together, or None.
+        change: see `run_prepared`.
 
     Returns:
         The results `[M, rows]` of the weights, one after another.
@@ -140,7 +147,7 @@ def few_tokens(rows: torch.Tensor, weights: list[PackedWeight], bias: torch.Tens
     weight = prepack.find(weights)
     if weight is None or rows.shape[0] > weight.most_tokens:
         return None
-    return run_prepared(rows, weight, bias, tuple(packed.out_features for packed in weights))
+    return run_prepared(rows, weight, bias, tuple(packed.out_features for packed in weights), change=change)
 
 
 def run_prepared(
@@ -150,6 +157,7 @@ def run_prepared(
     parts: tuple[int, ...],
     *,
     shaped: bool = False,
+    change: few_tokens_plan.Change | None = None,
 ) -> torch.Tensor:
     """`few_tokens` of a weight that `prepare` returned.
 
@@ -159,9 +167,13 @@ def run_prepared(
         bias: as in `few_tokens`.
         parts: the rows of each weight that was joined.
         shaped: for one weight: return `[..., N]`.
+        change: what x goes through first: permutation, sign and block of `hadamard.transform`. It is part of the
+            launch that prepares x where `fuses_hadamard` says so, and then never rounded to the dtype of x.
     """
+    if change is not None and not fuses_hadamard(x.device):
+        x, change = transform(x, *change), None
     # what the host does for a token is felt: the table is asked once, not at every call
-    plan = weight.plans.get(_kind(x, bias, parts))
+    plan = weight.plans.get(_kind(x, bias, parts, change))
     if plan is not None and plan.contiguous and x.is_contiguous():  # noqa: SIM102 (none of it is asked on a CPU)
         if current_device() == x.get_device() and not hooked():
             return plan.launch(x, bias, x.shape if shaped else None)
@@ -169,11 +181,11 @@ def run_prepared(
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     if shaped:
-        return run_prepared(rows, weight, bias, parts).view(*x.shape[:-1], weight.rows)
-    key = _kind(rows, bias, parts)
+        return run_prepared(rows, weight, bias, parts, change=change).view(*x.shape[:-1], weight.rows)
+    key = _kind(rows, bias, parts, change)
     plan = weight.plans.get(key)
     if plan is None:
-        plan = weight.plans[key] = _plan(rows, weight, bias, parts if len(parts) > 1 else None)
+        plan = weight.plans[key] = _plan(rows, weight, bias, parts if len(parts) > 1 else None, change)
     device = rows.device
     if torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
@@ -181,26 +193,35 @@ def run_prepared(
     return plan.run(rows, bias)
 
 
-def _kind(x: torch.Tensor, bias: torch.Tensor | None, parts: tuple[int, ...]) -> Hashable:
+def _kind(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    parts: tuple[int, ...],
+    change: few_tokens_plan.Change | None,
+) -> Hashable:
     """Equal for what one plan of a weight serves."""
     if bias is None:
-        return x.numel(), x.dtype, x.data_ptr() % 16, parts
-    return x.numel(), x.dtype, x.data_ptr() % 16, parts, bias.dtype, bias.data_ptr() % 16
+        return x.numel(), x.dtype, x.data_ptr() % 16, parts, change_class(change)
+    return x.numel(), x.dtype, x.data_ptr() % 16, parts, change_class(change), bias.dtype, bias.data_ptr() % 16
 
 
 def _plan(
-    rows: torch.Tensor, weight: prepack.Prepacked, bias: torch.Tensor | None, parts: tuple[int, ...] | None
+    rows: torch.Tensor,
+    weight: prepack.Prepacked,
+    bias: torch.Tensor | None,
+    parts: tuple[int, ...] | None,
+    change: few_tokens_plan.Change | None,
 ) -> one_bit.Plan | half_bits.Plan:
     tokens = rows.shape[0]
     if tokens > prepack.ONE_BIT_TOKENS:
         from . import half_bits
 
         cut = weight.half.get(bucket(tokens)) or half_bits.HalfConfig()
-        return half_bits.Plan(rows, weight, bias, cut, parts or (weight.rows,))
+        return half_bits.Plan(rows, weight, bias, cut, parts or (weight.rows,), change)
     from . import one_bit
 
     chosen = _decode_config(rows.device, weight.rows, rows.shape[1], weight.program.planes, bucket(tokens))
-    return one_bit.Plan(rows, weight, bias, chosen, parts or (weight.rows,), None)
+    return one_bit.Plan(rows, weight, bias, chosen, parts or (weight.rows,), None, change)
 
 
 def _half_config(

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, TypeAlias
 
 import torch
 
-from .launch import Program, hooked
+from .launch import Program, cdiv, hooked
 from .native_launch import EXTRA, OUT, SCRATCH, NativeLaunches, Slot, X, prepare
 from .outputs import Outputs, current_stream, empty_vector
+from .prepack import SLOTS, Prepacked
 
 Grid = tuple[int, int, int]
+# permutation, sign and block of `hadamard.transform`, which an input goes through first
+Change: TypeAlias = "tuple[torch.Tensor | None, torch.Tensor, int]"
+
+
+def change_class(change: Change | None) -> Hashable:
+    """Equal for transforms that one plan of launches serves: it keeps their tensors."""
+    if change is None:
+        return None
+    permutation, sign, block = change
+    return 0 if permutation is None else permutation.data_ptr(), sign.data_ptr(), block
 
 
 class FewTokensPlan(ABC):
@@ -38,6 +50,15 @@ class FewTokensPlan(ABC):
         self._outputs = Outputs(rows, x.dtype)
         self._native: NativeLaunches | None = None
         self._stride = -1  # of the input, from row to row, that the native launches are for
+
+    def preparation(self, weight: Prepacked, change: Change | None) -> tuple[tuple[Any, ...], tuple[int, bool, int]]:
+        """The tensors that the preparation of inputs reads, and what it is compiled for because of their transform."""
+        index = weight.input_scale if weight.index is None else weight.index
+        permutation, sign, block = change or (None, weight.input_scale, 1)
+        order = sign if permutation is None else permutation
+        tile = SLOTS if weight.tiles == cdiv(self._columns, SLOTS) else SLOTS // 2
+        constants = (block.bit_length() - 1, permutation is not None, tile)
+        return (order, sign, weight.input_scale, index), constants
 
     @property
     def native(self) -> NativeLaunches | None:

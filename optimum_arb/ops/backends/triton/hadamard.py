@@ -1,5 +1,7 @@
 """The block Hadamard transform of an input, its signs and its column order: one launch.
 
+The kernels for up to 16 tokens do it in a launch of theirs instead, see `hadamard_inputs.py`.
+
 A block is multiplied by its matrix on the tensor cores. Numbers of half precision and entries of +1 and -1 are exact in
 their format of 19 bits (TF32), float32 is multiplied as it is; sums are float32. The matrix is made in registers, of
 the parity of the bits that row and column number share.

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 import triton
 
-from .few_tokens_plan import FewTokensPlan, Grid
+from .few_tokens_plan import Change, FewTokensPlan, Grid, change_class
 from .half_bits_kernels import _multiply, _prepare
+from .half_bits_transformed import WARPS as TRANSFORMED_WARPS
+from .half_bits_transformed import _prepare_transformed
 from .launch import Program, cdiv, likeness, overlaps
 from .prepack import ROWS, Prepacked
 
@@ -69,6 +71,7 @@ def multiply(
     bias: torch.Tensor | None,
     config: HalfConfig,
     part_rows: tuple[int, ...] | None = None,
+    change: Change | None = None,
 ) -> torch.Tensor:
     """`x W^T + bias` for 1 to `MAX_TOKENS` rows of x.
 
@@ -78,14 +81,15 @@ def multiply(
         bias: `[N]`, or None.
         config: how to cut the work.
         part_rows: the rows of each weight that was joined; None for a single one.
+        change: what x goes through first.
 
     Returns:
         `[M * N]` of x's dtype: the results `[M, rows]` of the parts, one after another.
     """
-    key = (likeness(x, bias), config, part_rows)
+    key = (likeness(x, bias), config, part_rows, change_class(change))
     plan = weight.plans.get(key)
     if plan is None:
-        plan = weight.plans[key] = Plan(x, weight, bias, config, part_rows or (weight.rows,))
+        plan = weight.plans[key] = Plan(x, weight, bias, config, part_rows or (weight.rows,), change)
     device = x.device
     if x.is_cuda and torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
@@ -103,6 +107,7 @@ class Plan(FewTokensPlan):
         bias: torch.Tensor | None,
         config: HalfConfig,
         parts: tuple[int, ...],
+        change: Change | None = None,
     ):
         starts = [0]
         for rows in parts:
@@ -116,10 +121,18 @@ class Plan(FewTokensPlan):
         overlap = overlaps(x.device)
         super().__init__(x, weight.rows, scratch=len(parts) * inputs * tiles * token_tiles * 528)
         ends = [sum(parts[: i + 1]) for i in range(len(parts))]
-        index = weight.input_scale if weight.index is None else weight.index
         self.prepare_grid = (tiles, token_tiles, len(parts) * inputs)
-        self.prepare_weights = (weight.input_scale, index)
-        self.prepare_constants = (inputs, len(parts), weight.index is not None, overlap)
+        tensors, constants = self.preparation(weight, change)
+        common = (inputs, len(parts), weight.index is not None)
+        self.prepare: Any = _prepare
+        self.prepare_weights: tuple[Any, ...] = tensors[2:]
+        self.prepare_sizes: tuple[int, ...] = (tokens,)
+        self.prepare_constants: tuple[Any, ...] = (*common, overlap)
+        self.prepare_warps = 4
+        if change is not None:
+            self.prepare, self.prepare_warps = _prepare_transformed, TRANSFORMED_WARPS
+            self.prepare_weights, self.prepare_sizes = tensors, (tokens, x.shape[1])
+            self.prepare_constants = (*common, *constants, overlap)
         self.tiles = tiles
         self.grid = (cdiv(weight.groups, groups * row_warps), 1, 1)
         self.weights = (weight.words, weight.row_scale)
@@ -156,7 +169,7 @@ class Plan(FewTokensPlan):
         out = torch.empty(self.results, dtype=x.dtype, device=device)
         first, second = self.arguments(x, x.stride(0), scratch, bias, None, out)
         if self.launches is None:
-            made = _prepare[self.prepare_grid](*first, num_warps=4)
+            made = self.prepare[self.prepare_grid](*first, num_warps=self.prepare_warps)
             self.launches = Program(made), Program(_multiply[self.grid](*second, **self.options))
             self.prepare_native(x.stride(0), bias, None)
         else:
@@ -171,5 +184,6 @@ class Plan(FewTokensPlan):
     def arguments(
         self, x: Any, stride: int, scratch: Any, bias: Any, experts: Any, out: Any
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        first = (x, *self.prepare_weights, scratch, self.tiles, stride, self.tokens, *self.prepare_constants)
+        sizes = (self.tiles, stride, *self.prepare_sizes)
+        first = (x, *self.prepare_weights, scratch, *sizes, *self.prepare_constants)
         return first, (scratch, *self.weights, scratch if bias is None else bias, out, *self.rest)

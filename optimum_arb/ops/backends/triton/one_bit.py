@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton
 
-from .few_tokens_plan import FewTokensPlan, Grid
+from .few_tokens_plan import Change, FewTokensPlan, Grid, change_class
 from .launch import Program, likeness
 from .one_bit_kernels import _decode, _prepare
 from .prepack import ONE_BIT_TOKENS, ROWS, SLOTS, Prepacked
@@ -45,6 +45,7 @@ def decode(
     config: DecodeConfig,
     part_rows: tuple[int, ...] | None = None,
     experts: torch.Tensor | None = None,
+    change: Change | None = None,
 ) -> torch.Tensor:
     """`x W^T + bias` for 1 to `MAX_TOKENS` rows of x.
 
@@ -57,16 +58,17 @@ def decode(
         part_rows: the rows of each weight that was joined; None for a single one.
         experts: int32 `[M]`, for the weights of experts (`prepack.experts`): the expert of each row of x, of which
             there may be any number; a number that is none's gives zeros.
+        change: what x goes through first; not with experts.
 
     Returns:
         `[M * N]` of x's dtype: the results `[M, rows]` of the parts, one after another; with experts `[M, N]`, the
         parts side by side.
     """
     # Triton's own launch looks at every argument again: 25 us a kernel in Python, against 6 of a plan's
-    key = (likeness(x, bias), config, part_rows, experts is None)
+    key = (likeness(x, bias), config, part_rows, experts is None, change_class(change))
     plan = weight.plans.get(key)
     if plan is None:
-        plan = weight.plans[key] = Plan(x, weight, bias, config, part_rows or (weight.rows,), experts)
+        plan = weight.plans[key] = Plan(x, weight, bias, config, part_rows or (weight.rows,), experts, change)
     device = x.device.index
     if torch.cuda.current_device() != device:
         with torch.cuda.device(device):
@@ -85,6 +87,7 @@ class Plan(FewTokensPlan):
         config: DecodeConfig,
         parts: tuple[int, ...],
         experts: torch.Tensor | None,
+        change: Change | None = None,
     ):
         tokens = x.shape[0]
         inputs, tiles = len(weight.program.inputs), weight.tiles
@@ -101,9 +104,9 @@ class Plan(FewTokensPlan):
             <= 4 * torch.cuda.get_device_properties(x.device).multi_processor_count
         )
         self.prepare_grid = (tiles, tokens, len(parts) * inputs)
-        index = weight.input_scale if weight.index is None else weight.index
-        self.prepare_weights = (weight.input_scale, index)
-        self.prepare_constants = (inputs, len(parts), weight.experts, weight.index is not None, overlap)
+        self.prepare_weights, constants = self.preparation(weight, change)
+        self.prepare_sizes = (tokens, x.shape[1])
+        self.prepare_constants = (inputs, len(parts), weight.experts, weight.index is not None, *constants, overlap)
         self.tiles = tiles
         self.decode_grid = (programs, 1 if experts is None else tokens, 1)
         self.decode_weights = (weight.words, weight.row_scale)
@@ -150,7 +153,8 @@ class Plan(FewTokensPlan):
         self, x: Any, stride: int, scratch: Any, bias: Any, experts: Any, out: Any
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         owner = scratch if experts is None else experts
-        first = (x, *self.prepare_weights, owner, scratch, self.tiles, stride, self.tokens, *self.prepare_constants)
+        sizes = (self.tiles, stride, *self.prepare_sizes)
+        first = (x, *self.prepare_weights, owner, scratch, *sizes, *self.prepare_constants)
         second = (
             scratch,
             *self.decode_weights,

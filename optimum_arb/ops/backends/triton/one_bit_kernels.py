@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from . import fragments
+from .hadamard_inputs import transform_tile
 from .prepack import ROWS, SLOTS
 
 _PREPARE = gl.constexpr(fragments.prepare())
@@ -25,9 +26,11 @@ _WAIT = gl.constexpr("{ griddepcontrol.wait; mov.b32 $0, $1; }")
 _LAUNCH = gl.constexpr("{ griddepcontrol.launch_dependents; mov.b32 $0, $1; }")
 
 
-@gluon.jit(do_not_specialize=["T", "x_stride", "M"])
+@gluon.jit(do_not_specialize=["T", "x_stride", "M", "K"])
 def _prepare(
     x_ptr,
+    permutation_ptr,
+    sign_ptr,
     scale_ptr,
     index_ptr,
     expert_ptr,
@@ -35,13 +38,20 @@ def _prepare(
     T,
     x_stride,
     M,
+    K,
     INPUTS: gl.constexpr,
     PARTS: gl.constexpr,
     EXPERTS: gl.constexpr,
     INDEXED: gl.constexpr,
+    LOG: gl.constexpr,
+    PERMUTED: gl.constexpr,
+    TILE: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
-    """x [M, K] to int32 [PARTS, INPUTS, M, T, 128]. Grid (T, M, PARTS * INPUTS), one warp."""
+    """x [M, K] to int32 [PARTS, INPUTS, M, T, 128]. Grid (T, M, PARTS * INPUTS), one warp.
+
+    With LOG x goes through a Hadamard transform of blocks of 2^LOG columns first, see `hadamard_inputs`.
+    """
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     slot = gl.arange(0, _SLOTS, layout=layout)
     if OVERLAP:
@@ -59,7 +69,11 @@ def _prepare(
     else:
         column = at
     scale = gl.load(scale_ptr + (weight * (PARTS * INPUTS) + source) * (T * _SLOTS) + at)
-    x = gl.load(x_ptr + token * x_stride + column).to(gl.float32)
+    if LOG:
+        row = x_ptr + token * x_stride
+        x = transform_tile(row, permutation_ptr, sign_ptr, column, slot, tile, K, LOG, PERMUTED, INDEXED, TILE)
+    else:
+        x = gl.load(x_ptr + token * x_stride + column).to(gl.float32)
     x = gl.where(scale != 0, x * scale, 0.0)
     words = gl.inline_asm_elementwise(_PREPARE, _PREPARE_CONSTRAINTS, [x], dtype=gl.int32, is_pure=False, pack=4)
     gl.store(out_ptr + ((source * M + token) * T) * _SLOTS + at, words)

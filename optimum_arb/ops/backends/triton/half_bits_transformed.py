@@ -1,0 +1,83 @@
+"""`half_bits_kernels._prepare` of inputs that go through a block Hadamard transform first, without a launch for that.
+
+A warp holds the 128 columns of one token, as the butterflies of `hadamard_inputs` need them; what it writes is the same
+form.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .hadamard_inputs import transform_tile
+from .prepack import SLOTS
+
+WARPS = 8  # one a token
+
+_CHUNK = gl.constexpr(528)  # words of 8 tokens of a tile, as in `half_bits_kernels`
+_SLOTS = gl.constexpr(SLOTS)
+_WARPS = gl.constexpr(WARPS)
+_LAUNCH = gl.constexpr("{ griddepcontrol.launch_dependents; mov.b32 $0, $1; }")
+
+
+@gluon.jit(do_not_specialize=["T", "x_stride", "M", "K"])
+def _prepare_transformed(
+    x_ptr,
+    permutation_ptr,
+    sign_ptr,
+    scale_ptr,
+    index_ptr,
+    out_ptr,
+    T,
+    x_stride,
+    M,
+    K,
+    INPUTS: gl.constexpr,
+    PARTS: gl.constexpr,
+    INDEXED: gl.constexpr,
+    LOG: gl.constexpr,
+    PERMUTED: gl.constexpr,
+    TILE: gl.constexpr,
+    OVERLAP: gl.constexpr,
+):
+    """x [M, K] to words [PARTS * INPUTS, T, ceil(M / 8), 528]. Grid (T, ceil(M / 8), PARTS * INPUTS)."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [_WARPS, 1], [1, 0])
+    slot = gl.arange(0, _SLOTS, layout=gl.SliceLayout(0, layout))
+    if OVERLAP:
+        slot = gl.inline_asm_elementwise(_LAUNCH, "=r,r", [slot], dtype=gl.int32, is_pure=False, pack=1)
+        slot = gl.max_contiguous(gl.multiple_of(slot, 128), 128)
+    slot = gl.expand_dims(slot, 0)
+    tile = gl.program_id(0)
+    source = gl.program_id(2)
+    g = gl.arange(0, _WARPS, layout=gl.SliceLayout(1, layout))
+    token = gl.program_id(1) * _WARPS + g
+    at = tile * _SLOTS + slot
+    column = at
+    if INDEXED:
+        column = gl.load(index_ptr + (source // INPUTS) * (T * _SLOTS) + at)
+    scale = gl.load(scale_ptr + source * (T * _SLOTS) + at)
+    # past the last token the last one again, whose numbers are then taken for zeros
+    row = x_ptr + gl.expand_dims(gl.minimum(token, M - 1).to(gl.int64) * x_stride, 1)
+    x = transform_tile(row, permutation_ptr, sign_ptr, column, slot, tile, K, LOG, PERMUTED, INDEXED, TILE)
+    x = gl.where(gl.expand_dims(token < M, 1) & (scale != 0), x * scale, 0.0)
+    # magnitudes are ordered like their bits, and NaN is above infinity
+    largest = gl.max(x.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    exponent = gl.maximum(largest >> 23, 1)
+    inverse = gl.expand_dims(((254 - exponent) << 23).to(gl.float32, bitcast=True), 1)
+    bit = slot // 16
+    step = ((127 + 14 - bit) << 23).to(gl.float32, bitcast=True)
+    half = (x * inverse * step).to(gl.float16)
+    weight = ((127 + bit - 25) << 23).to(gl.float32, bitcast=True)
+    correction = -gl.sum(half.to(gl.float32) * weight, 1)
+    back = (exponent << 23).to(gl.float32, bitcast=True) * 2048.0
+    back = gl.where(exponent >= 254, float("nan"), back)  # infinity, NaN, and what overflows with the next addition
+    # of a lane's four columns the operand holds + 0 and + 2 in one register, + 1 and + 3 in the next
+    half = gl.permute(gl.reshape(half, [_WARPS, _SLOTS // 4, 2, 2]), (0, 1, 3, 2))
+    half = gl.convert_layout(gl.reshape(half, [_WARPS, _SLOTS]), layout)
+    place = slot // 32 * 256 + slot // 4 % 4 * 8 + bit % 2 * 4 + slot % 4
+    place = gl.max_contiguous(gl.multiple_of(place, [1, 4]), [1, 4]) + gl.expand_dims(g * 32, 1)
+    chunk = out_ptr + ((source * T + tile) * gl.num_programs(1) + gl.program_id(1)) * _CHUNK
+    gl.store(chunk.to(gl.pointer_type(gl.float16), bitcast=True) + place, half)
+    factors = chunk.to(gl.pointer_type(gl.float32), bitcast=True) + (512 + (g >> 1) * 4 + (g & 1))
+    gl.store(factors, back)
+    gl.store(factors + 2, correction)
