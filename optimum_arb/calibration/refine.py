@@ -51,7 +51,7 @@ class RefineSettings:
         seed: of the order of the batches.
     """
 
-    steps: int = 400
+    steps: int = 120
     learning_rate: float = 0.005
     sign_learning_rate: float = 0.005
     evaluations: int = 10

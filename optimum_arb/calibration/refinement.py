@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 # Tokens of a step, which is one calibration batch.
 TOKENS_PER_STEP = 2048
-# The last pass sees the whole model: smaller steps, and fewer than a layer's default of 400.
+# The last pass sees the whole model: smaller steps.
 MODEL_STEPS, MODEL_LEARNING_RATE = 200, 0.001
 
 

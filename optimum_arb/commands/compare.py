@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_METHODS,
         metavar="LIST",
         help="of rtn, billm, arb, arb-x, arb-rc (each of the last four with :published for the method as its authors "
-        "released it), arb-hrc:1 to :3, arb-dbf:BITS, gguf, hqq:2; full precision is always there "
+        "released it), arb-hrc:1 to :3, arb-dbf:BITS, gguf, hqq:2; behind a method choices of ARBConfig, as in "
+        "arb-hrc:2:hadamard=128:scale_bits=8; full precision is always there "
         f"(default: {DEFAULT_METHODS})",
     )
     parser.add_argument("--out", default="comparison", metavar="DIR", help="of the results (default: comparison)")

@@ -91,7 +91,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOW",
         help="tune each binarized layer to the float model's outputs (block), and then the whole model (model)",
     )
-    method.add_argument("--refine-steps", type=int, metavar="N", help="steps of each layer's tuning (default: 400)")
+    method.add_argument("--refine-steps", type=int, metavar="N", help="steps of each layer's tuning (default: 120)")
     method.add_argument(
         "--refine-learning-rate", type=float, metavar="X", help="of scales and norms, relative (default: 0.005)"
     )

@@ -82,7 +82,7 @@ class ARBConfig(ResolvedChoices, QuantizationConfigMixin):
         refine: whether the binarized model is tuned to what the float model puts out, on the calibration text: "block"
             tunes each decoder layer, its norms and biases included, once it is binarized; "model" then also tunes
             scales and norms of the whole model, which must fit into memory; None (the default) does neither.
-        refine_steps: steps of each layer's tuning; None is 400.
+        refine_steps: steps of each layer's tuning; None is 120.
         refine_learning_rate: of scales, norms and biases, relative to their size; None is 0.005.
         refine_signs: whether the signs are tuned too; None is True.
         modules_to_not_convert: modules that stay in float besides those that transformers keeps (the output embedding

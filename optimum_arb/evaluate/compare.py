@@ -24,6 +24,7 @@ from .perplexity import model_positions, perplexity, read_text
 FULL = "full"
 RESULTS = "compare.json"
 PUBLISHED = ("billm", "arb", "arb-x", "arb-rc")
+CALIBRATION = ("dataset", "num_samples", "sequence_length", "seed")  # of the settings
 
 
 @dataclass(frozen=True)
@@ -79,32 +80,64 @@ def parse_row(name: str, settings: Settings) -> Row:
     | `arb-hrc:2` | that many planes; `arb-hrc` is one |
     | `arb-dbf:1.2` | `ARBConfig(method="arb-dbf", factor_bits=1.2)`; `arb-dbf` is one bit |
     | `gguf` | `ARBConfig.for_gguf()` |
+    | `arb-hrc:2:hadamard=128:scale_bits=8` | any method of `ARBConfig` with further choices, values as in JSON |
     | `hqq:2` | HQQ at that many bits, where the package is installed |
 
     Raises:
-        ValueError: no such row.
+        ValueError: no such row, or choices that `ARBConfig` refuses.
     """
-    method, _, choice = name.partition(":")
-    calibration = {key: getattr(settings, key) for key in ("dataset", "num_samples", "sequence_length", "seed")}
-    if method == FULL and not choice:
+    parts = name.split(":")
+    choices = [part for part in parts if "=" in part]
+    method, *rest = (part for part in parts if "=" not in part)
+    choice = rest[0] if rest else ""
+    if len(rest) > 1 or parts[-len(choices) or len(parts) :] != choices or (rest and not choice):
+        raise _no_row(name)
+    calibration = {key: getattr(settings, key) for key in CALIBRATION}
+    further = {**calibration, **_choices(name, choices)}
+    if method == FULL and len(parts) == 1:
         return Row(name)
-    if method == "hqq" and choice in ("1", "2", "3", "4", "8"):
+    if method == "hqq" and choice in ("1", "2", "3", "4", "8") and not choices:
         return Row(name, hqq_bits=int(choice))
-    if method == "gguf" and not choice:
+    if method == "gguf" and len(parts) == 1:
         return Row(name, ARBConfig.for_gguf(**calibration))
-    if method == "arb-hrc" and choice in ("", "1", "2", "3"):
-        return Row(name, ARBConfig(planes=int(choice or 1), **calibration))
-    if method == "arb-dbf" and re.fullmatch(r"[0-9]*\.?[0-9]+", choice):
-        return Row(name, ARBConfig(method=method, factor_bits=float(choice), **calibration))
-    if method == "rtn" and not choice:
-        return Row(name, ARBConfig(method="rtn", dataset=None))
-    if method in PUBLISHED and choice == "published":
+    if method in PUBLISHED and choice == "published" and not choices:
         return Row(name, ARBConfig.as_published(method, **calibration))
-    if method in METHODS and not choice:
-        return Row(name, ARBConfig(method=method, **calibration))
-    raise ValueError(
+    if method == "rtn" and not choice:
+        return Row(name, ARBConfig(**{**further, "method": "rtn", "dataset": None}))
+    if method == "arb-hrc" and choice in ("1", "2", "3"):
+        further["planes"] = int(choice)
+    elif method == "arb-dbf" and re.fullmatch(r"[0-9]*\.?[0-9]+", choice):
+        further["factor_bits"] = float(choice)
+    elif method not in METHODS or choice:
+        raise _no_row(name)
+    elif method == "arb-hrc" and "target_bits_per_weight" not in further:
+        further.setdefault("planes", 1)
+    return Row(name, ARBConfig(**{"method": method, **further}))
+
+
+def _choices(name: str, parts: list[str]) -> dict[str, Any]:
+    """What `name=value` says of `ARBConfig`."""
+    known = ARBConfig().choices().keys() - {"method", "planes", "factor_bits", *CALIBRATION}
+    choices: dict[str, Any] = {}
+    for part in parts:
+        key, _, value = part.partition("=")
+        if key not in known or key in choices:
+            raise ValueError(
+                f"{part!r} in the row {name!r} is no further choice of ARBConfig: use each of "
+                f"{', '.join(sorted(known))} once at most; the calibration is the same for all rows."
+            )
+        try:
+            choices[key] = json.loads(value)
+        except json.JSONDecodeError:
+            choices[key] = value
+    return choices
+
+
+def _no_row(name: str) -> ValueError:
+    return ValueError(
         f"{name!r} is no row of the comparison: use full, rtn, billm, arb, arb-x, arb-rc (with :published as their "
-        "authors released them), arb-hrc:1 to arb-hrc:3, arb-dbf:BITS, gguf, or hqq:1, 2, 3, 4 or 8."
+        "authors released them), arb-hrc:1 to arb-hrc:3, arb-dbf:BITS, gguf, or hqq:1, 2, 3, 4 or 8; behind a method "
+        "choices of ARBConfig, as in arb-hrc:2:hadamard=128:scale_bits=8."
     )
 
 

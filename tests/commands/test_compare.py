@@ -34,7 +34,26 @@ def test_rows_by_name():
     assert parse_row("arb-rc", settings).config.to_dict() == ARBConfig(method="arb-rc", num_samples=7).to_dict()
     assert parse_row("gguf", settings).config.layout.name == "planes-1"
     assert parse_row("hqq:2", settings).hqq_bits == 2
-    for name in ("arb-hrc:4", "rtn:1", "hqq", "gptq", "rtn:published", ""):
+    for name in ("arb-hrc:4", "rtn:1", "hqq", "gptq", "rtn:published", "", "arb-hrc:", "arb-hrc:hadamard=128:2"):
+        with pytest.raises(ValueError, match="is no row of the comparison"):
+            parse_row(name, settings)
+
+
+def test_rows_with_further_choices():
+    settings = Settings("model", num_samples=7)
+    config = parse_row("arb-hrc:2:hadamard=128:scale_bits=8", settings).config
+    assert config.to_dict() == ARBConfig(planes=2, hadamard=128, scale_bits=8, num_samples=7).to_dict()
+    config = parse_row("arb-dbf:0.84:refine=block:refine_steps=9", settings).config
+    expected = ARBConfig(method="arb-dbf", factor_bits=0.84, refine="block", refine_steps=9, num_samples=7)
+    assert config.to_dict() == expected.to_dict()
+    config = parse_row("arb-hrc:target_bits_per_weight=2.3", settings).config
+    assert config.to_dict() == ARBConfig(target_bits_per_weight=2.3, num_samples=7).to_dict()
+    for name in ("arb-hrc:2:seed=1", "arb-hrc:2:planes=3", "arb-rc:nonsense=1", "arb-hrc:hadamard=64:hadamard=128"):
+        with pytest.raises(ValueError, match="is no further choice of ARBConfig"):
+            parse_row(name, settings)
+    with pytest.raises(ValueError, match="hadamard"):
+        parse_row("arb-hrc:2:hadamard=100", settings)
+    for name in ("gguf:hadamard=128", "hqq:2:hadamard=128", "full:hadamard=128", "arb-rc:published:hadamard=128"):
         with pytest.raises(ValueError, match="is no row of the comparison"):
             parse_row(name, settings)
 
