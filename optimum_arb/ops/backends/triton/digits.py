@@ -54,7 +54,7 @@ def candidates(n: int, k: int, m: int) -> list[GemmConfig]:
 
 def default_config(packed: PackedWeight, m: int) -> GemmConfig:
     """A cut that works, for what no table knows: about four warps a multiprocessor's scheduler at least."""
-    units = 4 if m <= 2 or tile_width(packed.block_size) == 64 else 2
+    units = 4 if m <= 2 else 2
     steps = cdiv(packed.in_features, 128) * len(packed.layout.terms) // units
     split_k = 1
     while cdiv(packed.out_features, 64) * split_k < 400 and split_k < MOST_SHARED and steps >= 4 * split_k:
@@ -104,7 +104,8 @@ class DigitsPlan:
         out_dtype: of the result.
         bias: one like those that are to be added, or None.
         device: of all tensors.
-        config: how; `tiles` is the units (planes of tiles) that a product of matrices takes at once.
+        config: how; `tiles` is the units (planes of tiles) that a product of matrices takes at once, more where that
+            is too few.
     """
 
     def __init__(
@@ -140,7 +141,9 @@ class DigitsPlan:
             _prepare, (key, *map(tensor_class, self.inputs)), (tiles, tokens, len(cols)), device, num_warps=1, **options
         )
 
-        total = cdiv(tiles * len(terms), config.tiles)
+        # products of matrices take 32 bytes and 8 columns at least
+        units = max(config.tiles, 256 // width, 4 // power_of_2(tokens))
+        total = cdiv(tiles * len(terms), units)
         share = cdiv(total, min(config.split_k, total))
         split_k = cdiv(total, share)
         self.parts = (split_k, tokens, rows)
@@ -156,7 +159,7 @@ class DigitsPlan:
             0 if packed.block_size == -1 else packed.block_size // width,
             min(row_stride & -row_stride, 16),
             any(second >= 0 or first < 0 for first, second, *_ in terms),
-            tiles * len(terms) % config.tiles == 0,
+            tiles * len(terms) % units == 0,
             columns % width != 0,
             width,
             has_bias,
@@ -165,7 +168,7 @@ class DigitsPlan:
             overlap,
             power_of_2(tokens),
             config.block_n,
-            config.tiles,
+            units,
         )
         key = (
             out_dtype if split_k == 1 else torch.float32,
