@@ -80,6 +80,11 @@ def _terms(name: str) -> tuple[tuple[int, ...], tuple[tuple[int, int, int, int, 
     return tuple(col for col, _ in program.inputs), tuple(terms)
 
 
+def takes_assembly(device: torch.device) -> bool:
+    """Whether the assembly in `digits_kernels.py` is this device's."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def multiply(
     x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype, config: GemmConfig
 ) -> torch.Tensor:
@@ -164,7 +169,7 @@ class DigitsPlan:
             width,
             has_bias,
             split_k,
-            device.type == "cuda" and torch.version.hip is None,
+            takes_assembly(device),
             overlap,
             power_of_2(tokens),
             config.block_n,
