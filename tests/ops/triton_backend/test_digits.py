@@ -5,7 +5,6 @@ import torch
 from packed_weights import random_packed
 
 from optimum_arb.format.layout import all_layouts, planes_layout
-from optimum_arb.format.packing import tile_width
 from optimum_arb.ops.backends.triton import digits, dispatch, gemm
 from optimum_arb.ops.backends.triton.gemm_config import GemmConfig, is_fusable
 from optimum_arb.ops.backends.triton.launch import tensor_class
@@ -34,7 +33,7 @@ def random_input(m, columns, dtype=torch.float16, seed=0):
 
 
 def check(packed, x, bias=None, config=CONFIG, bound=1e-4):
-    """Against float64: as exact as the one-bit kernel, before the result is rounded; and the rounded one."""
+    """Against float64, before the result is rounded: as exact as the one-bit kernel."""
     weight = packed.unpack().dequantize(torch.float64)
     size = (x.double().square() @ weight.square().T).sqrt().norm()
     added = 0 if bias is None else bias.double()
@@ -42,9 +41,6 @@ def check(packed, x, bias=None, config=CONFIG, bound=1e-4):
     expected = x.double() @ weight.T + added
     assert result.shape == expected.shape
     assert (result - expected).norm() < bound * size
-    half = gemm.gemm(x, packed, bias, config=config)
-    assert half.dtype == x.dtype
-    assert ((half - result).abs() <= torch.finfo(x.dtype).eps * result.abs()).all()  # the interpreter truncates
     return result
 
 
@@ -65,8 +61,9 @@ def test_shapes(name, rows, columns, block_size, permuted):
 def test_tokens(m):
     packed = random_packed(planes_layout(1, col_scale=True), 42, 192)
     x = random_input(m, 384)
-    for given in (x[:, :192], x[:, ::2], x.T[:192].contiguous().T):
-        assert torch.equal(check(packed, given), check(packed, given))
+    for given in (x[:, :192], x[:, ::2], x.T[:192].contiguous().T)[: 3 if m == 3 else 1]:
+        result = check(packed, given)
+    assert torch.equal(check(packed, given), result)
 
 
 @pytest.mark.parametrize("bias", [None, torch.float16, torch.float32])
@@ -74,27 +71,29 @@ def test_tokens(m):
 def test_dtypes(dtype, bias):
     packed = random_packed(planes_layout(2, col_scale=True), 42, 192, permuted=True)
     added = None if bias is None else random_input(1, 42, bias, seed=1)[0]
-    check(packed, random_input(4, 192, dtype), added)
+    x = random_input(4, 192, dtype)
+    full, half = check(packed, x, added), gemm.gemm(x, packed, added, config=CONFIG)
+    assert half.dtype == dtype
+    assert ((half - full).abs() <= torch.finfo(dtype).eps * full.abs()).all()  # the interpreter truncates
     packed.row_scale, packed.col_scale = packed.row_scale.float(), packed.col_scale.bfloat16()
-    check(packed, random_input(4, 192, dtype), added)
+    check(packed, x, added)
 
 
-@pytest.mark.parametrize("units", [1, 2, 4, 8])
-@pytest.mark.parametrize("split_k", [1, 2, 3, 8])
+@pytest.mark.parametrize(("split_k", "units"), [(1, 1), (2, 4), (3, 2), (8, 8), (8, 4)])
 def test_cuts(split_k, units):
     """Units that do not divide evenly among programs or products, and fewer of them than programs."""
     bias = torch.randn(20)
-    for columns, block_size in ((700, 128), (640, 64), (128, 128)):
+    for columns, block_size in ((700, 128), (320, 64)):
         packed = random_packed(planes_layout(1, mean=True), 20, columns, block_size)
-        check(packed, random_input(2, columns), bias, GemmConfig("digits", 2, 16, 4, 3, split_k, units))
+        check(packed, random_input(2, columns), bias, GemmConfig("digits", 2, 32, 4, 3, split_k, units))
 
 
 def test_a_row_does_not_depend_on_the_others():
     packed = random_packed(planes_layout(2, col_scale=True), 42, 300)
     x = random_input(16, 300)
-    config = GemmConfig("digits", 16, 32, 4, 3, 2, 4)
+    config = GemmConfig("digits", 16, 64, 4, 3, 2, 4)
     whole = digits.multiply(x, packed, None, torch.float32, config)
-    for m in (1, 3, 8):
+    for m in (1, 7):
         assert torch.equal(digits.multiply(x[-m:], packed, None, torch.float32, config), whole[-m:])
 
 
@@ -165,15 +164,14 @@ def test_what_it_does_not_compute():
 def test_plan():
     packed = random_packed(planes_layout(2, col_scale=True), 42, 300, permuted=True)
     bias = torch.randn(42).half()
-    for shape in ((300,), (1, 300), (2, 3, 300)):
+    for shape, split_k in (((300,), 1), ((1, 300), 2), ((2, 3, 300), 1)):
         x = torch.randn(shape).half()
-        for split_k in (1, 2):
-            config = GemmConfig("digits", 1, 32, 4, 3, split_k, 4)
-            plan = gemm.plan(x, packed, bias, config)
-            assert plan is not None
-            found = plan.run(x, bias)
-            assert found.shape == (*shape[:-1], 42)
-            assert torch.equal(found.view(-1, 42), gemm.gemm(x.view(-1, 300), packed, bias, config=config))
+        config = GemmConfig("digits", 1, 64, 4, 3, split_k, 4)
+        plan = gemm.plan(x, packed, bias, config)
+        assert plan is not None
+        found = plan.run(x, bias)
+        assert found.shape == (*shape[:-1], 42)
+        assert torch.equal(found.view(-1, 42), gemm.gemm(x.view(-1, 300), packed, bias, config=config))
 
 
 def test_candidates_and_default():
@@ -183,9 +181,8 @@ def test_candidates_and_default():
             assert found
             assert len(found) == len(set(found))
             assert all(config.kernel == "digits" and config.split_k * 128 <= k for config in found)
-    for columns, block_size in ((64, 64), (192, 64), (300, 128), (4096, -1)):
+    for columns, block_size in ((64, 64), (300, 128), (1024, -1)):
         packed = random_packed(planes_layout(1), 20, columns, block_size)
-        assert tile_width(block_size) in (64, 128)
         for m in (1, 5):
             check(packed, random_input(m, columns), config=digits.default_config(packed, m))
 
