@@ -1,7 +1,7 @@
 """The two kernels for few tokens where the tensor cores have no products of one bit: inputs as 8-bit digits, and signs
 times them, in plain Triton.
 
-`_prepare` scales the inputs by the column scales, rounds each tile to 16-bit fixed point (2.8e-5 of the result, as the
+`_prepare` scales the inputs by the column scales, rounds each tile to 16-bit fixed point (3e-5 of the result, as the
 one-bit kernel does) and writes it as two digits of 8 bits. `_multiply` reads the stored order. A unit is the 16 bytes
 of a plane of a tile, or 8 where tiles have 64 columns: bit j of byte i meets column 16 j + i, so eight shifts give the
 signs of all its columns, and one product of matrices is a bit of UNITS units. Each of them has columns of its own in
