@@ -18,9 +18,13 @@ from ....format.layout import layout_from_name
 from ....format.packing import tile_width
 from ..packed import PackedWeight
 from . import prepack
+from .calls import Entry
 from .digits_kernels import _multiply_kernel, _prepare_kernel
 from .gemm_config import GemmConfig
-from .launch import Launch, Launcher, cdiv, overlaps, power_of_2, size_class, tensor_class
+from .launch import Launch, Launcher, Ready, cdiv, overlaps, power_of_2, size_class, tensor_class
+from .native_launch import EXTRA, OUT, SCRATCH, Slot, X
+from .outputs import Outputs, aligned, current_stream, empty_vector
+from .ready_launches import ReadyLaunches
 from .sums import Sum
 
 MAX_TOKENS = 16
@@ -98,11 +102,11 @@ def multiply(
     return plan.run(x, bias)
 
 
-class DigitsPlan:
+class DigitsPlan(ReadyLaunches):
     """The launches of a product of some weight and number of tokens, with all but x and bias known.
 
     Args:
-        packed: the weight, of a layout without salient columns.
+        packed: the weight, of a layout without salient columns; tensors that are not contiguous are copied.
         tokens: M, up to `MAX_TOKENS`.
         stride: from row to row of x.
         kind: `tensor_class` of x.
@@ -124,13 +128,15 @@ class DigitsPlan:
         device: torch.device,
         config: GemmConfig,
     ):
+        super().__init__(device)
         layout, rows, columns = packed.layout, packed.out_features, packed.in_features
         cols, terms = _terms(layout.name)
         width = tile_width(packed.block_size)
         tiles = cdiv(columns, width)
         overlap = overlaps(device)
         options = {"launch_pdl": True} if overlap else {}
-        self.rows, self.out_dtype = rows, out_dtype
+        self.dtype, self.out_dtype, self.with_bias = kind[0], out_dtype, bias is not None
+        self._outputs = Outputs(rows, out_dtype)
         self.digits = len(cols) * tiles * 8 * tokens * 2 * (width // 8)
         self.steps = len(cols) * tiles * tokens
 
@@ -189,11 +195,36 @@ class DigitsPlan:
             _multiply, key, grid, device, num_warps=config.warps, num_stages=config.stages, **options
         )
 
+        # digits, steps, parts of sums
+        self.steps_at = aligned(self.digits)
+        self.parts_at = self.steps_at + aligned(4 * self.steps)
+        self.scratch = self.parts_at + (0 if self.sum is None else 4 * split_k * tokens * rows)
+
     def run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`[..., K]` to `[..., N]`, on the current device."""
+        native = self.native_now()
+        if native is None:
+            return self._run_by_triton(x, bias)
+        out = self._outputs.empty(x.shape)
+        scratch = empty_vector(self.scratch, torch.uint8)
+        native.run(
+            current_stream(self.device.index),
+            x.data_ptr(),
+            out.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            scratch.data_ptr(),
+        )
+        return out
+
+    def entry(self, shape: torch.Size, bias: torch.Tensor | None) -> Entry | None:
+        """`run` of inputs `[..., K]` of this shape with this bias, contiguous and 16-byte aligned."""
+        extra = 0 if bias is None else bias.data_ptr()
+        return self._entry(shape, [self._outputs], self.dtype, self.scratch, extra)
+
+    def _run_by_triton(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         digits = torch.empty(self.digits, dtype=torch.int8, device=x.device)
         steps = torch.empty(self.steps, dtype=torch.float32, device=x.device)
-        out = torch.empty((*x.shape[:-1], self.rows), dtype=self.out_dtype, device=x.device)
+        out = torch.empty((*x.shape[:-1], self.parts[2]), dtype=self.out_dtype, device=x.device)
         self.prepare(self.prepare_arguments(x, digits, steps))
         if self.sum is None:
             self.multiply(self.multiply_arguments(digits, steps, bias, out))
@@ -201,7 +232,17 @@ class DigitsPlan:
             parts = torch.empty(self.parts, dtype=torch.float32, device=x.device)
             self.multiply(self.multiply_arguments(digits, steps, None, parts))
             self.sum(parts, bias, out)
+        self._ran = True
         return out
+
+    def ready(self) -> list[Ready | None]:
+        bias = Slot(EXTRA) if self.with_bias else None
+        digits, steps, parts = Slot(SCRATCH), Slot(SCRATCH, self.steps_at), Slot(SCRATCH, self.parts_at)
+        found = [self.prepare.ready(self.prepare_arguments(Slot(X), digits, steps))]
+        if self.sum is None:
+            return [*found, self.multiply.ready(self.multiply_arguments(digits, steps, bias, Slot(OUT)))]
+        found.append(self.multiply.ready(self.multiply_arguments(digits, steps, None, parts)))
+        return [*found, self.sum.launch.ready(self.sum.arguments(parts, bias, Slot(OUT)))]
 
     def prepare_arguments(self, x: Any, digits: Any, steps: Any) -> tuple[Any, ...]:
         """All of the first kernel's, of tensors or of what stands for them."""

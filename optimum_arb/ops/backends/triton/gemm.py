@@ -126,6 +126,8 @@ def plan(
     kind = (x.dtype, True)
     half = x.dtype in (torch.float16, torch.bfloat16)
     if config.kernel == "digits" and half and is_fusable(packed) and tokens <= digits.MAX_TOKENS:
+        if not all(t is None or t.is_contiguous() for t in (packed.row_scale, packed.col_scale, packed.permutation)):
+            return None  # copies would not be written with them
         return DigitsPlan(packed, tokens, columns, kind, x.dtype, bias, x.device, config)
     if config.kernel != "hopper" or not fits_hopper(packed, x.dtype):
         return None
