@@ -20,7 +20,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver, jit
 
 from optimum_arb.format.layout import all_layouts, layout_from_name
-from optimum_arb.ops.backends.triton import columns, gemm, launch, one_bit
+from optimum_arb.ops.backends.triton import columns, digits, gemm, launch, one_bit
 from optimum_arb.ops.backends.triton.dequantize import dequantize
 from optimum_arb.ops.backends.triton.gemm_config import GemmConfig
 from optimum_arb.ops.backends.triton.prepack import join, prepack
@@ -115,6 +115,7 @@ def calls():
     fused = [GemmConfig("hopper", 64, 64, 4, 2, split_k) for split_k in (1, 2)]
     fused += [GemmConfig("hopper", 32, 128, 8, 3, 1, 2), GemmConfig("hopper", 64, 64, 4, 4, 1)]
     portable = [GemmConfig("portable", 64, 64, 4, 2), GemmConfig("portable", 16, 128, 8, 2, 2)]
+    few = [GemmConfig("digits", 16, 64, 4, 2, 1, 4), GemmConfig("digits", 16, 64, 4, 2, 2, 2)]
     fields = ("row_scale", "col_scale", "permutation", "salient_columns", "salient_weight", "salient_col_scale")
     for name in ("planes-1-col", "planes-2-col", "planes-3-mean", "groups-all-salient-col"):
         for rows, width, block_size, permuted in ((48, 512, 128, True), (17, 512, -1, False), (48, 576, 64, True)):
@@ -124,7 +125,7 @@ def calls():
             weights = [packed, replace(packed, **moved), replace(packed, weight=misaligned(packed.weight))]
             weights.append(replace(packed, **longer))
             for weight in weights:
-                configs = [] if weight.layout.salient else [*portable]
+                configs = [] if weight.layout.salient else [*portable, *few]
                 if name.startswith("planes") and not width % 128 and not weight.weight.data_ptr() % 16:
                     configs += fused
                 half, full = torch.zeros(rows, dtype=torch.float16), torch.zeros(rows)
@@ -166,8 +167,8 @@ def check_keys() -> None:
                     gemm.gemm(x[:tokens], weight, bias, config=config)
             known = len(kept)
             for x in views:
-                gemm.gemm(x[:144], weight, bias, config=config)
-                gemm.gemm(x[:131], weight, bias, config=config)
+                for tokens in (7, 8, 13) if config.kernel == "digits" else (131, 144):
+                    gemm.gemm(x[:tokens], weight, bias, config=config)
             assert len(kept) == known, f"{weight.layout.name} {config}: compiled anew for another number of tokens"
     launch.Launcher.__call__ = launch_once
     print(f"{len(programs)} keys, {len(kept)} programs")
@@ -185,7 +186,7 @@ def main() -> None:
     jit.JITFunction.run = compile_only
     driver.set_active(NoDevice())
     gemm.fits_hopper = lambda packed, dtype: True
-    columns.overlaps = lambda device: True
+    columns.overlaps = digits.overlaps = digits.takes_assembly = lambda device: True
     if "keys" in sys.argv:
         check_keys()
 
@@ -208,6 +209,18 @@ def main() -> None:
     if "one_bit_layouts" in sys.argv:
         for layout in all_layouts():
             few_tokens(layout.name, 4, True, (272,), one_bit.DecodeConfig(warps=4))
+    if "digits" in sys.argv:
+        for name, config, tokens, product in (
+            ("planes-2-col", GemmConfig("digits", 1, 64, 4, 3, 2, 4), 1, "IMMA"),
+            ("planes-1", GemmConfig("digits", 16, 64, 4, 3, 1, 2), 16, "GMMA"),
+            ("groups-non-salient-mean", GemmConfig("digits", 1, 64, 4, 3, 1, 4), 1, "IMMA"),
+        ):
+            gemm.gemm(x[:tokens], random_packed(layout_from_name(name), 272, 2048, permuted=True), config=config)
+            code = disassemble(next(kernel for name, kernel in reversed(compiled) if name == "_multiply_kernel"))
+            assert product in code, name
+            if name != "groups-non-salient-mean":
+                # four signs by an instruction or two, not one
+                assert len(re.findall(r"\bPRMT\b", code)) < 60, name
     if "portable" in sys.argv:
         gemm.gemm(
             x,

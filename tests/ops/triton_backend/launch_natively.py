@@ -21,6 +21,7 @@ from triton.runtime import driver
 from optimum_arb.format.layout import layout_from_name
 from optimum_arb.ops.backends.triton import (
     columns,
+    digits,
     few_tokens_plan,
     hadamard,
     half_bits,
@@ -85,9 +86,9 @@ def start(folder: Path) -> ctypes.CDLL:
     global FUNCTION
     FUNCTION = ctypes.cast(library.arb_launch_at, ctypes.c_void_p).value
     outputs._empty = lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
-    for module in (hopper_plan, hopper_group, few_tokens_plan):
+    for module in (hopper_plan, hopper_group, few_tokens_plan, digits):
         module.current_stream = lambda device: 77
-    for module in (launch_file, columns, sums, half_bits, hadamard):
+    for module in (launch_file, columns, sums, half_bits, hadamard, digits):
         module.overlaps = lambda device: True
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
     torch.cuda.is_current_stream_capturing = lambda: False
@@ -303,6 +304,28 @@ def few(
     compare(fake, f"{kind.__name__} {name} {tokens} {rows} {block}", plan, x, bias, out, scratch, by_triton)
 
 
+def of_digits(fake: ctypes.CDLL, name: str, tokens: int, with_bias: bool, dtype, config) -> None:
+    packed = random_packed(layout_from_name(name), 272, 512, permuted=with_bias)
+    x, bias = torch.zeros(tokens, 512, dtype=dtype), torch.zeros(272, dtype=dtype) if with_bias else None
+    plan = digits.DigitsPlan(packed, tokens, 512, (dtype, True), dtype, bias, DEVICE, config)
+    plan.run(x, bias)  # by Triton
+    out, scratch = torch.zeros(tokens, 272, dtype=dtype), torch.zeros(plan.scratch, dtype=torch.uint8)
+    stored = scratch[: plan.digits].view(torch.int8)
+    steps = scratch[plan.steps_at :][: 4 * plan.steps].view(torch.float32)
+
+    def by_triton():
+        plan.prepare(plan.prepare_arguments(x, stored, steps))
+        if plan.sum is None:
+            plan.multiply(plan.multiply_arguments(stored, steps, bias, out))
+        else:
+            parts = scratch[plan.parts_at :].view(torch.float32)
+            plan.multiply(plan.multiply_arguments(stored, steps, None, parts))
+            plan.sum(parts, bias, out)
+
+    compare(fake, f"digits {name} {tokens} {dtype} {config}", plan, x, bias, out, scratch, by_triton)
+    assert natively(fake, plan, [out, scratch], x, bias)
+
+
 def main() -> None:
     fake = start(Path(sys.argv[1]))
     hopper(fake, "planes-1-col", 16, True, True, torch.float16, GemmConfig("hopper", 16, 64, 4, 3, 2, 2))
@@ -314,6 +337,8 @@ def main() -> None:
     few(fake, half_bits, half_bits.HalfConfig(), "planes-2-col", 16, (42, 64), True)
     few(fake, one_bit, one_bit.DecodeConfig(), "planes-2-col", 4, (42, 7, 64), True, block=256)
     few(fake, half_bits, half_bits.HalfConfig(), "planes-1", 5, (272,), False, block=128)
+    of_digits(fake, "planes-2-col", 1, True, torch.bfloat16, GemmConfig("digits", 1, 64, 4, 3, 2, 4))
+    of_digits(fake, "planes-1", 16, False, torch.float16, GemmConfig("digits", 16, 64, 4, 3, 1, 2))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from optimum_arb.ops.backends import reference
 from optimum_arb.ops.backends.triton import available
 from optimum_arb.ops.backends.triton.available import (
     fuses_hadamard,
+    has_digits_kernel,
     has_half_bits_kernel,
     has_kernels,
     has_one_bit_kernel,
@@ -32,10 +33,12 @@ def machine(monkeypatch):
     monkeypatch.setattr(available, "_self_check", lambda device: 3e-5)
     monkeypatch.setattr(available, "_half_self_check", lambda device: 3e-4)
     monkeypatch.setattr(available, "_transform_self_check", lambda device: 3e-4)
-    for cached in (has_kernels, has_one_bit_kernel, has_half_bits_kernel, fuses_hadamard):
+    monkeypatch.setattr(available, "_digits_self_check", lambda device: 3e-5)
+    checks = (has_kernels, has_one_bit_kernel, has_half_bits_kernel, fuses_hadamard, has_digits_kernel)
+    for cached in checks:
         cached.cache_clear()
     yield
-    for cached in (has_kernels, has_one_bit_kernel, has_half_bits_kernel, fuses_hadamard):
+    for cached in checks:
         cached.cache_clear()
 
 
@@ -166,8 +169,32 @@ def test_capabilities_of_the_one_bit_kernel(monkeypatch, caplog, capability, wor
     assert not warnings(caplog)
 
 
-def test_amd(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("name", "digits"),
+    [("gfx90a:sramecc+:xnack-", True), ("gfx942", True), ("gfx1100", True), ("gfx906", False), ("gfx1030", False)],
+)
+def test_amd(monkeypatch, caplog, name, digits):
+    """8-bit integers where its units multiply them."""
+    found = types.SimpleNamespace(gcnArchName=name)
     monkeypatch.setattr(torch.version, "hip", "6.2")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     assert has_kernels(DEVICE)
     assert not has_one_bit_kernel(DEVICE)
+    assert has_digits_kernel(DEVICE) == digits
     assert not warnings(caplog)
+
+
+def test_digits_where_the_one_bit_kernel_is_wrong(monkeypatch, caplog):
+    """They are checked on their own, and not at all on a CPU."""
+    monkeypatch.setattr(available, "_self_check", lambda device: 1.0)
+    assert not has_one_bit_kernel(DEVICE)
+    assert has_digits_kernel(DEVICE)
+    assert not has_digits_kernel(torch.device("cpu"))
+    monkeypatch.setattr(available, "_digits_self_check", lambda device: float("nan"))
+    has_digits_kernel.cache_clear()
+    for _ in range(2):
+        assert not has_digits_kernel(DEVICE)
+    assert [message.split(" is wrong here")[0] for message in warnings(caplog)] == [
+        "The one-bit tensor core kernel",
+        "The 8-bit digits kernel",
+    ]

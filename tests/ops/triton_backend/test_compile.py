@@ -50,6 +50,12 @@ def test_keys(tmp_path):
     assert "keys" in compile_for_gpu("keys", cache=tmp_path)
 
 
+def test_digits(tmp_path):
+    """Products of 8-bit integers, of signs of which four are made at once."""
+    out = compile_for_gpu("digits", cache=tmp_path)
+    assert "_multiply_kernel, _prepare_kernel, _sum_kernel" in out
+
+
 def test_one_bit(tmp_path):
     """The assembly is taken, and its products run on the tensor cores."""
     out = compile_for_gpu("one_bit", cache=tmp_path)

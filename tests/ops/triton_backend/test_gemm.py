@@ -113,3 +113,12 @@ def test_candidates():
             found = candidates(n, k, m)
             assert len(found) == len(set(found))
             assert all(config.split_k * 128 <= k for config in found if config.split_k > 1)
+
+
+def test_candidates_where_hopper_does_not_compute():
+    for m in (1, 16, 64, 512):
+        for n, k in ((4096, 4096), (28672, 8192), (42, 192)):
+            found = candidates(n, k, m, hopper=False)
+            assert len(found) == len(set(found))
+            assert {config.kernel for config in found} == ({"portable"} if m < 32 else {"portable", "dequantize"})
+            assert all(config.block_m <= 64 and config.split_k * 128 <= max(k, 128) for config in found)

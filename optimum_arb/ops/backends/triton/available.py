@@ -23,6 +23,8 @@ FIRST_TRITON = (3, 4)
 FUSE_HADAMARD = True
 # mma with operands of one bit is an instruction of these; 10.0 and later emulate it slowly
 ONE_BIT_CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0))
+# AMD's whose matrix units, or vectors, multiply 8-bit integers: CDNA, and RDNA from 3 on
+DIGITS_ARCHITECTURES = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 
 
 def triton_version() -> tuple[int, ...]:
@@ -95,6 +97,18 @@ def fuses_hadamard(device: torch.device) -> bool:
     )
 
 
+@cache
+def has_digits_kernel(device: torch.device) -> bool:
+    """Whether the kernel for up to 16 tokens as 8-bit integers works on this device, found as the others are."""
+    if not has_kernels(device):
+        return False
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        if not name.startswith(DIGITS_ARCHITECTURES):
+            return False
+    return _works("8-bit digits", 1e-3, _digits_self_check, device)
+
+
 def _works(name: str, most: float, check: Callable[[torch.device], float], device: torch.device) -> bool:
     # said only where it takes long enough to look like a hang, which is once: Triton keeps what it compiled on disk
     notice = threading.Timer(2, logger.warning, ["Compiling GPU kernels of packed layers; this takes seconds, once."])
@@ -155,15 +169,34 @@ def _transform_self_check(device: torch.device) -> float:
     return float(torch.stack(errors).max())
 
 
-def _check_product(device: torch.device, tokens: int) -> tuple[PackedWeight, torch.Tensor, torch.Tensor]:
+def _digits_self_check(device: torch.device) -> float:
+    """The larger error of one token of whole tiles, and of sixteen where the last one is narrow and sums have parts."""
+    from . import digits
+    from .gemm_config import GemmConfig
+
+    errors = []
+    for tokens, columns, config in (
+        (1, 512, GemmConfig("digits", 1, 64, 4, 3, 1, 4)),
+        (16, 320, GemmConfig("digits", 16, 64, 4, 3, 2, 2)),
+    ):
+        packed, x, expected = _check_product(device, tokens, columns)
+        with torch.cuda.device(device):
+            out = digits.multiply(x, packed, None, torch.float32, config)
+        errors.append((out.double() - expected).norm() / expected.norm())
+    return float(torch.stack(errors).max())  # NaN where one is
+
+
+def _check_product(
+    device: torch.device, tokens: int, columns: int = 320
+) -> tuple[PackedWeight, torch.Tensor, torch.Tensor]:
     """A random weight, float32 inputs and their product in float64."""
-    rows, columns = 96, 320
+    rows, blocks = 96, -(-columns // 128)
     generator = torch.Generator().manual_seed(0)
     weight = BinarizedWeight(
         planes_layout(2, col_scale=True),
         128,
         torch.rand(2, rows, columns, generator=generator) < 0.5,
-        torch.rand(rows, 3, 2, generator=generator) + 0.5,
+        torch.rand(rows, blocks, 2, generator=generator) + 0.5,
         torch.rand(2, columns, generator=generator) + 0.5,
         torch.randperm(columns, generator=generator),
     )

@@ -12,8 +12,8 @@ import torch
 from .. import grouped, reference
 from ..grouped import PackedExperts
 from ..packed import PackedWeight
-from . import prepack
-from .available import fuses_hadamard, has_half_bits_kernel, has_one_bit_kernel
+from . import digits, prepack
+from .available import fuses_hadamard, has_digits_kernel, has_half_bits_kernel, has_one_bit_kernel
 from .dequantize import dequantize
 from .few_tokens_plan import change_class
 from .gemm import gemm, gemm_input_grad
@@ -26,6 +26,7 @@ from .table import bucket, lookup
 
 if TYPE_CHECKING:
     from . import few_tokens_plan, half_bits, one_bit
+    from .digits import DigitsPlan
     from .hopper_group import HopperGroup
     from .hopper_plan import HopperPlan
 
@@ -281,7 +282,7 @@ def many_tokens(rows: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | N
     return gemm(rows, packed, bias, config=_config(rows.device, rows.dtype, rows.shape[0], packed))
 
 
-def plan(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> HopperPlan | None:
+def plan(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> HopperPlan | DigitsPlan | None:
     """`many_tokens` made ready for inputs like x, see `gemm.plan`; None where the host has to look at each."""
     config = _config(x.device, x.dtype, x.numel() // packed.in_features, packed)
     return make_plan(x, packed, bias, config)
@@ -311,8 +312,25 @@ def plan_group(
 
 
 def _config(device: torch.device, dtype: torch.dtype, tokens: int, packed: PackedWeight) -> GemmConfig:
-    tuned = _tuned(device, packed.out_features, packed.in_features, packed.layout.planes, bucket(max(tokens, 8)))
-    return tuned or default_config(packed, tokens, dtype)
+    shape = (device, packed.out_features, packed.in_features, packed.layout.planes)
+    half = dtype in (torch.float16, torch.bfloat16)
+    if tokens <= digits.MAX_TOKENS and half and is_fusable(packed) and _needs_digits(device):
+        return _tuned(*shape, bucket(tokens)) or digits.default_config(packed, tokens)
+    return _tuned(*shape, bucket(max(tokens, 8))) or default_config(packed, tokens, dtype)
+
+
+_needing_digits: dict[torch.device, bool] = {}
+
+
+def _needs_digits(device: torch.device) -> bool:
+    """Whether few tokens take 8-bit integers, for want of the one-bit kernel, where no table says otherwise."""
+    found = _needing_digits.get(device)
+    if found is None:
+        # the kernels are checked by running them, for which a capture has no room
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return False
+        found = _needing_digits[device] = not has_one_bit_kernel(device) and has_digits_kernel(device)
+    return found
 
 
 @cache
@@ -322,7 +340,8 @@ def _tuned(device: torch.device, out_features: int, in_features: int, planes: in
         return None
     config = GemmConfig(**entry.config)
     # tables are made with a newer Triton; of what it has not, `default_config` finds the next best
-    return config if config.kernel != "hopper" or has_hopper() else None
+    there = has_hopper() if config.kernel == "hopper" else config.kernel != "digits" or has_digits_kernel(device)
+    return config if there else None
 
 
 def prepare(weights: list[PackedWeight]) -> prepack.Prepacked | None:

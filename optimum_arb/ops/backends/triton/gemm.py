@@ -1,10 +1,12 @@
 """`x W^T + bias` for many tokens, and the gradient of x.
 
-Three ways, which `GemmConfig.kernel` names:
+Four ways, which `GemmConfig.kernel` names:
 
 - "hopper": `hopper.py`, the packed weight decoded once a tile straight into the registers from which the tensor cores
   of an sm_90 read it. Layouts of one to three planes with or without column scales.
 - "portable": `portable.py`, the same idea in plain Triton, for every layout without salient columns and every GPU.
+- "digits": `digits.py`, up to 16 tokens as 8-bit integers, for the same layouts, where the kernels for few tokens
+  (`one_bit.py`) do not run.
 - "dequantize": the dense weight is written to memory and multiplied by the vendor's library. Every layout and dtype;
   its cost does not depend on the number of tokens, so it wins where there are many.
 """
@@ -16,7 +18,9 @@ from collections.abc import Sequence
 import torch
 
 from ..packed import PackedWeight
+from . import digits
 from .dequantize import dequantize
+from .digits import DigitsPlan
 from .gemm_config import GemmConfig, default_config, fits_hopper, is_fusable, split_of
 from .hadamard import Transform
 from .launch import tensor_class
@@ -59,6 +63,8 @@ def gemm(
         return _hopper(x, packed, bias, out_dtype, config)
     if config.kernel == "portable" and fused and is_fusable(packed):
         return multiply(x, packed, bias, out_dtype, config)
+    if config.kernel == "digits" and fused and is_fusable(packed) and x.shape[0] <= digits.MAX_TOKENS:
+        return digits.multiply(x, packed, bias, out_dtype, config)
     weight = _dense(packed, x.dtype)
     if bias is None:
         return torch.mm(x, weight.T).to(out_dtype)
@@ -101,8 +107,12 @@ def _hopper(
     return found.run(x, bias)
 
 
-def plan(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, config: GemmConfig) -> HopperPlan | None:
-    """The launches of `gemm` for any x `[..., K]` of this one's size, made ready; None where it is not by "hopper".
+def plan(
+    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, config: GemmConfig
+) -> HopperPlan | DigitsPlan | None:
+    """The launches of `gemm` for any x `[..., K]` of this one's size, made ready.
+
+    None where it is neither by "hopper" nor by "digits".
 
     Args:
         x: contiguous and 16-byte aligned, as those that are to follow.
@@ -110,10 +120,17 @@ def plan(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, confi
         bias: `[N]`, or None.
         config: how.
     """
-    if config.kernel != "hopper" or not x.numel() or not fits_hopper(packed, x.dtype):
+    if not x.numel():
         return None
     tokens, columns = x.numel() // packed.in_features, packed.in_features
     kind = (x.dtype, True)
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if config.kernel == "digits" and half and is_fusable(packed) and tokens <= digits.MAX_TOKENS:
+        if not all(t is None or t.is_contiguous() for t in (packed.row_scale, packed.col_scale, packed.permutation)):
+            return None  # copies would not be written with them
+        return DigitsPlan(packed, tokens, columns, kind, x.dtype, bias, x.device, config)
+    if config.kernel != "hopper" or not fits_hopper(packed, x.dtype):
+        return None
     return HopperPlan(packed, tokens, columns, kind, x.dtype, bias, x.device, split_of(config, packed), config)
 
 

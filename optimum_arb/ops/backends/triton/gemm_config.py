@@ -16,7 +16,7 @@ try:
 except ImportError:  # a Triton without Gluon, or with another form of it
     hopper_kernels = None  # type: ignore[assignment]
 
-Kernel = Literal["hopper", "portable", "dequantize"]
+Kernel = Literal["hopper", "portable", "digits", "dequantize"]
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,13 @@ class GemmConfig:
     """How a product is computed. The result for a row of x depends on the config, never on the other rows.
 
     Attributes:
-        kernel: see the top of this file.
-        block_m: tokens of a tile of the output.
+        kernel: see `gemm.py`.
+        block_m: tokens of a tile of the output ("digits": all of them).
         block_n: weight rows of a tile of the output.
         warps: warps of a program.
         stages: tiles of x that are loaded ahead.
-        tiles: "hopper" alone: packing tiles that are loaded at once, 1 or 2.
+        tiles: "hopper": packing tiles that are loaded at once, 1 or 2; "digits": planes of tiles that a product of
+            matrices takes at once, a power of two.
         split_k: programs that share the columns of one output tile; their sums are added in order by a second kernel.
     """
 
@@ -43,7 +44,7 @@ class GemmConfig:
 
 
 def is_fusable(packed: PackedWeight) -> bool:
-    """Whether "portable" computes this layout: it would have to search for salient columns again and again."""
+    """Whether "portable" and "digits" compute this layout: they would have to search for salient columns all along."""
     return not packed.layout.salient
 
 
@@ -66,14 +67,17 @@ def fits_hopper(packed: PackedWeight, dtype: torch.dtype) -> bool:
     )
 
 
-def candidates(n: int, k: int, m: int) -> list[GemmConfig]:
+def candidates(n: int, k: int, m: int, hopper: bool = True) -> list[GemmConfig]:
     """Configurations worth timing for `[m, k] x [n, k]`, the fastest of which depends on the device.
 
     Args:
         n: out_features.
         k: in_features.
         m: tokens.
+        hopper: whether "hopper" computes there; otherwise "portable".
     """
+    if not hopper:
+        return _portable_candidates(n, k, m)
     found = [GemmConfig("dequantize")] if m >= 128 else []
     # tokens, rows, warps, stages, tiles of a program
     if m <= 64:
@@ -96,6 +100,17 @@ def candidates(n: int, k: int, m: int) -> list[GemmConfig]:
             if count * split_k < 100 and count * split_k * 2 <= most and k // 128 >= 4 * tiles * split_k and m <= 256:
                 continue
             found.append(GemmConfig("hopper", block_m, block_n, warps, stages, split_k, tiles))
+    return found
+
+
+def _portable_candidates(n: int, k: int, m: int) -> list[GemmConfig]:
+    found = [GemmConfig("dequantize")] if m >= 32 else []
+    block_m = min(max(16, power_of_2(m)), 64)
+    for block_n, warps in ((64, 4), (128, 4), (128, 8)):
+        count = cdiv(m, block_m) * cdiv(n, block_n)
+        for split_k in (1, 2, 4, 8):
+            if split_k == 1 or (m <= 256 and count * split_k <= 800 and k // 128 >= 2 * split_k):
+                found.append(GemmConfig("portable", block_m, block_n, warps, 2, split_k))
     return found
 
 

@@ -11,17 +11,17 @@ from ..packed import PackedWeight
 from .calls import Entry
 from .columns import Gather
 from .hadamard import Transform
-from .hopper_plan import HopperLaunches, versions
-from .hopper_product import HopperProduct, gather, gathers_scaled
+from .hopper_product import HopperProduct, converted_scales, gather, gathers_scaled
 from .launch import Ready
 from .native_launch import RESULTS, SCRATCH, Slot, X
 from .outputs import Outputs, aligned, current_stream, empty_vector
+from .ready_launches import ReadyLaunches, versions
 
 if TYPE_CHECKING:
     from .gemm_config import GemmConfig
 
 
-class HopperGroup(HopperLaunches):
+class HopperGroup(ReadyLaunches):
     """What the products of up to three weights and one input take, each with a result and a bias of its own.
 
     Every product is launched as `HopperPlan` does it. Weights with one and the same order of columns have them brought
@@ -65,8 +65,8 @@ class HopperGroup(HopperLaunches):
         self._orders = [packed.permutation for packed in weights if packed.permutation is not None]
         self._find_orders()
 
-    def products(self) -> Sequence[HopperProduct]:
-        return self._products
+    def copied(self) -> list[torch.Tensor]:
+        return converted_scales(self._products)
 
     def _find_orders(self) -> None:
         """Compares the weights' orders of columns, which waits for the GPU."""

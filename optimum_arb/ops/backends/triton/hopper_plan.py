@@ -2,100 +2,23 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..packed import PackedWeight
 from .calls import Entry
-from .hopper_product import HopperProduct, gather
-from .launch import Ready, hooked
-from .native_launch import EXTRA, OUT, SCRATCH, NativeLaunches, Slot, X, prepare
+from .hopper_product import HopperProduct, converted_scales, gather
+from .launch import Ready
+from .native_launch import EXTRA, OUT, SCRATCH, Slot, X
 from .outputs import Outputs, aligned, current_stream, empty_vector
+from .ready_launches import ReadyLaunches
 
 if TYPE_CHECKING:
     from .gemm_config import GemmConfig
 
 
-def versions(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """Changes when one of these is written, as far as torch knows."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-
-
-class HopperLaunches(ABC):
-    """Launches with all but a few addresses known, which run by Triton first, which compiles, then by one native call.
-
-    The weights' tensors are to stay where they are, though they may be written.
-
-    Args:
-        device: of all tensors.
-
-    Attributes:
-        native: the native launches, once they were made.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.native: NativeLaunches | None = None
-        self._ran = self._tried = False
-        self._read: list[torch.Tensor] = []  # what copies that the native launches read were made of
-        self._versions: list[int] = []
-
-    @abstractmethod
-    def products(self) -> Sequence[HopperProduct]:
-        """Those of the launches."""
-
-    @abstractmethod
-    def ready(self) -> list[Ready | None]:
-        """The launches that a first run has compiled, with slots for what changes."""
-
-    def native_now(self) -> NativeLaunches | None:
-        """The native launches, where a run is to take them."""
-        if self._ran and not self._tried:
-            self._prepare_native()
-        native = self.native
-        if native is None or hooked():
-            return None
-        if self._read and versions(self._read) != self._versions:
-            self._tried = False  # the column scales were written
-            return None
-        return native
-
-    def _entry(
-        self,
-        shape: torch.Size,
-        outputs: Sequence[Outputs],
-        dtype: torch.dtype,
-        scratch: int,
-        extra: int,
-        read: Sequence[torch.Tensor] = (),
-    ) -> Entry | None:
-        """A run for inputs of this shape as `_calls` takes it; None where there are no native launches."""
-        native = self.native_now()
-        if native is None:
-            return None
-        results = tuple(each.arguments(shape) for each in outputs)
-        memory = ((scratch,), (1,), torch.uint8) if scratch else None
-        counted = [tensor for tensor in [*self._read, *read] if not tensor.is_inference()]
-        written = tuple(each for tensor in counted for each in (tensor, tensor._version))
-        one = len(outputs) == 1
-        return Entry(shape, dtype, self.device.index, native, native.address, extra, results, memory, written, one)
-
-    def _prepare_native(self) -> None:
-        found = [product.converted_scale() for product in self.products()]
-        read = [scale for scale in found if scale is not None]
-        if read and torch.cuda.is_current_stream_capturing():
-            return  # a copy made now would belong to the graph
-        seen = versions(read)
-        # in this order, for another thread that runs meanwhile: new launches with an old version are not used
-        self.native = prepare(self.ready(), self.device)
-        self._read, self._versions = read, seen
-        self._tried = True
-
-
-class HopperPlan(HopperLaunches):
+class HopperPlan(ReadyLaunches):
     """What a product of some weight and number of tokens takes, with all but x and bias known.
 
     Args:
@@ -133,8 +56,8 @@ class HopperPlan(HopperLaunches):
         self.product = HopperProduct(packed, tokens, stride, kind[0], out_dtype, bias, device, split_k, config)
         self.scratch = self.parts_at + self.product.scratch
 
-    def products(self) -> Sequence[HopperProduct]:
-        return [self.product]
+    def copied(self) -> list[torch.Tensor]:
+        return converted_scales([self.product])
 
     def run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`[..., K]` to `[..., N]`, on the current device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,3 +118,9 @@ class HopperProduct:
         if scale is None or column_scales(scale, self.multiply.dtype).data_ptr() == scale.data_ptr():
             return None
         return scale
+
+
+def converted_scales(products: Sequence[HopperProduct]) -> list[torch.Tensor]:
+    """`converted_scale` of those that have one."""
+    found = [product.converted_scale() for product in products]
+    return [scale for scale in found if scale is not None]

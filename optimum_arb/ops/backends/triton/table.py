@@ -35,7 +35,7 @@ class Entry:
         planes: stored sign planes.
         tokens: M, one of `TOKENS`.
         kernel: "one_bit", "half_bits" (beside the entry of a kernel of `GemmConfig`, for weights that are prepacked),
-            or a kernel of `GemmConfig`.
+            or a kernel of `GemmConfig`; of up to `FEW_TOKENS` tokens "one_bit" where that runs.
         config: the fields of `DecodeConfig`, `HalfConfig` or `GemmConfig`.
         microseconds: what it took when it was tuned.
     """
@@ -125,7 +125,7 @@ def lookup(
         few = [e for e in entries if e.kernel == "half_bits" and e.tokens == tokens]
     else:
         gemm = [e for e in entries if e.kernel != "half_bits"]
-        few = [e for e in gemm if (e.kernel == "one_bit") == (tokens <= FEW_TOKENS)]
+        few = [e for e in gemm if (e.tokens <= FEW_TOKENS) == (tokens <= FEW_TOKENS)]
     sizes = {e.tokens for e in few}
     if not sizes:
         return None

@@ -11,10 +11,11 @@ import torch
 
 from ....format.layout import planes_layout
 from ..packed import PackedWeight
-from . import half_bits, one_bit, prepack
-from .available import has_one_bit_kernel
+from . import digits, half_bits, one_bit, prepack
+from .available import has_digits_kernel, has_one_bit_kernel
 from .gemm import gemm
-from .gemm_config import GemmConfig, candidates
+from .gemm_config import GemmConfig, candidates, has_hopper
+from .launch import capability
 from .table import TOKENS, Entry
 from .timing import copies_for, graph_time, random_weight
 
@@ -36,10 +37,15 @@ def one_bit_candidates(out_features: int, in_features: int) -> list[one_bit.Deco
 
 def _calls(tokens: int, shape: Shape) -> list[tuple[str, Config]]:
     out_features, in_features, _ = shape
-    prepacked = has_one_bit_kernel(torch.device("cuda", torch.cuda.current_device()))
-    if tokens <= one_bit.MAX_TOKENS:
-        return [("one_bit", c) for c in one_bit_candidates(out_features, in_features)] if prepacked else []
-    found: list[tuple[str, Config]] = [(c.kernel, c) for c in candidates(out_features, in_features, tokens)]
+    device = torch.device("cuda", torch.cuda.current_device())
+    prepacked = has_one_bit_kernel(device)
+    if prepacked and tokens <= one_bit.MAX_TOKENS:
+        return [("one_bit", c) for c in one_bit_candidates(out_features, in_features)]
+    hopper = has_hopper() and capability(device)[0] == 9
+    stored = candidates(out_features, in_features, tokens, hopper)
+    if tokens <= digits.MAX_TOKENS and has_digits_kernel(device):
+        stored += digits.candidates(out_features, in_features, tokens)
+    found: list[tuple[str, Config]] = [(c.kernel, c) for c in stored]
     if prepacked and tokens <= half_bits.MAX_TOKENS:
         found += [("half_bits", c) for c in half_bits.candidates(out_features, in_features, tokens)]
     return found

@@ -1,0 +1,262 @@
+"""One to sixteen tokens where the tensor cores have no products of one bit: signs times 8-bit digits of the inputs.
+
+The two kernels of `digits_kernels.py`, and the sum of their parts where programs share columns. They read the stored
+order of every layout without salient columns, on every GPU whose tensor cores multiply 8-bit integers.
+
+A row of the result does not depend on the other rows, nor, with one `GemmConfig`, on their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import cache
+from typing import Any
+
+import torch
+
+from ....format.layout import layout_from_name
+from ....format.packing import tile_width
+from ..packed import PackedWeight
+from . import prepack
+from .calls import Entry
+from .digits_kernels import _multiply_kernel, _prepare_kernel
+from .gemm_config import GemmConfig
+from .launch import Launch, Launcher, Ready, cdiv, overlaps, power_of_2, size_class, tensor_class
+from .native_launch import EXTRA, OUT, SCRATCH, Slot, X
+from .outputs import Outputs, aligned, current_stream, empty_vector
+from .ready_launches import ReadyLaunches
+from .sums import Sum
+
+MAX_TOKENS = 16
+MOST_SHARED = 8  # programs that share a row's columns
+_prepare = Launcher(_prepare_kernel)
+_multiply = Launcher(_multiply_kernel)
+
+
+def candidates(n: int, k: int, m: int) -> list[GemmConfig]:
+    """Cuts of the kernel worth timing for `[m, k] x [n, k]`.
+
+    Args:
+        n: out_features.
+        k: in_features.
+        m: tokens, up to `MAX_TOKENS`.
+    """
+    # rows, warps, stages, units of a program
+    if m <= 2:
+        programs = [(32, 2, 4, 4), (64, 4, 3, 4), (64, 4, 4, 4), (64, 4, 3, 8), (128, 8, 3, 4)]
+    else:
+        programs = [(64, 4, 3, 2), (64, 4, 4, 2), (128, 8, 3, 2), (64, 4, 3, 4)]
+    found = []
+    for rows, warps, stages, units in programs:
+        for split_k in (1, 2, 4, 8):
+            count = cdiv(n, rows) * split_k
+            fits = split_k == 1 or (count * warps <= 8000 and k // 128 >= 2 * units * split_k)
+            if fits and (count * warps >= 500 or k // 128 < 4 * units * split_k or split_k == MOST_SHARED):
+                found.append(GemmConfig("digits", power_of_2(m), rows, warps, stages, split_k, units))
+    return found
+
+
+def default_config(packed: PackedWeight, m: int) -> GemmConfig:
+    """A cut that works, for what no table knows: about four warps a multiprocessor's scheduler at least."""
+    units = 4 if m <= 2 else 2
+    steps = cdiv(packed.in_features, 128) * len(packed.layout.terms) // units
+    split_k = 1
+    while cdiv(packed.out_features, 64) * split_k < 400 and split_k < MOST_SHARED and steps >= 4 * split_k:
+        split_k *= 2
+    return GemmConfig("digits", power_of_2(m), 64, 4, 3, split_k, units)
+
+
+@cache
+def _terms(name: str) -> tuple[tuple[int, ...], tuple[tuple[int, int, int, int, float], ...]]:
+    """The column scale of each input, and (plane, second plane, row scale, input, factor) of each term; -1 for none.
+
+    Raises:
+        ValueError: the layout has salient columns.
+    """
+    layout = layout_from_name(name)
+    program = prepack.program(layout)
+    if layout.salient:
+        raise ValueError(f"The kernel of digits does not compute the layout {name}, which has salient columns.")
+    terms = []
+    for mask, row, source, factor in program.terms:
+        first, second, *_ = [plane for plane in range(layout.planes) if mask >> plane & 1] + [-1, -1]
+        terms.append((first, second, row, source, factor))
+    return tuple(col for col, _ in program.inputs), tuple(terms)
+
+
+def takes_assembly(device: torch.device) -> bool:
+    """Whether the assembly in `digits_kernels.py` is this device's."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+@cache
+def _least_columns(device: torch.device) -> int:
+    """Of the operand of x: 8, but 16 on CDNA, where Triton makes four times the instructions of fewer."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return 8
+    return 16 if torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx9") else 8
+
+
+def multiply(
+    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype, config: GemmConfig
+) -> torch.Tensor:
+    """`x W^T + bias`, `[M, N]`, of up to `MAX_TOKENS` rows of x, float16, bfloat16 or float32, on the current device.
+
+    All of them are rounded to 16-bit fixed point by tiles.
+    """
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    plan = DigitsPlan(packed, x.shape[0], x.stride(0), tensor_class(x), out_dtype, bias, x.device, config)
+    return plan.run(x, bias)
+
+
+class DigitsPlan(ReadyLaunches):
+    """The launches of a product of some weight and number of tokens, with all but x and bias known.
+
+    Args:
+        packed: the weight, of a layout without salient columns; tensors that are not contiguous are copied.
+        tokens: M, up to `MAX_TOKENS`.
+        stride: from row to row of x.
+        kind: `tensor_class` of x.
+        out_dtype: of the result.
+        bias: one like those that are to be added, or None.
+        device: of all tensors.
+        config: how; `tiles` is the units (planes of tiles) that a product of matrices takes at once, more where that
+            is too few.
+    """
+
+    def __init__(
+        self,
+        packed: PackedWeight,
+        tokens: int,
+        stride: int,
+        kind: tuple[torch.dtype, bool],
+        out_dtype: torch.dtype,
+        bias: torch.Tensor | None,
+        device: torch.device,
+        config: GemmConfig,
+    ):
+        super().__init__(device)
+        layout, rows, columns = packed.layout, packed.out_features, packed.in_features
+        cols, terms = _terms(layout.name)
+        width = tile_width(packed.block_size)
+        tiles = cdiv(columns, width)
+        overlap = overlaps(device)
+        options = {"launch_pdl": True} if overlap else {}
+        self.dtype, self.out_dtype, self.with_bias = kind[0], out_dtype, bias is not None
+        self._outputs = Outputs(rows, out_dtype)
+        self.digits = len(cols) * tiles * 8 * tokens * 2 * (width // 8)
+        self.steps = len(cols) * tiles * tokens
+
+        absent = packed.weight
+        self.inputs = (
+            absent if packed.permutation is None else packed.permutation.contiguous(),
+            absent if packed.col_scale is None else packed.col_scale.contiguous(),
+        )
+        self.prepare_sizes = (tokens, columns, tiles, stride)
+        self.prepare_constants = (cols, packed.permutation is not None, overlap, width)
+        key: tuple[Hashable, ...] = (kind, size_class(columns), size_class(stride), self.prepare_constants)
+        self.prepare = Launch(
+            _prepare, (key, *map(tensor_class, self.inputs)), (tiles, tokens, len(cols)), device, num_warps=1, **options
+        )
+
+        # products of matrices take 32 bytes at least
+        units = max(config.tiles, 256 // width, _least_columns(device) // (2 * power_of_2(tokens)))
+        total = cdiv(tiles * len(terms), units)
+        share = cdiv(total, min(config.split_k, total))
+        split_k = cdiv(total, share)
+        self.parts = (split_k, tokens, rows)
+        self.sum = Sum(split_k, tokens, rows, out_dtype, bias, device) if split_k > 1 else None
+        has_bias = bias is not None and split_k == 1
+        self.weights = (packed.weight, packed.row_scale.contiguous())
+        row_stride = packed.row_scale.shape[1]
+        self.multiply_sizes = (tokens, rows, columns, tiles, packed.weight.stride(0), row_stride)
+        self.multiply_constants = (
+            terms,
+            layout.planes,
+            layout.row_scales,
+            0 if packed.block_size == -1 else packed.block_size // width,
+            min(row_stride & -row_stride, 16),
+            any(second >= 0 or first < 0 for first, second, *_ in terms),
+            tiles * len(terms) % units == 0,
+            columns % width != 0,
+            width,
+            has_bias,
+            split_k,
+            takes_assembly(device),
+            overlap,
+            power_of_2(tokens),
+            config.block_n,
+            units,
+        )
+        key = (
+            out_dtype if split_k == 1 else torch.float32,
+            tensor_class(bias) if has_bias and bias is not None else None,
+            *map(tensor_class, self.weights),
+            *map(size_class, (rows, columns, packed.weight.stride(0), row_stride)),
+            self.multiply_constants,
+            config.warps,
+            config.stages,
+        )
+        grid = (cdiv(rows, config.block_n), split_k, 1)
+        self.multiply = Launch(
+            _multiply, key, grid, device, num_warps=config.warps, num_stages=config.stages, **options
+        )
+
+        # digits, steps, parts of sums
+        self.steps_at = aligned(self.digits)
+        self.parts_at = self.steps_at + aligned(4 * self.steps)
+        self.scratch = self.parts_at + (0 if self.sum is None else 4 * split_k * tokens * rows)
+
+    def run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`[..., K]` to `[..., N]`, on the current device."""
+        native = self.native_now()
+        if native is None:
+            return self._run_by_triton(x, bias)
+        out = self._outputs.empty(x.shape)
+        scratch = empty_vector(self.scratch, torch.uint8)
+        native.run(
+            current_stream(self.device.index),
+            x.data_ptr(),
+            out.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            scratch.data_ptr(),
+        )
+        return out
+
+    def entry(self, shape: torch.Size, bias: torch.Tensor | None) -> Entry | None:
+        """`run` of inputs `[..., K]` of this shape with this bias, contiguous and 16-byte aligned."""
+        extra = 0 if bias is None else bias.data_ptr()
+        return self._entry(shape, [self._outputs], self.dtype, self.scratch, extra)
+
+    def _run_by_triton(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        digits = torch.empty(self.digits, dtype=torch.int8, device=x.device)
+        steps = torch.empty(self.steps, dtype=torch.float32, device=x.device)
+        out = torch.empty((*x.shape[:-1], self.parts[2]), dtype=self.out_dtype, device=x.device)
+        self.prepare(self.prepare_arguments(x, digits, steps))
+        if self.sum is None:
+            self.multiply(self.multiply_arguments(digits, steps, bias, out))
+        else:
+            parts = torch.empty(self.parts, dtype=torch.float32, device=x.device)
+            self.multiply(self.multiply_arguments(digits, steps, None, parts))
+            self.sum(parts, bias, out)
+        self._ran = True
+        return out
+
+    def ready(self) -> list[Ready | None]:
+        bias = Slot(EXTRA) if self.with_bias else None
+        digits, steps, parts = Slot(SCRATCH), Slot(SCRATCH, self.steps_at), Slot(SCRATCH, self.parts_at)
+        found = [self.prepare.ready(self.prepare_arguments(Slot(X), digits, steps))]
+        if self.sum is None:
+            return [*found, self.multiply.ready(self.multiply_arguments(digits, steps, bias, Slot(OUT)))]
+        found.append(self.multiply.ready(self.multiply_arguments(digits, steps, None, parts)))
+        return [*found, self.sum.launch.ready(self.sum.arguments(parts, bias, Slot(OUT)))]
+
+    def prepare_arguments(self, x: Any, digits: Any, steps: Any) -> tuple[Any, ...]:
+        """All of the first kernel's, of tensors or of what stands for them."""
+        return digits, steps, x, *self.inputs, *self.prepare_sizes, *self.prepare_constants
+
+    def multiply_arguments(self, digits: Any, steps: Any, bias: Any, out: Any) -> tuple[Any, ...]:
+        """All of the second kernel's."""
+        added = out if bias is None else bias
+        return out, digits, steps, added, *self.weights, *self.multiply_sizes, *self.multiply_constants
