@@ -31,6 +31,8 @@ class GemmConfig:
         stages: tiles of x that are loaded ahead.
         tiles: "hopper" alone: packing tiles that are loaded at once, 1 or 2.
         split_k: programs that share the columns of one output tile; their sums are added in order by a second kernel.
+        specialized: "hopper" alone: one group of warps decodes for two that multiply. Tiles of 128 or 256 tokens and
+            rows, not 256 of both; `warps` and `tiles` do not count.
     """
 
     kernel: Kernel = "dequantize"
@@ -40,6 +42,7 @@ class GemmConfig:
     stages: int = 3
     split_k: int = 1
     tiles: int = 1
+    specialized: bool = False
 
 
 def is_fusable(packed: PackedWeight) -> bool:

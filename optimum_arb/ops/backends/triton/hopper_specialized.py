@@ -1,0 +1,335 @@
+"""The fused product of many tokens on sm_90: one warpgroup decodes into shared memory, two others only multiply.
+
+A program is three warpgroups that meet at barriers alone:
+
+- The decoder asks the copy engine for the tokens' columns and for packed bytes, turns these into weights, 64 columns
+  (half a packing tile) at a time, and stores them where a product reads them (128-byte rows, swizzled). A warp of its
+  own for the copies would cost registers: of a fourth warpgroup's sums ptxas finds no room for 256 rows.
+- Two warpgroups, each with half of the tokens, multiply what lies there. One product is always in flight: with both
+  operands in shared memory nothing of it is in registers but the sums, so the next is issued before it ends.
+
+x is the left operand and the weight the right one, so that a thread's sums are neighbours in the result. With 128 tokens
+and 256 rows a step of 64 columns takes the tensor cores 1024 cycles, of which shared memory is busy with their operands
+for 640 and with what is written for 384; the decoder issues 3 instructions for two weights and plane, 200 a warp.
+
+Barriers, each with a phase a round through its ring (a barrier that nothing has passed yet counts as past the phase
+of parity 1):
+
+- `ready[slot]`: x has landed (its bytes, and the arrival of who asked) and the weights are stored.
+- `empty[slot]`: both warpgroups are past the product that read it. They arrive for step s when they know that of s to
+  have ended, after s + 1 was issued. Neither side can be a round ahead: each waits for the other's.
+- `bits_ready[slot]`: packed bytes and column scales have landed. The decoder alone reads them, and asks for the next
+  when all of its threads have.
+"""
+
+# mypy: disable-error-code="assignment"
+# ruff: noqa: RUF005
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper_decode import BYTES, TILE, _asm, _constraints, _load_scales
+from .hopper_kernels import _place, _row_scales
+from .launch import Launcher
+
+STEP = gl.constexpr(64)  # columns of a product: 128 bytes, what the copy engine swizzles
+PAIRS = gl.constexpr(8)  # of the 16 bytes of a row's tile
+ROWS = gl.constexpr(128)  # of the weight that are decoded at a time
+
+
+@gluon.constexpr_function
+def _decode_layout():
+    """Weights [128 rows, 4 bits, 8 pairs of bytes]: a thread has four pairs, whose weights are 16 bytes of a row.
+
+    Neighbouring lanes have neighbouring rows, which the swizzle puts into different banks; a warp's column scales are
+    the same for all lanes.
+    """
+    return gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 2, 0], [64, 0, 0]],
+        [[1, 0, 0], [2, 0, 0], [4, 0, 0], [8, 0, 0], [16, 0, 0]],
+        [[0, 0, 4], [32, 0, 0]],
+        [],
+        [128, 4, 8],
+    )
+
+
+@gluon.constexpr_function
+def _result_layout(rows, columns):
+    """A warpgroup's result [rows, columns], 16 bytes a thread; from the sums' layout without leaving the warp."""
+    across = [[0, 32 << i] for i in range((columns // 32).bit_length() - 1)]
+    down = [[64 << i, 0] for i in range((rows // 64).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], *across, [8, 0], *down],
+        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [rows, columns],
+    )
+
+
+@gluon.jit
+def _copy_bits(
+    w_desc, c_desc, bits, columns, ready, tile, slot, n, K, pred, PLANES: gl.constexpr, COLUMNS: gl.constexpr,
+):  # fmt: skip
+    """Asks for the packed bytes and the column scales of a packing tile."""
+    COPIES: gl.constexpr = PLANES if PLANES == 3 else 1
+    size: gl.constexpr = COPIES * w_desc.block_type.nbytes + COLUMNS * PLANES * c_desc.block_type.nbytes
+    bar = ready.index(slot)
+    mbarrier.expect(bar, size, pred=pred)
+    for copy in gl.static_range(COPIES):
+        tma.async_copy_global_to_shared(
+            w_desc, [n, (tile * PLANES + copy) * BYTES], bar, bits.index(slot * COPIES + copy), pred=pred
+        )
+    if COLUMNS:
+        for p in gl.static_range(PLANES):
+            tma.async_copy_global_to_shared(
+                c_desc, [p * K + tile * TILE], bar, columns.index(slot * PLANES + p), pred=pred
+            )
+
+
+@gluon.jit
+def _pairs(values):
+    """16-bit values, each in both halves of an int32."""
+    value = values.to(gl.int16, bitcast=True).to(gl.int32)
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $1, 0x1010;", "=r,r", [value], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _load_bytes(
+    bits, slot, row, P: gl.constexpr, PLANES: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Plane P of 128 rows: int32 [128, 1, 8], two bytes, each in the upper half of 16 bits."""
+    if PLANES == 3:
+        tile = bits.index(slot * PLANES + P)
+    else:
+        tile = bits.index(slot).slice(P * PAIRS, PAIRS, dim=1)
+    found = tile.slice(row, ROWS, dim=0).load(gl.SliceLayout(1, LAYOUT)).to(gl.int32)
+    found = gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, 0, 0x1404;", "=r,r", [found], dtype=gl.int32, is_pure=True, pack=1
+    )
+    return gl.expand_dims(found, 1)
+
+
+@gluon.jit
+def _scales_of(
+    pointer, tile, tiles_per_block, last,
+    PLANES: gl.constexpr, SCALES: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """`_load_scales` of 128 rows, as pairs."""
+    r0, r1, r2, mean = _load_scales(pointer, tile, tiles_per_block, last, PLANES, SCALES, DTYPE)
+    return _pairs(r0), _pairs(r1), _pairs(r2), _pairs(mean)
+
+
+@gluon.jit
+def _weights(
+    bits, slot, scales, columns, row, HALF: gl.constexpr,
+    PLANES: gl.constexpr, COLUMNS: gl.constexpr, MEAN: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """The weights of 128 rows and columns 64 HALF to 64 HALF + 63 of a tile: int32 [128, 32], two of them each."""
+    asm: gl.constexpr = _asm(PLANES, COLUMNS, MEAN, gl.bfloat16 == DTYPE, -1)
+    constraints: gl.constexpr = _constraints(2 * PLANES + MEAN + COLUMNS * PLANES + 1)
+    args = (_load_bytes(bits, slot, row, 0, PLANES, LAYOUT),)
+    if PLANES > 1:
+        args = args + (_load_bytes(bits, slot, row, 1, PLANES, LAYOUT),)
+    if PLANES > 2:
+        args = args + (_load_bytes(bits, slot, row, 2, PLANES, LAYOUT),)
+    for p in gl.static_range(PLANES):
+        args = args + (gl.expand_dims(gl.expand_dims(scales[p], 1), 2),)
+    if MEAN:
+        args = args + (gl.expand_dims(gl.expand_dims(scales[3], 1), 2),)
+    if COLUMNS:
+        for p in gl.static_range(PLANES):
+            args = args + (gl.expand_dims(columns[p], 0),)
+    shift = 7 - 4 * HALF - gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+    args = args + (gl.expand_dims(gl.expand_dims(shift, 0), 2),)
+    w = gl.inline_asm_elementwise(asm, constraints, args, dtype=gl.int32, is_pure=True, pack=1)
+    return w.reshape([ROWS, 4 * PAIRS])
+
+
+@gluon.jit
+def _decoder(
+    x_desc, w_desc, c_desc, x_ring, w_ring, bits, columns, ready, empty, bits_ready,
+    row_scale, row_stride, tiles_per_block, start, tiles, m, n, N, K,
+    PLANES: gl.constexpr, COLUMNS: gl.constexpr, SCALES: gl.constexpr, PDL: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BITS_STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: asks for what is to come, and turns packed bytes into weights in shared memory."""
+    DTYPE: gl.constexpr = w_ring.dtype
+    MEAN: gl.constexpr = SCALES > PLANES
+    LAYOUT: gl.constexpr = _decode_layout()
+    OF_ROWS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    COPIES: gl.constexpr = PLANES if PLANES == 3 else 1
+    # two weights, bytes or column scales at a time
+    stored = w_ring._reinterpret(gl.int32, [STAGES, BLOCK_N, STEP // 2], gl.NVMMASharedLayout(128, 32, rank=2))
+    packed = bits._reinterpret(gl.int16, [BITS_STAGES * COPIES, BLOCK_N, PAIRS * PLANES // COPIES], PLAIN)
+    factors = columns
+    if COLUMNS:
+        factors = columns._reinterpret(gl.int32, [BITS_STAGES * PLANES * 2, 4, PAIRS], PLAIN)
+    CHUNKS: gl.constexpr = BLOCK_N // ROWS
+    for stage in gl.static_range(BITS_STAGES):
+        _copy_bits(
+            w_desc, c_desc, bits, columns, bits_ready, start + stage, stage, n, K, stage < tiles, PLANES, COLUMNS
+        )
+    last = K // TILE - 1
+    last = last // tiles_per_block
+    rows = gl.arange(0, ROWS, OF_ROWS)
+    low_rows = row_scale + gl.minimum(n + rows, N - 1).to(gl.int64) * row_stride
+    high_rows = row_scale + gl.minimum(n + ROWS + rows, N - 1).to(gl.int64) * row_stride
+    low = _scales_of(low_rows, start, tiles_per_block, last, PLANES, SCALES, DTYPE)
+    high = low
+    if CHUNKS == 2:
+        high = _scales_of(high_rows, start, tiles_per_block, last, PLANES, SCALES, DTYPE)
+    if PDL:  # x is what the launch before this one writes; what is read besides was there before that one began
+        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+    for i in range(tiles):
+        # asked for a tile ahead
+        next_low = _scales_of(low_rows, start + i + 1, tiles_per_block, last, PLANES, SCALES, DTYPE)
+        next_high = next_low
+        if CHUNKS == 2:
+            next_high = _scales_of(high_rows, start + i + 1, tiles_per_block, last, PLANES, SCALES, DTYPE)
+        bits_slot = i % BITS_STAGES
+        mbarrier.wait(bits_ready.index(bits_slot), (i // BITS_STAGES) & 1)
+        for half in gl.static_range(2):
+            step = 2 * i + half
+            slot = step % STAGES
+            column = ()
+            if COLUMNS:
+                for p in gl.static_range(PLANES):
+                    at = (bits_slot * PLANES + p) * 2 + half
+                    column = column + (factors.index(at).load(gl.SliceLayout(0, LAYOUT)),)
+            mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(ready.index(slot), x_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                x_desc, [m, start * TILE + step * STEP], ready.index(slot), x_ring.index(slot)
+            )
+            target = stored.index(slot)
+            w = _weights(packed, bits_slot, low, column, 0, half, PLANES, COLUMNS, MEAN, DTYPE, LAYOUT)
+            target.slice(0, ROWS, dim=0).store(w)
+            if CHUNKS == 2:
+                w = _weights(packed, bits_slot, high, column, ROWS, half, PLANES, COLUMNS, MEAN, DTYPE, LAYOUT)
+                target.slice(ROWS, ROWS, dim=0).store(w)
+            # every thread's stores are seen by products, and every thread has made them, before one says so
+            fence_async_shared()
+            gl.thread_barrier()
+            mbarrier.arrive(ready.index(slot), count=1)
+        # nobody reads these bytes any more, see the barrier above
+        ahead = i + BITS_STAGES
+        _copy_bits(
+            w_desc, c_desc, bits, columns, bits_ready, start + ahead, bits_slot, n, K, ahead < tiles, PLANES, COLUMNS
+        )
+        low = next_low
+        high = next_high
+
+
+@gluon.jit
+def _multiplier(
+    x_ring, w_ring, ready, empty, out, bias, M, N, split, steps, m, n,
+    PART: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: the PART-th half of the program's tokens."""
+    TOKENS: gl.constexpr = BLOCK_M // 2
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    sums = gl.zeros([TOKENS, BLOCK_N], gl.float32, MMA)
+    for step in range(steps):
+        slot = step % STAGES
+        mbarrier.wait(ready.index(slot), (step // STAGES) & 1)
+        x = x_ring.index(slot).slice(PART * TOKENS, TOKENS, dim=0)
+        sums = warpgroup_mma(x, w_ring.index(slot).permute((1, 0)), sums, is_async=True)
+        sums = warpgroup_mma_wait(1, deps=(sums,))
+        # the product before this one has ended, for all of the warpgroup: it is one instruction of its four warps
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
+    sums = warpgroup_mma_wait(0, deps=(sums,))
+    _store_rows(sums, out, bias, split, m + PART * TOKENS, n, M, N, HAS_BIAS)
+
+
+@gluon.jit
+def _store_rows(sums, out, bias, split, m, n, M, N, HAS_BIAS: gl.constexpr):
+    """out[m, n] (or float32 [split, m, n])."""
+    LAYOUT: gl.constexpr = _result_layout(sums.shape[0], sums.shape[1])
+    result = gl.convert_layout(sums.to(out.dtype.element_ty), LAYOUT)
+    to_m = m + gl.arange(0, sums.shape[0], gl.SliceLayout(1, LAYOUT))
+    to_n = n + gl.arange(0, sums.shape[1], gl.SliceLayout(0, LAYOUT))
+    if HAS_BIAS:
+        added = gl.load(bias + gl.minimum(to_n, N - 1)).to(gl.float32)
+        result = (result.to(gl.float32) + gl.expand_dims(added, 0)).to(out.dtype.element_ty)
+    at = out + split.to(gl.int64) * M * N + gl.expand_dims(to_m.to(gl.int64) * N, 1) + gl.expand_dims(to_n, 0)
+    gl.store(at, result, mask=gl.expand_dims(to_m < M, 1) & gl.expand_dims(to_n < N, 0))
+
+
+@gluon.jit(do_not_specialize=["M", "row_stride", "share"])
+def _specialized_kernel(
+    x_desc, w_desc, c_desc, out, bias, row_scale, M, N, K, row_stride, tiles_per_block, share,
+    PLANES: gl.constexpr, COLUMNS: gl.constexpr, SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BITS_STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+):  # fmt: skip
+    """See the top of this file. BLOCK_M and BLOCK_N are 128 or 256, not both 256."""
+    DTYPE: gl.constexpr = x_desc.dtype
+    COPIES: gl.constexpr = PLANES if PLANES == 3 else 1
+    m, n = _place(M, N, BLOCK_M, BLOCK_N, GROUP)
+    split = gl.program_id(1)
+    start = split * share
+    tiles = gl.minimum(share, K // TILE - start)
+    steps = 2 * tiles
+    x_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, STEP], x_desc.layout)
+    w_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, STEP], gl.NVMMASharedLayout(128, 16, rank=2))
+    bits = gl.allocate_shared_memory(gl.uint8, [BITS_STAGES * COPIES, BLOCK_N, w_desc.block_shape[1]], w_desc.layout)
+    columns = bits
+    if COLUMNS:
+        columns = gl.allocate_shared_memory(DTYPE, [BITS_STAGES * PLANES, TILE], c_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    bits_ready = gl.allocate_shared_memory(gl.int64, [BITS_STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=2)
+    for stage in gl.static_range(BITS_STAGES):
+        mbarrier.init(bits_ready.index(stage), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _multiplier,
+                (
+                    x_ring, w_ring, ready, empty, out, bias, M, N, split, steps, m, n,
+                    0, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES,
+                ),
+            ),
+            (
+                _multiplier,
+                (
+                    x_ring, w_ring, ready, empty, out, bias, M, N, split, steps, m, n,
+                    1, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES,
+                ),
+            ),
+            (
+                _decoder,
+                (
+                    x_desc, w_desc, c_desc, x_ring, w_ring, bits, columns, ready, empty, bits_ready,
+                    row_scale, row_stride, tiles_per_block, start, tiles, m, n, N, K,
+                    PLANES, COLUMNS, SCALES, PDL, BLOCK_N, STAGES, BITS_STAGES,
+                ),
+            ),
+        ],
+        # of 504 registers for a lane of each warpgroup the first gets what is left
+        worker_num_warps=[4, 4],
+        worker_num_regs=[184, 136],
+    )  # fmt: skip
+
+
+SPECIALIZED = Launcher(_specialized_kernel)
