@@ -30,6 +30,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 QUICK = [
     ("planes-1-col", True, GemmConfig("hopper", 8, 64, 4, 3, 2, 2)),
     ("planes-2-col", True, GemmConfig("hopper", 128, 256, 8, 4, 1, 1)),
+    ("planes-2-col", False, GemmConfig("hopper", 128, 256, 12, 4, specialized=True)),
 ]
 # with those, each shape of program, one and two tiles a slot, one to three planes
 MORE = [
@@ -37,6 +38,14 @@ MORE = [
     ("planes-2", False, GemmConfig("hopper", 64, 64, 4, 4, 1, 1)),
     ("planes-2", False, GemmConfig("hopper", 256, 128, 8, 3, 1, 1)),
     ("planes-3-mean", False, GemmConfig("hopper", 64, 128, 8, 3, 1, 2)),
+]
+MORE += [
+    (name, permuted, GemmConfig("hopper", block_m, block_n, 12, stages, specialized=True))
+    for block_m, block_n, stages in ((128, 256, 4), (256, 128, 4), (128, 128, 6))
+    for name, permuted in (
+        *(("planes-1", True), ("planes-1-mean", False), ("planes-1-col", True), ("planes-1-col", False)),
+        *(("planes-2-mean", False), ("planes-2-col", False), ("planes-3-mean", False), ("planes-3-col", False)),
+    )
 ]
 
 
@@ -85,6 +94,18 @@ def operands_overwritten(code: str) -> list[str]:
     return found
 
 
+def check_specialized(kernel) -> None:
+    """No register is spilled, and of each multiplying warpgroup's products one is in flight beside the next."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
+    assert "STACK:0 " in usage, usage
+    # ptxas that sees no way to leave products in flight waits for each
+    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", disassemble(kernel))
+    assert sorted(waits) == ["0x0", "0x0", "0x1", "0x1"], waits
+
+
 def disassemble(kernel) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -114,6 +135,7 @@ def calls():
     """Weights of many kinds, each with what is to be multiplied with it: configs, dtypes of x, biases."""
     fused = [GemmConfig("hopper", 64, 64, 4, 2, split_k) for split_k in (1, 2)]
     fused += [GemmConfig("hopper", 32, 128, 8, 3, 1, 2), GemmConfig("hopper", 64, 64, 4, 4, 1)]
+    fused += [GemmConfig("hopper", 128, 128, 12, 6, split_k, specialized=True) for split_k in (1, 2)]
     portable = [GemmConfig("portable", 64, 64, 4, 2), GemmConfig("portable", 16, 128, 8, 2, 2)]
     fields = ("row_scale", "col_scale", "permutation", "salient_columns", "salient_weight", "salient_col_scale")
     for name in ("planes-1-col", "planes-2-col", "planes-3-mean", "groups-all-salient-col"):
@@ -194,6 +216,8 @@ def main() -> None:
         for name, permuted, config in configs if asked in sys.argv else ():
             tokens = x[: 4 * config.block_m]
             gemm.gemm(tokens, random_packed(layout_from_name(name), 272, 2048, permuted=permuted), config=config)
+            if config.specialized:
+                check_specialized(compiled[-1][1])
             overwritten = operands_overwritten(disassemble(compiled[-1 - (config.split_k > 1)][1]))
             assert not overwritten, f"{name} {config}: {overwritten[:4]}"
     # no GPU to launch on, or to ask

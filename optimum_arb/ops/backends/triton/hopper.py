@@ -33,12 +33,11 @@ class Multiply:
         device: of all tensors.
         block_m: tokens of a program, at most 256.
         block_n: weight rows of a program.
-        warps: 4, or 8: two warpgroups and a copying warp.
+        warps: 4, or 8: two warpgroups and a copying warp; 12 where `specialized`.
         stages: slots of the ring.
-        tiles: packing tiles of a slot, 1 or 2.
+        tiles: packing tiles of a slot, 1 or 2; 1 where `specialized`.
         split_k: programs along K.
-        specialized: a warpgroup decodes for two that multiply (`hopper_specialized.py`), in steps of 64 columns;
-            warps and tiles do not count then.
+        specialized: a warpgroup decodes for two that multiply (`hopper_specialized.py`).
         scaled: x is multiplied by the (single) column scale already.
         overlapped: start while the launch before this one, which may write x, is still ending.
     """
@@ -65,7 +64,6 @@ class Multiply:
     ):
         layout = packed.layout
         rows, columns = packed.out_features, packed.in_features
-        tiles = 1 if specialized else tiles
         with_columns = bool(layout.col_scales) and not scaled
         self.x_box, w_box, self.c_box = _boxes(
             x_dtype, layout.planes, block_m, block_n, tiles, STEP.value if specialized else 128 * tiles
@@ -118,11 +116,11 @@ _Box = tuple[list[int], gl.NVMMASharedLayout]
 
 @cache
 def _boxes(
-    dtype: torch.dtype, planes: int, block_m: int, block_n: int, tiles: int, columns: int
+    dtype: torch.dtype, planes: int, block_m: int, block_n: int, tiles: int, x_columns: int
 ) -> tuple[_Box, _Box, _Box]:
-    """What the copy engine brings at a time of x (this many columns), the weight and the column scales, and how it lies there."""
+    """What the copy engine brings at a time of x, the weight and the column scales, and how it lies there."""
     kind = gl.float16 if dtype == torch.float16 else gl.bfloat16
-    x_box = [block_m, columns]
+    x_box = [block_m, x_columns]
     # a box is a power of two: three planes come one by one
     w_box = [block_n, 16 if planes == 3 else 16 * planes * tiles]
     return (

@@ -3,21 +3,23 @@
 A program is three warpgroups that meet at barriers alone:
 
 - The decoder asks the copy engine for the tokens' columns and for packed bytes, turns these into weights, 64 columns
-  (half a packing tile) at a time, and stores them where a product reads them (128-byte rows, swizzled). A warp of its
-  own for the copies would cost registers: of a fourth warpgroup's sums ptxas finds no room for 256 rows.
+  (half a packing tile) at a time, and stores them where a product reads them: in rows of 128 bytes, swizzled. A warp of
+  its own for the copies would cost registers: with a fourth warpgroup ptxas finds no room for sums of 256 columns.
 - Two warpgroups, each with half of the tokens, multiply what lies there. One product is always in flight: with both
   operands in shared memory nothing of it is in registers but the sums, so the next is issued before it ends.
 
-x is the left operand and the weight the right one, so that a thread's sums are neighbours in the result. With 128 tokens
-and 256 rows a step of 64 columns takes the tensor cores 1024 cycles, of which shared memory is busy with their operands
-for 640 and with what is written for 384; the decoder issues 3 instructions for two weights and plane, 200 a warp.
+x is the left operand and the weight the right one, so that a thread's sums are neighbours in the result. A step of 64
+columns, 128 tokens and 256 rows is 1024 cycles of the tensor cores; shared memory gives their operands in 640 and takes
+what is written in 384. For 256 tokens and 128 rows x would be read from the second-level cache twice as fast. The
+decoder issues up to three instructions for two weights and plane, 200 a warp and step.
 
 Barriers, each with a phase a round through its ring (a barrier that nothing has passed yet counts as past the phase
 of parity 1):
 
 - `ready[slot]`: x has landed (its bytes, and the arrival of who asked) and the weights are stored.
 - `empty[slot]`: both warpgroups are past the product that read it. They arrive for step s when they know that of s to
-  have ended, after s + 1 was issued. Neither side can be a round ahead: each waits for the other's.
+  have ended, after s + 1 was issued: a ring has two slots or more. Neither side can be a round ahead, each waits for
+  the other's.
 - `bits_ready[slot]`: packed bytes and column scales have landed. The decoder alone reads them, and asks for the next
   when all of its threads have.
 """
@@ -38,7 +40,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_decode import BYTES, TILE, _asm, _constraints, _load_scales
-from .hopper_kernels import _place, _row_scales
+from .hopper_kernels import _place
 from .launch import Launcher
 
 STEP = gl.constexpr(64)  # columns of a product: 128 bytes, what the copy engine swizzles
@@ -328,7 +330,7 @@ def _specialized_kernel(
         ],
         # of 504 registers for a lane of each warpgroup the first gets what is left
         worker_num_warps=[4, 4],
-        worker_num_regs=[184, 136],
+        worker_num_regs=[176, 152],
     )  # fmt: skip
 
 
