@@ -99,12 +99,13 @@ def _copy_bits(
 
 
 @gluon.jit
-def _pairs(values):
-    """16-bit values, each in both halves of an int32."""
-    value = values.to(gl.int16, bitcast=True).to(gl.int32)
-    return gl.inline_asm_elementwise(
+def _pairs(values, DTYPE: gl.constexpr):
+    """Scales of rows, each in both halves of an int32: [rows, 1, 1]."""
+    value = values.to(DTYPE).to(gl.int16, bitcast=True).to(gl.int32)
+    value = gl.inline_asm_elementwise(
         "prmt.b32 $0, $1, $1, 0x1010;", "=r,r", [value], dtype=gl.int32, is_pure=True, pack=1
     )
+    return gl.expand_dims(gl.expand_dims(value, 1), 2)
 
 
 @gluon.jit
@@ -116,21 +117,11 @@ def _load_bytes(
         tile = bits.index(slot * PLANES + P)
     else:
         tile = bits.index(slot).slice(P * PAIRS, PAIRS, dim=1)
-    found = tile.slice(row, ROWS, dim=0).load(gl.SliceLayout(1, LAYOUT)).to(gl.int32)
-    found = gl.inline_asm_elementwise(
-        "prmt.b32 $0, $1, 0, 0x1404;", "=r,r", [found], dtype=gl.int32, is_pure=True, pack=1
-    )
+    found = tile.slice(row, ROWS, dim=0).load(gl.SliceLayout(1, LAYOUT))
+    # two pairs a register: $0 is written before the second reads it
+    asm: gl.constexpr = "prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424;"
+    found = gl.inline_asm_elementwise(asm, "=&r,=r,r", [found], dtype=gl.int32, is_pure=True, pack=2)
     return gl.expand_dims(found, 1)
-
-
-@gluon.jit
-def _scales_of(
-    pointer, tile, tiles_per_block, last,
-    PLANES: gl.constexpr, SCALES: gl.constexpr, DTYPE: gl.constexpr,
-):  # fmt: skip
-    """`_load_scales` of 128 rows, as pairs."""
-    r0, r1, r2, mean = _load_scales(pointer, tile, tiles_per_block, last, PLANES, SCALES, DTYPE)
-    return _pairs(r0), _pairs(r1), _pairs(r2), _pairs(mean)
 
 
 @gluon.jit
@@ -147,9 +138,9 @@ def _weights(
     if PLANES > 2:
         args = args + (_load_bytes(bits, slot, row, 2, PLANES, LAYOUT),)
     for p in gl.static_range(PLANES):
-        args = args + (gl.expand_dims(gl.expand_dims(scales[p], 1), 2),)
+        args = args + (_pairs(scales[p], DTYPE),)
     if MEAN:
-        args = args + (gl.expand_dims(gl.expand_dims(scales[3], 1), 2),)
+        args = args + (_pairs(scales[3], DTYPE),)
     if COLUMNS:
         for p in gl.static_range(PLANES):
             args = args + (gl.expand_dims(columns[p], 0),)
@@ -168,6 +159,7 @@ def _decoder(
 ):  # fmt: skip
     """One warpgroup: asks for what is to come, and turns packed bytes into weights in shared memory."""
     DTYPE: gl.constexpr = w_ring.dtype
+    STORED: gl.constexpr = row_scale.dtype.element_ty
     MEAN: gl.constexpr = SCALES > PLANES
     LAYOUT: gl.constexpr = _decode_layout()
     OF_ROWS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))
@@ -184,26 +176,25 @@ def _decoder(
         _copy_bits(
             w_desc, c_desc, bits, columns, bits_ready, start + stage, stage, n, K, stage < tiles, PLANES, COLUMNS
         )
-    last = K // TILE - 1
-    last = last // tiles_per_block
+    last = (K // TILE - 1) // tiles_per_block
     rows = gl.arange(0, ROWS, OF_ROWS)
     low_rows = row_scale + gl.minimum(n + rows, N - 1).to(gl.int64) * row_stride
     high_rows = row_scale + gl.minimum(n + ROWS + rows, N - 1).to(gl.int64) * row_stride
-    low = _scales_of(low_rows, start, tiles_per_block, last, PLANES, SCALES, DTYPE)
+    low = _load_scales(low_rows, start, tiles_per_block, last, PLANES, SCALES, STORED)
     high = low
     if CHUNKS == 2:
-        high = _scales_of(high_rows, start, tiles_per_block, last, PLANES, SCALES, DTYPE)
+        high = _load_scales(high_rows, start, tiles_per_block, last, PLANES, SCALES, STORED)
     if PDL:  # x is what the launch before this one writes; what is read besides was there before that one began
         gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
         )
     for i in range(tiles):
-        # asked for a tile ahead
-        next_low = _scales_of(low_rows, start + i + 1, tiles_per_block, last, PLANES, SCALES, DTYPE)
+        # asked for a tile ahead, and not converted before they are needed: that would wait for them
+        next_low = _load_scales(low_rows, start + i + 1, tiles_per_block, last, PLANES, SCALES, STORED)
         next_high = next_low
         if CHUNKS == 2:
-            next_high = _scales_of(high_rows, start + i + 1, tiles_per_block, last, PLANES, SCALES, DTYPE)
+            next_high = _load_scales(high_rows, start + i + 1, tiles_per_block, last, PLANES, SCALES, STORED)
         bits_slot = i % BITS_STAGES
         mbarrier.wait(bits_ready.index(bits_slot), (i // BITS_STAGES) & 1)
         for half in gl.static_range(2):
@@ -267,7 +258,7 @@ def _store_rows(sums, out, bias, split, m, n, M, N, HAS_BIAS: gl.constexpr):
     to_m = m + gl.arange(0, sums.shape[0], gl.SliceLayout(1, LAYOUT))
     to_n = n + gl.arange(0, sums.shape[1], gl.SliceLayout(0, LAYOUT))
     if HAS_BIAS:
-        added = gl.load(bias + gl.minimum(to_n, N - 1)).to(gl.float32)
+        added = gl.load(bias + to_n, mask=to_n < N, other=0).to(gl.float32)
         result = (result.to(gl.float32) + gl.expand_dims(added, 0)).to(out.dtype.element_ty)
     at = out + split.to(gl.int64) * M * N + gl.expand_dims(to_m.to(gl.int64) * N, 1) + gl.expand_dims(to_n, 0)
     gl.store(at, result, mask=gl.expand_dims(to_m < M, 1) & gl.expand_dims(to_n < N, 0))
@@ -328,9 +319,9 @@ def _specialized_kernel(
                 ),
             ),
         ],
-        # of 504 registers for a lane of each warpgroup the first gets what is left
+        # of 504 registers for a thread of each the first partition gets what is left
         worker_num_warps=[4, 4],
-        worker_num_regs=[176, 152],
+        worker_num_regs=[168, 168],
     )  # fmt: skip
 
 
