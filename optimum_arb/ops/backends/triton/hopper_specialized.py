@@ -253,7 +253,9 @@ def _multiplier(
 @gluon.jit
 def _store_rows(sums, out, bias, split, m, n, M, N, HAS_BIAS: gl.constexpr):
     """out[m, n] (or float32 [split, m, n])."""
-    LAYOUT: gl.constexpr = _result_layout(sums.shape[0], sums.shape[1])
+    # four lanes have 32 bytes of a row of float32 as the sums lie, of a smaller type half of what memory moves
+    WIDE: gl.constexpr = out.dtype.element_ty.primitive_bitwidth == 32
+    LAYOUT: gl.constexpr = sums.type.layout if WIDE else _result_layout(sums.shape[0], sums.shape[1])
     result = gl.convert_layout(sums.to(out.dtype.element_ty), LAYOUT)
     to_m = m + gl.arange(0, sums.shape[0], gl.SliceLayout(1, LAYOUT))
     to_n = n + gl.arange(0, sums.shape[1], gl.SliceLayout(0, LAYOUT))
