@@ -53,8 +53,16 @@ def test_every_layout(name, form):
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize(
     ("rows", "columns", "m", "block_size"),
-    # one tile and one program; fewer tiles than stages; ragged tokens and rows, odd ones too; more programs than fit
-    [(8, 128, 1, 128), (123, 384, 257, 256), (256, 128, 128, 128), (431, 2432, 511, -1), (3000, 1152, 1030, 128)],
+    [
+        (8, 128, 1, 128),
+        (123, 384, 257, 256),
+        (256, 128, 128, 128),
+        (431, 2432, 511, -1),
+        # several tiles of the result a program, of fewer and of more packing tiles than the rings hold
+        (4500, 128, 2049, 128),
+        (4500, 384, 2049, 128),
+        (3000, 1152, 2049, 128),
+    ],
 )
 def test_shapes(rows, columns, m, block_size, form):
     packed = random_weight("planes-2-col", rows, columns, block_size=block_size, prepared=False)

@@ -3,7 +3,8 @@
 Three ways, which `GemmConfig.kernel` names:
 
 - "hopper": `hopper.py`, the packed weight decoded once a tile straight into the registers from which the tensor cores
-  of an sm_90 read it. Layouts of one to three planes with or without column scales.
+  of an sm_90 read it, or, `specialized`, into shared memory by warps that do nothing else. Layouts of one to three
+  planes with or without column scales.
 - "portable": `portable.py`, the same idea in plain Triton, for every layout without salient columns and every GPU.
 - "dequantize": the dense weight is written to memory and multiplied by the vendor's library. Every layout and dtype;
   its cost does not depend on the number of tokens, so it wins where there are many.

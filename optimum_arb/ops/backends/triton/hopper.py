@@ -88,11 +88,14 @@ class Multiply:
         )
         share = cdiv(cdiv(columns // 128, tiles), split_k) * tiles
         kernel = SPECIALIZED if specialized else SPLIT if warps == 8 else SHARED
+        programs = cdiv(tokens, block_m) * cdiv(rows, block_n)
+        if specialized and split_k == 1:  # each computes several tiles, and begins one while it stores another
+            programs = min(programs, torch.cuda.get_device_properties(device).multi_processor_count)
         self.rest = (tokens, rows, columns, self.row_scale.shape[1], tiles_per_block, share, *constants)
         self.launch = Launch(
             kernel,
             (x_dtype, out_dtype, bias, tensor_class(self.row_scale), rows, columns, tiles_per_block, constants),
-            (cdiv(tokens, block_m) * cdiv(rows, block_n), split_k, 1),
+            (programs, split_k, 1),
             device,
             num_warps=4,
             launch_pdl=overlapped,

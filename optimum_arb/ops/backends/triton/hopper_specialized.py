@@ -8,6 +8,9 @@ A program is three warpgroups that meet at barriers alone:
 - Two warpgroups, each with half of the tokens, multiply what lies there. One product is always in flight: with both
   operands in shared memory nothing of it is in registers but the sums, so the next is issued before it ends.
 
+A program computes one tile of the result after another, as many as there are for each multiprocessor: while the sums of
+one are stored, the decoder fills the rings for the next.
+
 x is the left operand and the weight the right one, so that a thread's sums are neighbours in the result. A step of 64
 columns, 128 tokens and 256 rows is 1024 cycles of the tensor cores; shared memory gives their operands in 640 and takes
 what is written in 384. For 256 tokens and 128 rows x would be read from the second-level cache twice as fast. The
@@ -17,8 +20,8 @@ Barriers, each with a phase a round through its ring (a barrier that nothing has
 of parity 1):
 
 - `ready[slot]`: x has landed (its bytes, and the arrival of who asked) and the weights are stored.
-- `empty[slot]`: both warpgroups are past the product that read it. They arrive for step s when they know that of s to
-  have ended, after s + 1 was issued: a ring has two slots or more. Neither side can be a round ahead, each waits for
+- `empty[slot]`: both warpgroups are past the product that read it. They arrive for step s when they know it to have
+  ended, after s + 1 was issued: a ring has two slots or more. Neither side can be a round ahead, each waits for
   the other's.
 - `bits_ready[slot]`: packed bytes and column scales have landed. The decoder alone reads them, and asks for the next
   when all of its threads have.
@@ -151,11 +154,18 @@ def _weights(
 
 
 @gluon.jit
+def _outputs(M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """How many tiles of the result this program computes: number program_id, and each num_programs further."""
+    return gl.cdiv(gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N) - gl.program_id(0), gl.num_programs(0))
+
+
+@gluon.jit
 def _decoder(
     x_desc, w_desc, c_desc, x_ring, w_ring, bits, columns, ready, empty, bits_ready,
-    row_scale, row_stride, tiles_per_block, start, tiles, m, n, N, K,
+    row_scale, row_stride, tiles_per_block, start, tiles, M, N, K,
     PLANES: gl.constexpr, COLUMNS: gl.constexpr, SCALES: gl.constexpr, PDL: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BITS_STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BITS_STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: asks for what is to come, and turns packed bytes into weights in shared memory."""
     DTYPE: gl.constexpr = w_ring.dtype
@@ -165,89 +175,100 @@ def _decoder(
     OF_ROWS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     COPIES: gl.constexpr = PLANES if PLANES == 3 else 1
+    CHUNKS: gl.constexpr = BLOCK_N // ROWS
     # two weights, bytes or column scales at a time
     stored = w_ring._reinterpret(gl.int32, [STAGES, BLOCK_N, STEP // 2], gl.NVMMASharedLayout(128, 32, rank=2))
     packed = bits._reinterpret(gl.int16, [BITS_STAGES * COPIES, BLOCK_N, PAIRS * PLANES // COPIES], PLAIN)
     factors = columns
     if COLUMNS:
         factors = columns._reinterpret(gl.int32, [BITS_STAGES * PLANES * 2, 4, PAIRS], PLAIN)
-    CHUNKS: gl.constexpr = BLOCK_N // ROWS
-    for stage in gl.static_range(BITS_STAGES):
-        _copy_bits(
-            w_desc, c_desc, bits, columns, bits_ready, start + stage, stage, n, K, stage < tiles, PLANES, COLUMNS
-        )
     last = (K // TILE - 1) // tiles_per_block
     rows = gl.arange(0, ROWS, OF_ROWS)
-    low_rows = row_scale + gl.minimum(n + rows, N - 1).to(gl.int64) * row_stride
-    high_rows = row_scale + gl.minimum(n + ROWS + rows, N - 1).to(gl.int64) * row_stride
-    low = _load_scales(low_rows, start, tiles_per_block, last, PLANES, SCALES, STORED)
-    high = low
-    if CHUNKS == 2:
-        high = _load_scales(high_rows, start, tiles_per_block, last, PLANES, SCALES, STORED)
-    if PDL:  # x is what the launch before this one writes; what is read besides was there before that one began
-        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
-    for i in range(tiles):
-        # asked for a tile ahead, and not converted before they are needed: that would wait for them
-        next_low = _load_scales(low_rows, start + i + 1, tiles_per_block, last, PLANES, SCALES, STORED)
-        next_high = next_low
+    for number in range(_outputs(M, N, BLOCK_M, BLOCK_N)):
+        m, n = _place(gl.program_id(0) + number * gl.num_programs(0), M, N, BLOCK_M, BLOCK_N, GROUP)
+        before = number * tiles  # packing tiles that have gone through the rings
+        for stage in gl.static_range(BITS_STAGES):
+            _copy_bits(
+                w_desc, c_desc, bits, columns, bits_ready, start + stage, (before + stage) % BITS_STAGES, n, K,
+                stage < tiles, PLANES, COLUMNS,
+            )  # fmt: skip
+        low_rows = row_scale + gl.minimum(n + rows, N - 1).to(gl.int64) * row_stride
+        high_rows = row_scale + gl.minimum(n + ROWS + rows, N - 1).to(gl.int64) * row_stride
+        low = _load_scales(low_rows, start, tiles_per_block, last, PLANES, SCALES, STORED)
+        high = low
         if CHUNKS == 2:
-            next_high = _load_scales(high_rows, start + i + 1, tiles_per_block, last, PLANES, SCALES, STORED)
-        bits_slot = i % BITS_STAGES
-        mbarrier.wait(bits_ready.index(bits_slot), (i // BITS_STAGES) & 1)
-        for half in gl.static_range(2):
-            step = 2 * i + half
-            slot = step % STAGES
-            column = ()
-            if COLUMNS:
-                for p in gl.static_range(PLANES):
-                    at = (bits_slot * PLANES + p) * 2 + half
-                    column = column + (factors.index(at).load(gl.SliceLayout(0, LAYOUT)),)
-            mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
-            mbarrier.expect(ready.index(slot), x_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                x_desc, [m, start * TILE + step * STEP], ready.index(slot), x_ring.index(slot)
+            high = _load_scales(high_rows, start, tiles_per_block, last, PLANES, SCALES, STORED)
+        if PDL:  # x is what the launch before this one writes; what is read besides was there before that one began
+            gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+            gl.inline_asm_elementwise(
+                "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
             )
-            target = stored.index(slot)
-            w = _weights(packed, bits_slot, low, column, 0, half, PLANES, COLUMNS, MEAN, DTYPE, LAYOUT)
-            target.slice(0, ROWS, dim=0).store(w)
+        for i in range(tiles):
+            # asked for a tile ahead, and not converted before they are needed: that would wait for them
+            next_low = _load_scales(low_rows, start + i + 1, tiles_per_block, last, PLANES, SCALES, STORED)
+            next_high = next_low
             if CHUNKS == 2:
-                w = _weights(packed, bits_slot, high, column, ROWS, half, PLANES, COLUMNS, MEAN, DTYPE, LAYOUT)
-                target.slice(ROWS, ROWS, dim=0).store(w)
-            # every thread's stores are seen by products, and every thread has made them, before one says so
-            fence_async_shared()
-            gl.thread_barrier()
-            mbarrier.arrive(ready.index(slot), count=1)
-        # nobody reads these bytes any more, see the barrier above
-        ahead = i + BITS_STAGES
-        _copy_bits(
-            w_desc, c_desc, bits, columns, bits_ready, start + ahead, bits_slot, n, K, ahead < tiles, PLANES, COLUMNS
-        )
-        low = next_low
-        high = next_high
+                next_high = _load_scales(high_rows, start + i + 1, tiles_per_block, last, PLANES, SCALES, STORED)
+            bits_slot = (before + i) % BITS_STAGES
+            mbarrier.wait(bits_ready.index(bits_slot), ((before + i) // BITS_STAGES) & 1)
+            for half in gl.static_range(2):
+                step = 2 * (before + i) + half
+                slot = step % STAGES
+                column = ()
+                if COLUMNS:
+                    for p in gl.static_range(PLANES):
+                        at = (bits_slot * PLANES + p) * 2 + half
+                        column = column + (factors.index(at).load(gl.SliceLayout(0, LAYOUT)),)
+                mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
+                mbarrier.expect(ready.index(slot), x_desc.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    x_desc, [m, (start + i) * TILE + half * STEP], ready.index(slot), x_ring.index(slot)
+                )
+                target = stored.index(slot)
+                w = _weights(packed, bits_slot, low, column, 0, half, PLANES, COLUMNS, MEAN, DTYPE, LAYOUT)
+                target.slice(0, ROWS, dim=0).store(w)
+                if CHUNKS == 2:
+                    w = _weights(packed, bits_slot, high, column, ROWS, half, PLANES, COLUMNS, MEAN, DTYPE, LAYOUT)
+                    target.slice(ROWS, ROWS, dim=0).store(w)
+                # every thread's stores are seen by products, and every thread has made them, before one says so
+                fence_async_shared()
+                gl.thread_barrier()
+                mbarrier.arrive(ready.index(slot), count=1)
+            # nobody reads these bytes any more, see the barrier above
+            ahead = i + BITS_STAGES
+            _copy_bits(
+                w_desc, c_desc, bits, columns, bits_ready, start + ahead, bits_slot, n, K,
+                ahead < tiles, PLANES, COLUMNS,
+            )  # fmt: skip
+            low = next_low
+            high = next_high
 
 
 @gluon.jit
 def _multiplier(
-    x_ring, w_ring, ready, empty, out, bias, M, N, split, steps, m, n,
+    x_ring, w_ring, ready, empty, out, bias, M, N, split, steps,
     PART: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: the PART-th half of the program's tokens."""
+    """One warpgroup: the PART-th half of the tokens of each of the program's tiles."""
     TOKENS: gl.constexpr = BLOCK_M // 2
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    sums = gl.zeros([TOKENS, BLOCK_N], gl.float32, MMA)
-    for step in range(steps):
-        slot = step % STAGES
-        mbarrier.wait(ready.index(slot), (step // STAGES) & 1)
-        x = x_ring.index(slot).slice(PART * TOKENS, TOKENS, dim=0)
-        sums = warpgroup_mma(x, w_ring.index(slot).permute((1, 0)), sums, is_async=True)
-        sums = warpgroup_mma_wait(1, deps=(sums,))
-        # the product before this one has ended, for all of the warpgroup: it is one instruction of its four warps
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
-    sums = warpgroup_mma_wait(0, deps=(sums,))
-    _store_rows(sums, out, bias, split, m + PART * TOKENS, n, M, N, HAS_BIAS)
+    for number in range(_outputs(M, N, BLOCK_M, BLOCK_N)):
+        before = number * steps
+        sums = gl.zeros([TOKENS, BLOCK_N], gl.float32, MMA)
+        for step in range(before, before + steps):
+            slot = step % STAGES
+            mbarrier.wait(ready.index(slot), (step // STAGES) & 1)
+            x = x_ring.index(slot).slice(PART * TOKENS, TOKENS, dim=0)
+            sums = warpgroup_mma(x, w_ring.index(slot).permute((1, 0)), sums, is_async=True)
+            sums = warpgroup_mma_wait(1, deps=(sums,))
+            # the product before this one has ended, for all of the warpgroup: it is one instruction of its four warps
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > before)
+        sums = warpgroup_mma_wait(0, deps=(sums,))
+        mbarrier.arrive(empty.index((before + steps - 1) % STAGES), count=1)
+        # meanwhile the decoder fills the rings for the next tile
+        m, n = _place(gl.program_id(0) + number * gl.num_programs(0), M, N, BLOCK_M, BLOCK_N, GROUP)
+        _store_rows(sums, out, bias, split, m + PART * TOKENS, n, M, N, HAS_BIAS)
 
 
 @gluon.jit
@@ -276,7 +297,6 @@ def _specialized_kernel(
     """See the top of this file. BLOCK_M and BLOCK_N are 128 or 256, not both 256."""
     DTYPE: gl.constexpr = x_desc.dtype
     COPIES: gl.constexpr = PLANES if PLANES == 3 else 1
-    m, n = _place(M, N, BLOCK_M, BLOCK_N, GROUP)
     split = gl.program_id(1)
     start = split * share
     tiles = gl.minimum(share, K // TILE - start)
@@ -301,23 +321,23 @@ def _specialized_kernel(
             (
                 _multiplier,
                 (
-                    x_ring, w_ring, ready, empty, out, bias, M, N, split, steps, m, n,
-                    0, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES,
+                    x_ring, w_ring, ready, empty, out, bias, M, N, split, steps,
+                    0, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP,
                 ),
             ),
             (
                 _multiplier,
                 (
-                    x_ring, w_ring, ready, empty, out, bias, M, N, split, steps, m, n,
-                    1, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES,
+                    x_ring, w_ring, ready, empty, out, bias, M, N, split, steps,
+                    1, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES, GROUP,
                 ),
             ),
             (
                 _decoder,
                 (
                     x_desc, w_desc, c_desc, x_ring, w_ring, bits, columns, ready, empty, bits_ready,
-                    row_scale, row_stride, tiles_per_block, start, tiles, m, n, N, K,
-                    PLANES, COLUMNS, SCALES, PDL, BLOCK_N, STAGES, BITS_STAGES,
+                    row_scale, row_stride, tiles_per_block, start, tiles, M, N, K,
+                    PLANES, COLUMNS, SCALES, PDL, BLOCK_M, BLOCK_N, STAGES, BITS_STAGES, GROUP,
                 ),
             ),
         ],
