@@ -49,6 +49,9 @@ from .launch import Launcher
 STEP = gl.constexpr(64)  # columns of a product: 128 bytes, what the copy engine swizzles
 PAIRS = gl.constexpr(8)  # of the 16 bytes of a row's tile
 ROWS = gl.constexpr(128)  # of the weight that are decoded at a time
+# Four bytes to two registers of two, each in the upper half of 16 bits; the first is written before the second is made.
+SPREAD = gl.constexpr("prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424;")
+SPREAD_CONSTRAINTS = gl.constexpr("=&r,=r,r")
 
 
 @gluon.constexpr_function
@@ -121,9 +124,7 @@ def _load_bytes(
     else:
         tile = bits.index(slot).slice(P * PAIRS, PAIRS, dim=1)
     found = tile.slice(row, ROWS, dim=0).load(gl.SliceLayout(1, LAYOUT))
-    # two pairs a register: $0 is written before the second reads it
-    asm: gl.constexpr = "prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424;"
-    found = gl.inline_asm_elementwise(asm, "=&r,=r,r", [found], dtype=gl.int32, is_pure=True, pack=2)
+    found = gl.inline_asm_elementwise(SPREAD, SPREAD_CONSTRAINTS, [found], dtype=gl.int32, is_pure=True, pack=2)
     return gl.expand_dims(found, 1)
 
 
