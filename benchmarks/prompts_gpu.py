@@ -4,8 +4,8 @@
 
 Every form of the kernel is first compared with a float64 product, twice for the same bits; one that fails is not timed.
 Then microseconds of a call from CUDA graphs over copies of the weight that do not fit the caches together, median of
-the replays. "before" is the fastest of the candidates without `specialized`. With --entries the
-fastest of all is written as a table's lines, with --table into a copy of the package's own.
+the replays. "before" are the candidates without `specialized`. With --entries the fastest of all is written as a
+table's lines, with --table into a copy of the package's own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from optimum_arb.ops.backends.triton.timing import copies_for, graph_time, rando
 SHAPES = "4096x4096,11008x4096,4096x11008,8192x8192,28672x8192"
 
 
-def compile_one(task: tuple[GemmConfig, int, bool, int]) -> None:
+Task = tuple[GemmConfig, int, bool, int]
+
+
+def compile_one(task: Task) -> None:
     config, planes, permuted, m = task
     packed = random_weight(planes_layout(planes, col_scale=True), 4096, 4096, 128, permuted, "cuda")
     x = torch.randn(m, 4096, device="cuda", dtype=torch.bfloat16)
@@ -38,6 +41,21 @@ def compile_one(task: tuple[GemmConfig, int, bool, int]) -> None:
         torch.cuda.synchronize()
     except Exception:  # the check tells
         return
+
+
+def compile_all(tasks: list[Task], workers: int, seconds: float) -> list[Task]:
+    """Runs each once, in processes that are killed after that time; what was not done then."""
+    end = time.monotonic() + seconds
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        waiting = [(task, pool.apply_async(compile_one, (task,))) for task in tasks]
+        left = []
+        for task, result in waiting:
+            try:
+                result.get(timeout=max(0.05, end - time.monotonic()))
+            except multiprocessing.TimeoutError:
+                left.append(task)
+        pool.terminate()
+    return left
 
 
 def check(config: GemmConfig, planes: int, permuted: bool) -> str:
@@ -113,24 +131,25 @@ def main() -> None:
     shapes = [(int(n), int(k)) for n, k in (shape.split("x") for shape in args.shapes.split(","))]
     permuted = not args.plain
     forms = {config for n, k in shapes for m in tokens for config in candidates(n, k, m)}
+    wrong: dict[int, set[GemmConfig]] = {p: set() for p in planes}
     if args.workers:
         tasks = {
             (replace(config, split_k=min(config.split_k, 2)), p, permuted, 300) for config in forms for p in planes
         }
         tasks |= {(GemmConfig("hopper", 128, 128, 8, 4), p, permuted, m) for p in planes for m in tokens}
-        with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-            pool.map(compile_one, sorted(tasks, key=str), chunksize=1)
+        for config, p, *_ in compile_all(sorted(tasks, key=str), args.workers, 70):
+            wrong[p].add(replace(config, split_k=1))
+            print(f"NOT DONE planes {p} {config}: it hangs, or waited for one that does", flush=True)
         print(f"compiled {len(tasks)} in {time.monotonic() - start:.0f} s", flush=True)
-    wrong: dict[int, set[GemmConfig]] = {p: set() for p in planes}
     for p in planes:
         for config in sorted({replace(c, split_k=1) for c in forms if c.specialized}, key=str):
-            if said := check(config, p, permuted):
+            if config not in wrong[p] and (said := check(config, p, permuted)):
                 wrong[p].add(config)
                 print(f"WRONG planes {p} {name(asdict(config))}: {said}", flush=True)
     print(f"checked, {time.monotonic() - start:.0f} s", flush=True)
     rows = []
-    for n, k in shapes:
-        for p in planes:
+    for n, k, p in ((n, k, p) for n, k in shapes for p in planes):
+        if time.monotonic() - start < args.deadline:
             for row in measure(n, k, p, permuted, tokens, wrong[p], args.replays):
                 rows.append(row)
                 line = f"{row['shape']} planes {p} tokens {row['tokens']}: bf16 {row['bf16_us']:.1f}"
@@ -139,11 +158,7 @@ def main() -> None:
                     some = [f"{name(f['config'])} {f['us']:.1f} ({row['bf16_us'] / f['us']:.2f})" for f in found[:3]]
                     line += f" | {title} {', '.join(some) or '-'}"
                 print(line, *row["failed"][:2], sep="\n   failed: " if row["failed"] else "", flush=True)
-                if time.monotonic() - start > args.deadline:
-                    break
             torch.cuda.empty_cache()
-            if time.monotonic() - start > args.deadline:
-                break
     print(f"{time.monotonic() - start:.0f} s")
     if args.json:
         args.json.write_text(json.dumps({"permuted": permuted, "rows": rows}, indent=1))
