@@ -95,14 +95,15 @@ def operands_overwritten(code: str) -> list[str]:
 
 
 def check_specialized(kernel) -> None:
-    """At most a few addresses are kept in memory, and of each multiplying warpgroup's products one stays in flight."""
+    """At most a few registers are spilled, and of each multiplying warpgroup's products one stays in flight."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
     stack = re.search(r"STACK:(\d+)", usage)
     assert stack is not None
-    assert int(stack[1]) <= 16, usage  # from the program's start to where a warpgroup's loop begins
+    # addresses, from the program's start to a warpgroup's loop; six registers of three planes with column scales
+    assert int(stack[1]) <= 32, usage
     # ptxas that sees no way to leave products in flight waits for each
     waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", disassemble(kernel))
     assert sorted(waits) == ["0x0", "0x0", "0x1", "0x1"], waits

@@ -48,25 +48,25 @@ from .launch import Launcher
 
 STEP = gl.constexpr(64)  # columns of a product: 128 bytes, what the copy engine swizzles
 PAIRS = gl.constexpr(8)  # of the 16 bytes of a row's tile
-ROWS = gl.constexpr(128)  # of the weight that are decoded at a time
 # Four bytes to two registers of two, each in the upper half of 16 bits; the first is written before the second is made.
 SPREAD = gl.constexpr("prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424;")
 SPREAD_CONSTRAINTS = gl.constexpr("=&r,=r,r")
 
 
 @gluon.constexpr_function
-def _decode_layout():
-    """Weights [128 rows, 4 bits, 8 pairs of bytes]: a thread has four pairs, whose weights are 16 bytes of a row.
+def _decode_layout(rows):
+    """Weights [rows, 4 bits, 8 pairs of bytes]: a thread has four pairs, whose weights are 16 bytes of a row.
 
     Neighbouring lanes have neighbouring rows, which the swizzle puts into different banks; a warp's column scales are
     the same for all lanes.
     """
+    down = [[64 << i, 0, 0] for i in range((rows // 64).bit_length() - 1)]
     return gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 2, 0], [64, 0, 0]],
+        [[0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 2, 0], *down],
         [[1, 0, 0], [2, 0, 0], [4, 0, 0], [8, 0, 0], [16, 0, 0]],
         [[0, 0, 4], [32, 0, 0]],
         [],
-        [128, 4, 8],
+        [rows, 4, 8],
     )
 
 
@@ -116,31 +116,31 @@ def _pairs(values, DTYPE: gl.constexpr):
 
 @gluon.jit
 def _load_bytes(
-    bits, slot, row, P: gl.constexpr, PLANES: gl.constexpr, LAYOUT: gl.constexpr,
+    bits, slot, P: gl.constexpr, PLANES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Plane P of 128 rows: int32 [128, 1, 8], two bytes, each in the upper half of 16 bits."""
+    """Plane P of a tile: int32 [rows, 1, 8], two bytes, each in the upper half of 16 bits."""
     if PLANES == 3:
         tile = bits.index(slot * PLANES + P)
     else:
         tile = bits.index(slot).slice(P * PAIRS, PAIRS, dim=1)
-    found = tile.slice(row, ROWS, dim=0).load(gl.SliceLayout(1, LAYOUT))
+    found = tile.load(gl.SliceLayout(1, LAYOUT))
     found = gl.inline_asm_elementwise(SPREAD, SPREAD_CONSTRAINTS, [found], dtype=gl.int32, is_pure=True, pack=2)
     return gl.expand_dims(found, 1)
 
 
 @gluon.jit
 def _weights(
-    bits, slot, scales, columns, row, HALF: gl.constexpr,
+    bits, slot, scales, columns, HALF: gl.constexpr,
     PLANES: gl.constexpr, COLUMNS: gl.constexpr, MEAN: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """The weights of 128 rows and columns 64 HALF to 64 HALF + 63 of a tile: int32 [128, 32], two of them each."""
+    """The weights of columns 64 HALF to 64 HALF + 63 of a tile: int32 [rows, 32], two of them each."""
     asm: gl.constexpr = _asm(PLANES, COLUMNS, MEAN, gl.bfloat16 == DTYPE, -1)
     constraints: gl.constexpr = _constraints(2 * PLANES + MEAN + COLUMNS * PLANES + 1)
-    args = (_load_bytes(bits, slot, row, 0, PLANES, LAYOUT),)
+    args = (_load_bytes(bits, slot, 0, PLANES, LAYOUT),)
     if PLANES > 1:
-        args = args + (_load_bytes(bits, slot, row, 1, PLANES, LAYOUT),)
+        args = args + (_load_bytes(bits, slot, 1, PLANES, LAYOUT),)
     if PLANES > 2:
-        args = args + (_load_bytes(bits, slot, row, 2, PLANES, LAYOUT),)
+        args = args + (_load_bytes(bits, slot, 2, PLANES, LAYOUT),)
     for p in gl.static_range(PLANES):
         args = args + (_pairs(scales[p], DTYPE),)
     if MEAN:
@@ -151,7 +151,7 @@ def _weights(
     shift = 7 - 4 * HALF - gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
     args = args + (gl.expand_dims(gl.expand_dims(shift, 0), 2),)
     w = gl.inline_asm_elementwise(asm, constraints, args, dtype=gl.int32, is_pure=True, pack=1)
-    return w.reshape([ROWS, 4 * PAIRS])
+    return w.reshape([w.shape[0], 4 * PAIRS])
 
 
 @gluon.jit
@@ -172,11 +172,10 @@ def _decoder(
     DTYPE: gl.constexpr = w_ring.dtype
     STORED: gl.constexpr = row_scale.dtype.element_ty
     MEAN: gl.constexpr = SCALES > PLANES
-    LAYOUT: gl.constexpr = _decode_layout()
+    LAYOUT: gl.constexpr = _decode_layout(BLOCK_N)
     OF_ROWS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     COPIES: gl.constexpr = PLANES if PLANES == 3 else 1
-    CHUNKS: gl.constexpr = BLOCK_N // ROWS
     # two weights, bytes or column scales at a time
     stored = w_ring._reinterpret(gl.int32, [STAGES, BLOCK_N, STEP // 2], gl.NVMMASharedLayout(128, 32, rank=2))
     packed = bits._reinterpret(gl.int16, [BITS_STAGES * COPIES, BLOCK_N, PAIRS * PLANES // COPIES], PLAIN)
@@ -184,7 +183,7 @@ def _decoder(
     if COLUMNS:
         factors = columns._reinterpret(gl.int32, [BITS_STAGES * PLANES * 2, 4, PAIRS], PLAIN)
     last = (K // TILE - 1) // tiles_per_block
-    rows = gl.arange(0, ROWS, OF_ROWS)
+    rows = gl.arange(0, BLOCK_N, OF_ROWS)
     for number in range(_outputs(M, N, BLOCK_M, BLOCK_N)):
         m, n = _place(gl.program_id(0) + number * gl.num_programs(0), M, N, BLOCK_M, BLOCK_N, GROUP)
         before = number * tiles  # packing tiles that have gone through the rings
@@ -193,12 +192,8 @@ def _decoder(
                 w_desc, c_desc, bits, columns, bits_ready, start + stage, (before + stage) % BITS_STAGES, n, K,
                 stage < tiles, PLANES, COLUMNS,
             )  # fmt: skip
-        low_rows = row_scale + gl.minimum(n + rows, N - 1).to(gl.int64) * row_stride
-        high_rows = row_scale + gl.minimum(n + ROWS + rows, N - 1).to(gl.int64) * row_stride
-        low = _load_scales(low_rows, start, tiles_per_block, last, PLANES, SCALES, STORED)
-        high = low
-        if CHUNKS == 2:
-            high = _load_scales(high_rows, start, tiles_per_block, last, PLANES, SCALES, STORED)
+        of_rows = row_scale + gl.minimum(n + rows, N - 1).to(gl.int64) * row_stride
+        scales = _load_scales(of_rows, start, tiles_per_block, last, PLANES, SCALES, STORED)
         if PDL:  # x is what the launch before this one writes; what is read besides was there before that one began
             gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
             gl.inline_asm_elementwise(
@@ -206,10 +201,7 @@ def _decoder(
             )
         for i in range(tiles):
             # asked for a tile ahead, and not converted before they are needed: that would wait for them
-            next_low = _load_scales(low_rows, start + i + 1, tiles_per_block, last, PLANES, SCALES, STORED)
-            next_high = next_low
-            if CHUNKS == 2:
-                next_high = _load_scales(high_rows, start + i + 1, tiles_per_block, last, PLANES, SCALES, STORED)
+            next_scales = _load_scales(of_rows, start + i + 1, tiles_per_block, last, PLANES, SCALES, STORED)
             bits_slot = (before + i) % BITS_STAGES
             mbarrier.wait(bits_ready.index(bits_slot), ((before + i) // BITS_STAGES) & 1)
             for half in gl.static_range(2):
@@ -225,12 +217,8 @@ def _decoder(
                 tma.async_copy_global_to_shared(
                     x_desc, [m, (start + i) * TILE + half * STEP], ready.index(slot), x_ring.index(slot)
                 )
-                target = stored.index(slot)
-                w = _weights(packed, bits_slot, low, column, 0, half, PLANES, COLUMNS, MEAN, DTYPE, LAYOUT)
-                target.slice(0, ROWS, dim=0).store(w)
-                if CHUNKS == 2:
-                    w = _weights(packed, bits_slot, high, column, ROWS, half, PLANES, COLUMNS, MEAN, DTYPE, LAYOUT)
-                    target.slice(ROWS, ROWS, dim=0).store(w)
+                w = _weights(packed, bits_slot, scales, column, half, PLANES, COLUMNS, MEAN, DTYPE, LAYOUT)
+                stored.index(slot).store(w)
                 # every thread's stores are seen by products, and every thread has made them, before one says so
                 fence_async_shared()
                 gl.thread_barrier()
@@ -241,8 +229,7 @@ def _decoder(
                 w_desc, c_desc, bits, columns, bits_ready, start + ahead, bits_slot, n, K,
                 ahead < tiles, PLANES, COLUMNS,
             )  # fmt: skip
-            low = next_low
-            high = next_high
+            scales = next_scales
 
 
 @gluon.jit
