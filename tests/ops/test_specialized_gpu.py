@@ -7,7 +7,7 @@ import torch
 from gpu_layers import DEVICE, LAYOUTS, NEEDS_KERNELS, TOLERANCE, error, random_input, random_weight
 from torch import nn
 
-from optimum_arb.ops.backends.triton.gemm import gemm, plan_group
+from optimum_arb.ops.backends.triton.gemm import gemm, plan, plan_group
 from optimum_arb.ops.backends.triton.gemm_config import GemmConfig, fits_hopper
 
 pytestmark = [
@@ -109,6 +109,20 @@ def test_the_same_bits_many_times():
         first = check(packed, 2048, BF16, form, x=x)
         for _ in range(50):
             assert torch.equal(gemm(x, packed, config=config(form)), first)
+
+
+@pytest.mark.parametrize("name", ["planes-1-col", "planes-2-col", "planes-3-mean"])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_made_ready(name, permuted):
+    """By Triton's launch and then by the native ones."""
+    packed = random_weight(name, 272, 640, prepared=False, permuted=permuted)
+    x, bias = random_input(300, 640, BF16), random_input(1, 272, BF16, seed=9)[0]
+    for form in FORMS:
+        expected = check(packed, 300, BF16, form, bias=bias, x=x)
+        made = plan(x, packed, bias, config(form))
+        assert made is not None
+        for _ in range(4):
+            assert torch.equal(made.run(x, bias), expected)
 
 
 @pytest.mark.parametrize("permuted", [False, True])
