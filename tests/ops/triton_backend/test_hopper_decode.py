@@ -8,7 +8,7 @@ from packed_weights import random_packed
 
 from optimum_arb.format.layout import all_layouts
 
-hopper_specialized = pytest.importorskip("optimum_arb.ops.backends.triton.hopper_specialized", exc_type=ImportError)
+hopper_decode_rows = pytest.importorskip("optimum_arb.ops.backends.triton.hopper_decode_rows", exc_type=ImportError)
 LAYOUTS = {layout.name: layout for layout in all_layouts() if layout.name.startswith("planes-")}
 ROWS, TILES = 32, 3
 
@@ -42,8 +42,8 @@ def test_weights(name, operand):
                     both = np.ascontiguousarray(tiles[:, tile, p, 2 * pair : 2 * pair + 2]).view(np.uint16)[:, 0]
                     # one register has two pairs, as shared memory has them
                     found = ptx.run(
-                        "{ " + hopper_specialized.SPREAD.value + " }",
-                        hopper_specialized.SPREAD_CONSTRAINTS.value,
+                        "{ " + hopper_decode_rows.SPREAD.value + " }",
+                        hopper_decode_rows.SPREAD_CONSTRAINTS.value,
                         [both.astype(np.uint32) | both.astype(np.uint32) << 16],
                     )
                     assert (found[0] == found[1]).all()
@@ -55,8 +55,8 @@ def test_weights(name, operand):
                 if operand:
                     values.append(np.full(ROWS, 7 - bit, dtype=np.uint32))
                 arguments = (layout.planes, columns, mean, False, -1 if operand else bit)
-                asm = hopper_specialized._asm(*arguments)
-                (result,) = ptx.run(asm, hopper_specialized._constraints(len(values)), values)
+                asm = hopper_decode_rows._asm(*arguments)
+                (result,) = ptx.run(asm, hopper_decode_rows._constraints(len(values)), values)
                 found = np.ascontiguousarray(result)[:, None].view(np.float16).astype(np.float64)
                 wanted = expected[:, 128 * tile + 16 * bit + 2 * pair :][:, :2]
                 assert np.abs(found - wanted).max() < 2e-2
