@@ -84,6 +84,7 @@ class HopperProduct:
             stages=config.stages,
             tiles=config.tiles,
             split_k=split_k,
+            specialized=config.specialized,
             scaled=gathers_scaled(packed),
             overlapped=True,
         )
