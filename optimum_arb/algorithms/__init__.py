@@ -173,7 +173,8 @@ def _prepare(hessian: torch.Tensor, config: ARBConfig, act_order: bool) -> Prepa
 
     def make() -> PreparedHessian:
         prepared = prepare_hessian(hessian, *options)
-        if whole:
+        if config.method == "arb-hrc":
+            # here and not at its first use: other fits, on streams of their own, wait for what is made here alone
             share(prepared.damped)
         return prepared
 
