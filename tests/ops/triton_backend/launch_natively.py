@@ -331,8 +331,6 @@ def main() -> None:
     hopper(fake, "planes-1-col", 16, True, True, torch.float16, GemmConfig("hopper", 16, 64, 4, 3, 2, 2))
     hopper(fake, "planes-2-col", 64, False, True, torch.bfloat16, GemmConfig("hopper", 64, 64, 4, 2, 1))
     hopper(fake, "planes-3-mean", 64, True, False, torch.float16, GemmConfig("hopper", 32, 128, 8, 3, 1, 2))
-    specialized = GemmConfig("hopper", 128, 256, 12, 4, specialized=True)
-    hopper(fake, "planes-2-col", 300, True, True, torch.bfloat16, specialized)
     groups(fake)
     few(fake, one_bit, one_bit.DecodeConfig(), "planes-2-col", 1, (272,), True)
     few(fake, one_bit, one_bit.DecodeConfig(), "planes-1", 2, (42, 7, 64), False)

@@ -198,16 +198,6 @@ def _fma(self: _Fragment, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.nda
     return bits((floats(a).astype(np.float64) * floats(b) + floats(c)).astype(np.float32))
 
 
-def _pair_op(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """Of two float16 a register, rounded once."""
-
-    def apply(self: _Fragment, *values: np.ndarray) -> np.ndarray:
-        each = [np.ascontiguousarray(np.broadcast_to(value, self.shape)).view(np.float16) for value in values]
-        return function(*(value.astype(np.float64) for value in each)).astype(np.float16).view(np.uint32)
-
-    return apply
-
-
 def _mma(self: _Fragment, a: tuple, b: tuple, c: tuple) -> tuple[np.ndarray, ...]:
     """D = popc(A and B) + C, A 16 x 128 bits, B 128 x 8 bits, D and C 16 x 8 int32.
 
@@ -292,10 +282,6 @@ _INSTRUCTIONS: dict[str, tuple[str, tuple[str, ...], Callable]] = {
     "and.b32": ("b32", ("b32", "b32"), _int_op(np.bitwise_and)),
     "shr.u32": ("u32", ("u32", "u32"), _int_op(np.right_shift)),
     "prmt.b32": ("b32", ("b32", "b32", "imm"), _prmt),
-    "shl.b32": ("b32", ("b32", "u32"), _int_op(np.left_shift)),
-    "add.rn.f16x2": ("b32", ("b32", "b32"), _pair_op(np.add)),
-    "mul.rn.f16x2": ("b32", ("b32", "b32"), _pair_op(np.multiply)),
-    "fma.rn.f16x2": ("b32", ("b32", "b32", "b32"), _pair_op(lambda a, b, c: a * b + c)),
     "shf.l.wrap.b32": ("b32", ("b32", "b32", "u32"), _shf_l_wrap),
     "lop3.b32": ("b32", ("b32", "b32", "b32", "imm"), _lop3),
     "shfl.sync.idx.b32": ("b32", ("b32", "b32", "imm", "imm"), _idx),

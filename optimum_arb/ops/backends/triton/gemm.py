@@ -3,8 +3,7 @@
 Four ways, which `GemmConfig.kernel` names:
 
 - "hopper": `hopper.py`, the packed weight decoded once a tile straight into the registers from which the tensor cores
-  of an sm_90 read it, or, `specialized`, into shared memory by warps that do nothing else. Layouts of one to three
-  planes with or without column scales.
+  of an sm_90 read it. Layouts of one to three planes with or without column scales.
 - "portable": `portable.py`, the same idea in plain Triton, for every layout without salient columns and every GPU.
 - "digits": `digits.py`, up to 16 tokens as 8-bit integers, for the same layouts, where the kernels for few tokens
   (`one_bit.py`) do not run.

@@ -18,9 +18,6 @@ except ImportError:  # a Triton without Gluon, or with another form of it
 
 Kernel = Literal["hopper", "portable", "digits", "dequantize"]
 
-# Tokens from which `default_config` takes the specialized kernel; None: only where a table says so.
-SPECIALIZED_TOKENS: int | None = None
-
 
 @dataclass(frozen=True)
 class GemmConfig:
@@ -35,8 +32,6 @@ class GemmConfig:
         tiles: "hopper": packing tiles that are loaded at once, 1 or 2; "digits": planes of tiles that a product of
             matrices takes at once, a power of two.
         split_k: programs that share the columns of one output tile; their sums are added in order by a second kernel.
-        specialized: "hopper" alone: one group of warps decodes for two that multiply, in tiles of 128 or 256 tokens
-            and rows, not 256 of both. There are 12 warps then, and `stages` are of 64 columns.
     """
 
     kernel: Kernel = "dequantize"
@@ -46,7 +41,6 @@ class GemmConfig:
     stages: int = 3
     split_k: int = 1
     tiles: int = 1
-    specialized: bool = False
 
 
 def is_fusable(packed: PackedWeight) -> bool:
@@ -96,18 +90,16 @@ def candidates(n: int, k: int, m: int, hopper: bool = True) -> list[GemmConfig]:
         programs = [(64, 64, 4, 4, 1), (128, 64, 4, 3, 1), (128, 128, 8, 4, 1), (64, 128, 8, 3, 2)]
     else:
         programs = [(128, 128, 8, 4, 1), (128, 256, 8, 4, 1), (256, 128, 8, 3, 1)]
-    if m > 128:
-        programs += [(128, 128, 12, 6, 1), (128, 256, 12, 4, 1), (256, 128, 12, 4, 1)]
     for block_m, block_n, warps, stages, tiles in programs:
         count = cdiv(m, block_m) * cdiv(n, block_n)
         # two large programs have no room on one multiprocessor, about four small ones do
-        most = 270 if warps >= 8 else 800
+        most = 270 if warps == 8 else 800
         for split_k in (1, 2, 4, 8, 16):
             if split_k > 1 and (m > 256 or count * split_k > most or k // 128 < 2 * tiles * split_k):
                 continue
             if count * split_k < 100 and count * split_k * 2 <= most and k // 128 >= 4 * tiles * split_k and m <= 256:
                 continue
-            found.append(GemmConfig("hopper", block_m, block_n, warps, stages, split_k, tiles, warps == 12))
+            found.append(GemmConfig("hopper", block_m, block_n, warps, stages, split_k, tiles))
     return found
 
 
@@ -136,10 +128,6 @@ def default_config(packed: PackedWeight, m: int, dtype: torch.dtype) -> GemmConf
         while programs * split_k < 100 and split_k < 8 and tiles >= 8 * split_k:
             split_k *= 2
         return GemmConfig("portable", block_m, 128, 8, 2, split_k)
-    if SPECIALIZED_TOKENS is not None and m >= SPECIALIZED_TOKENS:
-        if cdiv(m, 128) * cdiv(n, 256) >= 120:
-            return GemmConfig("hopper", 128, 256, 12, 4, specialized=True)
-        return GemmConfig("hopper", 128, 128, 12, 6, specialized=True)
     if m > 256:
         large = cdiv(m, 128) * cdiv(n, 256) >= 120
         return GemmConfig("hopper", 128, 256 if large else 128, 8, 4)

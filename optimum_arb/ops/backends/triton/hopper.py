@@ -1,4 +1,4 @@
-"""The fused product on sm_90: a launch of one of its three kernels with what the copy engine has to know."""
+"""The fused product on sm_90: a launch of one of `hopper_kernels.py` with what the copy engine has to know."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..packed import PackedWeight
 from .columns import column_scales
 from .hopper_kernels import SHARED, SPLIT
-from .hopper_specialized import SPECIALIZED, STEP
 from .launch import Launch, cdiv, tensor_class
 
 GROUP = 8  # tiles of rows whose programs run side by side, see `hopper_kernels._place`
-# packing tiles that are brought ahead of a decoder, by planes: of 256 rows, beside a ring of 192 KiB
-BITS_STAGES = {1: 4, 2: 3, 3: 2}
 
 
 class Multiply:
@@ -33,11 +30,10 @@ class Multiply:
         device: of all tensors.
         block_m: tokens of a program, at most 256.
         block_n: weight rows of a program.
-        warps: 4, or 8: two warpgroups and a copying warp; 12 where `specialized`.
+        warps: 4, or 8: two warpgroups and a copying warp.
         stages: slots of the ring.
-        tiles: packing tiles of a slot, 1 or 2; 1 where `specialized`.
+        tiles: packing tiles of a slot, 1 or 2.
         split_k: programs along K.
-        specialized: a warpgroup decodes for two that multiply (`hopper_specialized.py`).
         scaled: x is multiplied by the (single) column scale already.
         overlapped: start while the launch before this one, which may write x, is still ending.
     """
@@ -58,16 +54,13 @@ class Multiply:
         stages: int,
         tiles: int,
         split_k: int,
-        specialized: bool,
         scaled: bool,
         overlapped: bool,
     ):
         layout = packed.layout
         rows, columns = packed.out_features, packed.in_features
         with_columns = bool(layout.col_scales) and not scaled
-        self.x_box, w_box, self.c_box = _boxes(
-            x_dtype, layout.planes, block_m, block_n, tiles, STEP.value if specialized else 128 * tiles
-        )
+        self.x_box, w_box, self.c_box = _boxes(x_dtype, layout.planes, block_m, block_n, tiles)
         self.x_shape, self.x_strides = (tokens, columns), (stride, 1)
         self.w_desc = _descriptor(packed.weight, *w_box)
         self.col_scale = packed.col_scale if with_columns else None
@@ -83,19 +76,15 @@ class Multiply:
             block_m,
             block_n,
             stages,
-            BITS_STAGES[layout.planes] if specialized else tiles,
+            tiles,
             GROUP,
         )
         share = cdiv(cdiv(columns // 128, tiles), split_k) * tiles
-        kernel = SPECIALIZED if specialized else SPLIT if warps == 8 else SHARED
-        programs = cdiv(tokens, block_m) * cdiv(rows, block_n)
-        if specialized and split_k == 1:  # each computes several tiles, and begins one while it stores another
-            programs = min(programs, torch.cuda.get_device_properties(device).multi_processor_count)
         self.rest = (tokens, rows, columns, self.row_scale.shape[1], tiles_per_block, share, *constants)
         self.launch = Launch(
-            kernel,
+            SPLIT if warps == 8 else SHARED,
             (x_dtype, out_dtype, bias, tensor_class(self.row_scale), rows, columns, tiles_per_block, constants),
-            (programs, split_k, 1),
+            (cdiv(tokens, block_m) * cdiv(rows, block_n), split_k, 1),
             device,
             num_warps=4,
             launch_pdl=overlapped,
@@ -118,12 +107,10 @@ _Box = tuple[list[int], gl.NVMMASharedLayout]
 
 
 @cache
-def _boxes(
-    dtype: torch.dtype, planes: int, block_m: int, block_n: int, tiles: int, x_columns: int
-) -> tuple[_Box, _Box, _Box]:
+def _boxes(dtype: torch.dtype, planes: int, block_m: int, block_n: int, tiles: int) -> tuple[_Box, _Box, _Box]:
     """What the copy engine brings at a time of x, the weight and the column scales, and how it lies there."""
     kind = gl.float16 if dtype == torch.float16 else gl.bfloat16
-    x_box = [block_m, x_columns]
+    x_box = [block_m, 128 * tiles]
     # a box is a power of two: three planes come one by one
     w_box = [block_n, 16 if planes == 3 else 16 * planes * tiles]
     return (

@@ -35,17 +35,15 @@ def _row_layout(rows, warps):
 def _asm(planes, columns, mean, bf16, bit):
     """Two weights from their bytes (each in the upper half of 16 bits), of which `bit` counts.
 
-    Operands: the bytes of each plane, the row scales, the mean, the column scales of each plane; with `bit` -1 also
-    7 minus the bit.
+    Operands: the bytes of each plane, the row scales, the mean, the column scales of each plane.
     """
     kind = "bf16x2" if bf16 else "f16x2"
     first_row = 1 + planes
     first_col = first_row + planes + mean
-    shift = 7 - bit if bit >= 0 else f"${first_col + columns * planes}"
     lines = [".reg .b32 t, w;"]
     for p in range(planes):
         if bit < 7:
-            lines.append(f"shl.b32 t, ${1 + p}, {shift};")
+            lines.append(f"shl.b32 t, ${1 + p}, {7 - bit};")
         value = f"${first_col + p if columns else first_row + p}"
         # (~t & 0x80008000) ^ value
         lines.append(f"lop3.b32 t, {'t' if bit < 7 else f'${1 + p}'}, 0x80008000, {value}, 0xA6;")

@@ -107,10 +107,11 @@ def _store(sums, out, bias, split, m, n, M, N, HAS_BIAS: gl.constexpr):
 
 
 @gluon.jit
-def _place(program, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr):
-    """The first token and row of a program: neighbours share rows or tokens, GROUP tiles of rows at a time."""
+def _place(M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr):
+    """The first token and row of this program: neighbours share rows or tokens, GROUP tiles of rows at a time."""
     tiles_m = gl.cdiv(M, BLOCK_M)
     tiles_n = gl.cdiv(N, BLOCK_N)
+    program = gl.program_id(0)
     group = program // (GROUP * tiles_m)
     height = gl.minimum(tiles_n - group * GROUP, GROUP)
     inside = program - group * GROUP * tiles_m
@@ -137,7 +138,7 @@ def _shared_kernel(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     LAYOUT: gl.constexpr = _row_layout(BLOCK_N, WARPS)
-    m, n = _place(gl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
+    m, n = _place(M, N, BLOCK_M, BLOCK_N, GROUP)
     split = gl.program_id(1)
     tiles = K // TILE
     start = split * share
@@ -251,7 +252,7 @@ def _split_kernel(
     """Two warpgroups, each with half of the rows and a rhythm of its own, and a warp that asks for tiles."""
     DTYPE: gl.constexpr = x_desc.dtype
     ROWS: gl.constexpr = BLOCK_N // 2
-    m, n = _place(gl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
+    m, n = _place(M, N, BLOCK_M, BLOCK_N, GROUP)
     split = gl.program_id(1)
     start = split * share
     steps = gl.cdiv(gl.minimum(share, K // TILE - start), TILES)

@@ -84,7 +84,6 @@ class HopperProduct:
             stages=config.stages,
             tiles=config.tiles,
             split_k=split_k,
-            specialized=config.specialized,
             scaled=gathers_scaled(packed),
             overlapped=True,
         )
