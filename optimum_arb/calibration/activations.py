@@ -77,7 +77,7 @@ class Activations:
             if before.is_pinned() and before.shape == hidden.shape and before.dtype == hidden.dtype:
                 return self._write(before, hidden)
         if not self._free or self._free[-1].shape != hidden.shape or self._free[-1].dtype != hidden.dtype:
-            count = max(1, SLAB // max(1, hidden.nbytes))
+            count = _in_a_slab(max(1, hidden.nbytes))
             try:
                 slab = torch.empty(count, *hidden.shape, dtype=hidden.dtype, pin_memory=True)
             except RuntimeError:  # the system allows no more of it
@@ -97,6 +97,13 @@ class Activations:
             kept.copy_(hidden, non_blocking=True)
         hidden.record_stream(stream)
         return kept
+
+
+def _in_a_slab(size: int) -> int:
+    """How many batches of so many bytes are taken at once, so that what torch rounds up to is used: one of 80 MB would
+    take 128, three of them take 256."""
+    least = max(1, SLAB // size)
+    return min(range(least, least + 8), key=lambda count: (1 << (count * size - 1).bit_length()) / (count * size))
 
 
 class CopiedAhead:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from ..calibration.refinement import refinement_batch_size
+from ..calibration.refinement import calibration_batch_size
 from ..config import ARBConfig
 from ..format.packing import block_count
 from ..inspection import skeleton
@@ -180,7 +180,7 @@ def estimate(
             f"searched salient columns: {SEARCHED_SALIENT} a block, as SmolLM2-135M has; the range is for 1 to 49"
         )
     corrected = tokens[0] > 0 and config.resolved_error_correction > 0
-    batch_size = refinement_batch_size(config, max(tokens[1], 1))
+    batch_size = calibration_batch_size(config, tokens[0], max(tokens[1], 1), torch.device(device))
     held = model, linears, packed, float_dtype, tokens, batch_size, device, activations_on_disk, corrected
     ram, gpu = streamed_memory(*held)
     assumptions.append("the layers form a chain; otherwise all weights are in memory at once")

@@ -8,6 +8,9 @@ has phases, of which the largest counts.
 
 from __future__ import annotations
 
+import torch
+
+from ..algorithms.admm import product_dtype
 from ..config import BITMAP_METHODS, ARBConfig
 
 # What regularizing and factorizing a calibration matrix takes, with its inverse and without.
@@ -17,13 +20,14 @@ WITHOUT_INVERSE = 31
 ROTATED = (9, 4)
 
 
-def fit_memory(rows: int, columns: int, config: ARBConfig, calibrated: bool) -> int:
+def fit_memory(rows: int, columns: int, config: ARBConfig, calibrated: bool, device: torch.device) -> int:
     """Bytes that binarizing a linear holds beside its weight and its calibration matrix.
 
     Args:
         rows, columns: N and K.
         config: the choices, overrides applied.
         calibrated: whether there is a calibration matrix.
+        device: where it is fitted.
     """
     square, weight = columns**2, rows * columns
     if config.factorized:
@@ -43,8 +47,9 @@ def fit_memory(rows: int, columns: int, config: ARBConfig, calibrated: bool) -> 
         phases.append(held * square + (8 + 10 * planes) * weight + (16 + 34 * planes) * rows * block)
         if config.resolved_admm_iterations:
             # an inverse for the next penalty; what comes out of the search
-            phases.append(29 * square + (16 + 10 * planes) * weight)
-            phases.append(21 * square + (10 + 20 * planes) * weight)
+            wider = product_dtype(device).itemsize - 2  # the figures are of products in bfloat16
+            phases.append((29 + wider) * square + (16 + wider + 10 * planes) * weight)
+            phases.append((21 + wider) * square + (10 + wider + 20 * planes) * weight)
     if calibrated:
         inverse = config.method != "arb-hrc" or not config.resolved_admm_iterations
         phases.append((WITH_INVERSE if inverse else WITHOUT_INVERSE) * square + 8 * weight)

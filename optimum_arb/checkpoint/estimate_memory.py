@@ -153,7 +153,7 @@ def _fits(linears: Sequence[Shape], device: str, calibrated: bool) -> int:
     sizes: list[int] = []
     alone = 0
     for one in linears:
-        size = fit_memory(one.rows, one.columns, one.config, calibrated)
+        size = fit_memory(one.rows, one.columns, one.config, calibrated, torch.device(device))
         if device == "cpu" and 4 * max(one.rows, one.columns) * one.columns < OWN_MAPPING:
             size = int(size * IN_PIECES[threads > 1])
         if one.experts:

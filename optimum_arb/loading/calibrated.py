@@ -15,7 +15,7 @@ from ..calibration import CalibrationWalk
 from ..calibration.data import calibration_record, split_batches
 from ..calibration.distributed import Ranks, current_ranks, model_fingerprint
 from ..calibration.experts import LayerStatistics, RoutedInputs
-from ..calibration.refinement import Refiner, refinement_batch_size
+from ..calibration.refinement import Refiner, calibration_batch_size
 from ..config import ARBConfig
 from ..config.choices import AUTO
 from ..conversion import Record, binarize_linear
@@ -27,7 +27,13 @@ from .placement import calibration_device
 
 
 class Stream(Protocol):
-    """What binarizes a model from disk to disk (`optimum_arb.checkpoint`): where the walk finds and leaves weights."""
+    """What binarizes a model from disk to disk (`optimum_arb.checkpoint`): where the walk finds and leaves weights.
+
+    Attributes:
+        device: where layers run.
+    """
+
+    device: torch.device
 
     def opened(
         self, model: PreTrainedModel, task: Task, calibration: dict[str, Any] | None
@@ -83,13 +89,14 @@ def binarize_model(model: PreTrainedModel, task: Task) -> None:
         for found, error, count in held_out_errors(name, module, packed, statistics):
             records[found] = replace(records[found], held_out_error=error, held_out_tokens=count)
 
+    ranks = current_ranks()
+    device = calibration_device(task.device_map, ranks) if task.stream is None else task.stream.device
     batches: list[Any] = []
     held_out = 0
     if task.tokens is not None:
         length = task.tokens.shape[1] if isinstance(task.tokens, torch.Tensor) else 1
-        batches, held_out = split_batches(task.tokens, config.held_out_samples, refinement_batch_size(config, length))
-    ranks = current_ranks()
-    device = calibration_device(task.device_map, ranks)
+        size = calibration_batch_size(config, len(task.tokens), length, device)
+        batches, held_out = split_batches(task.tokens, config.held_out_samples, size)
     model.eval()
     names = selection.modules()
     if config.target_bits_per_weight is not None and task.stream is None:  # which refuses it

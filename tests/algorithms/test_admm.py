@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from optimum_arb.algorithms import admm, output_error
-from optimum_arb.algorithms.admm import _product_dtype, admm_planes
+from optimum_arb.algorithms.admm import admm_planes, product_dtype
 from optimum_arb.algorithms.compensation import binarize_blocks
 from optimum_arb.algorithms.hessian import prepare_hessian
 from optimum_arb.algorithms.planes import fit_planes
@@ -78,7 +78,7 @@ def test_products_in_16_bits_are_as_good(weight, prepared, planes, monkeypatch):
     errors = []
     for amx in (False, True):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx, raising=False)
-        assert (_product_dtype(weight.device) == torch.bfloat16) == (amx and torch.backends.mkldnn.is_available())
+        assert (product_dtype(weight.device) == torch.bfloat16) == (amx and torch.backends.mkldnn.is_available())
         fits = admm_planes(weight, prepared.damped, 128, planes, 25)
         refine_blocks(weight, prepared, 128, fits, 2)
         errors.append(output_error(weight, total(fits), prepared.damped))

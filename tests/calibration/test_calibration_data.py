@@ -10,6 +10,7 @@ from tiny_models import text, tiny_tokenizer, tokens
 from optimum_arb import ARBConfig
 from optimum_arb.calibration import calibration_tokens, load_texts, token_batches
 from optimum_arb.calibration.data import calibration_record
+from optimum_arb.calibration.refinement import calibration_batch_size
 
 
 def test_bundled_text():
@@ -93,6 +94,24 @@ def test_batch_size_follows_from_the_length():
     assert len(token_batches(tokens(8, 1024))[0]) == 8
     assert len(token_batches(tokens(4, 8192))[0]) == 1
     assert len(token_batches(tokens(2, 10000))[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "samples", "length", "choices", "size"),
+    [
+        ("cpu", 128, 2048, {}, 1),
+        ("cpu", 128, 2048, {"batch_size": 4}, 1),
+        ("cuda", 128, 2048, {}, 4),
+        ("cuda", 128, 2048, {"batch_size": 3}, 4),  # the bits do not depend on it
+        ("cuda", 32, 1024, {}, 2),  # at least 16 batches
+        ("cuda", 8, 64, {}, 1),
+        ("cuda", 128, 32768, {}, 1),
+        ("cuda", 128, 512, {"refine": "block"}, 4),
+        ("cuda", 128, 512, {"refine": "block", "batch_size": 3}, 3),
+    ],
+)
+def test_sequences_of_a_calibration_batch(device, samples, length, choices, size):
+    assert calibration_batch_size(ARBConfig(**choices), samples, length, torch.device(device)) == size
 
 
 def test_record():

@@ -202,7 +202,7 @@ def test_memory_counts_the_fits_that_run_at_once(monkeypatch, device):
         monkeypatch.setattr(estimate_memory.torch, "get_num_threads", lambda threads=threads: threads)
         linears = [SimpleNamespace(rows=64, columns=96, config=ARBConfig(), experts=False)] * 7
         found.append(estimate_memory._fits(linears, device, True))
-    one = fit_memory(64, 96, ARBConfig(), True)
+    one = fit_memory(64, 96, ARBConfig(), True, torch.device("cpu"))
     if device == "cuda":
         assert found == [4 * one] * 4
     else:

@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimum_arb import ARBConfig
+from optimum_arb.algorithms import admm
+from optimum_arb.checkpoint import estimate_fit
 from optimum_arb.checkpoint.estimate_fit import fit_memory
 from optimum_arb.conversion import binarize_linear
 
@@ -66,7 +68,11 @@ def one_thread():
     ],
     ids=str,
 )
-def test_a_fit_holds_what_is_said(one_thread, rows, columns, choices):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_fit_holds_what_is_said(one_thread, rows, columns, choices, dtype, monkeypatch):
+    """Products in bfloat16, as on a CPU with AMX, and in float32."""
+    for module in (admm, estimate_fit):
+        monkeypatch.setattr(module, "product_dtype", lambda device: dtype)
     config = ARBConfig(**{"dataset": ["text"], **choices})
     generator = torch.Generator().manual_seed(0)
     module = nn.Linear(columns, rows, bias=False)
@@ -75,4 +81,5 @@ def test_a_fit_holds_what_is_said(one_thread, rows, columns, choices):
     hessian = None if config.dataset is None else inputs.T @ inputs
     with Held() as held:
         binarize_linear("it", module, config, hessian, len(inputs))
-    assert 0.85 * held.most < fit_memory(rows, columns, config, hessian is not None) < 1.5 * held.most
+    said = fit_memory(rows, columns, config, hessian is not None, torch.device("cpu"))
+    assert 0.85 * held.most < said < 1.5 * held.most
