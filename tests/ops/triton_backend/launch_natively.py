@@ -31,6 +31,7 @@ from optimum_arb.ops.backends.triton import (
     native_launch,
     one_bit,
     outputs,
+    ready_launches,
     sums,
 )
 from optimum_arb.ops.backends.triton import hopper as hopper_file
@@ -86,7 +87,7 @@ def start(folder: Path) -> ctypes.CDLL:
     global FUNCTION
     FUNCTION = ctypes.cast(library.arb_launch_at, ctypes.c_void_p).value
     outputs._empty = lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
-    for module in (hopper_plan, hopper_group, few_tokens_plan, digits):
+    for module in (hopper_group, few_tokens_plan, ready_launches):
         module.current_stream = lambda device: 77
     for module in (launch_file, columns, sums, half_bits, hadamard, digits):
         module.overlaps = lambda device: True

@@ -18,13 +18,12 @@ from ....format.layout import layout_from_name
 from ....format.packing import tile_width
 from ..packed import PackedWeight
 from . import prepack
-from .calls import Entry
 from .digits_kernels import _multiply_kernel, _prepare_kernel
 from .gemm_config import GemmConfig
 from .launch import Launch, Launcher, Ready, cdiv, overlaps, power_of_2, size_class, tensor_class
 from .native_launch import EXTRA, OUT, SCRATCH, Slot, X
-from .outputs import Outputs, aligned, current_stream, empty_vector
-from .ready_launches import ReadyLaunches
+from .outputs import Outputs, aligned
+from .ready_launches import ReadyProduct
 from .sums import Sum
 
 MAX_TOKENS = 16
@@ -119,7 +118,7 @@ def multiply(
     return plan.run(x, bias)
 
 
-class DigitsPlan(ReadyLaunches):
+class DigitsPlan(ReadyProduct):
     """The launches of a product of some weight and number of tokens, with all but x and bias known.
 
     Args:
@@ -145,15 +144,14 @@ class DigitsPlan(ReadyLaunches):
         device: torch.device,
         config: GemmConfig,
     ):
-        super().__init__(device)
         layout, rows, columns = packed.layout, packed.out_features, packed.in_features
+        super().__init__(device, kind[0], Outputs(rows, out_dtype))
         cols, terms = _terms(layout.name)
         width = tile_width(packed.block_size)
         tiles = cdiv(columns, width)
         overlap = overlaps(device)
         options = {"launch_pdl": True} if overlap else {}
-        self.dtype, self.out_dtype, self.with_bias = kind[0], out_dtype, bias is not None
-        self._outputs = Outputs(rows, out_dtype)
+        self.out_dtype, self.with_bias = out_dtype, bias is not None
         self.digits = len(cols) * tiles * 8 * tokens * 2 * (width // 8)
         self.steps = len(cols) * tiles * tokens
 
@@ -216,27 +214,6 @@ class DigitsPlan(ReadyLaunches):
         self.steps_at = aligned(self.digits)
         self.parts_at = self.steps_at + aligned(4 * self.steps)
         self.scratch = self.parts_at + (0 if self.sum is None else 4 * split_k * tokens * rows)
-
-    def run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """`[..., K]` to `[..., N]`, on the current device."""
-        native = self.native_now()
-        if native is None:
-            return self._run_by_triton(x, bias)
-        out = self._outputs.empty(x.shape)
-        scratch = empty_vector(self.scratch, torch.uint8)
-        native.run(
-            current_stream(self.device.index),
-            x.data_ptr(),
-            out.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            scratch.data_ptr(),
-        )
-        return out
-
-    def entry(self, shape: torch.Size, bias: torch.Tensor | None) -> Entry | None:
-        """`run` of inputs `[..., K]` of this shape with this bias, contiguous and 16-byte aligned."""
-        extra = 0 if bias is None else bias.data_ptr()
-        return self._entry(shape, [self._outputs], self.dtype, self.scratch, extra)
 
     def _run_by_triton(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         digits = torch.empty(self.digits, dtype=torch.int8, device=x.device)

@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..packed import PackedWeight
-from .calls import Entry
 from .hopper_product import HopperProduct, converted_scales, gather
 from .launch import Ready
 from .native_launch import EXTRA, OUT, SCRATCH, Slot, X
-from .outputs import Outputs, aligned, current_stream, empty_vector
-from .ready_launches import ReadyLaunches
+from .outputs import Outputs, aligned
+from .ready_launches import ReadyProduct
 
 if TYPE_CHECKING:
     from .gemm_config import GemmConfig
 
 
-class HopperPlan(ReadyLaunches):
+class HopperPlan(ReadyProduct):
     """What a product of some weight and number of tokens takes, with all but x and bias known.
 
     Args:
@@ -45,9 +44,8 @@ class HopperPlan(ReadyLaunches):
         split_k: int,
         config: GemmConfig,
     ):
-        super().__init__(device)
-        self.dtype, self.out_dtype, self.with_bias = kind[0], out_dtype, bias is not None
-        self._outputs = Outputs(packed.out_features, out_dtype)
+        super().__init__(device, kind[0], Outputs(packed.out_features, out_dtype))
+        self.out_dtype, self.with_bias = out_dtype, bias is not None
         self.gather = gather(packed, tokens, stride, kind, device)
         self.parts_at = 0
         if self.gather is not None:
@@ -58,28 +56,6 @@ class HopperPlan(ReadyLaunches):
 
     def copied(self) -> list[torch.Tensor]:
         return converted_scales([self.product])
-
-    def run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """`[..., K]` to `[..., N]`, on the current device."""
-        native = self.native_now()
-        if native is None:
-            return self._run_by_triton(x, bias)
-        out = self._outputs.empty(x.shape)
-        size = self.scratch
-        scratch = empty_vector(size, torch.uint8) if size else out
-        native.run(
-            current_stream(self.device.index),
-            x.data_ptr(),
-            out.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            scratch.data_ptr(),
-        )
-        return out
-
-    def entry(self, shape: torch.Size, bias: torch.Tensor | None) -> Entry | None:
-        """`run` of inputs `[..., K]` of this shape with this bias, contiguous and 16-byte aligned."""
-        extra = 0 if bias is None else bias.data_ptr()
-        return self._entry(shape, [self._outputs], self.dtype, self.scratch, extra)
 
     def _run_by_triton(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         out = torch.empty((*x.shape[:-1], self.product.rows), dtype=self.out_dtype, device=x.device)

@@ -10,7 +10,7 @@ import torch
 from .calls import Entry
 from .launch import Ready, hooked
 from .native_launch import NativeLaunches, prepare
-from .outputs import Outputs
+from .outputs import Outputs, current_stream, empty_vector
 
 
 def versions(tensors: Sequence[torch.Tensor]) -> list[int]:
@@ -86,3 +86,47 @@ class ReadyLaunches(ABC):
         self.native = prepare(self.ready(), self.device)
         self._read, self._versions = read, seen
         self._tried = True
+
+
+class ReadyProduct(ReadyLaunches):
+    """The launches of one product.
+
+    Args:
+        device: of all tensors.
+        dtype: of x.
+        outputs: the result.
+
+    Attributes:
+        scratch: bytes that the launches need beside it.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, outputs: Outputs):
+        super().__init__(device)
+        self.dtype = dtype
+        self.scratch = 0
+        self._outputs = outputs
+
+    @abstractmethod
+    def _run_by_triton(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`run`, which the native launches are made of."""
+
+    def run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`[..., K]` to `[..., N]`, on the current device."""
+        native = self.native_now()
+        if native is None:
+            return self._run_by_triton(x, bias)
+        out = self._outputs.empty(x.shape)
+        scratch = empty_vector(self.scratch, torch.uint8) if self.scratch else out
+        native.run(
+            current_stream(self.device.index),
+            x.data_ptr(),
+            out.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            scratch.data_ptr(),
+        )
+        return out
+
+    def entry(self, shape: torch.Size, bias: torch.Tensor | None) -> Entry | None:
+        """`run` of inputs `[..., K]` of this shape with this bias, contiguous and 16-byte aligned."""
+        extra = 0 if bias is None else bias.data_ptr()
+        return self._entry(shape, [self._outputs], self.dtype, self.scratch, extra)
