@@ -86,32 +86,29 @@ def parse_row(name: str, settings: Settings) -> Row:
     Raises:
         ValueError: no such row, or choices that `ARBConfig` refuses.
     """
-    parts = name.split(":")
-    choices = [part for part in parts if "=" in part]
-    method, *rest = (part for part in parts if "=" not in part)
-    choice = rest[0] if rest else ""
-    if len(rest) > 1 or parts[-len(choices) or len(parts) :] != choices or (rest and not choice):
+    method, *rest = name.split(":")
+    choice = rest.pop(0) if rest and "=" not in rest[0] else None
+    if choice == "" or any("=" not in part for part in rest):
         raise _no_row(name)
     calibration = {key: getattr(settings, key) for key in CALIBRATION}
-    further = {**calibration, **_choices(name, choices)}
-    if method == FULL and len(parts) == 1:
+    further = {**calibration, **_choices(name, rest)}
+    alone = choice is None and not rest
+    if method == FULL and alone:
         return Row(name)
-    if method == "hqq" and choice in ("1", "2", "3", "4", "8") and not choices:
+    if method == "hqq" and choice in ("1", "2", "3", "4", "8") and not rest:
         return Row(name, hqq_bits=int(choice))
-    if method == "gguf" and len(parts) == 1:
+    if method == "gguf" and alone:
         return Row(name, ARBConfig.for_gguf(**calibration))
-    if method in PUBLISHED and choice == "published" and not choices:
+    if method in PUBLISHED and choice == "published" and not rest:
         return Row(name, ARBConfig.as_published(method, **calibration))
     if method == "rtn" and not choice:
         return Row(name, ARBConfig(**{**further, "method": "rtn", "dataset": None}))
     if method == "arb-hrc" and choice in ("1", "2", "3"):
         further["planes"] = int(choice)
-    elif method == "arb-dbf" and re.fullmatch(r"[0-9]*\.?[0-9]+", choice):
+    elif method == "arb-dbf" and choice and re.fullmatch(r"[0-9]*\.?[0-9]+", choice):
         further["factor_bits"] = float(choice)
     elif method not in METHODS or choice:
         raise _no_row(name)
-    elif method == "arb-hrc" and "target_bits_per_weight" not in further:
-        further.setdefault("planes", 1)
     return Row(name, ARBConfig(**{"method": method, **further}))
 
 

@@ -1,105 +1,126 @@
-"""What fits under one calibration matrix share: made once, by the first, and whole when it is handed to another."""
-
-from __future__ import annotations
-
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from optimum_arb import ARBConfig
-from optimum_arb.algorithms import binarize, hessian
+from optimum_arb import ARBConfig, algorithms
+from optimum_arb.algorithms import admm, binarize, dbf
 from optimum_arb.algorithms.shared_work import SharedWork, once, share, sharing
 
-CHOICES = {
-    "search": {"admm_iterations": 3},
-    "block after block": {"admm_iterations": 0},
-    "no sweeps": {"admm_iterations": 0, "refinement_sweeps": 0, "scale_bits": 8},
-    "arb-rc": {"method": "arb-rc", "num_iterations": 1},
-    "arb-dbf": {"method": "arb-dbf", "num_iterations": 2},
-}
+
+def counted(monkeypatch, module, name):
+    calls = []
+    function = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: calls.append(args) or function(*args))
+    return calls
 
 
-def problem(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(300, 192, generator=generator)
-    return torch.randn(40, 192, generator=generator), inputs.T @ inputs
+@pytest.mark.parametrize(
+    "choices", [{}, {"planes": 2}, {"act_order": True}, {"method": "arb-rc"}, {"method": "arb-dbf"}], ids=str
+)
+def test_fits_of_one_matrix_share_its_factorizations_and_keep_their_bits(monkeypatch, choices):
+    config = ARBConfig(**choices)
+    inputs = torch.randn(300, 96)
+    hessian = inputs.T @ inputs
+    weights = [torch.randn(rows, 96) for rows in (40, 24, 64)]
+    alone = [binarize(weight, hessian, config).dequantize() for weight in weights]
+    factors = choices.get("method") == "arb-dbf"
+    where = (dbf, "_of_unit_diagonal") if factors else (algorithms, "prepare_hessian")
+    prepared = counted(monkeypatch, *where)
+    inverses = counted(monkeypatch, admm, "_inverse")
+    work = SharedWork(hessian)
+
+    def fit(weight):
+        with torch.no_grad(), sharing(work):
+            return binarize(weight, hessian, config).dequantize()
+
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(fit, weights))
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+    assert len(prepared) == 1
+    assert len(inverses) == (0 if choices.get("method") else admm.STAGES)
 
 
-@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
-def test_the_same_bits_with_and_without(choices):
-    config = ARBConfig(block_size=64, **choices)
-    _, metric = problem()
-    work = SharedWork(metric)
-    for seed in (1, 2):
-        weight, _ = problem(seed)
-        with sharing(work):
-            together = binarize(weight, metric, config)
-        assert torch.equal(together.dequantize(), binarize(weight, metric, config).dequantize())
-
-
-@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
-def test_nothing_is_added_to_what_is_shared(choices, monkeypatch):
-    """Another fit, on a stream of its own, waits for what was made by `once`, not for what a fit adds to it later."""
+def test_other_matrices_are_nobody_elses():
+    shared, other = torch.eye(3), torch.eye(3)
     made = []
-    prepare = hessian.prepare_hessian
 
-    def prepared(*args):
-        made.append(prepare(*args))
-        return made[-1]
+    def make():
+        made.append(None)
+        return len(made)
 
-    monkeypatch.setattr("optimum_arb.algorithms.prepare_hessian", prepared)
-    config = ARBConfig(block_size=64, **choices)
-    weight, metric = problem()
-    held = []
+    work = SharedWork(shared)
+    with sharing(work):
+        assert [once(shared, "key", make) for _ in range(3)] == [1, 1, 1]
+        assert once(shared, "another", make) == 2
+        assert [once(other, "key", make) for _ in range(2)] == [3, 4]
+        share(other)
+        assert [once(other, "key", make) for _ in range(2)] == [5, 5]
+    assert once(shared, "key", make) == 6  # outside nothing is kept
+    with sharing(None):
+        assert once(shared, "key", make) == 7
+
+
+def test_an_error_is_not_kept():
+    matrix, ready = torch.eye(2), threading.Event()
+
+    def make():
+        if not ready.is_set():
+            ready.set()
+            raise ValueError("not yet")
+        return "made"
+
+    with sharing(SharedWork(matrix)):
+        with pytest.raises(ValueError, match="not yet"):
+            once(matrix, "key", make)
+        assert once(matrix, "key", make) == "made"
+
+
+def test_made_once_by_several_threads():
+    matrix, begin = torch.eye(3), threading.Barrier(8)
+    work, calls = SharedWork(matrix), []
+
+    def make():
+        calls.append(None)
+        return torch.zeros(2)
+
+    def run(_):
+        with sharing(work):
+            begin.wait()
+            return once(matrix, "key", make)
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(run, range(8)))
+    assert len(calls) == 1
+    assert all(result is results[0] for result in results)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"admm_iterations": 0},
+        {"admm_iterations": 0, "refinement_sweeps": 0, "scale_bits": 8},
+        {"method": "arb-rc"},
+        {"method": "arb-dbf"},
+    ],
+    ids=str,
+)
+def test_nothing_is_added_to_what_is_shared(choices):
+    """Another fit, on a stream of its own, waits for what `once` made, not for what a fit adds to it later."""
+    seen = []
 
     class Watched(SharedWork):
         def get(self, matrix, key, make):
             result = super().get(matrix, key, make)
-            held.append((result, set(getattr(result, "__dict__", ()))))
+            seen.append((result, set(getattr(result, "__dict__", ()))))
             return result
 
-    with sharing(Watched(metric)):
-        binarize(weight, metric, config)
-    assert held
-    for result, attributes in held:
+    inputs = torch.randn(300, 96)
+    hessian = inputs.T @ inputs
+    with sharing(Watched(hessian)):
+        binarize(torch.randn(40, 96), hessian, ARBConfig(block_size=64, **choices))
+    assert seen
+    for result, attributes in seen:
         assert set(getattr(result, "__dict__", ())) == attributes
-    assert len(made) <= 1
-
-
-def test_made_once_by_several_threads():
-    matrix = torch.eye(3)
-    work = SharedWork(matrix)
-    calls, results = [], []
-    begin = threading.Barrier(8)
-
-    def make():
-        calls.append(threading.get_ident())
-        return torch.zeros(2)
-
-    def run():
-        with sharing(work):
-            begin.wait()
-            results.append(once(matrix, "key", make))
-
-    threads = [threading.Thread(target=run) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(calls) == 1
-    assert len(results) == 8
-    assert all(result is results[0] for result in results)
-
-
-def test_of_this_matrix_alone():
-    matrix, other = torch.eye(3), torch.eye(3)
-    with sharing(SharedWork(matrix)):
-        first = once(matrix, "key", lambda: torch.zeros(2))
-        assert once(matrix, "key", lambda: torch.ones(2)) is first
-        assert once(matrix, "another", lambda: torch.ones(2)) is not first
-        assert once(other, "key", lambda: torch.ones(2)) is not first
-        share(other)
-        second = once(other, "key", lambda: torch.ones(2))
-        assert once(other, "key", lambda: torch.zeros(2)) is second
-    assert once(matrix, "key", lambda: torch.ones(2)) is not first
