@@ -20,6 +20,10 @@ BUNDLED = {"wikitext-2": "data/wikitext-2/wiki.valid.tokens.txt"}
 # Names of optimum.gptq.data, which downloads them.
 DOWNLOADED = ("wikitext2", "c4", "c4-new")
 TOKENS_PER_BATCH = 8192
+# Tokens of a step of refinement, which is one calibration batch.
+TOKENS_PER_STEP = 2048
+# Batches of a text on a GPU, at least, of which several processes take some each.
+LEAST_BATCHES = 16
 # No tokenizer in use spends more characters on a token than this over a longer text.
 _CHARACTERS_PER_TOKEN = 24
 
@@ -126,6 +130,27 @@ def _download(name: str, tokenizer: Any, samples: int, length: int, seed: int) -
     finally:
         random.setstate(state)
     return torch.cat([torch.as_tensor(example["input_ids"]).view(1, -1) for example in examples]).to(torch.int64)
+
+
+def calibration_batch_size(config: ARBConfig, samples: int, length: int, device: torch.device) -> int:
+    """Sequences of a calibration batch: with refinement, about 2048 tokens, unless the configuration says how many.
+
+    Without, what a product makes of a row depends on the rows beside it, so that the model would depend on the number:
+    it is one on a CPU, and on a GPU as many as the calibration text alone tells.
+
+    Args:
+        config: the configuration.
+        samples: sequences of the calibration text.
+        length: tokens of each.
+        device: where layers run.
+    """
+    if config.refine is None and device.type == "cuda":
+        return max(1, min(TOKENS_PER_BATCH // length, samples // LEAST_BATCHES))
+    if config.refine is None:
+        return 1
+    if config.batch_size is not None:
+        return config.batch_size
+    return max(1, TOKENS_PER_STEP // length)
 
 
 def token_batches(tokens: torch.Tensor | CalibrationInputs, batch_size: int | None = None) -> list[Any]:

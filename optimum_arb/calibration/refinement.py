@@ -15,7 +15,6 @@ from ..algorithms import output_error
 from ..config import ARBConfig
 from ..conversion import Record
 from ..nn import ARBLinear
-from .data import TOKENS_PER_BATCH
 from .layers import find_layers
 from .refine import Refinement, RefineSettings, float_weight, refine_layer, split_batches
 from .refine_model import logits, refine_model
@@ -23,10 +22,6 @@ from .walk import CalibrationWalk, LayerTurn
 
 logger = logging.getLogger(__name__)
 
-# Batches of a text on a GPU, at least, of which several processes take some each.
-LEAST_BATCHES = 16
-# Tokens of a step, which is one calibration batch.
-TOKENS_PER_STEP = 2048
 # The last pass sees the whole model: smaller steps.
 MODEL_STEPS, MODEL_LEARNING_RATE = 200, 0.001
 
@@ -155,24 +150,3 @@ def layer_settings(config: ARBConfig) -> RefineSettings:
     if config.refine_signs is False:
         settings = replace(settings, sign_learning_rate=0.0)
     return settings
-
-
-def calibration_batch_size(config: ARBConfig, samples: int, length: int, device: torch.device) -> int:
-    """Sequences of a calibration batch: with refinement, about 2048 tokens, unless the configuration says how many.
-
-    Without, what a product makes of a row depends on the rows beside it, so that the model would depend on the number:
-    it is one on a CPU, and on a GPU as many as the calibration text alone tells.
-
-    Args:
-        config: the configuration.
-        samples: sequences of the calibration text.
-        length: tokens of each.
-        device: where layers run.
-    """
-    if config.refine is None and device.type == "cuda":
-        return max(1, min(TOKENS_PER_BATCH // length, samples // LEAST_BATCHES))
-    if config.refine is None:
-        return 1
-    if config.batch_size is not None:
-        return config.batch_size
-    return max(1, TOKENS_PER_STEP // length)

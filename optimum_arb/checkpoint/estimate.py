@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from ..calibration.refinement import calibration_batch_size
+from ..calibration.data import calibration_batch_size
 from ..config import ARBConfig
 from ..format.packing import block_count
 from ..inspection import skeleton

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from ..budget.trials import divide_budget
 from ..calibration import CalibrationWalk
-from ..calibration.data import calibration_record, split_batches
+from ..calibration.data import calibration_batch_size, calibration_record, split_batches
 from ..calibration.distributed import Ranks, current_ranks, model_fingerprint
 from ..calibration.experts import LayerStatistics, RoutedInputs
-from ..calibration.refinement import Refiner, calibration_batch_size
+from ..calibration.refinement import Refiner
 from ..config import ARBConfig
 from ..config.choices import AUTO
 from ..conversion import Record, binarize_linear

@@ -9,8 +9,7 @@ from tiny_models import text, tiny_tokenizer, tokens
 
 from optimum_arb import ARBConfig
 from optimum_arb.calibration import calibration_tokens, load_texts, token_batches
-from optimum_arb.calibration.data import calibration_record
-from optimum_arb.calibration.refinement import calibration_batch_size
+from optimum_arb.calibration.data import calibration_batch_size, calibration_record
 
 
 def test_bundled_text():

@@ -59,7 +59,7 @@ def default_config(packed: PackedWeight, m: int) -> GemmConfig:
     """A cut for what no table knows.
 
     Measured on an H200 with 1, 4 and 16 tokens of 4096 to 28672 rows and 4096 or 8192 columns (`digits_gpu.py`): within
-    a fifth of the fastest there, where programs that are cut until there are enough of them took up to 2.1 times it.
+    a quarter of the fastest there, where programs that are cut until there are enough of them took up to 2.1 times it.
     """
     programs = cdiv(packed.out_features, 64)
     if m > 4:
