@@ -2,7 +2,7 @@
 
     python benchmarks/agreement.py                              # what runs on this machine's CPU
     TRITON_INTERPRET=1 python benchmarks/agreement.py --triton  # and Triton's kernels in its interpreter
-    python benchmarks/agreement.py --device cuda                # and on a GPU
+    python benchmarks/agreement.py --device cuda --workers 12   # and on a GPU, a layout a process
 
 An error is `|y - y64|` over the sum of the absolute products `|x| |W|^T + |bias|` of that output, in units of the
 machine epsilon of y's dtype: half of it is the rounding of y alone where nothing cancels. Scales are random around 1,
@@ -12,8 +12,11 @@ some negative; columns are permuted in half of the shapes.
 from __future__ import annotations
 
 import argparse
+import itertools
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -171,32 +174,59 @@ def measure(
     tokens: Sequence[int] = TOKENS,
 ) -> list[Worst]:
     """The worst error of each backend at each dtype over the grid."""
+    return worst_of(measure_layout(found, name, seed, shapes, tokens) for seed, name in enumerate(layouts))
+
+
+def measure_layout(
+    found: Sequence[Backend],
+    name: str,
+    seed: int,
+    shapes: Sequence[tuple[int, int, int, bool]] = SHAPES,
+    tokens: Sequence[int] = TOKENS,
+) -> list[Worst]:
+    """The same of one layout, its weights from a seed of its own."""
     worst = {(backend.name, dtype): Worst(backend.name, dtype) for backend in found for dtype in backend.dtypes}
-    names = {layout.name: layout for layout in all_layouts()}
-    for seed, name in enumerate(layouts):
-        for rows, columns, block_size, permuted in shapes:
-            packed = random_packed(names[name], rows, columns, block_size, permuted, seed)
-            weight = packed.unpack().dequantize(torch.float64)
-            moved = {device: _to(packed, device) for device in {backend.device for backend in found}}
-            for count in tokens:
-                for dtype in DTYPES:
-                    generator = torch.Generator().manual_seed(count)
-                    x = torch.randn(count, columns, generator=generator).to(dtype)
-                    bias = torch.randn(rows, generator=generator).to(dtype)
-                    expected = reference.linear(x.double(), packed, bias.double())
-                    size = x.double().abs() @ weight.abs().T + bias.double().abs()
-                    for backend in found:
-                        if dtype not in backend.dtypes:
-                            continue
-                        y = backend.linear(x.to(backend.device), moved[backend.device], bias.to(backend.device)).cpu()
-                        assert y.dtype == dtype
-                        error = float(((y.double() - expected).abs() / size).max()) / torch.finfo(dtype).eps
-                        entry = worst[backend.name, dtype]
-                        entry.products += 1
-                        if not error <= entry.error:  # NaN counts as the worst
-                            entry.error = error
-                            entry.where = f"{name}, {rows} x {columns}, block {block_size}, {count} tokens"
+    layout = next(layout for layout in all_layouts() if layout.name == name)
+    for rows, columns, block_size, permuted in shapes:
+        packed = random_packed(layout, rows, columns, block_size, permuted, seed)
+        weight = packed.unpack().dequantize(torch.float64)
+        moved = {device: _to(packed, device) for device in {backend.device for backend in found}}
+        for count in tokens:
+            for dtype in DTYPES:
+                generator = torch.Generator().manual_seed(count)
+                x = torch.randn(count, columns, generator=generator).to(dtype)
+                bias = torch.randn(rows, generator=generator).to(dtype)
+                expected = reference.linear(x.double(), packed, bias.double())
+                size = x.double().abs() @ weight.abs().T + bias.double().abs()
+                for backend in found:
+                    if dtype not in backend.dtypes:
+                        continue
+                    y = backend.linear(x.to(backend.device), moved[backend.device], bias.to(backend.device)).cpu()
+                    assert y.dtype == dtype
+                    error = float(((y.double() - expected).abs() / size).max()) / torch.finfo(dtype).eps
+                    entry = worst[backend.name, dtype]
+                    entry.products += 1
+                    if not error <= entry.error:  # NaN counts as the worst
+                        entry.error = error
+                        entry.where = f"{name}, {rows} x {columns}, block {block_size}, {count} tokens"
     return list(worst.values())
+
+
+def worst_of(measured: Iterable[list[Worst]]) -> list[Worst]:
+    """One entry of each backend and dtype: the worst of several layouts', and how many products all had."""
+    result: dict[tuple[str, torch.dtype], Worst] = {}
+    for entry in itertools.chain.from_iterable(measured):
+        so_far = result.setdefault((entry.backend, entry.dtype), replace(entry, products=0))
+        so_far.products += entry.products
+        if not entry.error <= so_far.error:
+            so_far.error, so_far.where = entry.error, entry.where
+    return list(result.values())
+
+
+def _measure_alone(device: str, triton: bool, name: str, seed: int) -> list[Worst]:
+    """A layout, in a process of its own."""
+    torch.set_num_threads(1)
+    return measure_layout(backends(device, triton), name, seed)
 
 
 def _to(packed: PackedWeight, device: str) -> PackedWeight:
@@ -209,8 +239,18 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--triton", action="store_true", help="Triton's kernels in its interpreter too; minutes")
     parser.add_argument("--layouts", default=",".join(LAYOUTS))
+    parser.add_argument("--workers", type=int, default=0, help="processes that measure layouts, of one thread each")
     args = parser.parse_args()
-    found = measure(backends(args.device, args.triton), args.layouts.split(","))
+    layouts = args.layouts.split(",")
+    if args.workers:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(args.workers, context) as pool:
+            under_way = [
+                pool.submit(_measure_alone, args.device, args.triton, name, seed) for seed, name in enumerate(layouts)
+            ]
+            found = worst_of(each.result() for each in under_way)
+    else:
+        found = measure(backends(args.device, args.triton), layouts)
     kernels = ", ".join(native.kernels()) or "none"
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, native kernels: {kernels}")
     print("| backend | dtype | worst error, epsilons of the dtype | met at | products |")
