@@ -24,7 +24,7 @@ import torch
 
 from optimum_arb.format.layout import planes_layout
 from optimum_arb.ops.backends.packed import PackedWeight
-from optimum_arb.ops.backends.triton import digits, dispatch, gemm, prepack
+from optimum_arb.ops.backends.triton import digits, dispatch, few_tokens, gemm, prepack
 from optimum_arb.ops.backends.triton.gemm_config import GemmConfig, candidates
 from optimum_arb.ops.backends.triton.timing import copies_for, graph_time, random_weight
 
@@ -65,7 +65,7 @@ def measure(n: int, k: int, planes: int, tokens: list[int], permuted: bool) -> l
     count = copies_for(planes * n * k // 8)
     weights = [weight(n, k, planes, permuted, seed) for seed in range(count)]
     for packed in weights:
-        dispatch.prepare([packed])
+        few_tokens.prepare([packed])
     dense = weights[0].unpack().dequantize()
     dense_count = min(copies_for(2 * n * k), 8)
     copies = [dense.bfloat16() for _ in range(dense_count)]

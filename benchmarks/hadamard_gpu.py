@@ -23,7 +23,7 @@ import torch
 
 from optimum_arb.format.hadamard import random_signs
 from optimum_arb.format.layout import planes_layout
-from optimum_arb.ops.backends.triton import dispatch, half_bits, prepack
+from optimum_arb.ops.backends.triton import dispatch, few_tokens, half_bits, prepack
 from optimum_arb.ops.backends.triton.available import fuses_hadamard
 from optimum_arb.ops.backends.triton.hadamard import transform
 from optimum_arb.ops.backends.triton.table import bucket, lookup
@@ -42,7 +42,7 @@ class Product:
         layout = planes_layout(planes, col_scale=True)
         self.count = copies or copies_for(planes * n * k // 8)
         self.weights = [random_weight(layout, n, k, 128, False, "cuda", seed) for seed in range(self.count)]
-        found = [dispatch.prepare([packed]) for packed in self.weights]
+        found = [few_tokens.prepare([packed]) for packed in self.weights]
         self.ready = [each for each in found if each is not None]
         assert len(self.ready) == self.count, "no one-bit kernel on this device"
         self.planes = planes
@@ -62,7 +62,7 @@ class Product:
         change = (self.order, self.sign, block)
         if tokens <= self.ready[0].most_tokens:
             rows = (self.ready[0].rows,)
-            return lambda x, i: dispatch.run_prepared(x, self.ready[i], None, rows, shaped=True, change=change)
+            return lambda x, i: few_tokens.run_prepared(x, self.ready[i], None, rows, shaped=True, change=change)
         entry = lookup(self.sign.device, self.ready[0].rows, len(self.sign), self.planes, bucket(tokens), True)
         config = half_bits.HalfConfig() if entry is None else half_bits.HalfConfig(**entry.config)
         return lambda x, i: half_bits.multiply(x, self.ready[i], None, config, change=change).view(len(x), -1)

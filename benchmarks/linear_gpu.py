@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from optimum_arb.format.layout import planes_layout
-from optimum_arb.ops.backends.triton import dispatch, prepack
+from optimum_arb.ops.backends.triton import dispatch, few_tokens, prepack
 from optimum_arb.ops.backends.triton.timing import copies_for, graph_time, random_weight
 
 LLAMA = {
@@ -60,7 +60,7 @@ def ours(n: int, k: int, planes: int, permuted: bool, copies: int | None = None)
     count = copies or copies_for(planes * n * k // 8)
     weights = [random_weight(layout, n, k, 128, permuted, "cuda", seed) for seed in range(count)]
     for packed in weights:
-        dispatch.prepare([packed])
+        few_tokens.prepare([packed])
     return count, lambda x, i: dispatch.linear(x, weights[i], None), weights[0].unpack().dequantize()
 
 

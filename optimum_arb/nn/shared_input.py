@@ -243,7 +243,7 @@ class SharedInput:
     def prepare(self) -> bool:
         """Makes the copy of the weights that the kernel reads; returns whether it will be used."""
         from ..ops.backends.triton import prepack
-        from ..ops.backends.triton.dispatch import prepare
+        from ..ops.backends.triton.few_tokens import prepare
 
         layers = self.layers
         weights = [layer.packed_weight() for layer in layers]
@@ -347,7 +347,7 @@ def prepare_layer(layer: PackedProduct) -> Prepacked | None:
     weight = layer.packed_weight()
     if layer.is_offloaded or not has_one_bit_kernel(weight.weight.device):
         return None
-    from ..ops.backends.triton.dispatch import prepare
+    from ..ops.backends.triton.few_tokens import prepare
 
     if layer.hadamard:
         fuses_hadamard(weight.weight.device)  # found out now: a call may be captured in a CUDA graph
@@ -369,6 +369,6 @@ def run_prepared_layer(
 @cache
 def _run_prepared() -> Callable[..., torch.Tensor]:
     """Triton is not imported where nothing runs on a GPU; an import at each call would take as long as a launch."""
-    from ..ops.backends.triton.dispatch import run_prepared
+    from ..ops.backends.triton.few_tokens import run_prepared
 
     return run_prepared
