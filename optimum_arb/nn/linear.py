@@ -14,8 +14,8 @@ from ..format.packing import BinarizedWeight
 from .casting import keep_dtype
 from .input_transform import InputTransform
 from .plans import getter
+from .prepared_layers import is_offloaded
 from .product import PackedProduct
-from .shared_input import is_offloaded
 
 # Parameters by the names of their packed tensors.
 PARAMETERS = {name: name if name == "weight" else f"weight_{name}" for name in packing.STORED_NAMES}

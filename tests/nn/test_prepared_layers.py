@@ -15,8 +15,8 @@ from accelerate.hooks import (
 )
 from shared_layers import layers, shared
 
-from optimum_arb.nn import shared_input as module
-from optimum_arb.nn.shared_input import prepare_layer
+from optimum_arb.nn import prepared_layers as module
+from optimum_arb.nn.prepared_layers import prepare_layer
 from optimum_arb.ops.backends import triton
 
 
