@@ -123,11 +123,11 @@ def backends(device: str = "cpu", triton: bool = False) -> list[Backend]:
         found.append(Backend(f"cpu: {kernel}", with_kernel))
     found.append(Backend("cpu: plain torch", _fallback))
     if device != "cpu":
-        from optimum_arb.ops.backends.triton import dispatch
+        from optimum_arb.ops.backends.triton import dispatch, few_tokens
 
         def on_gpu(x, packed, bias):
             if x.dtype != torch.float32:
-                dispatch.prepare([packed])
+                few_tokens.prepare([packed])
             return dispatch.linear(x, packed, bias)
 
         def batch_invariant(x, packed, bias):

@@ -14,17 +14,17 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import multiprocessing
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from compile_first import compile_first
 
 from optimum_arb.format.layout import planes_layout
 from optimum_arb.ops.backends.packed import PackedWeight
-from optimum_arb.ops.backends.triton import digits, dispatch, gemm, prepack
+from optimum_arb.ops.backends.triton import digits, dispatch, few_tokens, gemm, prepack
 from optimum_arb.ops.backends.triton.gemm_config import GemmConfig, candidates
 from optimum_arb.ops.backends.triton.timing import copies_for, graph_time, random_weight
 
@@ -44,13 +44,8 @@ def weight(n: int, k: int, planes: int, permuted: bool, seed: int = 0) -> Packed
     return random_weight(planes_layout(planes, col_scale=True), n, k, 128, permuted, "cuda", seed)
 
 
-def compile_one(task: tuple[GemmConfig, int, int, int, int, bool]) -> None:
-    config, n, k, planes, m, permuted = task
-    try:
-        gemm.gemm(torch.randn(m, k, device="cuda").bfloat16(), weight(n, k, planes, permuted), config=config)
-        torch.cuda.synchronize()
-    except Exception:  # it fails again where it is timed, and is told there
-        return
+def compile_one(config: GemmConfig, n: int, k: int, planes: int, m: int, permuted: bool) -> None:
+    gemm.gemm(torch.randn(m, k, device="cuda").bfloat16(), weight(n, k, planes, permuted), config=config)
 
 
 def timed(call: Any, count: int, expected: torch.Tensor) -> float:
@@ -65,7 +60,7 @@ def measure(n: int, k: int, planes: int, tokens: list[int], permuted: bool) -> l
     count = copies_for(planes * n * k // 8)
     weights = [weight(n, k, planes, permuted, seed) for seed in range(count)]
     for packed in weights:
-        dispatch.prepare([packed])
+        few_tokens.prepare([packed])
     dense = weights[0].unpack().dequantize()
     dense_count = min(copies_for(2 * n * k), 8)
     copies = [dense.bfloat16() for _ in range(dense_count)]
@@ -130,9 +125,7 @@ def main() -> None:
             for m in tokens:
                 for config in configs(packed, m):  # which sizes share a program, if 16 divides them
                     tasks.setdefault((config, planes, m, k % 2048), (config, n, k, planes, m, permuted))
-        with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-            pool.map(compile_one, tasks.values(), chunksize=1)
-        print(f"compiled {len(tasks)} in {time.monotonic() - start:.0f} s", flush=True)
+        compile_first(compile_one, tasks.values(), args.workers)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     rows = []
     for n, k, planes in work:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from compile_first import compile_first
 
 from optimum_arb.format.layout import all_layouts, planes_layout
 from optimum_arb.ops.backends.triton import gemm, half_bits, prepack
@@ -65,15 +65,10 @@ def check() -> list[str]:
     return wrong
 
 
-def compile_one(task: tuple[half_bits.HalfConfig, int, int]) -> None:
-    config, planes, tokens = task
+def compile_one(config: half_bits.HalfConfig, planes: int, tokens: int) -> None:
     packed = random_weight(planes_layout(planes, col_scale=True), 4096, 4096, 128, True, "cuda")
     x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
-    try:
-        half_bits.multiply(x, prepack.prepack(packed), None, config)
-        torch.cuda.synchronize()
-    except Exception:
-        return
+    half_bits.multiply(x, prepack.prepack(packed), None, config)
 
 
 def measure(n: int, k: int, planes: int, tokens: list[int]) -> list[dict[str, Any]]:
@@ -132,9 +127,7 @@ def main() -> None:
             for m in tokens
             for config in half_bits.candidates(n, k, m)
         }
-        with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-            pool.map(compile_one, sorted(tasks, key=str), chunksize=1)
-        print(f"compiled {len(tasks)} in {time.monotonic() - start:.0f} s", flush=True)
+        compile_first(compile_one, sorted(tasks, key=str), args.workers)
     wrong = [] if args.no_check else check()
     for line in wrong:
         print("WRONG", line)

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from compile_first import compile_first
 
 from optimum_arb.format.hadamard import random_signs
 from optimum_arb.format.layout import planes_layout
-from optimum_arb.ops.backends.triton import dispatch, half_bits, prepack
+from optimum_arb.ops.backends.triton import dispatch, few_tokens, half_bits, prepack
 from optimum_arb.ops.backends.triton.available import fuses_hadamard
 from optimum_arb.ops.backends.triton.hadamard import transform
 from optimum_arb.ops.backends.triton.table import bucket, lookup
@@ -42,7 +42,7 @@ class Product:
         layout = planes_layout(planes, col_scale=True)
         self.count = copies or copies_for(planes * n * k // 8)
         self.weights = [random_weight(layout, n, k, 128, False, "cuda", seed) for seed in range(self.count)]
-        found = [dispatch.prepare([packed]) for packed in self.weights]
+        found = [few_tokens.prepare([packed]) for packed in self.weights]
         self.ready = [each for each in found if each is not None]
         assert len(self.ready) == self.count, "no one-bit kernel on this device"
         self.planes = planes
@@ -62,7 +62,7 @@ class Product:
         change = (self.order, self.sign, block)
         if tokens <= self.ready[0].most_tokens:
             rows = (self.ready[0].rows,)
-            return lambda x, i: dispatch.run_prepared(x, self.ready[i], None, rows, shaped=True, change=change)
+            return lambda x, i: few_tokens.run_prepared(x, self.ready[i], None, rows, shaped=True, change=change)
         entry = lookup(self.sign.device, self.ready[0].rows, len(self.sign), self.planes, bucket(tokens), True)
         config = half_bits.HalfConfig() if entry is None else half_bits.HalfConfig(**entry.config)
         return lambda x, i: half_bits.multiply(x, self.ready[i], None, config, change=change).view(len(x), -1)
@@ -92,18 +92,10 @@ def random_input(tokens: int, k: int) -> torch.Tensor:
     return torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
 
 
-def compile_one(task: tuple[int, int, int, list[int], list[int], bool]) -> None:
-    """Runs all calls of a shape once, for Triton to keep what it compiles; what fails is left to the timing to find."""
-    n, k, planes, tokens, blocks, permuted = task
-    torch.set_grad_enabled(False)
-    try:
-        product = Product(n, k, planes, 1, permuted=permuted)
-        for m in tokens:
-            for _, _, call in product.calls(m, blocks):
-                call(random_input(m, k), 0)
-        torch.cuda.synchronize()
-    except Exception:
-        return
+def compile_one(n: int, k: int, planes: int, m: int, blocks: list[int], permuted: bool) -> None:
+    product = Product(n, k, planes, 1, permuted=permuted)
+    for _, _, call in product.calls(m, blocks):
+        call(random_input(m, k), 0)
 
 
 def measure(product: Product, tokens: list[int], blocks: list[int]) -> list[Row]:
@@ -148,10 +140,8 @@ def main() -> None:
     planes, tokens, blocks = ([int(n) for n in text.split(",")] for text in (args.planes, args.tokens, args.blocks))
     shapes = [(int(n), int(k)) for n, k in (shape.split("x") for shape in args.shapes.split(","))]
     if args.workers:
-        tasks = [(n, k, p, [m], blocks, args.permuted) for n, k in shapes for p in planes for m in tokens]
-        with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-            pool.map(compile_one, tasks, chunksize=1)
-        print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+        tasks = [(n, k, p, m, blocks, args.permuted) for n, k in shapes for p in planes for m in tokens]
+        compile_first(compile_one, tasks, args.workers)
     device = torch.device("cuda", torch.cuda.current_device())
     fuses = fuses_hadamard(device)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; fuses: {fuses}", flush=True)

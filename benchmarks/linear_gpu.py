@@ -21,7 +21,6 @@ import functools
 import gc
 import json
 import logging
-import multiprocessing
 import time
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -29,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compile_first import compile_first
 
 from optimum_arb.format.layout import planes_layout
-from optimum_arb.ops.backends.triton import dispatch, prepack
+from optimum_arb.ops.backends.triton import dispatch, few_tokens, prepack
 from optimum_arb.ops.backends.triton.timing import copies_for, graph_time, random_weight
 
 LLAMA = {
@@ -60,7 +60,7 @@ def ours(n: int, k: int, planes: int, permuted: bool, copies: int | None = None)
     count = copies or copies_for(planes * n * k // 8)
     weights = [random_weight(layout, n, k, 128, permuted, "cuda", seed) for seed in range(count)]
     for packed in weights:
-        dispatch.prepare([packed])
+        few_tokens.prepare([packed])
     return count, lambda x, i: dispatch.linear(x, weights[i], None), weights[0].unpack().dequantize()
 
 
@@ -164,33 +164,13 @@ def missing(name: str) -> str | None:
     return None
 
 
-def compile_one(task: tuple[str, int, int, int, bool]) -> None:
-    """Runs one product once, for Triton to keep what it compiles; what fails is left to the timing to find."""
-    name, n, k, m, permuted = task
+def compile_one(name: str, n: int, k: int, m: int, permuted: bool) -> None:
     logging.disable(logging.WARNING)
-    torch.set_grad_enabled(False)
-    try:
-        if name in PEERS:
-            built = PEERS[name][0](n, k, PEERS[name][1], 1)
-        else:
-            built = ours(n, k, int(name.split()[0]), permuted, 1)
-        built[1](torch.randn(m, k, device="cuda", dtype=torch.bfloat16), 0)
-        torch.cuda.synchronize()
-    except Exception:
-        return
-    finally:
-        torch.cuda.empty_cache()
-
-
-def compile_all(tasks: list[tuple[str, int, int, int, bool]], workers: int, seconds: float) -> None:
-    """Compiles in processes of their own, for at most this long."""
-    pool = multiprocessing.get_context("spawn").Pool(workers)
-    try:
-        pool.map_async(compile_one, tasks, chunksize=1).get(seconds)
-    except multiprocessing.TimeoutError:
-        print(f"not everything was compiled after {seconds:.0f} s", flush=True)
-    finally:
-        pool.terminate()
+    if name in PEERS:
+        built = PEERS[name][0](n, k, PEERS[name][1], 1)
+    else:
+        built = ours(n, k, int(name.split()[0]), permuted, 1)
+    built[1](torch.randn(m, k, device="cuda", dtype=torch.bfloat16), 0)
 
 
 def bf16_times(n: int, k: int, tokens: Iterable[int]) -> dict[int, float]:
@@ -290,8 +270,7 @@ def main() -> None:
         tuned = [name for name in peers if name.startswith("gemlite")]
         tasks = [(name, n, k, m, permuted) for n, k in shapes for name in tuned for m in peer_tokens]
         tasks += [(f"{p} planes", n, k, m, permuted) for n, k in shapes for p in planes for m in tokens]
-        compile_all(tasks, args.workers, min(args.seconds * 0.6, 300))
-        print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+        compile_first(compile_one, tasks, args.workers, min(args.seconds * 0.6, 300))
     speed = bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; reads {speed / 1e6:.2f} TB/s", flush=True)
     rows: list[Row] = []

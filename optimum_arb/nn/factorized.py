@@ -11,8 +11,8 @@ from ..format import factors
 from ..format.factors import INNER, INNER_LAYOUT, OUTER, OUTER_LAYOUT, FactorizedWeight
 from ..format.packing import BinarizedWeight
 from .linear import ARBLinear
+from .prepared_layers import is_offloaded
 from .product import PackedProduct
-from .shared_input import is_offloaded
 
 
 class InnerProduct(PackedProduct):

@@ -13,7 +13,8 @@ from ..ops.backends.packed import PackedWeight
 from ..ops.linear import Plan, linear_without_grad, plan
 from .input_transform import InputTransform
 from .plans import MAX_PLANS, Plans, current_device
-from .shared_input import MAX_TOKENS, SharedInput, prepare_layer, products_of_one_input, run_prepared_layer
+from .prepared_layers import MAX_TOKENS, prepare_layer, run_prepared_layer
+from .shared_input import SharedInput, products_of_one_input
 
 if TYPE_CHECKING:
     from ..ops.backends.triton.prepack import Prepacked

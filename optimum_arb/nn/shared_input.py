@@ -10,15 +10,13 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from ..format import packing
-from ..ops.backends.triton.available import fuses_hadamard, has_one_bit_kernel
 from ..ops.shared_input import split_results
+from .prepared_layers import MAX_TOKENS, runner
 from .shared_prompts import SharedPrompts
 
 if TYPE_CHECKING:
@@ -26,19 +24,9 @@ if TYPE_CHECKING:
     from .input_transform import InputTransform
     from .product import PackedProduct
 
-# Children of one module that its forward calls with one and the same tensor, in the order in which they are computed.
-SHARED_INPUTS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-)
-MAX_TOKENS = 4  # of the kernels for few tokens, as long as no copy for them is made that says otherwise
 MOST_WASTED = 3  # calls in a row whose results some layers did not take
 
 _current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
-
-# Two threads that meet the same layers for the first time would each copy the weights.
-_PREPARING = threading.RLock()
 
 
 class _Waiting:
@@ -214,7 +202,7 @@ class SharedInput:
     def _still_alike(self) -> bool:
         """Whether the layers still do the same to their input; where they do not, none is computed for another."""
         if not self._alike:
-            self._alike = _one_transform(self.layers)
+            self._alike = one_transform(self.layers)
             self.enabled = self.enabled and self._alike
             self.joins_prompts = self.joins_prompts and self._alike
         return self._alike
@@ -232,7 +220,7 @@ class SharedInput:
         bias = torch.cat(biases) if biases else None
         change = first.input_transform()
         if self._prepared is not None and not torch.compiler.is_compiling():
-            return _run_prepared()(x, self._prepared, bias, self._rows, change=None if change is None else change[:3])
+            return runner()(x, self._prepared, bias, self._rows, change=None if change is None else change[:3])
         return products_of_one_input(x, layers, bias, change)
 
     @property
@@ -243,7 +231,7 @@ class SharedInput:
     def prepare(self) -> bool:
         """Makes the copy of the weights that the kernel reads; returns whether it will be used."""
         from ..ops.backends.triton import prepack
-        from ..ops.backends.triton.dispatch import prepare
+        from ..ops.backends.triton.few_tokens import prepare
 
         layers = self.layers
         weights = [layer.packed_weight() for layer in layers]
@@ -287,88 +275,7 @@ def _state(x: torch.Tensor) -> tuple[int, int]:
     return version, _current_stream(x.get_device()) if x.is_cuda else 0
 
 
-def is_offloaded(layer: nn.Module) -> bool:
-    """Whether a hook of accelerate brings the layer's weights to the GPU for the time of a call: no copy is to stay."""
-    hook = layer.__dict__.get("_hf_hook")  # a module raises and catches an error to say that it has no attribute
-    if hook is None:
-        return False
-    return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook]))
-
-
-def share_inputs(model: nn.Module) -> int:
-    """Finds the layers that share an input by their names and types, so that they are computed together.
-
-    Args:
-        model: whose packed layers are in place.
-
-    Returns:
-        The number of groups.
-    """
-    from .linear import ARBLinear
-
-    groups = 0
-    for parent in model.modules():
-        for names in SHARED_INPUTS:
-            layers = [parent._modules.get(name) for name in names]
-            if not all(isinstance(layer, ARBLinear) for layer in layers):
-                continue
-            found: list[PackedProduct] = [layer.first_product for layer in layers]  # type: ignore[union-attr, misc]
-            kinds = {
-                (
-                    layer.layout.name,
-                    layer.block_size,
-                    layer.columns,
-                    layer.backend,
-                    layer.bias is None,
-                    layer.operand("permutation") is None,
-                )
-                for layer in found
-            }
-            if len(kinds) == 1 and _one_transform(found):
-                shared = SharedInput(found)
-                for index, layer in enumerate(found):
-                    layer.shared_input, layer.shared_index = shared, index
-                groups += 1
-    return groups
-
-
-def _one_transform(layers: list[PackedProduct]) -> bool:
+def one_transform(layers: list[PackedProduct]) -> bool:
     """Whether all do the same to their input before they multiply it."""
     first, *others = [layer.input_transform() for layer in layers]
     return all(other is None if first is None else first.equals(other) for other in others)
-
-
-def prepare_layer(layer: PackedProduct) -> Prepacked | None:
-    """Makes what the kernel for few tokens needs, once the layer's tensors are on a GPU that has it.
-
-    Returns:
-        The layer's own copy of its weight; None where it shares one with others or has none.
-    """
-    weight = layer.packed_weight()
-    if layer.is_offloaded or not has_one_bit_kernel(weight.weight.device):
-        return None
-    from ..ops.backends.triton.dispatch import prepare
-
-    if layer.hadamard:
-        fuses_hadamard(weight.weight.device)  # found out now: a call may be captured in a CUDA graph
-    with _PREPARING:
-        shared = layer.shared_input
-        if shared is not None and shared.prepare():
-            return None
-        return prepare([weight])
-
-
-def run_prepared_layer(
-    x: torch.Tensor, prepared: Prepacked, bias: torch.Tensor | None, change: InputTransform | None = None
-) -> torch.Tensor:
-    """A layer's result for few tokens, without the operator's detour: `[..., K]` to `[..., N]`."""
-    transform = None if change is None else change[:3]
-    return _run_prepared()(x, prepared, bias, (prepared.rows,), shaped=True, change=transform)
-
-
-@cache
-def _run_prepared() -> Callable[..., torch.Tensor]:
-    """Triton is not imported where nothing runs on a GPU; an import at each call would take as long as a launch."""
-    from ..ops.backends.triton.dispatch import run_prepared
-
-    return run_prepared

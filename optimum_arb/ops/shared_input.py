@@ -66,7 +66,7 @@ def _shared_input_linear(
         from .backends.triton.available import has_one_bit_kernel
 
         if has_one_bit_kernel(x.device):
-            from .backends.triton.dispatch import few_tokens
+            from .backends.triton.few_tokens import few_tokens
 
             out = few_tokens(x.reshape(-1, x.shape[-1]), weights, bias, change)
             if out is not None:

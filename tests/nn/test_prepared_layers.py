@@ -15,8 +15,8 @@ from accelerate.hooks import (
 )
 from shared_layers import layers, shared
 
-from optimum_arb.nn import shared_input as module
-from optimum_arb.nn.shared_input import prepare_layer
+from optimum_arb.nn import prepared_layers as module
+from optimum_arb.nn.prepared_layers import prepare_layer
 from optimum_arb.ops.backends import triton
 
 
@@ -25,10 +25,10 @@ def prepare(monkeypatch):
     """The weights that copies were asked for, by their rows."""
     asked: list[list[int]] = []
     made = types.SimpleNamespace(rows=0, most_tokens=8)
-    fake = types.ModuleType("dispatch")
+    fake = types.ModuleType("few_tokens")
     fake.prepare = lambda weights: asked.append([packed.out_features for packed in weights]) or made
-    monkeypatch.setitem(sys.modules, f"{triton.__name__}.dispatch", fake)
-    monkeypatch.setattr(triton, "dispatch", fake, raising=False)
+    monkeypatch.setitem(sys.modules, f"{triton.__name__}.few_tokens", fake)
+    monkeypatch.setattr(triton, "few_tokens", fake, raising=False)
     monkeypatch.setattr(module, "has_one_bit_kernel", lambda device: device.type == "cpu")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return asked

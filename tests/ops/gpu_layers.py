@@ -35,9 +35,9 @@ def moved(packed: PackedWeight, device: torch.device = DEVICE) -> PackedWeight:
 def random_weight(name: str, *shape: int, prepared: bool = True, **choices) -> PackedWeight:
     packed = moved(random_packed(LAYOUTS[name], *shape, **choices))
     if prepared:
-        from optimum_arb.ops.backends.triton import dispatch
+        from optimum_arb.ops.backends.triton.few_tokens import prepare
 
-        assert (dispatch.prepare([packed]) is not None) == has_one_bit_kernel(DEVICE)
+        assert (prepare([packed]) is not None) == has_one_bit_kernel(DEVICE)
     return packed
 
 

@@ -42,7 +42,7 @@ def exact(module: ARBLinear, x: torch.Tensor) -> torch.Tensor:
 def fused(monkeypatch):
     """A launch of the transform is an error."""
     from optimum_arb.nn.input_transform import InputTransform
-    from optimum_arb.ops.backends.triton import dispatch
+    from optimum_arb.ops.backends.triton import few_tokens
 
     if not available.has_one_bit_kernel(DEVICE):
         pytest.skip("no one-bit kernel on this device")
@@ -51,7 +51,7 @@ def fused(monkeypatch):
     def refuse(*args):
         raise AssertionError("the transform was launched by itself")
 
-    monkeypatch.setattr(dispatch, "transform", refuse)
+    monkeypatch.setattr(few_tokens, "transform", refuse)
     monkeypatch.setattr(InputTransform, "apply", refuse)
 
 
@@ -100,17 +100,17 @@ def test_every_number_of_tokens(fused, planes, block_size):
 @pytest.mark.parametrize("block", BLOCKS)
 def test_more_exact_than_a_launch_of_its_own(fused, monkeypatch, block):
     """Which rounds what it transformed to the dtype of x."""
-    from optimum_arb.ops.backends.triton import dispatch
+    from optimum_arb.ops.backends.triton import few_tokens
     from optimum_arb.ops.backends.triton.hadamard import transform
 
     module = layer(4096, block, planes=1, rows=1024)
     separate = copy.deepcopy(module)
     x = random_input(2, 4096, torch.bfloat16)
     module(x)
-    monkeypatch.setattr(dispatch, "transform", transform)
-    monkeypatch.setattr(dispatch, "fuses_hadamard", lambda device: False)
+    monkeypatch.setattr(few_tokens, "transform", transform)
+    monkeypatch.setattr(few_tokens, "fuses_hadamard", lambda device: False)
     by_itself = error(separate(x).float(), exact(separate, x))
-    monkeypatch.setattr(dispatch, "fuses_hadamard", available.fuses_hadamard)
+    monkeypatch.setattr(few_tokens, "fuses_hadamard", available.fuses_hadamard)
     assert error(module(x).float(), exact(module, x)) < by_itself
 
 

@@ -68,8 +68,8 @@ class Prepacked:
             not exist.
         index: int32 `[T * 128]`: the columns of the input; None where they are 0, 1, 2, ...
         experts: E where these are the weights of experts, all tensors then stacked along a new first dimension; else 0.
-        half: tuned number of tokens -> `HalfConfig`, up to which `half_bits` is the fastest; by `dispatch.prepare`.
-        plans: kept by `dispatch`, `one_bit` and `half_bits`.
+        half: tuned number of tokens -> `HalfConfig`, up to which `half_bits` is the fastest; by `few_tokens.prepare`.
+        plans: kept by `few_tokens`, `one_bit` and `half_bits`.
     """
 
     program: Program
