@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 # One at a time: all record with the same random number generator, and what another thread asks of a stream that is
 # recorded would be recorded too.
 _recording = threading.Lock()
+# Graphs of `_stay_registered`.
+_kept: list[torch.cuda.CUDAGraph] = []
 
 
 class Replayed:
@@ -73,6 +75,7 @@ class Replayed:
 
     def _record(self) -> None:
         graph = torch.cuda.CUDAGraph()
+        _stay_registered(self._device)
         # what other threads ask of the GPU on their streams is not recorded, and does not end it
         graph.capture_begin(capture_error_mode="thread_local")
         try:
@@ -86,7 +89,29 @@ class Replayed:
             # torch leaves the generator as one that is recorded with, and refuses random numbers from then on
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())
+            _stay_registered.cache_clear()  # with the new state no graph is registered
             logger.info("A CUDA graph could not be recorded; its operators run one by one: %s", error)
+
+
+@lru_cache(maxsize=16)
+def _stay_registered(device: torch.device) -> None:
+    """Records a graph that is never let go of, so that no other is the last one.
+
+    All graphs of a random number generator share two numbers on the GPU, to which every recording writes on its stream.
+    With the last graph torch (to 2.12) lets go of them, on the host: what is recorded elsewhere may have yet to write
+    when others get their memory. In one of a hundred fits on four streams a scale was overwritten.
+    """
+    number = torch.zeros(1, device=device)
+    graph = torch.cuda.CUDAGraph()
+    side = _side(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        number.add_(1)
+        graph.capture_begin(capture_error_mode="thread_local")
+        number.add_(1)
+        graph.capture_end()
+    number.record_stream(side)
+    _kept.append(graph)
 
 
 @lru_cache(maxsize=16)

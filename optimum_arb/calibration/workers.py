@@ -24,7 +24,7 @@ import torch
 from ..spare_threads import spare_threads
 
 # Bytes of a GPU that torch may keep for one stream, out of the reach of all others.
-MOST_IDLE = 1 << 30
+MOST_IDLE = 1 << 29
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
