@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 # One at a time: all record with the same random number generator, and what another thread asks of a stream that is
 # recorded would be recorded too.
-_recording = threading.Lock()
+_recording = threading.RLock()  # the collector may let go of a graph wherever this thread is
 # Graphs of `_stay_registered`.
 _kept: list[torch.cuda.CUDAGraph] = []
 
@@ -42,6 +42,12 @@ class Replayed:
         self._plain = device.type != "cuda" or torch.version.hip is not None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._called = False
+
+    def __del__(self, recording: threading.RLock = _recording) -> None:
+        # one at a time too: torch's list of a generator's graphs, which each is in, has no lock of its own
+        if self._graph is not None:
+            with recording:
+                self._graph = None
 
     @property
     def recorded(self) -> bool:
@@ -97,9 +103,10 @@ class Replayed:
 def _stay_registered(device: torch.device) -> None:
     """Records a graph that is never let go of, so that no other is the last one.
 
-    All graphs of a random number generator share two numbers on the GPU, to which every recording writes on its stream.
-    With the last graph torch (to 2.12) lets go of them, on the host: what is recorded elsewhere may have yet to write
-    when others get their memory. In one of a hundred fits on four streams a scale was overwritten.
+    In torch 2.11 all graphs share two numbers of the random number generator on the GPU, to which every recording writes
+    on its stream. With the last graph the host lets go of them: what was recorded elsewhere may have yet to write when
+    others get their memory. In one of a hundred fits on four streams a scale was overwritten. Later each graph has its
+    own (pytorch#173421).
     """
     number = torch.zeros(1, device=device)
     graph = torch.cuda.CUDAGraph()

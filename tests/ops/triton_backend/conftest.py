@@ -1,10 +1,15 @@
-"""Triton's kernels run in its interpreter here, on tensors of the CPU; that must be said before triton is imported."""
+"""Triton's kernels run in its interpreter here, on tensors of the CPU; that must be said before triton is imported.
+
+`tests/conftest.py` says so where there is no GPU. Where there is one, the tests of this directory are left out unless
+TRITON_INTERPRET=1 is set for a run of their own: a process interprets all kernels or none.
+"""
 
 import importlib.util
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
-if importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.experimental") is None:
+if os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore_glob = ["test_*.py"]
+elif importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.experimental") is None:
     # no Triton, or one before 3.4, whose language lacks what the kernels use: not the others
     collect_ignore = [
         f"test_{name}.py"
