@@ -103,10 +103,10 @@ class Replayed:
 def _stay_registered(device: torch.device) -> None:
     """Records a graph that is never let go of, so that no other is the last one.
 
-    In torch 2.11 all graphs share two numbers of the random number generator on the GPU, to which every recording writes
-    on its stream. With the last graph the host lets go of them: what was recorded elsewhere may have yet to write when
-    others get their memory. In one of a hundred fits on four streams a scale was overwritten. Later each graph has its
-    own (pytorch#173421).
+    In torch 2.11 all graphs share two numbers of the random number generator on the GPU, to which every recording
+    writes on its stream. With the last graph the host lets go of them: what was recorded elsewhere may have yet to
+    write when others get their memory. In one of a hundred fits on four streams a scale was overwritten. Later each
+    graph has its own (pytorch#173421).
     """
     number = torch.zeros(1, device=device)
     graph = torch.cuda.CUDAGraph()
