@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="a binarized model: a directory or a name on the Hub")
     parser.add_argument("--shapes", help="OUTxIN,... instead of a model's")
     parser.add_argument("--planes", default="1,2", help="sign planes that go with --shapes (1,2)")
+    parser.add_argument("--permuted", action="store_true", help="columns in an order of their own, as by --act-order")
     parser.add_argument("--tokens", help="numbers of tokens (all of the table's)")
     parser.add_argument("--workers", type=int, default=max(1, min(16, (os.cpu_count() or 2) - 1)), help="compiling")
     parser.add_argument("--seconds", type=float, help="stop timing after this many; what was found is kept")
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     kept = {tables.key(e): e for e in tables.read(path)}
     rows = []
     deadline = None if args.seconds is None else time.monotonic() + args.seconds
-    for entry, baseline in tune(shapes, tokens, args.workers, deadline):
+    for entry, baseline in tune(shapes, tokens, args.workers, deadline, args.permuted):
         kept[tables.key(entry)] = entry
         tables.write(path, kept.values())
         config = " ".join(f"{k}={v}" for k, v in entry.config.items() if k != "kernel")

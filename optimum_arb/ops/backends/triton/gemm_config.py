@@ -93,9 +93,10 @@ def candidates(n: int, k: int, m: int, hopper: bool = True) -> list[GemmConfig]:
     for block_m, block_n, warps, stages, tiles in programs:
         count = cdiv(m, block_m) * cdiv(n, block_n)
         # two large programs have no room on one multiprocessor, about four small ones do
-        most = 270 if warps == 8 else 800
-        for split_k in (1, 2, 4, 8, 16):
-            if split_k > 1 and (m > 256 or count * split_k > most or k // 128 < 2 * tiles * split_k):
+        most = (270 if m <= 256 else 400) if warps == 8 else 800
+        # more tokens than 512 have more tiles than there are multiprocessors, and parts of them are much to add
+        for split_k in (1, 2, 4, 8, 16) if m <= 256 else (1, 2, 3) if m <= 512 else (1,):
+            if split_k > 1 and (count * split_k > most or k // 128 < 2 * tiles * split_k):
                 continue
             if count * split_k < 100 and count * split_k * 2 <= most and k // 128 >= 4 * tiles * split_k and m <= 256:
                 continue

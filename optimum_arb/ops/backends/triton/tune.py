@@ -60,11 +60,11 @@ def _run(x: torch.Tensor, config: Config, packed: PackedWeight, ready: prepack.P
     return one_bit.decode(x, ready, None, config).view(x.shape[0], -1)
 
 
-def compile_all(work: Iterable[tuple[Shape, int]]) -> None:
+def compile_all(work: Iterable[tuple[Shape, int]], permuted: bool) -> None:
     """Runs every candidate once, for Triton to keep what it compiles; failures are left to the timing to find."""
     for shape, tokens in work:
         out_features, in_features, planes = shape
-        packed = random_weight(planes_layout(planes, col_scale=True), out_features, in_features, 128, True, "cuda")
+        packed = random_weight(planes_layout(planes, col_scale=True), out_features, in_features, 128, permuted, "cuda")
         ready = prepack.prepack(packed) if tokens <= half_bits.MAX_TOKENS else None
         x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
         for _, config in _calls(tokens, shape):
@@ -76,7 +76,11 @@ def compile_all(work: Iterable[tuple[Shape, int]]) -> None:
 
 
 def tune(
-    shapes: Iterable[Shape], tokens: Iterable[int] = TOKENS, workers: int = 0, deadline: float | None = None
+    shapes: Iterable[Shape],
+    tokens: Iterable[int] = TOKENS,
+    workers: int = 0,
+    deadline: float | None = None,
+    permuted: bool = False,
 ) -> Iterator[tuple[Entry, float]]:
     """The fastest kernel of each product on the current CUDA device, one after another.
 
@@ -84,10 +88,11 @@ def tune(
     candidate counts only where its result agrees with a dense float32 product.
 
     Args:
-        shapes: (out_features, in_features, planes) to time, with row and column scales and a permutation.
+        shapes: (out_features, in_features, planes) to time, with row and column scales.
         tokens: numbers of tokens.
         workers: processes that compile beforehand; 0 compiles while timing.
         deadline: `time.monotonic()` after which no more is timed.
+        permuted: whether the columns have an order of their own, as with `act_order`.
 
     Yields:
         The entry, and the microseconds of torch's bfloat16 product of the same shape in the same run.
@@ -96,20 +101,22 @@ def tune(
     if workers:
         work = [(shape, count) for shape in shapes for count in tokens]
         context = multiprocessing.get_context("spawn")
-        processes = [context.Process(target=compile_all, args=(work[i::workers],)) for i in range(workers)]
+        processes = [context.Process(target=compile_all, args=(work[i::workers], permuted)) for i in range(workers)]
         for process in processes:
             process.start()
         for process in processes:
             process.join()
     for shape in shapes:
-        yield from _tune_shape(shape, tokens, deadline)
+        yield from _tune_shape(shape, tokens, deadline, permuted)
 
 
-def _tune_shape(shape: Shape, tokens: list[int], deadline: float | None) -> Iterator[tuple[Entry, float]]:
+def _tune_shape(
+    shape: Shape, tokens: list[int], deadline: float | None, permuted: bool
+) -> Iterator[tuple[Entry, float]]:
     out_features, in_features, planes = shape
     layout = planes_layout(planes, col_scale=True)
     count = copies_for(planes * out_features * in_features // 8)
-    weights = [random_weight(layout, out_features, in_features, 128, True, "cuda", seed) for seed in range(count)]
+    weights = [random_weight(layout, out_features, in_features, 128, permuted, "cuda", seed) for seed in range(count)]
     ready = [prepack.prepack(packed) for packed in weights] if min(tokens) <= half_bits.MAX_TOKENS else []
     dense = weights[0].unpack().dequantize()
     dense_count = copies_for(2 * out_features * in_features)
