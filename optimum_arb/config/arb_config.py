@@ -56,7 +56,7 @@ class ARBConfig(ResolvedChoices, QuantizationConfigMixin):
             tells each layer's error on them beside the one on the others.
         sequence_length: tokens of a calibration sequence (at most what the model takes).
         batch_size: sequences of a training step of `refine`; None lets the sequence length choose. Without `refine`
-            nothing depends on it: sequences run one by one on a CPU, about 8192 tokens at once on a GPU.
+            nothing depends on it: sequences run one by one on a CPU, about 6144 tokens at once on a GPU.
         seed: of every random choice.
         damp_percent: damping of the calibration matrix, as a fraction of its mean diagonal; None is the method's own
             choice: 0.02 for "arb-hrc", 0.05 for "arb-dbf", the published 0.01 for the others.

@@ -7,6 +7,7 @@ Run with `pytest -m gpu` where there is a GPU. Most of the time is compilation, 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from gpu_layers import (
     random_weight,
     run,
 )
+from torch import nn
 
 from optimum_arb.ops.backends.triton.available import has_one_bit_kernel
 
@@ -129,6 +131,24 @@ def test_batch_invariant(name, columns, dtype):
     for m in range(1, 65):
         assert torch.equal(run(x[:m], packed, bias, "triton:batch-invariant"), whole[:m]), m
     assert torch.equal(run(x[13:20], packed, bias, "auto:batch-invariant"), whole[13:20])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_column_scales_before_the_product(dtype):
+    from optimum_arb.ops.backends.triton.gemm import gemm
+    from optimum_arb.ops.backends.triton.gemm_config import candidates, fits_hopper
+
+    packed = random_weight("planes-1-col", 160, 512)
+    if not fits_hopper(packed, dtype):
+        pytest.skip("not a GPU of compute capability 9.0")
+    dense = packed.unpack().dequantize(torch.float64)
+    for m in (8, 33, 64, 130, 600):
+        x, bias = random_input(m, 512, dtype), random_input(1, 160, dtype, seed=9)[0]
+        expected = nn.functional.linear(x.double(), dense, bias.double())
+        for config in candidates(4096, 4096, m):
+            if config.kernel == "hopper":
+                found = gemm(x, packed, bias, config=replace(config, scale_input=True))
+                assert error(found, expected) < TOLERANCE[dtype], config
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)

@@ -8,6 +8,7 @@ import ctypes
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -145,7 +146,7 @@ def hopper(fake: ctypes.CDLL, name: str, tokens: int, permuted: bool, with_bias:
     plan.run(x, bias)  # by Triton
     out = torch.zeros(tokens, 272, dtype=dtype)
     scratch = torch.zeros(max(plan.scratch, 1), dtype=torch.uint8)
-    gathered = scratch[: tokens * 512 * 2].view(dtype) if permuted else x
+    gathered = x if plan.gather is None else scratch[: tokens * 512 * 2].view(dtype).view(tokens, 512)
     product = plan.product
 
     def by_triton():
@@ -220,9 +221,8 @@ def group(fake: ctypes.CDLL, title, weights, with_bias, dtype, tokens, config, o
         expected += recorded(fake)
     gathers = 0
     for packed, bias, out, order in zip(weights, biases, outs, joined.gathers, strict=True):
-        alone = hopper_plan.HopperPlan(
-            packed, tokens, columns_of_x, kind, dtype, bias, DEVICE, config.split_k, config
-        )  # fmt: skip
+        own = config if transform is None else replace(config, scale_input=False)
+        alone = hopper_plan.HopperPlan(packed, tokens, columns_of_x, kind, dtype, bias, DEVICE, config.split_k, own)
         outputs._empty = fresh
         alone.run(given, bias)  # by Triton
         # its scratch memory lies behind what was transformed, as in the group
@@ -255,6 +255,11 @@ def groups(fake: ctypes.CDLL) -> None:
     scaled = weights(one, 160, 32, permuted=True)
     scaled[1].permutation = scaled[0].permutation
     group(fake, "scaled", scaled, False, torch.float16, 64, small, 2)
+    before = replace(split, scale_input=True)
+    group(fake, "scaled alone", weights(one, 160, 32), True, torch.bfloat16, 64, before, 2)
+    mixed = [*weights(two, 160), *weights(one, 32), *weights(two, 7)]
+    group(fake, "one of three scaled", mixed, False, torch.bfloat16, 64, replace(small, scale_input=True), 1)
+    group(fake, "transformed, not scaled", weights(one, 160, 32), True, torch.float16, 64, before, 0, block=128)
     group(fake, "transformed", weights(two, 160, 32, 7), True, torch.float16, 64, split, 0, block=128)
     written(fake, same, small)
 
@@ -331,6 +336,7 @@ def main() -> None:
     fake = start(Path(sys.argv[1]))
     hopper(fake, "planes-1-col", 16, True, True, torch.float16, GemmConfig("hopper", 16, 64, 4, 3, 2, 2))
     hopper(fake, "planes-2-col", 64, False, True, torch.bfloat16, GemmConfig("hopper", 64, 64, 4, 2, 1))
+    hopper(fake, "planes-1-col", 64, False, True, torch.bfloat16, GemmConfig("hopper", 64, 64, 4, 2, 2, 1, True))
     hopper(fake, "planes-3-mean", 64, True, False, torch.float16, GemmConfig("hopper", 32, 128, 8, 3, 1, 2))
     groups(fake)
     few(fake, one_bit, one_bit.DecodeConfig(), "planes-2-col", 1, (272,), True)

@@ -32,6 +32,9 @@ class GemmConfig:
         tiles: "hopper": packing tiles that are loaded at once, 1 or 2; "digits": planes of tiles that a product of
             matrices takes at once, a power of two.
         split_k: programs that share the columns of one output tile; their sums are added in order by a second kernel.
+        scale_input: "hopper", one plane: a launch of its own multiplies the column scale into x, which rounds x again,
+            rather than every program into the weights that it decodes. Weights with an order of columns have that
+            anyway, by the launch that brings x into it.
     """
 
     kernel: Kernel = "dequantize"
@@ -41,6 +44,7 @@ class GemmConfig:
     stages: int = 3
     split_k: int = 1
     tiles: int = 1
+    scale_input: bool = False
 
 
 def is_fusable(packed: PackedWeight) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from ..packed import PackedWeight
 from .calls import Entry
 from .columns import Gather
 from .hadamard import Transform
-from .hopper_product import HopperProduct, converted_scales, gather, gathers_scaled
+from .hopper_product import HopperProduct, converted_scales, gather, scales_input
 from .launch import Ready
 from .native_launch import RESULTS, SCRATCH, Slot, X
 from .outputs import Outputs, aligned, current_stream, empty_vector
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 class HopperGroup(ReadyLaunches):
     """What the products of up to three weights and one input take, each with a result and a bias of its own.
 
-    Every product is launched as `HopperPlan` does it. Weights with one and the same order of columns have them brought
-    into it once. Biases stay where they are, as the weights do.
+    Every product is launched as `HopperPlan` does it, but that behind a transform column scales are never multiplied
+    into x. Weights with one and the same order of columns have them brought into it once. Biases stay where they are,
+    as the weights do.
 
     Args:
         weights: with the same number of columns.
@@ -50,15 +52,17 @@ class HopperGroup(ReadyLaunches):
         transform: Transform | None,
     ):
         super().__init__(device)
+        if transform is not None:  # what it gives would have to be scaled for each weight anew
+            configs = [replace(config, scale_input=False) for config in configs]
         self.biases, self.transform = biases, transform
-        self._weights, self._tokens, self._dtype = weights, tokens, dtype
+        self._weights, self._configs, self._tokens, self._dtype = weights, configs, tokens, dtype
         columns = weights[0].in_features
         self._outputs = [Outputs(packed.out_features, dtype) for packed in weights]
         self._products = [
             HopperProduct(packed, tokens, columns, dtype, dtype, bias, device, split_k, config)
             for packed, bias, split_k, config in zip(weights, biases, splits, configs, strict=True)
         ]
-        prepares = transform is not None or any(packed.permutation is not None for packed in weights)
+        prepares = transform is not None or not all(map(self._reads_input, weights, configs))
         # the parts of one product lie where those of another did: a launch reads and writes when the one before ended
         self.parts_at = aligned(tokens * columns * dtype.itemsize) if prepares else 0
         self.scratch = self.parts_at + max(product.scratch for product in self._products)
@@ -68,18 +72,24 @@ class HopperGroup(ReadyLaunches):
     def copied(self) -> list[torch.Tensor]:
         return converted_scales(self._products)
 
+    @staticmethod
+    def _reads_input(packed: PackedWeight, config: GemmConfig) -> bool:
+        """Whether a product reads x as it is, or as the transform left it."""
+        return packed.permutation is None and not scales_input(packed, config)
+
     def _find_orders(self) -> None:
         """Compares the weights' orders of columns, which waits for the GPU."""
         self._orders_seen = versions(self._orders)
         gathers: list[Gather | None] = []
-        before: PackedWeight | None = None
-        for packed in self._weights:
-            if before is not None and _same_gather(before, packed):
-                gathers.append(None)  # what lies there from the one before
-            else:
-                kind = (self._dtype, True)
-                gathers.append(gather(packed, self._tokens, packed.in_features, kind, self.device))
-            before = packed
+        before: torch.Tensor | None = None  # the order in which x lies there, not scaled
+        for packed, config in zip(self._weights, self._configs, strict=True):
+            scaled = scales_input(packed, config)
+            if self._reads_input(packed, config) or (not scaled and _same_order(before, packed.permutation)):
+                gathers.append(None)
+                continue
+            kind = (self._dtype, True)
+            gathers.append(gather(packed, config, self._tokens, packed.in_features, kind, self.device))
+            before = None if scaled else packed.permutation
         self.gathers = gathers
         self.native = None
         self._ran = self._tried = False
@@ -109,32 +119,30 @@ class HopperGroup(ReadyLaunches):
     def _run_by_triton(self, x: torch.Tensor) -> list[torch.Tensor]:
         shape = x.shape[:-1]
         results = [x.new_empty((*shape, product.rows)) for product in self._products]
-        prepared = x if self.transform is None else self.transform(x)
-        for product, order, bias, out in zip(self._products, self.gathers, self.biases, results, strict=True):
+        prepared = whole = x if self.transform is None else self.transform(x)
+        for i, (product, order) in enumerate(zip(self._products, self.gathers, strict=True)):
             prepared = prepared if order is None else order(x)
-            product.run(prepared, bias, out)
+            reads = whole if self._reads_input(self._weights[i], self._configs[i]) else prepared
+            product.run(reads, self.biases[i], results[i])
         self._ran = True
         return results
 
     def ready(self) -> list[Ready | None]:
         found: list[Ready | None] = []
         x, prepared = Slot(X), Slot(SCRATCH)
+        whole = x if self.transform is None else prepared
         if self.transform is not None:
             found.append(self.transform.launch.ready(self.transform.arguments(x, prepared)))
-        elif not self._orders:
-            prepared = x
-        for product, order, bias, out in zip(self._products, self.gathers, self.biases, RESULTS, strict=False):
+        for i, (product, order) in enumerate(zip(self._products, self.gathers, strict=True)):
             if order is not None:
                 found.append(order.launch.ready(order.arguments(x, prepared)))
-            found += product.ready(prepared, bias, Slot(out), Slot(SCRATCH, self.parts_at))
+            reads = whole if self._reads_input(self._weights[i], self._configs[i]) else prepared
+            found += product.ready(reads, self.biases[i], Slot(RESULTS[i]), Slot(SCRATCH, self.parts_at))
         return found
 
 
-def _same_gather(one: PackedWeight, other: PackedWeight) -> bool:
-    """Whether both weights want the same of x: the same columns, not multiplied by scales of their own."""
-    first, second = one.permutation, other.permutation
-    if first is None or second is None:
-        return first is second
-    if gathers_scaled(one) or gathers_scaled(other) or torch.cuda.is_current_stream_capturing():
+def _same_order(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
+    """Whether both are the same order of columns; where nothing may wait for the GPU they count as two."""
+    if first is None or second is None or torch.cuda.is_current_stream_capturing():
         return False
     return torch.equal(first, second)

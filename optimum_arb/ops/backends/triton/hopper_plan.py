@@ -46,7 +46,7 @@ class HopperPlan(ReadyProduct):
     ):
         super().__init__(device, kind[0], Outputs(packed.out_features, out_dtype))
         self.out_dtype, self.with_bias = out_dtype, bias is not None
-        self.gather = gather(packed, tokens, stride, kind, device)
+        self.gather = gather(packed, config, tokens, stride, kind, device)
         self.parts_at = 0
         if self.gather is not None:
             stride = packed.in_features

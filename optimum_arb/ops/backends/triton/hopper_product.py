@@ -18,26 +18,34 @@ if TYPE_CHECKING:
     from .gemm_config import GemmConfig
 
 
-def gathers_scaled(packed: PackedWeight) -> bool:
-    """Whether the column scale is multiplied into x where its columns are brought into the weight's order."""
-    return packed.permutation is not None and packed.layout.planes == 1 and packed.layout.col_scales == 1
+def scales_input(packed: PackedWeight, config: GemmConfig) -> bool:
+    """Whether the column scale is multiplied into x, where its columns are brought into the weight's order or alone."""
+    one = packed.layout.planes == 1 and packed.layout.col_scales == 1
+    return one and (packed.permutation is not None or config.scale_input)
 
 
 def gather(
-    packed: PackedWeight, tokens: int, stride: int, kind: tuple[torch.dtype, bool], device: torch.device
+    packed: PackedWeight,
+    config: GemmConfig,
+    tokens: int,
+    stride: int,
+    kind: tuple[torch.dtype, bool],
+    device: torch.device,
 ) -> Gather | None:
-    """What brings the columns of x into the weight's order; None where they are.
+    """What makes of x what the product reads: columns in the weight's order, or scaled; None where it reads x itself.
 
     Args:
         packed: the weight.
+        config: how it is computed.
         tokens: M.
         stride: from row to row of x.
         kind: `tensor_class` of x.
         device: of x.
     """
-    if packed.permutation is None:
+    scaled = scales_input(packed, config)
+    if packed.permutation is None and not scaled:
         return None
-    return Gather(packed, tokens, stride, kind, device, scaled=gathers_scaled(packed))
+    return Gather(packed, tokens, stride, kind, device, scaled=scaled)
 
 
 class HopperProduct:
@@ -46,7 +54,7 @@ class HopperProduct:
     Args:
         packed: the weight.
         tokens: M.
-        stride: from row to row of x, whose columns are in the weight's order.
+        stride: from row to row of x, which is what `gather` made.
         x_dtype: float16 or bfloat16.
         out_dtype: of the result.
         bias: one like those that are to be added, or None.
@@ -84,7 +92,7 @@ class HopperProduct:
             stages=config.stages,
             tiles=config.tiles,
             split_k=split_k,
-            scaled=gathers_scaled(packed),
+            scaled=scales_input(packed, config),
             overlapped=True,
         )
 

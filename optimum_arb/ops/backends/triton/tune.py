@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -35,14 +35,16 @@ def one_bit_candidates(out_features: int, in_features: int) -> list[one_bit.Deco
     return found
 
 
-def _calls(tokens: int, shape: Shape) -> list[tuple[str, Config]]:
-    out_features, in_features, _ = shape
+def _calls(tokens: int, shape: Shape, permuted: bool) -> list[tuple[str, Config]]:
+    out_features, in_features, planes = shape
     device = torch.device("cuda", torch.cuda.current_device())
     prepacked = has_one_bit_kernel(device)
     if prepacked and tokens <= one_bit.MAX_TOKENS:
         return [("one_bit", c) for c in one_bit_candidates(out_features, in_features)]
     hopper = has_hopper() and capability(device)[0] == 9
     stored = candidates(out_features, in_features, tokens, hopper)
+    if planes == 1 and not permuted:  # with an order of columns these are the same
+        stored += [replace(config, scale_input=True) for config in stored if config.kernel == "hopper"]
     if tokens <= digits.MAX_TOKENS and has_digits_kernel(device):
         stored += digits.candidates(out_features, in_features, tokens)
     found: list[tuple[str, Config]] = [(c.kernel, c) for c in stored]
@@ -67,7 +69,7 @@ def compile_all(work: Iterable[tuple[Shape, int]], permuted: bool) -> None:
         packed = random_weight(planes_layout(planes, col_scale=True), out_features, in_features, 128, permuted, "cuda")
         ready = prepack.prepack(packed) if tokens <= half_bits.MAX_TOKENS else None
         x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
-        for _, config in _calls(tokens, shape):
+        for _, config in _calls(tokens, shape, permuted):
             try:
                 _run(x, config, packed, ready)
                 torch.cuda.synchronize()
@@ -128,7 +130,7 @@ def _tune_shape(
         baseline = graph_time(lambda i, x=x: torch.mm(x, copies[i % dense_count].T), dense_count)  # type: ignore[misc]
         expected = x.float() @ dense.T
         best: dict[bool, tuple[float, str, Config]] = {}
-        for kernel, config in _calls(size, shape):
+        for kernel, config in _calls(size, shape, permuted):
             try:
                 out = _run(x, config, weights[0], ready[0] if ready else None)
                 if not (out.float() - expected).norm() < 1e-2 * expected.norm():
