@@ -13,6 +13,7 @@ from ..experts.packing import PackedForm, expert_dequantized, expert_part
 from ..format import packing
 from ..format.packing import BinarizedWeight
 from ..ops import grouped_linear
+from ..ops.streams import finish
 from .casting import keep_dtype
 
 # What every module has of its own, and what others put on an instance: no part of the experts' description.
@@ -213,6 +214,7 @@ class ARBExperts(nn.Module):
         stale = self._dequantized_from is None or self._dequantized_from[0] != dtype
         if stale or not (tracing or source == self._dequantized_from):
             module = self.float_module(dtype).requires_grad_(False)
+            finish(next(module.parameters()).device)
             # not as an attribute, which would make it a child with parameters of this module
             self.__dict__["_dequantized"], self.__dict__["_dequantized_from"] = module, source
         module = self.__dict__["_dequantized"]

@@ -11,6 +11,7 @@ from torch import nn
 from ..format import packing
 from ..format.layout import Layout, form_name
 from ..format.packing import BinarizedWeight
+from ..ops.streams import finish
 from .input_transform import InputTransform
 from .packed_parameters import PackedParameters
 from .product import PackedProduct
@@ -168,6 +169,7 @@ class ARBLinear(PackedParameters, nn.Linear):  # type: ignore[misc]  # `bias` is
         if cached is None or cached.dtype != dtype or not (tracing or source == self._dequantized_from):
             with torch.no_grad():
                 cached = self.dequantize(dtype)
+                finish(cached.device)
             self._dequantized = cached
             self._dequantized_from = source
         return cached

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..format import packing, scales
 from ..format.layout import Layout
+from ..ops.streams import finish
 from .casting import keep_dtype
 from .plans import getter
 from .prepared_layers import is_offloaded
@@ -173,6 +174,7 @@ class PackedParameters(PackedProduct, nn.Module):
                     values["input_signs"] = signs.to(torch.int8) * 2 - 1
             for name in coded:
                 self.register_buffer(f"decoded_{name}", values[name], persistent=False)
+            finish(values[coded[0]].device)
         self._decoded_from = self._codes()
 
     def _codes(self) -> tuple[Any, ...]:

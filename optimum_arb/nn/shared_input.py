@@ -82,8 +82,8 @@ class SharedInput:
         self._waiting: dict[int, _Waiting] = {}
         # the same while a graph is traced: reading a thread's number would become a guard of the graph
         self._traced: _Waiting | None = None
-        # thread -> the input that was transformed, what it became, and how many layers have not taken it yet
-        self._transformed: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
+        # thread -> the input that was transformed, its `_state`, what it became, how many layers have not taken it yet
+        self._transformed: dict[int, tuple[torch.Tensor, tuple[int, int], torch.Tensor, int]] = {}
         self._alike = True  # in what the layers do to their input, as `share_inputs` found them
         self.joins_prompts = True
         self._prompts = SharedPrompts()
@@ -190,11 +190,12 @@ class SharedInput:
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self._still_alike():
             return change.apply(x)  # what is kept must not outlive its graph
         thread = threading.get_ident()
-        source, result, left = self._transformed.get(thread, (None, None, 0))
-        if result is None or source is not x:
+        source, before, result, left = self._transformed.get(thread, (None, None, None, 0))
+        state = _state(x)
+        if result is None or source is not x or state != before:  # another one, written since, or on another stream
             result, left = change.apply(x), len(self._rows)
         if left > 1:
-            self._transformed[thread] = (x, result, left - 1)
+            self._transformed[thread] = (x, state, result, left - 1)
         else:
             self._transformed.pop(thread, None)
         return result

@@ -130,6 +130,17 @@ def test_transformed_once_for_all(monkeypatch):
     assert len(calls) == 3
 
 
+def test_an_input_that_is_written_is_transformed_again():
+    model = Attention([layer(rows=rows, seed=rows) for rows in (42, 7, 16)])
+    x = torch.randn(2, 300)
+    expected = model.k_proj(x + 1)
+    assert share_inputs(model) == 1
+    with torch.no_grad():
+        model.q_proj(x)
+        x.add_(1)
+        assert torch.equal(model.k_proj(x), expected)
+
+
 def test_other_signs_are_not_shared():
     found = [layer(rows=rows, seed=rows) for rows in (42, 7)]
     assert share_inputs(Attention([*found, layer(rows=16, signs=2)])) == 0

@@ -205,6 +205,26 @@ def test_two_streams(m):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("backend", ["auto", "dequantize"])
+@pytest.mark.parametrize("m", [1, 64])
+def test_first_calls_on_two_streams(m, backend):
+    """What the first call makes and keeps is whole where the second one reads it."""
+    layer = module(rows=2048, columns=2048).bfloat16()
+    layer.backend = backend
+    x = random_input(m, 2048, torch.bfloat16)
+    expected = copy.deepcopy(layer)(x)
+    first, second = torch.cuda.Stream(DEVICE), torch.cuda.Stream(DEVICE)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(first):
+        torch.cuda._sleep(200_000_000)  # a tenth of a second
+        found = [layer(x)]
+    with torch.cuda.stream(second):
+        found.append(layer(x))
+    torch.cuda.synchronize()
+    assert all(torch.equal(each, expected) for each in found)
+
+
+@torch.no_grad()
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_devices():
     """Whichever is the current one."""

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ...streams import finish
 from ..packed import PackedWeight
 from .launch import Launch, Launcher, cdiv, overlaps, power_of_2, size_class, tensor_class
 
@@ -174,6 +175,7 @@ def column_scales(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     made = scale.detach().to(dtype, copy=True, memory_format=torch.contiguous_format).view(-1)
     # the memory of a CUDA graph is not for what stays
     if scale.is_cuda and not torch.cuda.is_current_stream_capturing():
+        finish(scale.device)
         key = id(scale)
         _converted[key] = (weakref.ref(scale, lambda _: _converted.pop(key, None)), version, address, made)
     return made

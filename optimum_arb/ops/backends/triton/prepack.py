@@ -17,6 +17,7 @@ import torch
 
 from ....format.layout import Layout
 from ....format.packing import TENSOR_NAMES, block_count, pack_bits, packed_bytes, tile_width, unpack_bits
+from ...streams import finish
 from ..grouped import PackedExperts
 from ..packed import PackedWeight
 
@@ -283,6 +284,7 @@ def make(weights: Weights) -> Prepacked | None:
             else:
                 parts = [prepack(packed) for packed in weights]
                 made = parts[0] if len(parts) == 1 else join(parts)
+        finish(_members(weights)[0].weight.device)
         found = _cache[key] = (state, made)
         for tensor in _tensors(weights):
             # the storage, not the tensor: `module.to` gives the same parameter another one
