@@ -236,8 +236,8 @@ def _load(name: str, settings: Settings, result: dict[str, Any], progress: Calla
 
 
 def _context_length(settings: Settings, *models: PreTrainedModel) -> int:
-    positions = [model_positions(model) for model in models]
-    return settings.context_length or min([2048, *(count for count in positions if count)])
+    given, positions = settings.context_length, [model_positions(model) for model in models]
+    return min([2048, *(count for count in positions if count)]) if given is None else given
 
 
 def _measure_alone(
