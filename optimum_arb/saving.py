@@ -30,10 +30,12 @@ def check_output_directory(path: str | os.PathLike, overwrite: bool = False) -> 
         The path.
 
     Raises:
+        ValueError: the path is empty.
         NotADirectoryError: the path, or a parent of it, is a file.
         FileExistsError: the directory holds a model, and `overwrite` is False.
         PermissionError: it cannot be written to.
     """
+    check_named(path)
     path = Path(path)
     existing = path.absolute()
     while not existing.exists():
@@ -53,6 +55,18 @@ def check_output_directory(path: str | os.PathLike, overwrite: bool = False) -> 
             f"{path} already holds a model ({model_files(path)[0].name}). Choose another directory, or overwrite it."
         )
     return path
+
+
+def check_named(path: str | os.PathLike) -> None:
+    """Raises ValueError for an empty path (a shell's unset variable), which would be the current directory."""
+    if not os.fspath(path):
+        raise ValueError("The directory to save the model in has an empty name.")
+
+
+def check_not_source(path: str | os.PathLike, source: str | os.PathLike) -> None:
+    """Raises ValueError where a model would replace the float model that it is made from, which nothing brings back."""
+    if os.path.isdir(path) and os.path.isdir(source) and os.path.samefile(path, source):
+        raise ValueError(f"{path} holds the float model itself, which is not replaced. Choose another directory.")
 
 
 def save_model(

@@ -105,6 +105,23 @@ def test_choices_that_do_not_fit(choices, message):
         ARBConfig(**choices)
 
 
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"overrides": {"q_proj": {"skip": "no"}}},
+        {"act_order": "no"},
+        {"overrides": {"q_proj": {"act_order": "no"}}},
+        {"seed": "a"},
+        {"seed": None},
+        {"hadamard": 64.0},
+        {"scale_bits": 8.0},
+    ],
+)
+def test_choices_of_another_type(choices):
+    with pytest.raises((TypeError, ValueError), match=r"skip|act_order|seed|hadamard|scale_bits"):
+        ARBConfig(**choices)
+
+
 @pytest.mark.parametrize("patterns", [7, "lm_head", {"lm_head": 1}])
 def test_patterns_are_a_list(patterns):
     with pytest.raises(TypeError, match="must be a list of patterns"):

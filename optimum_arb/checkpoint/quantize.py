@@ -26,7 +26,7 @@ from ..hub.card import is_users_own
 from ..hub.methods import finish_saved
 from ..inspection import inspect_model
 from ..report import ModelReport, ModuleReport, model_report
-from ..saving import check_output_directory, save_model
+from ..saving import check_named, check_not_source, check_output_directory, save_model
 from .assemble import assemble
 from .interrupt import interruptible
 from .publish import publish
@@ -105,10 +105,13 @@ def quantize_checkpoint(
 
     Raises:
         FileExistsError: `output` holds a model, or an interrupted run is there and `resume` is False.
-        ValueError: what `from_pretrained` raises; or the interrupted run cannot be continued, with what differs.
+        ValueError: what `from_pretrained` raises; or the interrupted run cannot be continued, with what differs; or
+            `output` is empty, or the directory of `model`.
         KeyboardInterrupt: on Ctrl-C and SIGTERM; its message says how to go on.
     """
     began = time.perf_counter()
+    check_named(output)
+    check_not_source(output, model)
     output = Path(output)
     name = os.fspath(model)
     config = ARBConfig() if config is None else config

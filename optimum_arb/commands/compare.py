@@ -49,9 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..evaluate.compare import Settings, compare
     from ..evaluate.plot import plot_comparison
-    from .loading import check_model, quantization_method
+    from .loading import check_loading, check_model, quantization_method
 
     check_model(args.model)
+    check_loading(args.dtype, args.device_map)
     method = quantization_method(args.model)
     if method is not None:
         raise ValueError(f"{args.model} is already quantized ({method}): compare starts from the float model.")

@@ -37,7 +37,9 @@ def run(args: argparse.Namespace) -> int:
     from ..checkpoint.estimate import estimate
     from .loading import check_model
 
-    limits = {key: parse_size(getattr(args, key)) for key in ("memory_limit", "gpu_memory") if getattr(args, key)}
+    limits = {
+        key: parse_size(getattr(args, key)) for key in ("memory_limit", "gpu_memory") if getattr(args, key) is not None
+    }
     if args.device_map not in ("cpu", "cuda"):
         raise ValueError(f"--device-map {args.device_map!r} cannot be estimated: use cpu or cuda.")
     config = build_config(args)
@@ -95,7 +97,7 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: none of these.
     """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kKMGT]?)(i?)B?\s*", text)
+    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kKMGT]?)(i?)B?\s*", text)
     if match is None:
         raise ValueError(f"{text!r} is no size: write 24GiB, 64GB or a number of bytes.")
     number, unit, binary = match.groups()

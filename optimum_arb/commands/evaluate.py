@@ -132,7 +132,7 @@ def chosen_parts(
         tasks: the option of that name, which asks for the tasks.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or nothing is left.
     """
     from ..evaluate.evaluation import PARTS
 
@@ -147,6 +147,8 @@ def chosen_parts(
     if "all" in wanted or (not wanted and baseline is not None):
         wanted = possible
     found = {*(wanted or ["perplexity"]), *(["tasks"] if tasks else [])} - set(left_out)
+    if not found:
+        raise ValueError("--leave-out leaves nothing to measure.")
     return tuple(part for part in PARTS if part in found)
 
 
@@ -168,6 +170,8 @@ def run_evaluation(args: argparse.Namespace, parts: tuple[str, ...]) -> int:
     if args.max_perplexity is not None and "perplexity" not in parts:
         raise ValueError("--max-perplexity needs the perplexity, which is not measured.")
     paths = report_paths(args.report)
+    if args.compare and not Path(args.compare).exists():  # told before hours of measuring
+        raise FileNotFoundError(f"There is no comparison {args.compare}.")
     report = evaluate(
         args.model,
         args.baseline,
@@ -227,7 +231,9 @@ def run_perplexity(args: argparse.Namespace) -> int:
         model,
         tokenizer,
         text=text,
-        context_length=args.context_length or min(2048, model_positions(model) or 2048),
+        context_length=min(2048, model_positions(model) or 2048)
+        if args.context_length is None
+        else args.context_length,
         max_windows=args.max_windows,
         batch_size=args.batch_size,
         progress=not args.json,

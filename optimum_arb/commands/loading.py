@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,6 +31,19 @@ def check_model(name: str) -> None:
             raise FileNotFoundError(f"The directory {name} holds no model: it has no config.json.")
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"There is no model directory {name}.")
+
+
+def check_loading(dtype: str, device_map: str) -> None:
+    """What transformers answers with an AttributeError and torch with an AssertionError, told as what it is.
+
+    Raises:
+        ValueError: `dtype` is no float dtype of torch's, or `device_map` names a GPU and torch sees none.
+    """
+    found = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"dtype={dtype!r} is unknown: use auto, float32, bfloat16 or float16.")
+    if device_map.split(":")[0] == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device_map={device_map!r} needs a GPU, and torch sees none here.")
 
 
 def quantization_method(name: str) -> str | None:
@@ -77,11 +91,12 @@ def load_model(name: str, dtype: str = "auto", device_map: str = "cpu", backend:
 
     Raises:
         FileNotFoundError: see `check_model`.
-        ValueError: a backend was asked for and the model is not binarized.
+        ValueError: a backend was asked for and the model is not binarized; or see `check_loading`.
     """
     from ..config import ARBConfig
 
     check_model(name)
+    check_loading(dtype, device_map)
     options: dict[str, Any] = {}
     if backend is not None:
         if quantization_method(name) != "arb":

@@ -170,6 +170,8 @@ def parse_overrides(texts: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _search_or_int(text: str) -> str | int:
+    if text != "search" and not text.removeprefix("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither search nor a number")
     return text if text == "search" else int(text)
 
 

@@ -77,12 +77,15 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> None:
     from ..checkpoint.quantize import quantize_checkpoint
     from ..hub import check_access, push_directory
     from ..saving import check_output_directory
-    from .loading import check_model, load_processor, quantization_method
+    from .loading import check_loading, check_model, load_processor, quantization_method
 
     if not args.resume:  # of a run that was interrupted at its very end, the model may be there already
         check_output_directory(args.out, overwrite=args.overwrite)
     config = build_config(args)
     check_model(args.model)
+    check_loading(args.dtype, args.device_map)
+    if args.push_to_hub == "":  # a shell's unset variable: not uploading would look like success
+        raise ValueError("--push-to-hub has an empty name.")
     if args.push_to_hub:
         check_access(args.push_to_hub)
     elif args.private or args.revision:

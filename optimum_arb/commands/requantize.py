@@ -42,13 +42,15 @@ def run(args: argparse.Namespace) -> None:
     from ..hub import record_perplexity
     from ..report import model_report
     from ..requantize import changes, plan_again
-    from ..saving import check_output_directory, save_model
-    from .loading import check_model, load_processor, quantization_method
+    from ..saving import check_not_source, check_output_directory, save_model
+    from .loading import check_loading, check_model, load_processor, quantization_method
 
     check_model(args.model)
+    check_loading(args.dtype, args.device_map)
     check_output_directory(args.out, overwrite=args.overwrite)
     plan = plan_again(args.model, args.base, args.revision, args.dataset)
     check_model(plan.base)
+    check_not_source(args.out, plan.base)
     if quantization_method(plan.base) is not None:
         raise ValueError(f"The base {plan.base} is quantized already: give the float model with --base.")
     text = None if args.no_perplexity else perplexity_text(plan, args.text)

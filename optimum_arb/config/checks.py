@@ -60,6 +60,10 @@ def _check_general(config: ARBConfig) -> None:
     for name in ("num_iterations", "batch_size"):
         if getattr(config, name) is not None:
             _integer(name, getattr(config, name), 1)
+    if not isinstance(config.seed, int) or isinstance(config.seed, bool):
+        raise TypeError(f"seed={config.seed!r} is no whole number.")
+    if not isinstance(config.act_order, (bool, type(None))):
+        raise TypeError(f"act_order={config.act_order!r} must be True, False or None.")
     _integer("held_out_samples", config.held_out_samples, 0, config.num_samples - 1)
     if config.held_out_samples and config.dataset is None:
         raise ValueError(f"held_out_samples={config.held_out_samples} needs a dataset, of which they are a part.")
@@ -117,7 +121,7 @@ def _check_planes(config: ARBConfig) -> None:
 
 
 def _check_scale_bits(config: ARBConfig) -> None:
-    if config.scale_bits is not None and (isinstance(config.scale_bits, bool) or config.scale_bits not in SCALE_BITS):
+    if config.scale_bits is not None and (type(config.scale_bits) is not int or config.scale_bits not in SCALE_BITS):
         raise ValueError(f"scale_bits={config.scale_bits!r} must be 16 or 8.")
     if config.scale_bits == 8 and config.method in BITMAP_METHODS:
         raise ValueError(
@@ -144,6 +148,8 @@ def _check_patterns(config: ARBConfig) -> None:
                 f"overrides[{pattern!r}] has the unknown key {unknown[0]!r}: it may change "
                 f"{', '.join(OVERRIDABLE)} or say skip."
             )
+        if not isinstance(choices.get("skip", False), bool):
+            raise TypeError(f"overrides[{pattern!r}]['skip']={choices['skip']!r} must be True or False.")
         if not choices.get("skip"):
             with_choices(config, choices)
     for pattern in config.modules_to_not_convert or ():
@@ -157,7 +163,7 @@ def _check_search(config: ARBConfig) -> None:
     shrinkage = config.resolved_shrinkage
     if not isinstance(shrinkage, (int, float)) or isinstance(shrinkage, bool) or not 0 <= shrinkage < 1:
         raise ValueError(f"shrinkage={config.shrinkage!r} must be a number from 0 to below 1; 0.05 is usual.")
-    if config.hadamard not in HADAMARD_BLOCKS or isinstance(config.hadamard, bool):
+    if type(config.hadamard) is not int or config.hadamard not in HADAMARD_BLOCKS:
         raise ValueError(f"hadamard={config.hadamard!r} is unknown: use 64, 128 or 256, or 0 for none.")
     for name in ("admm_iterations", "hadamard"):
         if getattr(config, name) and config.method != "arb-hrc":

@@ -208,7 +208,9 @@ def _measure(row: Row, settings: Settings, tokenizer: Any, bars: bool) -> dict[s
         model,
         tokenizer,
         text=settings.text,
-        context_length=settings.context_length or min(2048, model_positions(model) or 2048),
+        context_length=min(2048, model_positions(model) or 2048)
+        if settings.context_length is None
+        else settings.context_length,
         max_windows=settings.max_windows,
         progress=bars,
     )

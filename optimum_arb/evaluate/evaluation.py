@@ -151,7 +151,7 @@ def evaluate(
 
 
 def _check(models: Sequence[str], baseline: str | None, settings: Settings) -> None:
-    from ..commands.loading import check_model
+    from ..commands.loading import check_loading, check_model
 
     unknown = [part for part in settings.parts if part not in PARTS]
     if unknown:
@@ -166,6 +166,7 @@ def _check(models: Sequence[str], baseline: str | None, settings: Settings) -> N
         raise ValueError("The tasks to measure must be named.")
     if settings.tasks and "tasks" in settings.parts:
         check_lm_eval()
+    check_loading(settings.dtype, settings.device_map)
     for name in (*models, *([baseline] if baseline else [])):
         check_model(name)
     if baseline is not None and "divergence" in settings.parts:
@@ -235,8 +236,8 @@ def _load(name: str, settings: Settings, result: dict[str, Any], progress: Calla
 
 
 def _context_length(settings: Settings, *models: PreTrainedModel) -> int:
-    positions = [model_positions(model) for model in models]
-    return settings.context_length or min([2048, *(count for count in positions if count)])
+    given, positions = settings.context_length, [model_positions(model) for model in models]
+    return min([2048, *(count for count in positions if count)]) if given is None else given
 
 
 def _measure_alone(

@@ -19,11 +19,13 @@ def report_paths(names: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """The files that were asked for: a name without a suffix is a directory, which gets one of each kind.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: another suffix, or an empty name, which would be the current directory.
         ImportError: a page needs matplotlib, which is not installed.
     """
     paths: list[Path] = []
     for name in names:
+        if not os.fspath(name):
+            raise ValueError("A report has an empty name.")
         path = Path(name)
         if path.suffix and not path.is_dir():
             if path.suffix not in SUFFIXES:

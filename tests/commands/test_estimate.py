@@ -29,6 +29,8 @@ def test_limits_decide_the_exit_code(call, float_model, capsys):
 
 def test_bad_input(fail, float_model, binarized_model):
     assert "'lots' is no size" in fail("estimate", float_model, "--memory-limit", "lots")
+    for size in ("", ".", "1.2.3GB"):
+        assert f"{size!r} is no size" in fail("estimate", float_model, "--no-probe", "--memory-limit", size)
     assert "is already quantized" in fail("estimate", binarized_model, "--no-probe")
     assert "--device-map 'auto' cannot be estimated" in fail("estimate", float_model, "--device-map", "auto")
     assert "does nothing with --no-calibration" in fail("estimate", float_model, "--no-calibration", "--seed", 1)

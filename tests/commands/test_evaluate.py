@@ -46,9 +46,19 @@ def test_backend(call, fail, binarized_model, float_model, text):
 def test_bad_input(fail, float_model, text, tmp_path):
     assert "neither a file nor a bundled text" in fail("evaluate", float_model, "--text", "no-such-text")
     assert "more than the 64 positions" in fail("evaluate", float_model, "--context-length", 128, "--text", text)
+    for more in ((), ("--measure", "perplexity,generation")):
+        assert "context_length=0" in fail("evaluate", float_model, "--context-length", 0, "--text", text, *more)
+    assert "leaves nothing to measure" in fail("evaluate", float_model, "--text", text, "--leave-out", "perplexity")
     text.write_text("the lobster")
     assert "fewer than one window" in fail("evaluate", float_model, "--text", text)
     assert "There is no model directory" in fail("evaluate", tmp_path / "missing")
+
+
+def test_what_a_report_lacks_is_told_before_measuring(fail, float_model, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("optimum_arb.evaluate.evaluation.evaluate", lambda *a, **k: pytest.fail("measured"))
+    assert "empty name" in fail("evaluate", float_model, "--text", text, "--report", "")
+    assert "no comparison missing" in fail("evaluate", float_model, "--text", text, "--compare", "missing")
 
 
 def test_a_bound_on_the_perplexity_decides_the_exit_code(call, float_model, text, capsys):

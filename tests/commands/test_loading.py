@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -14,7 +15,7 @@ from transformers import (
 )
 
 from optimum_arb import ARBConfig, save_model
-from optimum_arb.commands.loading import load_processor
+from optimum_arb.commands.loading import check_loading, load_processor
 
 
 def test_a_tokenizer(float_model):
@@ -42,3 +43,29 @@ def test_no_directory():
 def test_a_name_that_is_not_cached_is_told_by_transformers():
     with pytest.raises(OSError, match="cached files"):
         load_processor("me/absent")
+
+
+@pytest.mark.parametrize("command", ["quantize", "requantize", "evaluate", "evaluate --measure generation", "compare"])
+@pytest.mark.parametrize("option", ["dtype", "device-map"])
+def test_a_dtype_or_a_device_that_there_is_not(
+    fail, float_model, binarized_model, tmp_path, monkeypatch, command, option
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    value, message = {"dtype": ("nope", "dtype='nope' is unknown"), "device-map": ("cuda:0", "needs a GPU")}[option]
+    command, *more = command.split()
+    model = binarized_model if command == "requantize" else float_model
+    out = [tmp_path / "out"] if "quantize" in command else []
+    assert message in fail(command, model, *out, *more, f"--{option}", value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", ["int8", "torch.float32", "nn", ""])
+def test_what_is_no_float_dtype(dtype):
+    with pytest.raises(ValueError, match="is unknown"):
+        check_loading(dtype, "cpu")
+
+
+def test_dtypes_and_devices_that_there_are():
+    for dtype in ("auto", "float32", "bfloat16", "float16", "float64"):
+        check_loading(dtype, "auto")

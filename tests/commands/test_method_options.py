@@ -97,3 +97,11 @@ def test_overrides():
     for text in ("down_proj", "=planes:2", "down_proj=planes"):
         with pytest.raises(ValueError, match="must be PATTERN=KEY:VALUE"):
             parse_overrides([text])
+
+
+def test_salient_columns(capsys):
+    parser = _parser()
+    assert parser.parse_args(["m", "o", "--salient-columns", "5"]).salient_columns == 5
+    with pytest.raises(SystemExit):
+        parser.parse_args(["m", "o", "--salient-columns", "x"])
+    assert "'x' is neither search nor a number" in capsys.readouterr().err

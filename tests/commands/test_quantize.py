@@ -63,6 +63,22 @@ def test_output_that_holds_a_model_is_refused_before_the_work(fail, binarized_mo
     assert {path.name: path.stat().st_mtime_ns for path in binarized_model.iterdir()} == before
 
 
+def test_the_float_model_is_not_replaced(fail, float_model, tmp_path):
+    source = shutil.copytree(float_model, tmp_path / "source")
+    before = (source / "model.safetensors").read_bytes()
+    (tmp_path / "link").symlink_to(source)
+    for out in (source, tmp_path / "link"):
+        assert "holds the float model itself" in fail("quantize", source, out, "--no-calibration", "--overwrite")
+    assert (source / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("options", [(), ("--resume",)])
+def test_an_empty_name_is_not_the_current_directory(fail, float_model, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    assert "has an empty name" in fail("quantize", float_model, "", "--no-calibration", *options)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_overwrite(call, float_model, tmp_path):
     out = tmp_path / "out"
     options = ("--method", "rtn", "--no-calibration")
@@ -76,6 +92,7 @@ def test_overwrite(call, float_model, tmp_path):
     [
         (("--method", "gptq"), "method='gptq' is unknown"),
         (("--block-size", "100"), "block_size=100 cannot be packed"),
+        (("--push-to-hub", "", "--no-calibration"), "--push-to-hub has an empty name"),
         (("--planes", "4"), "planes='?4'?"),
         (("--override", "nothing_like_it=planes:2"), "'nothing_like_it' matches none"),
         (("--override", "down_proj=colour:2"), "unknown key 'colour'"),

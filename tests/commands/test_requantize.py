@@ -40,6 +40,13 @@ def test_the_same_base_gives_the_same_bits(call, earlier, float_model, tmp_path)
     assert len(result["modules"]) == 13
 
 
+def test_the_base_is_not_replaced(fail, earlier, float_model, tmp_path):
+    base = shutil.copytree(float_model, tmp_path / "base")
+    before = (base / "model.safetensors").read_bytes()
+    assert "holds the float model itself" in fail("requantize", earlier, base, "--base", base, "--overwrite")
+    assert (base / "model.safetensors").read_bytes() == before
+
+
 def test_another_base_shows_what_changed(call, earlier, float_model, tmp_path):
     base = shutil.copytree(float_model, tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
