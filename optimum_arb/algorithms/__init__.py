@@ -76,8 +76,7 @@ def binarize(
         result = _binarize_rotated(target, hessian, config)
         damping = config.resolved_damp_percent, config.resolved_shrinkage
         if not rounding_is_better(target, result.dequantize(), config.block_size, hessian, *damping):
-            result.row_scale = result.row_scale * unit
-            return result
+            return result.times(unit)
     if hessian is None:
         config = copy.copy(config)
         config.dataset = None  # what no input reached is fitted as without calibration
@@ -93,7 +92,7 @@ def binarize(
         result = _binarize_bitmap(target, prepared, config)
     else:
         result = _binarize_planes(target, prepared, config)
-    result.row_scale = result.row_scale * unit
+    result = result.times(unit)
     # the compensation as released is there to be compared with, bit for bit; scales of 8 bits stay on their grids
     released = hessian is not None and config.compensation != "exact"
     if not released and config.method != "rtn" and config.resolved_scale_bits == 16:
@@ -212,9 +211,11 @@ def _binarize_planes(target: torch.Tensor, hessian: PreparedHessian, config: ARB
     else:
         fits = binarize_blocks(target.clone(), hessian, width, config.compensation, fit_block)
     refine_blocks(target, hessian, width, fits, sweeps, col_scale)
-    if config.resolved_scale_bits == 8:
-        code_scales(target, hessian, width, fits, col_scale)
-    return assemble_planes(fits, config.layout, config.block_size)
+    coded = config.resolved_scale_bits == 8
+    grid = code_scales(target, hessian, width, fits, col_scale) if coded else None
+    result = assemble_planes(fits, config.layout, config.block_size)
+    result.scale_grid = grid
+    return result
 
 
 def _factorize(
