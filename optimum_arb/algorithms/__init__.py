@@ -161,9 +161,9 @@ def squared_errors(
 
 
 def _power_of_two(values: torch.Tensor) -> float:
-    """The power of two at or below the largest absolute value; 1 where all are 0."""
+    """The power of two at or below the largest absolute value; 1 where all are 0 or one is not finite."""
     largest = float(values.abs().max()) if values.numel() else 0.0
-    return 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
+    return 2.0 ** math.floor(math.log2(largest)) if 0 < largest < math.inf else 1.0
 
 
 def _prepare(hessian: torch.Tensor, config: ARBConfig, act_order: bool) -> PreparedHessian:
@@ -188,6 +188,8 @@ def _binarize_rotated(target: torch.Tensor, hessian: torch.Tensor, config: ARBCo
         target, hessian = target[:, permutation], hessian[permutation][:, permutation]
     target = torch.where(hessian.diagonal() > 0, target, 0.0)  # dead columns, before they are mixed with others
     signs = random_signs(len(hessian), config.seed).to(target.device)
+    # exact, and no scale matters: sums over a block must not leave float32
+    hessian = hessian / _power_of_two(hessian.diagonal())
     target, hessian = rotate(target, hessian, signs, config.hadamard)
     result = _binarize_planes(target, _prepare(hessian, config, False), config)
     result.permutation, result.hadamard, result.input_signs = permutation, config.hadamard, signs
