@@ -59,10 +59,10 @@ def binarize(
             f"a weight of shape {tuple(weight.shape)} does not fit a calibration matrix of shape "
             f"{None if hessian is None else tuple(hessian.shape)}"
         )
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight has NaN or Inf")
     columns = weight.shape[1]
     target = weight.detach().to(torch.float32)
+    if not torch.isfinite(target).all():
+        raise ValueError("the weight has NaN or Inf, or what float32 does not hold")
     # a power of two, so exact: squares of tiny weights must not underflow
     unit = _power_of_two(target)
     target = target / unit
@@ -151,7 +151,7 @@ def squared_errors(
         return float(error.double().square().sum()), float(original.double().square().sum())
     # powers of two, so exact: products of three large or tiny numbers must not leave float32
     size, energy = _power_of_two(original), _power_of_two(hessian.diagonal())
-    metric = hessian.to(torch.float32) / energy
+    metric = (hessian / energy).to(torch.float32)
 
     def outputs(part: torch.Tensor) -> float:
         part = part / size
