@@ -59,10 +59,10 @@ def binarize(
             f"a weight of shape {tuple(weight.shape)} does not fit a calibration matrix of shape "
             f"{None if hessian is None else tuple(hessian.shape)}"
         )
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight has NaN or Inf")
     columns = weight.shape[1]
     target = weight.detach().to(torch.float32)
+    if not torch.isfinite(target).all():
+        raise ValueError("the weight has NaN or Inf, or what float32 does not hold")
     # a power of two, so exact: squares of tiny weights must not underflow
     unit = _power_of_two(target)
     target = target / unit
@@ -76,8 +76,7 @@ def binarize(
         result = _binarize_rotated(target, hessian, config)
         damping = config.resolved_damp_percent, config.resolved_shrinkage
         if not rounding_is_better(target, result.dequantize(), config.block_size, hessian, *damping):
-            result.row_scale = result.row_scale * unit
-            return result
+            return result.times(unit)
     if hessian is None:
         config = copy.copy(config)
         config.dataset = None  # what no input reached is fitted as without calibration
@@ -93,7 +92,7 @@ def binarize(
         result = _binarize_bitmap(target, prepared, config)
     else:
         result = _binarize_planes(target, prepared, config)
-    result.row_scale = result.row_scale * unit
+    result = result.times(unit)
     # the compensation as released is there to be compared with, bit for bit; scales of 8 bits stay on their grids
     released = hessian is not None and config.compensation != "exact"
     if not released and config.method != "rtn" and config.resolved_scale_bits == 16:
@@ -152,7 +151,7 @@ def squared_errors(
         return float(error.double().square().sum()), float(original.double().square().sum())
     # powers of two, so exact: products of three large or tiny numbers must not leave float32
     size, energy = _power_of_two(original), _power_of_two(hessian.diagonal())
-    metric = hessian.to(torch.float32) / energy
+    metric = (hessian / energy).to(torch.float32)
 
     def outputs(part: torch.Tensor) -> float:
         part = part / size
@@ -162,9 +161,9 @@ def squared_errors(
 
 
 def _power_of_two(values: torch.Tensor) -> float:
-    """The power of two at or below the largest absolute value; 1 where all are 0."""
+    """The power of two at or below the largest absolute value; 1 where all are 0 or one is not finite."""
     largest = float(values.abs().max()) if values.numel() else 0.0
-    return 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
+    return 2.0 ** math.floor(math.log2(largest)) if 0 < largest < math.inf else 1.0
 
 
 def _prepare(hessian: torch.Tensor, config: ARBConfig, act_order: bool) -> PreparedHessian:
@@ -189,6 +188,8 @@ def _binarize_rotated(target: torch.Tensor, hessian: torch.Tensor, config: ARBCo
         target, hessian = target[:, permutation], hessian[permutation][:, permutation]
     target = torch.where(hessian.diagonal() > 0, target, 0.0)  # dead columns, before they are mixed with others
     signs = random_signs(len(hessian), config.seed).to(target.device)
+    # exact, and no scale matters: sums over a block must not leave float32
+    hessian = hessian / _power_of_two(hessian.diagonal())
     target, hessian = rotate(target, hessian, signs, config.hadamard)
     result = _binarize_planes(target, _prepare(hessian, config, False), config)
     result.permutation, result.hadamard, result.input_signs = permutation, config.hadamard, signs
@@ -212,9 +213,11 @@ def _binarize_planes(target: torch.Tensor, hessian: PreparedHessian, config: ARB
     else:
         fits = binarize_blocks(target.clone(), hessian, width, config.compensation, fit_block)
     refine_blocks(target, hessian, width, fits, sweeps, col_scale)
-    if config.resolved_scale_bits == 8:
-        code_scales(target, hessian, width, fits, col_scale)
-    return assemble_planes(fits, config.layout, config.block_size)
+    coded = config.resolved_scale_bits == 8
+    grid = code_scales(target, hessian, width, fits, col_scale) if coded else None
+    result = assemble_planes(fits, config.layout, config.block_size)
+    result.scale_grid = grid
+    return result
 
 
 def _factorize(

@@ -32,15 +32,16 @@ def arb_x(weight: torch.Tensor, groups: torch.Tensor, order: int, num_iterations
 def refine_under_metric(weight: torch.Tensor, fit: ZoneFit, metric: torch.Tensor) -> None:
     """One round of mu, then each alpha in turn, in place. A direction that the inputs never show stays as it is."""
     assert fit.mean is not None
-    # below this share of the metric's trace a direction is the rounding of zero
-    tiny = 1e-9 * float(metric.diagonal().sum())
+    size = metric.abs()
     for g, mask in enumerate(fit.groups):
+        # below this a length, a sum of both signs, is the rounding of zero: one token made a mean of 2,787 of it
+        tiny = 1e-6 * ((mask @ size) * mask).sum(1)
         directions = [mask] + [torch.where(bits, mask, -mask) for bits in fit.signs]
         for index, direction in enumerate(directions):
             error = mask * (weight - fit.group_reconstruction(g))
             weighted = direction @ metric
             length = (weighted * direction).sum(1)
-            step = torch.where(length > tiny, (weighted * error).sum(1) / length.clamp(min=tiny or 1.0), 0.0)
+            step = torch.where(length > tiny, (weighted * error).sum(1) / torch.where(length > tiny, length, 1.0), 0.0)
             if index == 0:
                 fit.mean[:, g] += step
             else:

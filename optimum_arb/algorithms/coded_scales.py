@@ -44,7 +44,7 @@ class GridRounding:
 
 def code_scales(
     weight: torch.Tensor, hessian: PreparedHessian, block_size: int, fits: list[PlanesFit], col_scale: bool = True
-) -> None:
+) -> torch.Tensor | None:
     """Rounds all scales to 8-bit grids, then refines signs and scales around them, in place.
 
     The refinement lowers the objective from what rounding made it or leaves it. Where float16 holds no grid for the
@@ -52,15 +52,19 @@ def code_scales(
 
     Args:
         weight, hessian, block_size, fits, col_scale: as in `refine_blocks`.
+
+    Returns:
+        The grids, float32 `[P or 2 P, 2]`, those of the row scales first; None where there are none.
     """
     for fit in fits:
         normalize(fit)
     rounding = GridRounding.of(fits, col_scale)
     if rounding is None:
-        return
+        return None
     for fit in fits:
         fit.row, fit.col = rounding.row(fit.row), rounding.col(fit.col)
     refine_blocks(weight, hessian, block_size, fits, SWEEPS, col_scale, rounding)
+    return rounding.row_grid if rounding.col_grid is None else torch.cat([rounding.row_grid, rounding.col_grid])
 
 
 def _grids(scale: torch.Tensor) -> torch.Tensor | None:

@@ -106,10 +106,12 @@ def interpolate(measured: Sequence[tuple[int, float]], bits: Sequence[int]) -> l
     lowers the error by about the same factor; beyond the ends the last piece goes on.
 
     Args:
-        measured: (bits, error), at least two, bits distinct.
+        measured: (bits, error), at least one, bits distinct. One alone is the error at all bits.
         bits: where errors are wanted.
     """
     points = sorted((b, math.log(max(error, 1e-12))) for b, error in measured)
+    if len(points) == 1:  # a linear so small that all sizes that are tried are the smallest rank
+        return [math.exp(points[0][1])] * len(bits)
     found = []
     for wanted in bits:
         index = next((i for i in range(1, len(points) - 1) if wanted <= points[i][0]), len(points) - 1)

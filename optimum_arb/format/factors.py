@@ -94,7 +94,7 @@ class FactorizedWeight:
         inner = self.inner_signs ^ (rank < 0)[:, None] ^ (col < 0)[None]
         row, rank, col = row.abs(), rank.abs(), col.abs()
         of_row, of_col = _power_of_two(row, 1 / math.sqrt(self.rank)), _power_of_two(col, 1.0)
-        return FactorizedWeight(outer, inner, row / of_row, rank * of_row * of_col, col / of_col)
+        return FactorizedWeight(outer, inner, row / of_row, rank * (of_row * of_col), col / of_col)
 
 
 def _power_of_two(scale: torch.Tensor, size: float) -> float:

@@ -59,6 +59,8 @@ class BinarizedWeight:
             before they meet the planes: `y = planes(Hadamard(sign * x[permutation]))`; 0 for none.
         input_signs: the signs of that transform, bool `[K]`, True = +1, in the order of the permuted inputs; None
             without one.
+        scale_grid: the grids of 8 bits that the scales were fitted on, as `pack` takes them, or None. Without them it
+            finds others where the ends of a grid are not in use, and rounds a second time.
     """
 
     layout: Layout
@@ -72,6 +74,7 @@ class BinarizedWeight:
     salient_col_scale: torch.Tensor | None = None
     hadamard: int = 0
     input_signs: torch.Tensor | None = None
+    scale_grid: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -106,6 +109,15 @@ class BinarizedWeight:
         if self.permutation is not None:
             weight = torch.empty_like(weight).index_copy_(1, self.permutation, weight)
         return weight.to(dtype)
+
+    def times(self, unit: float) -> BinarizedWeight:
+        """`unit` times the weight, a power of two: exact."""
+        grid = self.scale_grid
+        if grid is not None:
+            of_rows = torch.arange(len(grid), device=grid.device)[:, None] < self.layout.row_scales
+            moves = of_rows & grid.any(1, keepdim=True)  # grids of 0 are none
+            grid = grid + moves * torch.tensor([math.log2(unit), 0.0], device=grid.device)
+        return replace(self, row_scale=self.row_scale * unit, scale_grid=grid)
 
     def with_positive_scales(self) -> BinarizedWeight:
         """The same weight of plain planes (`Layout.is_planes`), the signs of its scales moved into the planes."""
@@ -213,7 +225,8 @@ def pack(
         weight: the weight.
         scale_bits: 16, or 8 for plain planes (`Layout.is_planes`): then `row_scale` and `col_scale` are uint8 codes on
             the grids of `scale_grid`, see `optimum_arb.format.scales`.
-        scale_grid: grids to take where no others have a lower error, as for scales that are on them.
+        scale_grid: grids to take where no others have a lower error, as for scales that are on them; None for those of
+            the weight.
 
     | name | dtype | shape |
     |---|---|---|
@@ -257,7 +270,9 @@ def pack(
         scales = {"row_scale": weight.row_scale.flatten(1)}
         if weight.col_scale is not None:
             scales["col_scale"] = weight.col_scale
-        coded, tensors["scale_grid"] = store_coded(scales, scale_grids(weight.layout), scale_grid)
+        coded, tensors["scale_grid"] = store_coded(
+            scales, scale_grids(weight.layout), weight.scale_grid if scale_grid is None else scale_grid
+        )
         tensors.update(coded)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 

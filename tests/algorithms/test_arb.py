@@ -81,6 +81,20 @@ def test_arb_x_keeps_the_signs_of_arb(weight, hessian):
     assert torch.equal(arb(weight, groups, 2, 5).signs, arb_x(weight, groups, 2, 5, hessian).signs)
 
 
+def test_arb_x_leaves_a_mean_that_one_token_does_not_show():
+    """The token sums to zero, and so does what it sees of a mean, but for rounding."""
+    for seed in range(0, 200, 4):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(8, 64, generator=generator)
+        token = torch.randn(1, 64, generator=generator)
+        token[0, -1] -= token.sum()
+        fit = arb(weight, torch.ones(1, 8, 64), 1, 5)
+        before = fit.mean.clone()
+        for _ in range(15):
+            refine_under_metric(weight, fit, token.T @ token)
+        torch.testing.assert_close(fit.mean, before)
+
+
 def test_arb_x_without_inputs_is_arb(weight):
     groups = two_groups(weight)
     plain, calibrated = arb(weight, groups, 1, 5), arb_x(weight, groups, 1, 5, torch.zeros(320, 320))

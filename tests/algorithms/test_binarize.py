@@ -155,6 +155,13 @@ def test_nan_is_refused(weight, hessian):
         binarize(weight, hessian[:5, :5], ARBConfig())
 
 
+def test_float64_beyond_float32(weight, hessian):
+    with pytest.raises(ValueError, match="float32 does not hold"):
+        binarize(weight.double() * 1e39, None, ARBConfig(method="rtn"))
+    expected = output_error(weight, weight * 0.9, hessian)
+    assert output_error(weight, weight * 0.9, hessian.double() * 1e40) == pytest.approx(expected, rel=1e-4)
+
+
 def test_half_precision_weights_are_computed_in_float32(weight, hessian):
     exact = binarize(weight.bfloat16().float(), hessian, ARBConfig())
     half = binarize(weight.bfloat16(), hessian, ARBConfig())

@@ -66,6 +66,20 @@ def test_eight_bits_lose_nothing(weight, hessian, planes, block_size):
     assert stored[1] < stored[0]
 
 
+@pytest.mark.parametrize("hadamard", [0, 64])
+@pytest.mark.parametrize("size", [1.0, 0.03])
+@pytest.mark.parametrize("planes", [1, 3])
+def test_what_is_stored_is_what_was_fitted(weight, hessian, planes, size, hadamard):
+    """Scales stay on the grids that they were fitted on, whose ends need not be in use."""
+    fitted = binarize(weight * size, hessian, ARBConfig(planes=planes, scale_bits=8, hadamard=hadamard))
+    stored = unpack(pack(fitted, 8), fitted.layout, weight.shape[1], 128, fitted.hadamard)
+    for name in ("row_scale", "col_scale"):
+        here, there = getattr(fitted, name).abs(), getattr(stored, name).float()
+        # the start of a grid is float32, and moves by the size of the weight: a step of float16 now and then
+        torch.testing.assert_close(there, here, rtol=2**-10, atol=0)
+        assert (here == there).float().mean() > 0.99
+
+
 def test_zero_rows_stay_zero(weight, hessian):
     weight[5] = 0
     config = ARBConfig(scale_bits=8)

@@ -90,3 +90,13 @@ def test_without_calibration_there_is_none(weight):
     assert binarize(weight, None, ARBConfig(hadamard=128)).hadamard == 0
     with pytest.raises(ValueError, match="without calibration"):
         ARBConfig(hadamard=128, dataset=None)
+
+
+def test_a_calibration_matrix_near_the_end_of_float32(weight):
+    """Inputs alike but for signs add up to a hundred times as much in one transformed column."""
+    sign = torch.where(random_signs(320, ARBConfig().seed), 1.0, -1.0)
+    inputs = sign * (1 + 0.1 * torch.randn(400, 320, generator=torch.Generator().manual_seed(0)))
+    hessian = inputs.T @ inputs
+    config = ARBConfig(hadamard=128)
+    large = binarize(weight, hessian * 2.0**118, config).dequantize()
+    assert torch.equal(large, binarize(weight, hessian, config).dequantize())

@@ -65,3 +65,7 @@ def test_interpolation_is_exact_where_the_logarithm_is_linear():
     assert interpolate([(10, 0.1), (20, 0.01), (30, 0.001)], [10, 15, 20, 30, 40, 5]) == pytest.approx(
         [0.1, 0.1**1.5, 0.01, 0.001, 0.0001, 0.1**0.5]
     )
+
+
+def test_one_size_has_its_error_at_all_bits():
+    assert interpolate([(896, 0.25)], [896, 1792]) == pytest.approx([0.25, 0.25])

@@ -43,6 +43,18 @@ def true_bits(model):
     return Fraction(stored, sum(module.in_features * module.out_features for module in found))
 
 
+def test_a_linear_with_one_size_takes_it():
+    """A gate of 9 rows has rank 8 at all sizes that are tried."""
+    config = ARBConfig(method="arb-dbf", target_bits_per_weight=1.2)
+    shapes = {"gate": (9, 576), "up": (576, 576)}
+    forms = {name: candidates(config, *shape, 1.2, ["arb-dbf"]) for name, shape in shapes.items()}
+    weights = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    damages = {"gate": [0.1], "up": [0.3, 0.2, 0.1]}
+    found = divided(forms, damages, weights, int(1.2 * sum(weights.values())))
+    assert found["gate"].settings == {"rank": 8}
+    assert found["up"].settings["rank"] > 200
+
+
 @pytest.mark.parametrize(
     ("method", "target", "slack"), [("arb-hrc", 2.1, 0.1), ("arb-dbf", 1.9, 0.05), ("auto", 2.2, 0.05)]
 )

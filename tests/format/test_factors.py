@@ -6,6 +6,7 @@ from packed_weights import random_factorized, relative_error
 
 from optimum_arb.format.factors import (
     FACTOR_TENSOR_NAMES,
+    FactorizedWeight,
     factor_shapes,
     pack_factors,
     rank_for_bits,
@@ -118,3 +119,12 @@ def test_stored_bits_are_those_of_the_tensors():
 
 def test_no_budget_is_too_small_for_one():
     assert rank_for_bits(2, 64, 0.5) == 1
+
+
+def test_balance_between_scales_far_apart():
+    """On the way from one scale to another a third one does not leave float32."""
+    ones = torch.ones(2, 2, dtype=torch.bool)
+    weight = FactorizedWeight(ones, ones, *(torch.full((2,), size) for size in (1e-30, 1e-18, 1e30)))
+    torch.testing.assert_close(
+        weight.balanced().dequantize(torch.float64), weight.dequantize(torch.float64), rtol=1e-12, atol=0
+    )
