@@ -138,6 +138,68 @@ def test_layers_that_run_twice(monkeypatch):
     assert found["layers.0.0"][1] == 24
 
 
+class Stack(nn.Module):
+    """A model of such layers, and no more."""
+
+    def __init__(self, layer, count=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(96, 8)
+        self.layers = nn.ModuleList(layer() for _ in range(count))
+        self.config = type("Config", (), {"is_encoder_decoder": False})()
+
+    def forward(self, input_ids):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, hidden):
+        hidden = hidden + self.first(hidden)
+        return hidden + self.second(hidden)
+
+
+IN_STACK = [f"layers.{index}.{name}" for index in range(3) for name in ("first", "second")]
+
+
+class InPlace(Plain):
+    def forward(self, hidden):
+        hidden += self.first(hidden)
+        hidden += self.second(hidden)
+        return hidden
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"error_correction": 1e-9}, {"after_layer": lambda turn: turn.run(0)}], ids=str
+)
+def test_layers_that_write_into_their_input(options):
+    """Its next run reads it again, and what two linears receive in one tensor is not the same."""
+
+    def matrices(layer):
+        found = {}
+
+        def halve(name, module, hessian, count):
+            found[name] = hessian.clone()
+            result = nn.Linear(8, 8)
+            result.weight, result.bias = nn.Parameter(0.5 * module.weight), module.bias
+            return result, None
+
+        batches = token_batches(tokens(6, 8), 2)
+        CalibrationWalk(Stack(layer), IN_STACK, halve, batches, **options).run()
+        return found
+
+    found, expected = matrices(InPlace), matrices(Plain)
+    assert found.keys() == expected.keys()
+    for name, hessian in found.items():
+        torch.testing.assert_close(hessian, expected[name], msg=name)
+
+
 def test_recorded_arguments_are_each_layers_own():
     """Gemma's sliding and full layers get different masks."""
     model = tiny_model("Gemma3ForCausalLM", attn_implementation="eager")
