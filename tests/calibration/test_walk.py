@@ -200,6 +200,51 @@ def test_layers_that_write_into_their_input(options):
         torch.testing.assert_close(hessian, expected[name], msg=name)
 
 
+def in_stack(forward, batches):
+    """The matrices of a stack whose forward is another, of the walk and of the definition."""
+
+    def model():
+        result = Stack(Plain)
+        result.forward = forward.__get__(result)
+        return result
+
+    layers = [IN_STACK[start : start + 2] for start in range(0, 6, 2)]
+    return gather(model(), batches, IN_STACK), by_whole_runs(model(), batches, layers)
+
+
+def test_hidden_states_that_are_written_into_between_layers():
+    """It is the same tensor that the next layer receives, but not what the one before it put out."""
+
+    def forward(self, input_ids):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+            hidden[:, 0] += 5
+        return hidden
+
+    found, expected = in_stack(forward, token_batches(tokens(6, 8), 2))
+    for name, (hessian, _) in found.items():
+        torch.testing.assert_close(hessian, expected[name][0], msg=name)
+
+
+def test_hidden_states_that_only_some_batches_change_between_layers():
+    """As a vision model does that adds image features behind its first layers: silently, they were left out."""
+
+    def forward(self, input_ids):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+            hidden = hidden + 5 if (input_ids == 3).any() else hidden
+        return hidden
+
+    with_image = torch.full((2, 8), 3)
+    with pytest.raises(ValueError, match=r"before layers\.1 in calibration batch 1.*first of the dataset"):
+        in_stack(forward, [tokens(2, 8), with_image])
+    found, expected = in_stack(forward, [with_image, tokens(2, 8)])
+    for name, (hessian, _) in found.items():
+        torch.testing.assert_close(hessian, expected[name][0], msg=name)
+
+
 def test_recorded_arguments_are_each_layers_own():
     """Gemma's sliding and full layers get different masks."""
     model = tiny_model("Gemma3ForCausalLM", attn_implementation="eager")
