@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -176,8 +177,10 @@ class InputStatistics:
 
     def add(self, taken: list[_Input]) -> None:
         """Sums what one run took down."""
+        times = Counter(found.name for found in taken)
         for found in taken:
-            self._gather(found.name, found.inputs, found.version, found.copy)
+            # one that runs more than once shares no matrix: the others do not receive what it receives then
+            self._gather(found.name, found.inputs, found.version, found.copy, times[found.name] == 1)
         self.end_batch()
 
     def __enter__(self) -> InputStatistics:
@@ -257,16 +260,16 @@ class InputStatistics:
 
         return gather
 
-    def _gather(self, name: str, inputs: torch.Tensor, number: int, values: torch.Tensor) -> None:
+    def _gather(self, name: str, inputs: torch.Tensor, number: int, values: torch.Tensor, shares: bool = True) -> None:
         statistic = self._statistics.get(name)
         if statistic is None:
-            shared = next((s for s in self._statistics.values() if s.has_seen(inputs, number)), None)
+            shared = next((s for s in self._statistics.values() if shares and s.has_seen(inputs, number)), None)
             statistic = shared or Statistic(inputs.shape[-1], inputs.device)
             self._statistics[name] = statistic
             self._leaders[name] = shared is None
         if self._leaders[name]:
             (statistic.hold_out if self.holding_out else statistic.add)(values)
-            statistic.seen = inputs, number
+            statistic.seen = (inputs, number) if shares else None
         elif not statistic.has_seen(inputs, number):
             raise RuntimeError(
                 f"{name} shared its input with another linear in the first calibration batch and does not in a "

@@ -200,6 +200,19 @@ def test_layers_that_write_into_their_input(options):
         torch.testing.assert_close(hessian, expected[name], msg=name)
 
 
+@pytest.mark.parametrize("twice", ["first", "second"])
+def test_a_linear_that_runs_twice_beside_one_that_runs_once(twice):
+    """As DeBERTa's key projection, which positions run through too: the other one's matrix knows nothing of these."""
+
+    class Twice(Plain):
+        def forward(self, hidden):
+            result = hidden + self.first(hidden) + self.second(hidden)
+            return result + getattr(self, twice)(hidden.tanh())
+
+    found = gather(Stack(Twice), token_batches(tokens(2, 8), 1), IN_STACK)
+    assert all(count == (32 if name.endswith(twice) else 16) for name, (_, count) in found.items())
+
+
 def in_stack(forward, batches):
     """The matrices of a stack whose forward is another, of the walk and of the definition."""
 
