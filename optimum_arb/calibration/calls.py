@@ -93,10 +93,16 @@ def layer_runs(
     hidden = CopiedAhead(inputs, len(calls), device) if device.type == "cuda" else None
 
     def run(batch: int) -> torch.Tensor:
-        given = inputs[batch].to(device) if hidden is None else hidden[batch]
+        # a copy, also on the CPU: a layer may write into its input, and the next run of it reads that again
+        given = inputs[batch].to(device, copy=True) if hidden is None else hidden[batch]
         return calls[batch].run(layer, given, device, moved)
 
     return run
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often the tensor was written into; that of inference mode, which is not counted, is always -1."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def hidden_states(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor | None:

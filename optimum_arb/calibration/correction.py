@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..experts.matrices import is_experts
 from ..modules import linear_shape
-from .calls import Stop
+from .calls import Stop, version
 from .statistics import add_product
 
 # of the mean diagonal of H; see docs/method.md
@@ -79,8 +79,8 @@ def find_steps(layer: nn.Module, targets: Mapping[str, nn.Module], run: Callable
         run: runs the layer on some inputs.
     """
     seen: list[_Seen] = []
-    # a target, its input, its output, how many tensors were seen before it
-    ran: list[tuple[str, torch.Tensor | None, Any, int]] = []
+    # a target, its input and the version of that, its output, how many tensors were seen before it
+    ran: list[tuple[str, torch.Tensor | None, int, Any, int]] = []
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -93,7 +93,8 @@ def find_steps(layer: nn.Module, targets: Mapping[str, nn.Module], run: Callable
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             given = args[0] if args else kwargs.get("hidden_states")
-            ran.append((name, given, output, len(seen)))
+            number = version(given) if isinstance(given, torch.Tensor) else -1
+            ran.append((name, given, number, output, len(seen)))
 
         return hook
 
@@ -104,14 +105,15 @@ def find_steps(layer: nn.Module, targets: Mapping[str, nn.Module], run: Callable
             stack.callback(module.register_forward_hook(after(name), with_kwargs=True).remove)
         output = run()
     steps: list[Step] = []
-    inputs: list[torch.Tensor | None] = []
-    for name, given, put_out, before in ran:
-        known = next((index for index, tensor in enumerate(inputs) if tensor is given), None)
+    inputs: list[tuple[torch.Tensor | None, int]] = []
+    for name, given, number, put_out, before in ran:
+        # one that was written into meanwhile is another input
+        known = next((i for i, (tensor, then) in enumerate(inputs) if tensor is given and then == number), None)
         if any(name in step.names for step in steps):
             continue  # runs more than once
         if known is None or is_experts(targets[name]) or any(is_experts(targets[n]) for n in steps[known].names):
             steps.append(Step([name]))
-            inputs.append(given)
+            inputs.append((given, number))
         else:
             steps[known].names.append(name)
         if isinstance(put_out, torch.Tensor):

@@ -19,16 +19,20 @@ class Layers:
         modules: the layers.
         targets: per layer, the names of the modules in it that are to be binarized.
         seen: per layer, what a short run saw: (hidden states in, output) of each of its calls.
+        written_between: whether it saw the hidden states written into between two layers.
     """
 
     names: list[str]
     modules: list[nn.Module]
     targets: list[list[str]]
     seen: list[list[tuple[torch.Tensor | None, Any]]] = field(default_factory=list)
+    written_between: bool = False
 
     def is_chain(self) -> bool:
         """Whether each layer runs once, in order, and hands nothing but its hidden states to the next."""
         previous = None
+        if self.written_between:
+            return False
         for calls in self.seen:
             if len(calls) != 1:
                 return False

@@ -97,7 +97,8 @@ def refine_layer(turn: LayerTurn, settings: RefineSettings) -> Refinement:
     layer, device = turn.layer, turn.device
 
     def loss(batch: int) -> torch.Tensor:
-        output = in_float32(turn.calls[batch]).run(layer, turn.inputs[batch].to(device, torch.float32), device)
+        given = turn.inputs[batch].to(device, torch.float32, copy=True)  # the layer may write into it
+        output = in_float32(turn.calls[batch]).run(layer, given, device)
         return objective(output, turn.references[batch].to(device))
 
     with computing_in_float32(layer) as stored, swapped(layer, settings.sign_learning_rate > 0) as twins:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .calls import Call, Stop, hidden_states, like, replaced_forwards
+from .calls import Call, Stop, hidden_states, like, replaced_forwards, version
 from .layers import Layers
 from .weights import LayerWeights
 
@@ -52,12 +52,24 @@ class ModelRuns:
         handles = []
         for index, group in enumerate(groups):
             group.seen = [[] for _ in group.modules]
+            group.written_between = False
+            left: list[tuple[torch.Tensor, int]] = []
+
+            def enter(module, args, kwargs, group=group, left=left):
+                hidden = hidden_states(args, kwargs)
+                if left and hidden is left[-1][0] and version(hidden) != left[-1][1]:
+                    group.written_between = True
+
             for layer, calls in zip(group.modules, group.seen, strict=True):
 
-                def look(module, args, kwargs, output, calls=calls, index=index):
+                def look(module, args, kwargs, output, calls=calls, index=index, left=left):
                     calls.append((hidden_states(args, kwargs), output))
+                    handed = output[0] if isinstance(output, (tuple, list)) and output else output
+                    if isinstance(handed, torch.Tensor):
+                        left.append((handed, version(handed)))
                     order.append(index)
 
+                handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
                 handles.append(layer.register_forward_hook(look, with_kwargs=True))
         short = batch[:1, :8] if isinstance(batch, torch.Tensor) else batch
         try:
@@ -105,16 +117,28 @@ class ModelRuns:
         batches: Iterable[torch.Tensor | Mapping[str, Any]],
         put: Callable[[int, torch.Tensor], None],
     ) -> list[list[Call]]:
-        """Hands on the hidden states that enter the first layer; each layer's other arguments, batch by batch."""
+        """Hands on the hidden states that enter the first layer; each layer's other arguments, batch by batch.
+
+        Raises:
+            ValueError: the model changes the hidden states of a batch between two layers, which it did not in `probe`.
+        """
         calls: list[list[Call]] = [[] for _ in group.modules]
         found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        entered: list[tuple[torch.Tensor, int]] = []
 
         def recorder(index: int):
             def forward(*args, **kwargs):
                 hidden = hidden_states(args, kwargs)
+                assert hidden is not None  # `Layers.is_chain` has seen it
                 if index == 0:
-                    assert hidden is not None  # `Layers.is_chain` has seen it
+                    entered[:] = [(hidden, version(hidden))]
                     put(len(calls[0]), hidden)
+                elif hidden is not entered[0][0] or version(hidden) != entered[0][1]:
+                    raise ValueError(
+                        f"{type(self.model).__name__} changes the hidden states before {group.names[index]} in "
+                        f"calibration batch {len(calls[index])} (of this process) and did not in the one that was "
+                        "tried. Give a batch like this one (with the same kinds of inputs) as the first of the dataset."
+                    )
                 kept = (None, *args[1:]) if args else ()
                 rest = {k: v for k, v in kwargs.items() if args or k != "hidden_states"}
                 batch = len(calls[index])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from ..algorithms.products import MIXED, product_float32
+from .calls import version
 from .workers import one_thread
 
 # Rows of X^T X that are made at once: their product in float32 takes 180 MB at 11008 features, the whole one's 485 MB.
@@ -66,7 +68,7 @@ class Statistic:
 
     Attributes:
         tokens: how many inputs were summed.
-        seen: the inputs of the batch that is running.
+        seen: the inputs of the batch that is running, and their version.
         held_out: the same of the inputs that nothing is fitted to; None where there were none.
     """
 
@@ -75,7 +77,7 @@ class Statistic:
         self._total: torch.Tensor | None = torch.zeros(features, features, dtype=wide, device=device)
         self._hessian: torch.Tensor | None = None
         self.tokens = 0
-        self.seen: torch.Tensor | None = None
+        self.seen: tuple[torch.Tensor, int] | None = None
         self.held_out: Statistic | None = None
 
     def add(self, inputs: torch.Tensor) -> None:
@@ -98,6 +100,10 @@ class Statistic:
         if self._hessian is None:
             self._hessian, self._total = self.total.to(torch.float32), None
         return self._hessian
+
+    def has_seen(self, inputs: torch.Tensor, number: int) -> bool:
+        """Whether the inputs of the batch that is running are these, in this version."""
+        return self.seen is not None and self.seen[0] is inputs and self.seen[1] == number
 
     def hold_out(self, inputs: torch.Tensor) -> None:
         """Adds inputs to those that nothing is fitted to."""
@@ -125,11 +131,16 @@ class Sums:
 
 @dataclass
 class _Input:
-    """What one linear received: the tensor itself, by which sharing is seen, and a copy of it where it is kept."""
+    """What one linear received: the tensor itself and its version then, by which sharing is seen (it may be written
+    into before the next linear receives it), and a copy of it where it is kept."""
 
     name: str
     inputs: torch.Tensor
+    version: int
     copy: torch.Tensor
+
+    def same(self, inputs: torch.Tensor, number: int) -> bool:
+        return self.inputs is inputs and self.version == number
 
 
 class InputStatistics:
@@ -166,8 +177,10 @@ class InputStatistics:
 
     def add(self, taken: list[_Input]) -> None:
         """Sums what one run took down."""
+        times = Counter(found.name for found in taken)
         for found in taken:
-            self._gather(found.name, found.inputs, found.copy)
+            # one that runs more than once shares no matrix: the others do not receive what it receives then
+            self._gather(found.name, found.inputs, found.version, found.copy, times[found.name] == 1)
         self.end_batch()
 
     def __enter__(self) -> InputStatistics:
@@ -237,26 +250,27 @@ class InputStatistics:
     def _hook(self, name: str):
         def gather(module: nn.Module, args: tuple) -> None:
             inputs, taken = args[0], getattr(self._taking, "taken", None)
+            number = version(inputs)
             if taken is None:
-                self._gather(name, inputs, inputs)
+                self._gather(name, inputs, number, inputs)
                 return
             # a copy: what follows in the model may write into the tensor
-            copy = next((found.copy for found in taken if found.inputs is inputs), None)
-            taken.append(_Input(name, inputs, inputs.detach().clone() if copy is None else copy))
+            copy = next((found.copy for found in taken if found.same(inputs, number)), None)
+            taken.append(_Input(name, inputs, number, inputs.detach().clone() if copy is None else copy))
 
         return gather
 
-    def _gather(self, name: str, inputs: torch.Tensor, values: torch.Tensor) -> None:
+    def _gather(self, name: str, inputs: torch.Tensor, number: int, values: torch.Tensor, shares: bool = True) -> None:
         statistic = self._statistics.get(name)
         if statistic is None:
-            shared = next((s for s in self._statistics.values() if s.seen is inputs), None)
+            shared = next((s for s in self._statistics.values() if shares and s.has_seen(inputs, number)), None)
             statistic = shared or Statistic(inputs.shape[-1], inputs.device)
             self._statistics[name] = statistic
             self._leaders[name] = shared is None
         if self._leaders[name]:
             (statistic.hold_out if self.holding_out else statistic.add)(values)
-            statistic.seen = inputs
-        elif statistic.seen is not inputs:
+            statistic.seen = (inputs, number) if shares else None
+        elif not statistic.has_seen(inputs, number):
             raise RuntimeError(
                 f"{name} shared its input with another linear in the first calibration batch and does not in a "
                 "later one: its calibration matrix cannot be gathered. Skip this module."

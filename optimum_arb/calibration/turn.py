@@ -44,7 +44,7 @@ class LayerTurn:
 
     def run(self, batch: int) -> torch.Tensor:
         """The layer's output `[B, L, H]` for a batch as it is now, on `device`; with a gradient where that is on."""
-        return self.calls[batch].run(self.layer, self.inputs[batch].to(self.device), self.device)
+        return self.calls[batch].run(self.layer, self.inputs[batch].to(self.device, copy=True), self.device)
 
 
 AfterLayer = Callable[[LayerTurn], None]

@@ -138,6 +138,126 @@ def test_layers_that_run_twice(monkeypatch):
     assert found["layers.0.0"][1] == 24
 
 
+class Stack(nn.Module):
+    """A model of such layers, and no more."""
+
+    def __init__(self, layer, count=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(96, 8)
+        self.layers = nn.ModuleList(layer() for _ in range(count))
+        self.config = type("Config", (), {"is_encoder_decoder": False})()
+
+    def forward(self, input_ids):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, hidden):
+        hidden = hidden + self.first(hidden)
+        return hidden + self.second(hidden)
+
+
+IN_STACK = [f"layers.{index}.{name}" for index in range(3) for name in ("first", "second")]
+
+
+class InPlace(Plain):
+    def forward(self, hidden):
+        hidden += self.first(hidden)
+        hidden += self.second(hidden)
+        return hidden
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"error_correction": 1e-9}, {"after_layer": lambda turn: turn.run(0)}], ids=str
+)
+def test_layers_that_write_into_their_input(options):
+    """Its next run reads it again, and what two linears receive in one tensor is not the same."""
+
+    def matrices(layer):
+        found = {}
+
+        def halve(name, module, hessian, count):
+            found[name] = hessian.clone()
+            result = nn.Linear(8, 8)
+            result.weight, result.bias = nn.Parameter(0.5 * module.weight), module.bias
+            return result, None
+
+        batches = token_batches(tokens(6, 8), 2)
+        CalibrationWalk(Stack(layer), IN_STACK, halve, batches, **options).run()
+        return found
+
+    found, expected = matrices(InPlace), matrices(Plain)
+    assert found.keys() == expected.keys()
+    for name, hessian in found.items():
+        torch.testing.assert_close(hessian, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("twice", ["first", "second"])
+def test_a_linear_that_runs_twice_beside_one_that_runs_once(twice):
+    """As DeBERTa's key projection, which positions run through too: the other one's matrix knows nothing of these."""
+
+    class Twice(Plain):
+        def forward(self, hidden):
+            result = hidden + self.first(hidden) + self.second(hidden)
+            return result + getattr(self, twice)(hidden.tanh())
+
+    found = gather(Stack(Twice), token_batches(tokens(2, 8), 1), IN_STACK)
+    assert all(count == (32 if name.endswith(twice) else 16) for name, (_, count) in found.items())
+
+
+def in_stack(forward, batches):
+    """The matrices of a stack whose forward is another, of the walk and of the definition."""
+
+    def model():
+        result = Stack(Plain)
+        result.forward = forward.__get__(result)
+        return result
+
+    layers = [IN_STACK[start : start + 2] for start in range(0, 6, 2)]
+    return gather(model(), batches, IN_STACK), by_whole_runs(model(), batches, layers)
+
+
+def test_hidden_states_that_are_written_into_between_layers():
+    """It is the same tensor that the next layer receives, but not what the one before it put out."""
+
+    def forward(self, input_ids):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+            hidden[:, 0] += 5
+        return hidden
+
+    found, expected = in_stack(forward, token_batches(tokens(6, 8), 2))
+    for name, (hessian, _) in found.items():
+        torch.testing.assert_close(hessian, expected[name][0], msg=name)
+
+
+def test_hidden_states_that_only_some_batches_change_between_layers():
+    """As a vision model does that adds image features behind its first layers: silently, they were left out."""
+
+    def forward(self, input_ids):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+            hidden = hidden + 5 if (input_ids == 3).any() else hidden
+        return hidden
+
+    with_image = torch.full((2, 8), 3)
+    with pytest.raises(ValueError, match=r"before layers\.1 in calibration batch 1.*first of the dataset"):
+        in_stack(forward, [tokens(2, 8), with_image])
+    found, expected = in_stack(forward, [with_image, tokens(2, 8)])
+    for name, (hessian, _) in found.items():
+        torch.testing.assert_close(hessian, expected[name][0], msg=name)
+
+
 def test_recorded_arguments_are_each_layers_own():
     """Gemma's sliding and full layers get different masks."""
     model = tiny_model("Gemma3ForCausalLM", attn_implementation="eager")
