@@ -336,7 +336,7 @@ def dequantize(
     problem.threads = _threads(
         packed.out_features * tiles.count * tiles.width * problem.term_count, packed.out_features
     )
-    scales = torch.empty(problem.threads, tiles.blocks * packed.layout.row_scales)
+    scales = columns.new_empty(problem.threads, tiles.blocks * packed.layout.row_scales)
     problem.scales, problem.out, problem.out_type = scales.data_ptr(), out.data_ptr(), TYPES[out.dtype]
     library.arb_dequantize(ctypes.byref(problem), kernels()[best_kernel() if kernel is None else kernel])
     del kept
