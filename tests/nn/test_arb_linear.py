@@ -146,3 +146,11 @@ def test_autocast_keeps_the_dtype_of_the_input():
     x = torch.randn(3, 300)
     with torch.autocast("cpu", torch.bfloat16):
         assert module(x).dtype == torch.float32
+
+
+def test_backward_under_autocast():
+    module = layer("groups-all-salient-col")
+    x = torch.randn(20, 300, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        module(x).sum().backward()
+    assert relative_error(x.grad, module.dequantize().sum(0).expand(x.shape)) < 2e-6

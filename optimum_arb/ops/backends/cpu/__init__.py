@@ -100,8 +100,9 @@ def input_grad(grad: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
         part = rows[:, start:stop]
         total.addmm_(part, weight)
         if salient is not None:
-            added = part @ salient
-            salient_total = added if salient_total is None else salient_total + added
+            if salient_total is None:
+                salient_total = rows.new_zeros(rows.shape[0], salient.shape[1])
+            salient_total.addmm_(part, salient)  # in place, as above: autocast would round a product to half precision
     out = _leave_kernel_order(total, tiles)
     if salient_total is not None:
         out = out.index_add(1, _salient_index(packed), salient_total)
