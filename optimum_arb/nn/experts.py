@@ -213,7 +213,9 @@ class ARBExperts(nn.Module):
         source = (dtype, None if tracing else self._source())
         stale = self._dequantized_from is None or self._dequantized_from[0] != dtype
         if stale or not (tracing or source == self._dequantized_from):
-            module = self.float_module(dtype).requires_grad_(False)
+            # tensors of inference mode could not be used for a gradient later
+            with torch.inference_mode(False):
+                module = self.float_module(dtype).requires_grad_(False)
             finish(next(module.parameters()).device)
             # not as an attribute, which would make it a child with parameters of this module
             self.__dict__["_dequantized"], self.__dict__["_dequantized_from"] = module, source

@@ -174,3 +174,14 @@ def test_bits_and_description():
     assert packed.bits_per_weight("gate_up_proj") == 8 * (8 + 2) / 64
     assert packed.bits_per_weight("down_proj") == 8 * (12 + 4) / 96
     assert "MixtralExperts, experts=4, gate_up_proj=(192, 64, planes-1, bits_per_weight=1.250)" in repr(packed)
+
+
+def test_gradient_after_inference_mode():
+    packed = binarized(make("no-gate"))
+    packed.backend = "dequantize"
+    hidden = torch.randn(5, packed.float_matrices["down_proj"].out_features, requires_grad=True)
+    index, weights = routing(5, 4)
+    with torch.inference_mode():
+        packed(hidden, index, weights)
+    packed(hidden, index, weights).sum().backward()
+    assert hidden.grad is not None

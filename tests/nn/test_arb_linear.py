@@ -148,6 +148,14 @@ def test_autocast_keeps_the_dtype_of_the_input():
         assert module(x).dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_after_inference_mode(backend):
+    module = layer(backend=backend)
+    with torch.inference_mode():
+        module(torch.randn(3, 300))
+    gradient_reaches_input_and_bias_alone(module, 2e-6)
+
+
 def test_backward_under_autocast():
     module = layer("groups-all-salient-col")
     x = torch.randn(20, 300, requires_grad=True)
