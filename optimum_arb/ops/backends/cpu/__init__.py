@@ -79,13 +79,13 @@ def plan(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> na
     """
     if native.load() is None or x.dtype not in native.TYPES or not x.numel() or not packed.out_features:
         return None
-    if native.ready(packed) is not packed or (bias is not None and bias.dtype not in native.TYPES):
+    if native.ready(packed) is not packed or native.ready_bias(bias) is not bias:
         return None
     rows = x.numel() // packed.in_features
     kernel = choose_kernel(native.kernels(), packed.layout.name, rows, x.dtype)
     if kernel is None:
         return None
-    return native.LinearPlan(rows, x.dtype, packed, None if bias is None else bias.dtype, kernel)
+    return native.LinearPlan(rows, x.dtype, packed, bias, kernel)
 
 
 def input_grad(grad: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
@@ -179,8 +179,8 @@ def _chunks(
 
 
 def _ones(packed: PackedWeight) -> torch.Tensor:
-    """A row of x that leaves the weight as it is, of dtype and device of the kernels, whatever torch's defaults are."""
-    return torch.ones(1, packed.in_features, dtype=torch.float32, device=packed.weight.device)
+    """A row of x that leaves the weight as it is, of the kernels' dtype and device, whatever torch's defaults are."""
+    return torch.ones(1, packed.in_features, dtype=torch.float32, device="cpu")
 
 
 def _tiles(packed: PackedWeight) -> Tiles:
