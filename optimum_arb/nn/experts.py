@@ -155,7 +155,7 @@ class ARBExperts(nn.Module):
             out = self.post_expert_norm(out)
         weights = top_k_weights.reshape(-1)[order][:, None].masked_fill(none, 0.0)
         # back to the order of the tokens, and a sum in a fixed order
-        out = (out * weights)[order.argsort()].view(tokens, k, -1).sum(1)
+        out = (out * weights)[order.argsort()].view(tokens, k, out.shape[-1]).sum(1)
         return out.to(hidden_states.dtype)
 
     def _project(

@@ -185,3 +185,12 @@ def test_gradient_after_inference_mode():
         packed(hidden, index, weights)
     packed(hidden, index, weights).sum().backward()
     assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_no_tokens(backend):
+    packed = binarized(make("gated"))
+    packed.backend = backend
+    hidden = packed.float_matrices["down_proj"].out_features
+    index, weights = torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2)
+    assert packed(torch.randn(0, hidden), index, weights).shape == (0, hidden)
