@@ -187,6 +187,17 @@ def test_gradient_after_inference_mode():
     assert hidden.grad is not None
 
 
+@pytest.mark.parametrize("backend", ["auto", "dequantize"])
+def test_biases_and_children_are_trained(backend):
+    for form, trained in (("gpt-oss", "down_proj_bias"), ("norm", "post_expert_norm.weight")):
+        packed = binarized(make(form))
+        packed.backend = backend
+        packed.get_parameter(trained).requires_grad_(True)
+        index, weights = routing(5, 4)
+        packed(torch.randn(5, packed.float_matrices["down_proj"].out_features), index, weights).sum().backward()
+        assert packed.get_parameter(trained).grad is not None
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_no_tokens(backend):
     packed = binarized(make("gated"))
