@@ -107,7 +107,7 @@ def random_signs(columns: int, seed: int) -> torch.Tensor:
         seed: any integer from 0 to 2^64 - 1.
     """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, (columns,), generator=generator, dtype=torch.uint8).bool()
+    return torch.randint(2, (columns,), generator=generator, dtype=torch.uint8, device="cpu").bool()
 
 
 def rotate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -22,6 +22,10 @@ _NOT_COPIED = {*nn.Module().__dict__, "forward", "_hf_hook", "_old_forward"}
 
 def _parameter_name(matrix: str, tensor: str) -> str:
     return matrix if tensor == "weight" else f"{matrix}_{tensor}"
+
+
+def _is_trained(parameter: nn.Parameter | None) -> TypeGuard[nn.Parameter]:
+    return parameter is not None and parameter.requires_grad
 
 
 class ARBExperts(nn.Module):
@@ -141,7 +145,12 @@ class ARBExperts(nn.Module):
             `[T, H]` of the dtype of `hidden_states`.
         """
         if self.backend == "dequantize":
-            return self._cached_module(hidden_states.dtype)(hidden_states, top_k_index, top_k_weights)
+            module = self._cached_module(hidden_states.dtype)
+            inputs = (hidden_states, top_k_index, top_k_weights)
+            trained = {}  # what is not packed: the copies in the module have no gradient
+            if torch.is_grad_enabled():
+                trained = {key: p.to(hidden_states.dtype) for key, p in self._parameters.items() if _is_trained(p)}
+            return torch.func.functional_call(module, trained, inputs) if trained else module(*inputs)
         tokens, k = top_k_index.shape
         experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
         numbers = torch.arange(self.num_experts, device=experts.device, dtype=experts.dtype)
@@ -155,7 +164,7 @@ class ARBExperts(nn.Module):
             out = self.post_expert_norm(out)
         weights = top_k_weights.reshape(-1)[order][:, None].masked_fill(none, 0.0)
         # back to the order of the tokens, and a sum in a fixed order
-        out = (out * weights)[order.argsort()].view(tokens, k, -1).sum(1)
+        out = (out * weights)[order.argsort()].view(tokens, k, out.shape[-1]).sum(1)
         return out.to(hidden_states.dtype)
 
     def _project(
@@ -213,7 +222,11 @@ class ARBExperts(nn.Module):
         source = (dtype, None if tracing else self._source())
         stale = self._dequantized_from is None or self._dequantized_from[0] != dtype
         if stale or not (tracing or source == self._dequantized_from):
-            module = self.float_module(dtype).requires_grad_(False)
+            # tensors of inference mode could not be used for a gradient later
+            with torch.inference_mode(False):
+                module = self.float_module(dtype)
+                for parameter in module.parameters(recurse=False):  # its children are this module's own
+                    parameter.requires_grad_(False)
             finish(next(module.parameters()).device)
             # not as an attribute, which would make it a child with parameters of this module
             self.__dict__["_dequantized"], self.__dict__["_dequantized_from"] = module, source

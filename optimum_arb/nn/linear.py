@@ -167,7 +167,8 @@ class ARBLinear(PackedParameters, nn.Linear):  # type: ignore[misc]  # `bias` is
         cached = self._dequantized
         source = None if tracing else self._source()
         if cached is None or cached.dtype != dtype or not (tracing or source == self._dequantized_from):
-            with torch.no_grad():
+            # a tensor of inference mode could not be used for a gradient later
+            with torch.inference_mode(False), torch.no_grad():
                 cached = self.dequantize(dtype)
                 finish(cached.device)
             self._dequantized = cached

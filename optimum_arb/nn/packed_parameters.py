@@ -51,6 +51,7 @@ class PackedParameters(PackedProduct, nn.Module):
         self._prepared = None
         self._looked = False
         self._coded: tuple[str, ...] = ()  # the scales that are stored as codes
+        self._code_keys: tuple[str, ...] = ()  # the parameters that are looked at for a change of what was decoded
         self._readers: _Readers | None = None  # of the tensors that there are
         self._decoded_from: tuple[Any, ...] | None = None
         # transformers leaves alone what has this mark when it initializes the weights of a model's linears
@@ -164,6 +165,9 @@ class PackedParameters(PackedProduct, nn.Module):
         for name in set(self._coded) - set(coded):
             delattr(self, f"decoded_{name}")
         self._coded = tuple(coded)
+        # and the order of columns of a transform, which layers of one input have in common
+        order = ("permutation",) if "input_signs" in coded else ()
+        self._code_keys = tuple(PARAMETERS[name] for name in (*coded, "scale_grid", *order)) if coded else ()
         self._readers = None
         if coded:
             # tensors of inference mode could not be kept for a gradient later
@@ -178,9 +182,8 @@ class PackedParameters(PackedProduct, nn.Module):
         self._decoded_from = self._codes()
 
     def _codes(self) -> tuple[Any, ...]:
-        """Changes when a tensor of codes or a grid is replaced, moved or written."""
-        keys = [PARAMETERS[name] for name in (*self._coded, "scale_grid")] if self._coded else []
-        tensors = [self._parameters.get(key) for key in keys]
+        """Changes when a tensor of codes, a grid or the order of a transform is replaced, moved or written."""
+        tensors = [self._parameters.get(key) for key in self._code_keys]
         return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None)
 
     def packed(self) -> dict[str, torch.Tensor]:

@@ -189,6 +189,8 @@ class SharedInput:
         """What becomes of an input, computed once for all layers that are called with it one after another."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self._still_alike():
             return change.apply(x)  # what is kept must not outlive its graph
+        if x.is_inference():
+            return change.apply(x)  # nothing would tell that it was written between two layers
         thread = threading.get_ident()
         source, before, result, left = self._transformed.get(thread, (None, None, None, 0))
         state = _state(x)

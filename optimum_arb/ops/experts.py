@@ -76,6 +76,23 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 torch.library.register_autograd("optimum_arb::grouped_linear", _backward, setup_context=_setup_context)
 
 
+def _setup_input_grad(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, offsets, *packed, layout, block_size, parts, _, backend = inputs
+    ctx.save_for_backward(offsets, *packed)
+    ctx.choices = (layout, block_size, parts, backend)
+
+
+def _input_grad_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """As of `optimum_arb::linear_input_grad`."""
+    back = torch.ops.optimum_arb.grouped_linear(grad, *ctx.saved_tensors, *ctx.choices)
+    return (back, *[None] * 13)
+
+
+torch.library.register_autograd(
+    "optimum_arb::grouped_linear_input_grad", _input_grad_backward, setup_context=_setup_input_grad
+)
+
+
 def grouped_linear(
     x: torch.Tensor,
     offsets: torch.Tensor,

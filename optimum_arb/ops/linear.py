@@ -217,6 +217,21 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 torch.library.register_autograd("optimum_arb::linear", _backward, setup_context=_setup_context)
 
 
+def _setup_input_grad(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, *packed, layout, block_size, _, backend = inputs
+    ctx.save_for_backward(*packed)
+    ctx.choices = (layout, block_size, backend)
+
+
+def _input_grad_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """`grad W` is linear in `grad`: gradients of gradients."""
+    back = torch.ops.optimum_arb.linear(grad, *ctx.saved_tensors, None, *ctx.choices)
+    return (back, *[None] * 11)
+
+
+torch.library.register_autograd("optimum_arb::linear_input_grad", _input_grad_backward, setup_context=_setup_input_grad)
+
+
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,

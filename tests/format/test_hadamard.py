@@ -71,3 +71,9 @@ def test_random_signs_are_seeded_and_balanced():
     assert torch.equal(signs, random_signs(4096, 3))
     assert not torch.equal(signs, random_signs(4096, 4))
     assert 1900 < int(signs.sum()) < 2200
+
+
+def test_signs_do_not_depend_on_the_default_device():
+    expected = random_signs(300, 1)
+    with torch.device("meta"):
+        assert torch.equal(random_signs(300, 1).cpu(), expected)

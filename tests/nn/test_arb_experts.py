@@ -174,3 +174,34 @@ def test_bits_and_description():
     assert packed.bits_per_weight("gate_up_proj") == 8 * (8 + 2) / 64
     assert packed.bits_per_weight("down_proj") == 8 * (12 + 4) / 96
     assert "MixtralExperts, experts=4, gate_up_proj=(192, 64, planes-1, bits_per_weight=1.250)" in repr(packed)
+
+
+def test_gradient_after_inference_mode():
+    packed = binarized(make("no-gate"))
+    packed.backend = "dequantize"
+    hidden = torch.randn(5, packed.float_matrices["down_proj"].out_features, requires_grad=True)
+    index, weights = routing(5, 4)
+    with torch.inference_mode():
+        packed(hidden, index, weights)
+    packed(hidden, index, weights).sum().backward()
+    assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("backend", ["auto", "dequantize"])
+def test_biases_and_children_are_trained(backend):
+    for form, trained in (("gpt-oss", "down_proj_bias"), ("norm", "post_expert_norm.weight")):
+        packed = binarized(make(form))
+        packed.backend = backend
+        packed.get_parameter(trained).requires_grad_(True)
+        index, weights = routing(5, 4)
+        packed(torch.randn(5, packed.float_matrices["down_proj"].out_features), index, weights).sum().backward()
+        assert packed.get_parameter(trained).grad is not None
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_no_tokens(backend):
+    packed = binarized(make("gated"))
+    packed.backend = backend
+    hidden = packed.float_matrices["down_proj"].out_features
+    index, weights = torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2)
+    assert packed(torch.randn(0, hidden), index, weights).shape == (0, hidden)

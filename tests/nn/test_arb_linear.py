@@ -146,3 +146,30 @@ def test_autocast_keeps_the_dtype_of_the_input():
     x = torch.randn(3, 300)
     with torch.autocast("cpu", torch.bfloat16):
         assert module(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_after_inference_mode(backend):
+    module = layer(backend=backend)
+    with torch.inference_mode():
+        module(torch.randn(3, 300))
+    gradient_reaches_input_and_bias_alone(module, 2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_a_gradient(backend):
+    module = layer(backend=backend, permuted=True)
+    x = torch.randn(3, 300, requires_grad=True)
+    upstream = torch.randn(3, 42, requires_grad=True)
+    (grad,) = torch.autograd.grad(module(x), x, upstream, create_graph=True)
+    direction = torch.randn(3, 300)
+    (found,) = torch.autograd.grad(grad, upstream, direction)
+    assert relative_error(found, direction @ module.dequantize().T) < 2e-6
+
+
+def test_backward_under_autocast():
+    module = layer("groups-all-salient-col")
+    x = torch.randn(20, 300, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        module(x).sum().backward()
+    assert relative_error(x.grad, module.dequantize().sum(0).expand(x.shape)) < 2e-6

@@ -141,6 +141,29 @@ def test_an_input_that_is_written_is_transformed_again():
         assert torch.equal(model.k_proj(x), expected)
 
 
+def test_an_input_of_inference_mode_that_is_written_is_transformed_again():
+    model = Attention([layer(rows=rows, seed=rows) for rows in (42, 7, 16)])
+    assert share_inputs(model) == 1
+    with torch.inference_mode():
+        x = torch.randn(2, 300)
+        model.q_proj(x)
+        x.add_(1)
+        assert relative_error(model.k_proj(x), dense(model.k_proj, x)) < 3e-6
+
+
+def test_an_order_of_columns_that_is_written_is_seen():
+    model = Attention([layer(rows=rows, seed=rows) for rows in (42, 7, 16)])
+    assert share_inputs(model) == 1
+    x = torch.randn(2, 300)
+    with torch.no_grad():
+        for module in model.children():
+            module(x)
+        order = model.k_proj.weight_permutation
+        order.copy_(order.flip(1))
+        model.q_proj(x)
+        assert relative_error(model.k_proj(x), dense(model.k_proj, x)) < 3e-6
+
+
 def test_other_signs_are_not_shared():
     found = [layer(rows=rows, seed=rows) for rows in (42, 7)]
     assert share_inputs(Attention([*found, layer(rows=16, signs=2)])) == 0

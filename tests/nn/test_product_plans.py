@@ -287,3 +287,30 @@ def test_layers_with_plans_are_copied_and_pickled():
             expected = found(x)
             assert torch.equal(copy.deepcopy(found)(x), expected)
             assert torch.equal(pickle.loads(pickle.dumps(found))(x), expected)
+
+
+@pytest.mark.parametrize("kind", ["strided", "expanded"])
+def test_bias_of_any_strides(kind):
+    found = layer()
+    bias = torch.randn(42, 2)[:, 0] if kind == "strided" else torch.randn(1).expand(42)
+    found.bias = nn.Parameter(bias, requires_grad=False)
+    x = torch.randn(1, 256)
+    with torch.no_grad():
+        torch.testing.assert_close(found(x), x @ found.dequantize().T + bias, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(native.load() is None, reason="the native extension was not built")
+def test_weights_that_the_kernels_cannot_read():
+    with torch.no_grad():
+        for rows in (1, 200):
+            found = layer(bias=True)
+            x = torch.randn(rows, 256)
+            found.bias = nn.Parameter(torch.randn(5), requires_grad=False)
+            with pytest.raises((ValueError, RuntimeError), match=r"elements|size"):
+                found(x)
+            found = layer()
+            found.weight_row_scale = nn.Parameter(found.weight_row_scale[:5].clone(), requires_grad=False)
+            with pytest.raises((ValueError, RuntimeError), match=r"elements|size"):
+                found(x)
+            with pytest.raises((ValueError, RuntimeError), match=r"on meta|on device meta"):
+                layer().to("meta")(x)

@@ -4,6 +4,7 @@ import importlib.machinery
 import shutil
 import subprocess
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -68,6 +69,32 @@ def test_input_grad(name, kernels, poisoned):
     packed = random_packed(LAYOUTS[name], 431, 200, permuted=True)
     grad = torch.randn(3, 431, generator=torch.Generator().manual_seed(2))
     assert relative_error(cpu.input_grad(grad, packed), reference.input_grad(grad.double(), packed)) < 2e-6
+
+
+@contextmanager
+def defaults(dtype: torch.dtype, device: str):
+    """Other defaults of torch than its own, as a program may set them."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("choice", [(torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")], ids=str)
+@pytest.mark.parametrize("name", ["planes-2-col", "groups-all-salient-col"])
+def test_results_do_not_depend_on_defaults_of_torch(name, choice, kernels):
+    packed = random_packed(LAYOUTS[name], 70, 300, permuted=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [torch.randn(m, 300).to(dtype) for m in (1, 4, 200)]
+        grad = torch.randn(3, 70).to(dtype)
+        expected = [*(cpu.linear(x, packed, None) for x in inputs), cpu.input_grad(grad, packed)]
+        lookup._byte_signs.cache_clear()
+        with defaults(*choice):
+            found = [*(cpu.linear(x, packed, None) for x in inputs), cpu.input_grad(grad, packed)]
+        assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("m", range(1, 14))

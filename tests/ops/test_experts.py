@@ -195,3 +195,14 @@ def test_stacking_refuses_different_numbers_of_salient_columns():
     weights = [[pack(random_binarized(layout, 6, COLUMNS, 64, salient=count))] for count in (3, 5)]
     with pytest.raises(ValueError, match=r"3 to 5 salient columns.*set salient_columns to a number, or to 0"):
         stack_experts(weights)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradient_of_a_gradient(backend):
+    tensors, form, dense = random_experts(planes_layout(2, col_scale=True))
+    offsets = torch.tensor([3, 3, 7])
+    x, upstream = torch.randn(7, COLUMNS, requires_grad=True), torch.randn(7, ROWS, requires_grad=True)
+    (grad,) = torch.autograd.grad(run(x, offsets, tensors, form, backend), x, upstream, create_graph=True)
+    direction = torch.randn(7, COLUMNS)
+    (found,) = torch.autograd.grad(grad, upstream, direction)
+    assert relative_error(found, by_hand(direction, offsets, dense)) < 2e-6

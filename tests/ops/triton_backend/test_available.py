@@ -198,3 +198,18 @@ def test_digits_where_the_one_bit_kernel_is_wrong(monkeypatch, caplog):
         "The one-bit tensor core kernel",
         "The 8-bit digits kernel",
     ]
+
+
+def test_products_that_kernels_are_checked_with_do_not_depend_on_defaults_of_torch():
+    cpu = torch.device("cpu")
+    _, x, expected = available._check_product(cpu, 2)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            _, same, again = available._check_product(cpu, 2)
+    finally:
+        torch.set_default_dtype(before)
+    assert same.dtype == torch.float32
+    assert torch.equal(same, x)
+    assert torch.equal(again, expected)

@@ -79,13 +79,13 @@ def plan(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> na
     """
     if native.load() is None or x.dtype not in native.TYPES or not x.numel() or not packed.out_features:
         return None
-    if native.ready(packed) is not packed or (bias is not None and bias.dtype not in native.TYPES):
+    if native.ready(packed) is not packed or native.ready_bias(bias) is not bias:
         return None
     rows = x.numel() // packed.in_features
     kernel = choose_kernel(native.kernels(), packed.layout.name, rows, x.dtype)
     if kernel is None:
         return None
-    return native.LinearPlan(rows, x.dtype, packed, None if bias is None else bias.dtype, kernel)
+    return native.LinearPlan(rows, x.dtype, packed, bias, kernel)
 
 
 def input_grad(grad: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
@@ -100,8 +100,9 @@ def input_grad(grad: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
         part = rows[:, start:stop]
         total.addmm_(part, weight)
         if salient is not None:
-            added = part @ salient
-            salient_total = added if salient_total is None else salient_total + added
+            if salient_total is None:
+                salient_total = rows.new_zeros(rows.shape[0], salient.shape[1])
+            salient_total.addmm_(part, salient)  # in place, as above: autocast would round a product to half precision
     out = _leave_kernel_order(total, tiles)
     if salient_total is not None:
         out = out.index_add(1, _salient_index(packed), salient_total)
@@ -114,7 +115,7 @@ def _looked_up(rows: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
     """float32 `[M, N]` from the packed bits in plain torch."""
     plan, tiles = plan_for(packed.layout.name), _tiles(packed)
     columns = prepare_columns(rows, packed, plan, tiles)
-    out = torch.empty(rows.shape[0], packed.out_features)
+    out = rows.new_empty(rows.shape[0], packed.out_features)
     for start, stop in row_chunks(packed.out_features, packed.in_features, CHUNK_FLOATS):
         out[:, start:stop] = lookup.linear(columns, packed.rows(start, stop), plan, tiles)
     if plan.salient_terms:
@@ -127,7 +128,7 @@ def _looked_up(rows: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
 def _multiplied(rows: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """bfloat16 `[M, N]` with the weight dequantized inside of the product; rows are not permuted yet."""
     plan = plan_for(packed.layout.name)
-    columns = prepare_columns(torch.ones(1, packed.in_features), packed, plan, _tiles(packed))
+    columns = prepare_columns(_ones(packed), packed, plan, _tiles(packed))
     if not plan.salient_terms:
         return native.gemm(rows, packed, columns, bias)
     out = native.gemm(rows, packed, columns, None)
@@ -144,7 +145,7 @@ def _dequantized(rows: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | 
     rows = rows.to(dtype)
     x = _enter_kernel_order(rows, _tiles(packed))
     bias = None if bias is None else bias.to(dtype)
-    out = torch.empty(rows.shape[0], packed.out_features, dtype=dtype)
+    out = rows.new_empty(rows.shape[0], packed.out_features)
     at = None
     for start, stop, weight, salient in _chunks(packed, dtype):
         if salient is None:
@@ -164,7 +165,7 @@ def _chunks(
     Each weight may be written over by the next: one buffer for all, since fresh pages cost as much as filling them.
     """
     plan, tiles = plan_for(packed.layout.name), _tiles(packed)
-    columns = prepare_columns(torch.ones(1, packed.in_features), packed, plan, tiles)
+    columns = prepare_columns(_ones(packed), packed, plan, tiles)
     width, buffer = tiles.count * 8 * tiles.lanes, None
     for start, stop in row_chunks(packed.out_features, width, CHUNK_FLOATS):
         part = packed.rows(start, stop)
@@ -172,9 +173,14 @@ def _chunks(
         if native.load() is None:
             weight = lookup.dequantize(columns, part, plan, tiles)
         else:
-            buffer = torch.empty(stop - start, width, dtype=dtype) if buffer is None else buffer
+            buffer = columns.new_empty(stop - start, width, dtype=dtype) if buffer is None else buffer
             weight = native.dequantize(columns, part, tiles, buffer[: stop - start])
         yield start, stop, weight, salient
+
+
+def _ones(packed: PackedWeight) -> torch.Tensor:
+    """A row of x that leaves the weight as it is, of the kernels' dtype and device, whatever torch's defaults are."""
+    return torch.ones(1, packed.in_features, dtype=torch.float32, device="cpu")
 
 
 def _tiles(packed: PackedWeight) -> Tiles:

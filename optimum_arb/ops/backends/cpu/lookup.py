@@ -13,7 +13,7 @@ from .plan import Plan, PlanTerm, Tiles
 @lru_cache(maxsize=1)
 def _byte_signs() -> torch.Tensor:
     """int8 `[256, 8]`: the signs of the bits of each byte."""
-    return (((torch.arange(256)[:, None] >> torch.arange(8)) & 1) * 2 - 1).to(torch.int8)
+    return ((torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu") & 1) * 2 - 1).to(torch.int8)
 
 
 def _tile_bytes(packed: PackedWeight, tiles: Tiles) -> torch.Tensor:
@@ -56,7 +56,8 @@ def linear(columns: torch.Tensor, packed: PackedWeight, plan: Plan, tiles: Tiles
     """
     # for every byte of a row the sum of its 8 columns under each of the 256 combinations of signs
     tables = (columns.transpose(-1, -2) @ _byte_signs().T.float()).flatten(2)
-    offsets = torch.arange(tiles.count * tiles.lanes, dtype=torch.int32).view(tiles.count, tiles.lanes) * 256
+    offsets = torch.arange(tiles.count * tiles.lanes, dtype=torch.int32, device=columns.device)
+    offsets = offsets.view(tiles.count, tiles.lanes) * 256
     planes = _tile_bytes(packed, tiles)
     out = columns.new_zeros(columns.shape[0], packed.out_features)
     for term in plan.terms:

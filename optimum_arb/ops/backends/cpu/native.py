@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+import math
 import os
 import warnings
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from ....format.layout import layout_from_name
-from ....format.packing import TENSOR_NAMES, packed_bytes
+from ....format.packing import TENSOR_NAMES, packed_bytes, packed_shapes
 from ..packed import PackedWeight
 from .plan import Plan, Tiles, full_plan_for, plan_for, tiles_for
 from .structures import Dequantize, Gemm, Linear, Term, Variant
@@ -177,6 +178,40 @@ def _described(
     )
 
 
+@lru_cache(maxsize=1024)
+def _sizes(name: str, block_size: int, rows: int, columns: int, salient: int) -> dict[str, int]:
+    """Numbers of elements of the tensors of a weight."""
+    shapes = packed_shapes(layout_from_name(name), rows, columns, block_size, True, salient)
+    return {key: math.prod(shape) for key, shape in shapes.items()}
+
+
+def _check(packed: PackedWeight, bias: torch.Tensor | None) -> None:
+    """Raises ValueError where the kernels, which are given addresses alone, would read elsewhere."""
+    salient = 0 if packed.salient_columns is None else packed.salient_columns.numel()
+    sizes = _sizes(packed.layout.name, packed.block_size, packed.out_features, packed.in_features, salient)
+    for name in TENSOR_NAMES:
+        tensor = getattr(packed, name)
+        if tensor is not None:
+            _check_tensor(name, tensor, sizes.get(name, 0))
+    if bias is not None:
+        _check_tensor("bias", bias, packed.out_features)
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, size: int) -> None:
+    if not tensor.is_cpu:
+        raise ValueError(
+            f"The input of a packed linear layer is on the CPU, but its {name} is on {tensor.device}: move both to one "
+            "device, or load the weights."
+        )
+    if tensor.numel() != size:
+        raise ValueError(f"The {name} of a packed linear layer is {list(tensor.shape)}: it must have {size} elements.")
+
+
+def ready_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """As `ready`."""
+    return _ready(bias)
+
+
 def _ready(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """Contiguous, and of a dtype that the kernels read."""
     if tensor is None:
@@ -193,15 +228,17 @@ class LinearPlan:
         rows: of x, its leading dimensions flattened.
         dtype: of x: float32, bfloat16 or float16.
         packed: the weight, its tensors contiguous and of dtypes that the kernels read (`_ready`).
-        bias_dtype: of the bias, or None.
+        bias: one like those of all calls, ready too, or None.
         kernel: one of `kernels()`.
+
+    Raises:
+        ValueError: a tensor is on another device, or has another number of elements than this weight's.
     """
 
     __slots__ = ("_index", "_kept", "_library", "_out_features", "_problem", "_work")
 
-    def __init__(
-        self, rows: int, dtype: torch.dtype, packed: PackedWeight, bias_dtype: torch.dtype | None, kernel: str
-    ):
+    def __init__(self, rows: int, dtype: torch.dtype, packed: PackedWeight, bias: torch.Tensor | None, kernel: str):
+        _check(packed, bias)
         library = load()
         assert library is not None
         self._library, self._index = library, kernels()[kernel]
@@ -217,7 +254,7 @@ class LinearPlan:
             packed.salient_col_scale,
         )
         kinds = [None if tensor is None else tensor.dtype for tensor in self._kept]
-        types = (dtype, kinds[1], kinds[2], kinds[6], bias_dtype, kinds[3], kinds[4])
+        types = (dtype, kinds[1], kinds[2], kinds[6], None if bias is None else bias.dtype, kinds[3], kinds[4])
         salient = 0 if packed.salient_columns is None else packed.salient_columns.shape[-1]
         self._out_features = packed.out_features
         described = _described(name, packed.block_size, packed.out_features, packed.in_features, salient, types)
@@ -267,9 +304,8 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, ker
     if not x.shape[0] or not packed.out_features:
         return x.new_empty(x.shape[0], packed.out_features)
     bias = _ready(bias)
-    dtype = None if bias is None else bias.dtype
     name = best_kernel() if kernel is None else kernel
-    return LinearPlan(x.shape[0], x.dtype, ready(packed), dtype, name).run(x.contiguous(), bias)
+    return LinearPlan(x.shape[0], x.dtype, ready(packed), bias, name).run(x.contiguous(), bias)
 
 
 def gemm(x: torch.Tensor, packed: PackedWeight, columns: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -292,7 +328,7 @@ def gemm(x: torch.Tensor, packed: PackedWeight, columns: torch.Tensor, bias: tor
         return out
     x, permutation, bias = x.contiguous(), _ready(packed.permutation), _ready(bias)
     tiles = tiles_for(packed.in_features, packed.block_size, LANES)
-    weight, kept = _dequantize_problem(columns, packed, tiles)
+    weight, kept = _dequantize_problem(columns, packed, tiles, bias)
     weight.threads = _threads(x.shape[0] * rows * packed.in_features, (rows + 31) // 32)
     problem = Gemm(
         weight=weight,
@@ -336,7 +372,7 @@ def dequantize(
     problem.threads = _threads(
         packed.out_features * tiles.count * tiles.width * problem.term_count, packed.out_features
     )
-    scales = torch.empty(problem.threads, tiles.blocks * packed.layout.row_scales)
+    scales = columns.new_empty(problem.threads, tiles.blocks * packed.layout.row_scales)
     problem.scales, problem.out, problem.out_type = scales.data_ptr(), out.data_ptr(), TYPES[out.dtype]
     library.arb_dequantize(ctypes.byref(problem), kernels()[best_kernel() if kernel is None else kernel])
     del kept
@@ -344,9 +380,10 @@ def dequantize(
 
 
 def _dequantize_problem(
-    columns: torch.Tensor, packed: PackedWeight, tiles: Tiles
+    columns: torch.Tensor, packed: PackedWeight, tiles: Tiles, bias: torch.Tensor | None = None
 ) -> tuple[Dequantize, tuple[torch.Tensor, ...]]:
     """What is the same for every way to dequantize, and the tensors that it points to and the caller keeps alive."""
+    _check(packed, bias)
     weight, row_scale = _ready(packed.weight), _ready(packed.row_scale)
     assert weight is not None
     assert row_scale is not None

@@ -52,7 +52,7 @@ def salient_weight(packed: PackedWeight, salient_terms: tuple[Term, ...]) -> tor
             products[planes] = math.prod(map(sign_of, planes[1:]), start=sign_of(planes[0]))
         return products[planes]
 
-    total = torch.zeros(packed.out_features, len(at))
+    total = torch.zeros(packed.out_features, len(at), dtype=torch.float32, device=at.device)
     for term in salient_terms:
         scale = (row_scale[..., term.row].float() * term.factor).index_select(1, tile // tiles.per_block)
         if term.col is not None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -192,14 +193,17 @@ def _check_product(
     """A random weight, float32 inputs and their product in float64."""
     rows, blocks = 96, -(-columns // 128)
     generator = torch.Generator().manual_seed(0)
+    # whatever torch's defaults are: a model may be built under others, and the answer is kept for the process
+    choices: dict[str, Any] = {"generator": generator, "device": "cpu"}
+    floating: dict[str, Any] = {**choices, "dtype": torch.float32}
     weight = BinarizedWeight(
         planes_layout(2, col_scale=True),
         128,
-        torch.rand(2, rows, columns, generator=generator) < 0.5,
-        torch.rand(rows, blocks, 2, generator=generator) + 0.5,
-        torch.rand(2, columns, generator=generator) + 0.5,
-        torch.randperm(columns, generator=generator),
+        torch.rand(2, rows, columns, **floating) < 0.5,
+        torch.rand(rows, blocks, 2, **floating) + 0.5,
+        torch.rand(2, columns, **floating) + 0.5,
+        torch.randperm(columns, **choices),
     )
     packed = PackedWeight(weight.layout, 128, columns, **{k: v.to(device) for k, v in pack(weight).items()})
-    x = torch.randn(tokens, columns, generator=generator).to(device)
+    x = torch.randn(tokens, columns, **floating).to(device)
     return packed, x, x.double() @ packed.unpack().dequantize(torch.float64).T
