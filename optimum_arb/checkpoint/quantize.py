@@ -77,9 +77,9 @@ def quantize_checkpoint(
     """Binarizes a model on disk and saves it packed, with one decoder layer in memory at a time.
 
     The result is a directory for `from_pretrained`, with the same bits as `from_pretrained(model,
-    quantization_config=config)` and `save_pretrained` give. Beside it, in `.NAME.partial`, is what an unfinished run
-    has done: each finished layer is written there as a whole, and `resume=True` goes on behind the last one. The output
-    directory is touched when everything is done.
+    quantization_config=config)` and `save_pretrained` give. Beside it, in `.NAME.partial` (in a mount point: in it, as
+    `.optimum_arb.partial`), is what an unfinished run has done: each finished layer is written there as a whole, and
+    `resume=True` goes on behind the last one. The output directory is touched when everything is done.
 
     Inside `optimum_arb.calibration.distributed.distributed`, all ranks call this and divide the work; the first one
     writes the model, and each keeps what it has done in a directory of its own, `.NAME.partial-1` and so on.

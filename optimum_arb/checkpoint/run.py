@@ -19,6 +19,7 @@ from ..calibration.layers import find_layers
 from ..calibration.progress import Progress
 from ..loading.calibrated import Task
 from ..loading.placement import calibration_device
+from ..publish import nothing_beside
 from ..version import __version__
 from .disk_activations import DiskActivations, remove_activations
 from .source import CheckpointSource, NotStreamable
@@ -27,9 +28,13 @@ from .work import WorkDirectory
 
 
 def work_directory(output: str | os.PathLike, rank: int = 0) -> Path:
-    """Where an unfinished run into `output` keeps what it has done: each of several ranks in a place of its own."""
-    path = Path(output).absolute()
-    return path.parent / (f".{path.name}.partial-{rank}" if rank else f".{path.name}.partial")
+    """Where an unfinished run into `output` keeps what it has done: each of several ranks in a place of its own.
+
+    On the disk of `output`, wherever links lead: the model is renamed from here into its place.
+    """
+    path = Path(os.path.realpath(output))
+    folder, name = (path, ".optimum_arb") if nothing_beside(path) else (path.parent, f".{path.name}")
+    return folder / (f"{name}.partial-{rank}" if rank else f"{name}.partial")
 
 
 class StreamedRun:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -307,6 +308,34 @@ def test_cut_short_while_the_model_takes_its_place(tmp_path, monkeypatch, finish
     assert quantize_checkpoint(finished / "float", out, config(), resume=True).report == result.report
     with pytest.raises(FileExistsError, match="already holds a model"):
         quantize_checkpoint(finished / "float", out, config(planes=2), resume=True)
+
+
+def test_an_output_on_another_disk(tmp_path, monkeypatch, finished):
+    """By a link, or as a mount point: nothing can be renamed from beside it."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "link").symlink_to(elsewhere / "out")
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    (mount / "notes.txt").write_text("mine")
+    replace, disks = os.replace, (elsewhere, mount, tmp_path)
+
+    def replace_on_one_disk(source, place):
+        one, other = (next(disk for disk in disks if disk in Path(p).parents) for p in (source, place))
+        if one != other:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source))
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", replace_on_one_disk)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == mount)
+    for out in (tmp_path / "link", mount):
+        interrupt(monkeypatch, 9, finished / "float", out, config())
+        assert quantize_checkpoint(finished / "float", out, config(), resume=True).resumed_layers == 1
+    assert_same_files(elsewhere / "out", finished / "out")
+    (mount / "notes.txt").unlink()
+    assert_same_files(mount, finished / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link", "mount"]
+    assert [path.name for path in elsewhere.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
