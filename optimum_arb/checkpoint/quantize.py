@@ -24,9 +24,10 @@ from ..config import ARBConfig
 from ..hub.card import NAME as CARD
 from ..hub.card import is_users_own
 from ..hub.methods import finish_saved
+from ..hub.upload import visible_files
 from ..inspection import inspect_model
 from ..report import ModelReport, ModuleReport, model_report
-from ..saving import check_output_directory, save_model
+from ..saving import check_output_directory, write_model
 from .assemble import assemble
 from .interrupt import interruptible
 from .publish import publish
@@ -48,7 +49,7 @@ class QuantizedCheckpoint:
         config: what it was binarized with, as its config.json says it.
         seconds: what it took, without the part of an interrupted run.
         resumed_layers: layers that an interrupted run had finished.
-        files: what was written into the directory.
+        files: what was written into the directory; where a run had ended there before, what is in it and not hidden.
     """
 
     path: Path
@@ -239,11 +240,12 @@ def _in_memory(
     model = model_class.from_pretrained(name, quantization_config=config, dtype=dtype, device_map=str(device))
     options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     ranks = current_ranks()
+    files: tuple[str, ...] = ()
     if ranks.is_first:
-        save_model(model, _processor(name) if processor is None else processor, output, overwrite, **options)
-    ranks.exchange(None, "writing the model")
+        processor = _processor(name) if processor is None else processor
+        files = tuple(sorted(write_model(model, processor, output, overwrite, **options)))
+    files = ranks.exchange(files, "writing the model")[0]
     quantization: Any = model.config.quantization_config
-    files = tuple(sorted(file.name for file in output.iterdir() if file.is_file()))
     return QuantizedCheckpoint(output, model_report(model), quantization, time.perf_counter() - began, 0, files)
 
 
@@ -253,10 +255,12 @@ def _finished_before(
     """The model of a run that was interrupted when its model was whole, or that was not interrupted at all."""
     if not work.exists and overwrite:
         return None  # the model there may be the one to replace: of a run that was killed before it kept anything
+    files: list[str] | None = None
     if work.exists:
         work.read()
         if work.published is None:
             return None
+        files = sorted(work.published)
         work.lock()
         try:
             before = ARBConfig.from_dict(_quantization(staging) or _quantization(output) or {})
@@ -278,10 +282,10 @@ def _finished_before(
         ModuleReport(m.name, m.method, m.layout, math.prod(m.shape), m.bits_per_weight, m.stored_bytes, None, None)
         for m in found.modules
     )
+    files = visible_files(output) if files is None else files  # of a run that ended, nothing says which it wrote
     packed = sum(module.stored_bytes for module in modules)
     report = ModelReport(modules, found.kept, found.bits_per_weight, packed, found.stored_bytes)
-    files = tuple(sorted(file.name for file in output.iterdir() if file.is_file()))
-    return QuantizedCheckpoint(output, report, found.config, 0.0, 0, files)
+    return QuantizedCheckpoint(output, report, found.config, 0.0, 0, tuple(files))
 
 
 def _quantization(directory: Path) -> dict[str, Any] | None:
