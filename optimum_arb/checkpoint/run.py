@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from collections.abc import Iterator
@@ -64,7 +65,9 @@ class StreamedRun:
         if activations_on_disk is True:
             self._directory = work.path / "activations"
         elif activations_on_disk:
-            self._directory = Path(os.fspath(activations_on_disk)) / work.path.name.removeprefix(".")
+            # several runs may share the disk, into outputs of one name
+            place = hashlib.sha256(os.fsencode(work.path)).hexdigest()[:8]
+            self._directory = Path(os.fspath(activations_on_disk)) / f"{work.path.name.removeprefix('.')}-{place}"
 
     def loading(self, files: list[str], load_config: Any) -> None:
         """In place of loading the weights."""

@@ -126,6 +126,25 @@ def test_hidden_states_in_memory_and_on_disk_can_change(tmp_path, monkeypatch, f
         assert_same_files(out, finished / "out")
 
 
+def test_outputs_of_one_name_share_no_hidden_states(tmp_path, monkeypatch, finished):
+    """Two runs on one scratch disk: the second is begun and ended while the first is at work."""
+    scratch = tmp_path / "scratch"
+    original = calibrated.binarize_linear
+    begun = []
+
+    def another(*args):
+        if args[0] == "model.layers.1.self_attn.q_proj" and not begun:
+            begun.append(True)
+            other = config(dataset=tokens(6, seed=1))
+            quantize_checkpoint(finished / "float", tmp_path / "b" / "out", other, activations_on_disk=scratch)
+        return original(*args)
+
+    monkeypatch.setattr(calibrated, "binarize_linear", another)
+    quantize_checkpoint(finished / "float", tmp_path / "a" / "out", config(), activations_on_disk=scratch)
+    assert begun
+    assert_same_files(tmp_path / "a" / "out", finished / "out")
+
+
 def test_damaged_hidden_states_are_computed_again(tmp_path, monkeypatch, finished):
     out = tmp_path / "out"
     interrupt(monkeypatch, 15, finished / "float", out, config(), activations_on_disk=True)
