@@ -133,7 +133,7 @@ def quantize_checkpoint(
         model_config = AutoConfig.from_pretrained(name)
         if getattr(model_config, "quantization_config", None) is not None:
             raise ValueError(f"{name} is already quantized: start from the float model.")
-        model_class = model_class or _model_class(model_config)
+        model_class = model_class or saved_class(model_config)
         run = StreamedRun(work, resume, device, activations_on_disk, progress, dtype)
         with interruptible(run.how_to_go_on), bounded_memory():
             try:
@@ -175,7 +175,7 @@ def _binarize(
     return skeleton_class(model_class, run.loading).from_pretrained(name, quantization_config=config, dtype=dtype)
 
 
-def _model_class(config: Any) -> type[PreTrainedModel]:
+def saved_class(config: Any) -> type[PreTrainedModel]:
     """The class of a model's config.json, if it is transformers' own; else what `AutoModelForCausalLM` takes."""
     architecture = config.architectures[0] if config.architectures else ""
     found = getattr(transformers, architecture, None)

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny
 
 from optimum_arb import inspection
 from optimum_arb.evaluate import PerplexityResult
@@ -38,6 +39,18 @@ def test_the_same_base_gives_the_same_bits(call, earlier, float_model, tmp_path)
     old, new = (json.loads((path / "config.json").read_text()) for path in (earlier, tmp_path / "again"))
     assert old["quantization_config"] == new["quantization_config"]
     assert len(result["modules"]) == 13
+
+
+@pytest.mark.parametrize("family", ["BertForMaskedLM", "T5ForConditionalGeneration"])
+def test_the_class_is_that_of_the_base(call, family, tmp_path):
+    save_tiny(tmp_path / "base", family, tokenizer=True)
+    call("quantize", tmp_path / "base", tmp_path / "first", "--no-calibration")
+    call("requantize", tmp_path / "first", tmp_path / "again", "--base", tmp_path / "base")
+    first, again = (tmp_path / name for name in ("first", "again"))
+    assert json.loads((again / "config.json").read_text())["architectures"] == [family]
+    before, after = (load_file(path / "model.safetensors") for path in (first, again))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_another_base_shows_what_changed(call, earlier, float_model, tmp_path):
