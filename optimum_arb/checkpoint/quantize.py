@@ -25,8 +25,10 @@ from ..hub.card import NAME as CARD
 from ..hub.card import is_users_own
 from ..hub.methods import finish_saved
 from ..hub.upload import visible_files
-from ..inspection import inspect_model
+from ..inspection import inspect_model, skeleton
+from ..modules import select_modules
 from ..report import ModelReport, ModuleReport, model_report
+from ..reproduce import model_facts
 from ..saving import check_output_directory, write_model
 from .assemble import assemble
 from .interrupt import interruptible
@@ -123,7 +125,7 @@ def quantize_checkpoint(
     staging = work.path / "model"
     run: StreamedRun | None = None
     if resume:
-        before = _finished_before(work, staging, output, config, overwrite) if ranks.is_first else None
+        before = _finished_before(work, staging, output, name, config, overwrite) if ranks.is_first else None
         if done := ranks.exchange(before, "looking for a finished model")[0]:
             if not ranks.is_first:
                 work.clear()
@@ -250,7 +252,7 @@ def _in_memory(
 
 
 def _finished_before(
-    work: WorkDirectory, staging: Path, output: Path, config: ARBConfig, overwrite: bool
+    work: WorkDirectory, staging: Path, output: Path, name: str, config: ARBConfig, overwrite: bool
 ) -> QuantizedCheckpoint | None:
     """The model of a run that was interrupted when its model was whole, or that was not interrupted at all."""
     if not work.exists and overwrite:
@@ -263,18 +265,16 @@ def _finished_before(
         files = sorted(work.published)
         work.lock()
         try:
-            before = ARBConfig.from_dict(_quantization(staging) or _quantization(output) or {})
-            if before.choices() != config.choices():
+            if not _is_that(staging if _quantization(staging) else output, output, name, config):
                 raise ValueError(
-                    f"The interrupted run in {work.path} finished a model with other choices than these. Delete that "
-                    "directory to begin anew."
+                    f"The interrupted run in {work.path} finished a model with other choices than these, or of another "
+                    "float model. Delete that directory to begin anew."
                 )
             publish(work, staging, output)
             work.clear()
         finally:
             work.unlock()
-    stored = _quantization(output)
-    if stored is None or ARBConfig.from_dict(stored).choices() != config.choices():
+    if not _is_that(output, output, name, config):
         return None
     logger.warning("%s holds the finished model already: there is nothing to resume.", output)
     found = inspect_model(output)
@@ -286,6 +286,28 @@ def _finished_before(
     packed = sum(module.stored_bytes for module in modules)
     report = ModelReport(modules, found.kept, found.bits_per_weight, packed, found.stored_bytes)
     return QuantizedCheckpoint(output, report, found.config, 0.0, 0, tuple(files))
+
+
+def _is_that(directory: Path, output: Path, name: str, config: ARBConfig) -> bool:
+    """Whether a directory holds the model that a run would make: of these choices, linears and float weights.
+
+    Args:
+        directory: to look at.
+        output: of the run. Where it is the float model's own directory, that one is gone.
+        name: of the float model.
+        config: the choices.
+    """
+    stored = _quantization(directory)
+    if stored is None or ARBConfig.from_dict(stored).choices() != config.choices():
+        return False
+    if os.path.realpath(name) == os.path.realpath(output):
+        return True
+    found = inspect_model(directory)
+    selection = select_modules(skeleton(AutoConfig.from_pretrained(name)), config, strict=False)
+    models = (found.reproduce or {}).get("models") or {}
+    fingerprints = (models.get("base") or {}).get("fingerprint"), model_facts(name).get("fingerprint")
+    same_weights = None in fingerprints or fingerprints[0] == fingerprints[1]
+    return same_weights and set(selection.convert) == {module.name for module in found.modules}
 
 
 def _quantization(directory: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -308,6 +309,28 @@ def test_the_model_to_replace_is_not_taken_for_the_new_one(tmp_path, finished):
     out = tmp_path / "out"
     quantize_checkpoint(tmp_path / "other", out, config())
     quantize_checkpoint(finished / "float", out, config(), overwrite=True, resume=True)
+    assert_same_files(out, finished / "out")
+
+
+@pytest.mark.parametrize("cut_short", [False, True])
+@pytest.mark.parametrize("change", ["float model", "modules_to_not_convert"])
+def test_a_finished_model_of_something_else_is_not_the_result(tmp_path, monkeypatch, finished, change, cut_short):
+    save_tiny(tmp_path / "other", "LlamaForCausalLM", num_hidden_layers=LAYERS, seed=1)
+    out = tmp_path / "out"
+    model, choices = finished / "float", config()
+    with monkeypatch.context() as patch:
+        if cut_short:
+            patch.setattr(quantize_module, "publish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt) if cut_short else contextlib.nullcontext():
+            quantize_checkpoint(model, out, choices)
+    if change == "float model":
+        model = tmp_path / "other"
+    else:
+        choices = config(modules_to_not_convert=["down_proj"])
+    error = (ValueError, "of another float model") if cut_short else (FileExistsError, "already holds a model")
+    with pytest.raises(error[0], match=error[1]):
+        quantize_checkpoint(model, out, choices, resume=True)
+    quantize_checkpoint(finished / "float", out, config(), resume=True)
     assert_same_files(out, finished / "out")
 
 
