@@ -425,3 +425,18 @@ def test_killed_at_random_instants():
     assert len({trial["stop"] for trial in trials}) == 6  # signals, a full disk, too little memory, no rights
     assert all(trial["resumed"] and trial["identical"] and not trial["leftovers"] for trial in trials)
     assert all(trial["left"] in ("nothing", "old", "new") for trial in trials)
+
+
+def test_a_finished_model_whose_files_have_other_names(tmp_path):
+    """transformers saves a Llava under the names of older versions; `inspect_model` did not find its linears."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision = {"model_type": "clip_vision_model", **sizes, "image_size": 28, "patch_size": 14, "projection_dim": 64}
+    text = {"model_type": "llama", **sizes, "vocab_size": 96}
+    own = LlavaConfig(vision_config=vision, text_config=text, image_token_index=90)
+    LlavaForConditionalGeneration(own).save_pretrained(tmp_path / "float")
+    first = quantize_checkpoint(tmp_path / "float", tmp_path / "out", config(dataset=None))
+    again = quantize_checkpoint(tmp_path / "float", tmp_path / "out", config(dataset=None), resume=True)
+    assert {m.name for m in again.report.modules} == {m.name for m in first.report.modules}
+    assert again.report.packed_bytes == first.report.packed_bytes
