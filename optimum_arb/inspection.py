@@ -129,7 +129,8 @@ def inspect_model(name: str | Path) -> Inspection:
     selection = select_modules(model, config, strict=False)
     names = KeyMap(model)
     experts = packed_experts(tensors, names, selection.experts)
-    linears = {linear.key: linear for linear in packed_linears(tensors) if names.module(linear.key) not in experts}
+    linears = {names.module(linear.key): linear for linear in packed_linears(tensors)}  # files may name them otherwise
+    linears = {name: linear for name, linear in linears.items() if name not in experts}
     missing = sorted(set(selection.convert) - set(linears) - set(experts))
     if missing:
         parameter = selection.parameter(missing[0])
@@ -157,7 +158,8 @@ def inspect_model(name: str | Path) -> Inspection:
         result.modules.append(StoredModule(key, choices.method, form, shape, count, bits))
     order = {key: index for index, key in enumerate(selection.convert)}
     result.modules.sort(key=lambda module: order[module.name])
-    packed = {f"{key}.weight" + ("" if part == "weight" else f"_{part}") for key in linears for part in STORED_NAMES}
+    stems = [linear.key for linear in linears.values()]
+    packed = {f"{key}.weight" + ("" if part == "weight" else f"_{part}") for key in stems for part in STORED_NAMES}
     packed |= {key for stored in experts.values() for key in stored.keys()}  # noqa: SIM118
     result.float_tensors = {key: tensor_bytes(tensor) for key, tensor in tensors.items() if key not in packed}
     result.stored_bytes = sum(tensor_bytes(tensor) for tensor in tensors.values())

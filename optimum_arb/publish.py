@@ -44,6 +44,16 @@ def model_files(path: Path) -> list[Path]:
     return sorted(f for f in path.iterdir() if f.name == _CONFIG or f.name.endswith(_WEIGHT_SUFFIXES))
 
 
+def nothing_beside(path: Path) -> bool:
+    """Whether what is to be renamed into a directory must be made in it: it is a disk of its own, or its parent cannot
+    be written to.
+
+    Args:
+        path: the directory, with all links resolved.
+    """
+    return path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
+
+
 @contextlib.contextmanager
 def staging(path: Path) -> Iterator[Path]:
     """An empty directory from which `publish` can put a model in place, removed at the end if it still is there.
@@ -56,7 +66,7 @@ def staging(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made.
     """
-    inside = path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
+    inside = nothing_beside(path)
     folder, prefix = (path, ".optimum_arb-saving-") if inside else (path.parent, f".{path.name}-saving-")
     with contextlib.ExitStack() as held:
         with _lock(folder, wait=True):  # so that nobody takes the new directory for one that was left

@@ -101,6 +101,26 @@ def save_model(
         OSError: as `check_output_directory`, and what writing raises (a full disk, ...); what was in the directory is
             then untouched. Or as `push_directory`, of the upload: the model is saved then.
     """
+    path = Path(path)
+    saved = write_model(model, tokenizer, path, overwrite, **kwargs)
+    if push_to_hub is not None:
+        try:
+            push_directory(path, push_to_hub, files=saved, private=private, revision=revision, token=token)
+        except OSError as error:
+            raise type(error)(
+                f"{error} The model is saved in {path}; to try again: optimum-arb push {path} {push_to_hub}"
+            ) from error
+    return path
+
+
+def write_model(
+    model: PreTrainedModel, tokenizer: Any, path: str | os.PathLike, overwrite: bool = False, **kwargs: Any
+) -> list[str]:
+    """As `save_model`, without an upload.
+
+    Returns:
+        The files that were written, relative to the directory, which may hold others.
+    """
     path = check_output_directory(path, overwrite)
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -120,11 +140,4 @@ def save_model(
         os.umask(umask)
         staged.chmod(0o777 & ~umask)  # mkdtemp's own are for this user alone
         publish(staged, target)
-    if push_to_hub is not None:
-        try:
-            push_directory(path, push_to_hub, files=saved, private=private, revision=revision, token=token)
-        except OSError as error:
-            raise type(error)(
-                f"{error} The model is saved in {path}; to try again: optimum-arb push {path} {push_to_hub}"
-            ) from error
-    return path
+    return saved

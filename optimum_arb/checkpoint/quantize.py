@@ -24,9 +24,12 @@ from ..config import ARBConfig
 from ..hub.card import NAME as CARD
 from ..hub.card import is_users_own
 from ..hub.methods import finish_saved
-from ..inspection import inspect_model
+from ..hub.upload import visible_files
+from ..inspection import inspect_model, skeleton
+from ..modules import select_modules
 from ..report import ModelReport, ModuleReport, model_report
-from ..saving import check_named, check_not_source, check_output_directory, save_model
+from ..reproduce import model_facts
+from ..saving import check_named, check_not_source, check_output_directory, write_model
 from .assemble import assemble
 from .interrupt import interruptible
 from .publish import publish
@@ -48,7 +51,7 @@ class QuantizedCheckpoint:
         config: what it was binarized with, as its config.json says it.
         seconds: what it took, without the part of an interrupted run.
         resumed_layers: layers that an interrupted run had finished.
-        files: what was written into the directory.
+        files: what was written into the directory; where a run had ended there before, what is in it and not hidden.
     """
 
     path: Path
@@ -77,9 +80,9 @@ def quantize_checkpoint(
     """Binarizes a model on disk and saves it packed, with one decoder layer in memory at a time.
 
     The result is a directory for `from_pretrained`, with the same bits as `from_pretrained(model,
-    quantization_config=config)` and `save_pretrained` give. Beside it, in `.NAME.partial`, is what an unfinished run
-    has done: each finished layer is written there as a whole, and `resume=True` goes on behind the last one. The output
-    directory is touched when everything is done.
+    quantization_config=config)` and `save_pretrained` give. Beside it, in `.NAME.partial` (in a mount point: in it, as
+    `.optimum_arb.partial`), is what an unfinished run has done: each finished layer is written there as a whole, and
+    `resume=True` goes on behind the last one. The output directory is touched when everything is done.
 
     Inside `optimum_arb.calibration.distributed.distributed`, all ranks call this and divide the work; the first one
     writes the model, and each keeps what it has done in a directory of its own, `.NAME.partial-1` and so on.
@@ -125,7 +128,7 @@ def quantize_checkpoint(
     staging = work.path / "model"
     run: StreamedRun | None = None
     if resume:
-        before = _finished_before(work, staging, output, config, overwrite) if ranks.is_first else None
+        before = _finished_before(work, staging, output, name, config, overwrite) if ranks.is_first else None
         if done := ranks.exchange(before, "looking for a finished model")[0]:
             if not ranks.is_first:
                 work.clear()
@@ -135,7 +138,7 @@ def quantize_checkpoint(
         model_config = AutoConfig.from_pretrained(name)
         if getattr(model_config, "quantization_config", None) is not None:
             raise ValueError(f"{name} is already quantized: start from the float model.")
-        model_class = model_class or _model_class(model_config)
+        model_class = model_class or saved_class(model_config)
         run = StreamedRun(work, resume, device, activations_on_disk, progress, dtype)
         with interruptible(run.how_to_go_on), bounded_memory():
             try:
@@ -177,7 +180,7 @@ def _binarize(
     return skeleton_class(model_class, run.loading).from_pretrained(name, quantization_config=config, dtype=dtype)
 
 
-def _model_class(config: Any) -> type[PreTrainedModel]:
+def saved_class(config: Any) -> type[PreTrainedModel]:
     """The class of a model's config.json, if it is transformers' own; else what `AutoModelForCausalLM` takes."""
     architecture = config.architectures[0] if config.architectures else ""
     found = getattr(transformers, architecture, None)
@@ -242,38 +245,39 @@ def _in_memory(
     model = model_class.from_pretrained(name, quantization_config=config, dtype=dtype, device_map=str(device))
     options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     ranks = current_ranks()
+    files: tuple[str, ...] = ()
     if ranks.is_first:
-        save_model(model, _processor(name) if processor is None else processor, output, overwrite, **options)
-    ranks.exchange(None, "writing the model")
+        processor = _processor(name) if processor is None else processor
+        files = tuple(sorted(write_model(model, processor, output, overwrite, **options)))
+    files = ranks.exchange(files, "writing the model")[0]
     quantization: Any = model.config.quantization_config
-    files = tuple(sorted(file.name for file in output.iterdir() if file.is_file()))
     return QuantizedCheckpoint(output, model_report(model), quantization, time.perf_counter() - began, 0, files)
 
 
 def _finished_before(
-    work: WorkDirectory, staging: Path, output: Path, config: ARBConfig, overwrite: bool
+    work: WorkDirectory, staging: Path, output: Path, name: str, config: ARBConfig, overwrite: bool
 ) -> QuantizedCheckpoint | None:
     """The model of a run that was interrupted when its model was whole, or that was not interrupted at all."""
     if not work.exists and overwrite:
         return None  # the model there may be the one to replace: of a run that was killed before it kept anything
+    files: list[str] | None = None
     if work.exists:
         work.read()
         if work.published is None:
             return None
+        files = sorted(work.published)
         work.lock()
         try:
-            before = ARBConfig.from_dict(_quantization(staging) or _quantization(output) or {})
-            if before.choices() != config.choices():
+            if not _is_that(staging if _quantization(staging) else output, output, name, config):
                 raise ValueError(
-                    f"The interrupted run in {work.path} finished a model with other choices than these. Delete that "
-                    "directory to begin anew."
+                    f"The interrupted run in {work.path} finished a model with other choices than these, or of another "
+                    "float model. Delete that directory to begin anew."
                 )
             publish(work, staging, output)
             work.clear()
         finally:
             work.unlock()
-    stored = _quantization(output)
-    if stored is None or ARBConfig.from_dict(stored).choices() != config.choices():
+    if not _is_that(output, output, name, config):
         return None
     logger.warning("%s holds the finished model already: there is nothing to resume.", output)
     found = inspect_model(output)
@@ -281,10 +285,32 @@ def _finished_before(
         ModuleReport(m.name, m.method, m.layout, math.prod(m.shape), m.bits_per_weight, m.stored_bytes, None, None)
         for m in found.modules
     )
+    files = visible_files(output) if files is None else files  # of a run that ended, nothing says which it wrote
     packed = sum(module.stored_bytes for module in modules)
     report = ModelReport(modules, found.kept, found.bits_per_weight, packed, found.stored_bytes)
-    files = tuple(sorted(file.name for file in output.iterdir() if file.is_file()))
-    return QuantizedCheckpoint(output, report, found.config, 0.0, 0, files)
+    return QuantizedCheckpoint(output, report, found.config, 0.0, 0, tuple(files))
+
+
+def _is_that(directory: Path, output: Path, name: str, config: ARBConfig) -> bool:
+    """Whether a directory holds the model that a run would make: of these choices, linears and float weights.
+
+    Args:
+        directory: to look at.
+        output: of the run. Where it is the float model's own directory, that one is gone.
+        name: of the float model.
+        config: the choices.
+    """
+    stored = _quantization(directory)
+    if stored is None or ARBConfig.from_dict(stored).choices() != config.choices():
+        return False
+    if os.path.realpath(name) == os.path.realpath(output):
+        return True
+    found = inspect_model(directory)
+    selection = select_modules(skeleton(AutoConfig.from_pretrained(name)), config, strict=False)
+    models = (found.reproduce or {}).get("models") or {}
+    fingerprints = (models.get("base") or {}).get("fingerprint"), model_facts(name).get("fingerprint")
+    same_weights = None in fingerprints or fingerprints[0] == fingerprints[1]
+    return same_weights and set(selection.convert) == {module.name for module in found.modules}
 
 
 def _quantization(directory: Path) -> dict[str, Any] | None:

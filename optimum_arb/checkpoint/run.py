@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from ..calibration.layers import find_layers
 from ..calibration.progress import Progress
 from ..loading.calibrated import Task
 from ..loading.placement import calibration_device
+from ..publish import nothing_beside
 from ..version import __version__
 from .disk_activations import DiskActivations, remove_activations
 from .source import CheckpointSource, NotStreamable
@@ -27,9 +29,13 @@ from .work import WorkDirectory
 
 
 def work_directory(output: str | os.PathLike, rank: int = 0) -> Path:
-    """Where an unfinished run into `output` keeps what it has done: each of several ranks in a place of its own."""
-    path = Path(output).absolute()
-    return path.parent / (f".{path.name}.partial-{rank}" if rank else f".{path.name}.partial")
+    """Where an unfinished run into `output` keeps what it has done: each of several ranks in a place of its own.
+
+    On the disk of `output`, wherever links lead: the model is renamed from here into its place.
+    """
+    path = Path(os.path.realpath(output))
+    folder, name = (path, ".optimum_arb") if nothing_beside(path) else (path.parent, f".{path.name}")
+    return folder / (f"{name}.partial-{rank}" if rank else f"{name}.partial")
 
 
 class StreamedRun:
@@ -59,7 +65,9 @@ class StreamedRun:
         if activations_on_disk is True:
             self._directory = work.path / "activations"
         elif activations_on_disk:
-            self._directory = Path(os.fspath(activations_on_disk)) / work.path.name.removeprefix(".")
+            # several runs may share the disk, into outputs of one name
+            place = hashlib.sha256(os.fsencode(work.path)).hexdigest()[:8]
+            self._directory = Path(os.fspath(activations_on_disk)) / f"{work.path.name.removeprefix('.')}-{place}"
 
     def loading(self, files: list[str], load_config: Any) -> None:
         """In place of loading the weights."""

@@ -37,8 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    from ..checkpoint.quantize import saved_class
     from ..hub import record_perplexity
     from ..report import model_report
     from ..requantize import changes, plan_again
@@ -55,9 +56,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"The base {plan.base} is quantized already: give the float model with --base.")
     text = None if args.no_perplexity else perplexity_text(plan, args.text)
     start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(
+    revision = plan.revision or "main"
+    model = saved_class(AutoConfig.from_pretrained(plan.base, revision=revision)).from_pretrained(
         plan.base,
-        revision=plan.revision or "main",
+        revision=revision,
         quantization_config=plan.config,
         dtype=args.dtype,
         device_map=args.device_map,

@@ -64,7 +64,7 @@ def push_directory(
         OSError: the Hub, or the transfer to it, failed.
     """
     directory = Path(directory)
-    names = sorted(files) if files is not None else _files(directory)
+    names = sorted(files) if files is not None else visible_files(directory)
     api = HfApi(library_name="optimum_arb", library_version=__version__, token=token)
     broken = "What is there is whole: as it was, or, if the connection broke after the last byte, as uploaded."
     with hub_errors(f"Could not upload {directory.name} to {repo_id}", "The model there is as it was.", broken):
@@ -148,7 +148,8 @@ def hub_errors(what: str, kept: str, broken: str | None = None) -> Iterator[None
         raise OSError(f"{what}: {cause}. {kept}") from error
 
 
-def _files(directory: Path) -> list[str]:
+def visible_files(directory: Path) -> list[str]:
+    """All files of a directory that are not hidden, relative to it."""
     found = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
     return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
 

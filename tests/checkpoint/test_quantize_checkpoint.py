@@ -239,3 +239,21 @@ def test_nan_in_a_weight_names_the_module(tmp_path):
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: the weight holds NaN"):
         quantize_checkpoint(tmp_path / "float", tmp_path / "out", ARBConfig(dataset=None, block_size=64))
     assert not (tmp_path / "out").exists()
+
+
+def test_files_are_those_of_the_model(tmp_path):
+    """They are what is uploaded: the user's own in the directory are not."""
+    save_tiny(tmp_path / "float", "LlamaForCausalLM")
+    written = set()
+    for name, choices in (("streamed", {}), ("in memory", {"target_bits_per_weight": 1.6})):
+        out = tmp_path / name
+        out.mkdir()
+        (out / ".env").write_text("KEY=secret")
+        (out / "notes.txt").write_text("mine")
+        config = ARBConfig(dataset=tokens(4), **choices)
+        result = quantize_checkpoint(tmp_path / "float", out, config)
+        written.add(result.files)
+        assert {".env", "notes.txt"} == {path.name for path in out.iterdir()} - set(result.files)
+    assert len(written) == 1
+    again = quantize_checkpoint(tmp_path / "float", tmp_path / "streamed", ARBConfig(dataset=tokens(4)), resume=True)
+    assert set(again.files) == {*result.files, "notes.txt"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import signal
@@ -123,6 +125,25 @@ def test_hidden_states_in_memory_and_on_disk_can_change(tmp_path, monkeypatch, f
     quantize_checkpoint(finished / "float", tmp_path / "b", config(), resume=True, activations_on_disk=True)
     for out in (tmp_path / "a", tmp_path / "b"):
         assert_same_files(out, finished / "out")
+
+
+def test_outputs_of_one_name_share_no_hidden_states(tmp_path, monkeypatch, finished):
+    """Two runs on one scratch disk: the second is begun and ended while the first is at work."""
+    scratch = tmp_path / "scratch"
+    original = calibrated.binarize_linear
+    begun = []
+
+    def another(*args):
+        if args[0] == "model.layers.1.self_attn.q_proj" and not begun:
+            begun.append(True)
+            other = config(dataset=tokens(6, seed=1))
+            quantize_checkpoint(finished / "float", tmp_path / "b" / "out", other, activations_on_disk=scratch)
+        return original(*args)
+
+    monkeypatch.setattr(calibrated, "binarize_linear", another)
+    quantize_checkpoint(finished / "float", tmp_path / "a" / "out", config(), activations_on_disk=scratch)
+    assert begun
+    assert_same_files(tmp_path / "a" / "out", finished / "out")
 
 
 def test_damaged_hidden_states_are_computed_again(tmp_path, monkeypatch, finished):
@@ -291,6 +312,28 @@ def test_the_model_to_replace_is_not_taken_for_the_new_one(tmp_path, finished):
     assert_same_files(out, finished / "out")
 
 
+@pytest.mark.parametrize("cut_short", [False, True])
+@pytest.mark.parametrize("change", ["float model", "modules_to_not_convert"])
+def test_a_finished_model_of_something_else_is_not_the_result(tmp_path, monkeypatch, finished, change, cut_short):
+    save_tiny(tmp_path / "other", "LlamaForCausalLM", num_hidden_layers=LAYERS, seed=1)
+    out = tmp_path / "out"
+    model, choices = finished / "float", config()
+    with monkeypatch.context() as patch:
+        if cut_short:
+            patch.setattr(quantize_module, "publish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt) if cut_short else contextlib.nullcontext():
+            quantize_checkpoint(model, out, choices)
+    if change == "float model":
+        model = tmp_path / "other"
+    else:
+        choices = config(modules_to_not_convert=["down_proj"])
+    error = (ValueError, "of another float model") if cut_short else (FileExistsError, "already holds a model")
+    with pytest.raises(error[0], match=error[1]):
+        quantize_checkpoint(model, out, choices, resume=True)
+    quantize_checkpoint(finished / "float", out, config(), resume=True)
+    assert_same_files(out, finished / "out")
+
+
 def test_cut_short_while_the_model_takes_its_place(tmp_path, monkeypatch, finished):
     """The model is whole then: resuming needs neither the layers nor the float model."""
     out = tmp_path / "out"
@@ -307,6 +350,34 @@ def test_cut_short_while_the_model_takes_its_place(tmp_path, monkeypatch, finish
     assert quantize_checkpoint(finished / "float", out, config(), resume=True).report == result.report
     with pytest.raises(FileExistsError, match="already holds a model"):
         quantize_checkpoint(finished / "float", out, config(planes=2), resume=True)
+
+
+def test_an_output_on_another_disk(tmp_path, monkeypatch, finished):
+    """By a link, or as a mount point: nothing can be renamed from beside it."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "link").symlink_to(elsewhere / "out")
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    (mount / "notes.txt").write_text("mine")
+    replace, disks = os.replace, (elsewhere, mount, tmp_path)
+
+    def replace_on_one_disk(source, place):
+        one, other = (next(disk for disk in disks if disk in Path(p).parents) for p in (source, place))
+        if one != other:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source))
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", replace_on_one_disk)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == mount)
+    for out in (tmp_path / "link", mount):
+        interrupt(monkeypatch, 9, finished / "float", out, config())
+        assert quantize_checkpoint(finished / "float", out, config(), resume=True).resumed_layers == 1
+    assert_same_files(elsewhere / "out", finished / "out")
+    (mount / "notes.txt").unlink()
+    assert_same_files(mount, finished / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link", "mount"]
+    assert [path.name for path in elsewhere.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -354,3 +425,18 @@ def test_killed_at_random_instants():
     assert len({trial["stop"] for trial in trials}) == 6  # signals, a full disk, too little memory, no rights
     assert all(trial["resumed"] and trial["identical"] and not trial["leftovers"] for trial in trials)
     assert all(trial["left"] in ("nothing", "old", "new") for trial in trials)
+
+
+def test_a_finished_model_whose_files_have_other_names(tmp_path):
+    """transformers saves a Llava under the names of older versions; `inspect_model` did not find its linears."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision = {"model_type": "clip_vision_model", **sizes, "image_size": 28, "patch_size": 14, "projection_dim": 64}
+    text = {"model_type": "llama", **sizes, "vocab_size": 96}
+    own = LlavaConfig(vision_config=vision, text_config=text, image_token_index=90)
+    LlavaForConditionalGeneration(own).save_pretrained(tmp_path / "float")
+    first = quantize_checkpoint(tmp_path / "float", tmp_path / "out", config(dataset=None))
+    again = quantize_checkpoint(tmp_path / "float", tmp_path / "out", config(dataset=None), resume=True)
+    assert {m.name for m in again.report.modules} == {m.name for m in first.report.modules}
+    assert again.report.packed_bytes == first.report.packed_bytes

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny
 
 from optimum_arb import inspection
 from optimum_arb.evaluate import PerplexityResult
@@ -45,6 +46,18 @@ def test_the_base_is_not_replaced(fail, earlier, float_model, tmp_path):
     before = (base / "model.safetensors").read_bytes()
     assert "holds the float model itself" in fail("requantize", earlier, base, "--base", base, "--overwrite")
     assert (base / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("family", ["BertForMaskedLM", "T5ForConditionalGeneration"])
+def test_the_class_is_that_of_the_base(call, family, tmp_path):
+    save_tiny(tmp_path / "base", family, tokenizer=True)
+    call("quantize", tmp_path / "base", tmp_path / "first", "--no-calibration")
+    call("requantize", tmp_path / "first", tmp_path / "again", "--base", tmp_path / "base")
+    first, again = (tmp_path / name for name in ("first", "again"))
+    assert json.loads((again / "config.json").read_text())["architectures"] == [family]
+    before, after = (load_file(path / "model.safetensors") for path in (first, again))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_another_base_shows_what_changed(call, earlier, float_model, tmp_path):
