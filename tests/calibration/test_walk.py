@@ -176,7 +176,9 @@ class InPlace(Plain):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"error_correction": 1e-9}, {"after_layer": lambda turn: turn.run(0)}], ids=str
+    "options",
+    [{}, {"error_correction": 1e-9}, {"after_layer": lambda turn: turn.run(0)}],
+    ids=["alone", "corrected", "after each layer"],
 )
 def test_layers_that_write_into_their_input(options):
     """Its next run reads it again, and what two linears receive in one tensor is not the same."""
