@@ -90,7 +90,7 @@ def test_batches(size):
 
 
 def test_batch_size_follows_from_the_length():
-    assert len(token_batches(tokens(8, 1024))[0]) == 8
+    assert len(token_batches(tokens(8, 1024))[0]) == 6
     assert len(token_batches(tokens(4, 8192))[0]) == 1
     assert len(token_batches(tokens(2, 10000))[0]) == 1
 
@@ -100,8 +100,8 @@ def test_batch_size_follows_from_the_length():
     [
         ("cpu", 128, 2048, {}, 1),
         ("cpu", 128, 2048, {"batch_size": 4}, 1),
-        ("cuda", 128, 2048, {}, 4),
-        ("cuda", 128, 2048, {"batch_size": 3}, 4),  # the bits do not depend on it
+        ("cuda", 128, 2048, {}, 3),
+        ("cuda", 128, 2048, {"batch_size": 2}, 3),  # the bits do not depend on it
         ("cuda", 32, 1024, {}, 2),  # at least 16 batches
         ("cuda", 8, 64, {}, 1),
         ("cuda", 128, 32768, {}, 1),
