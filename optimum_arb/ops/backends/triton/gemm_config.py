@@ -32,9 +32,10 @@ class GemmConfig:
         tiles: "hopper": packing tiles that are loaded at once, 1 or 2; "digits": planes of tiles that a product of
             matrices takes at once, a power of two.
         split_k: programs that share the columns of one output tile; their sums are added in order by a second kernel.
-        scale_input: "hopper", one plane: a launch of its own multiplies the column scale into x, which rounds x again,
-            rather than every program into the weights that it decodes. Weights with an order of columns have that
-            anyway, by the launch that brings x into it.
+        scale_input: "hopper": a launch of its own multiplies the column scales into x, once for each plane, which
+            rounds x again, rather than every program into the weights that it decodes. Several planes are then
+            multiplied one after another, which can pay where tokens are few. Weights of one plane with an order of
+            columns have that anyway, by the launch that brings x into it.
     """
 
     kernel: Kernel = "dequantize"
@@ -144,8 +145,22 @@ def default_config(packed: PackedWeight, m: int, dtype: torch.dtype) -> GemmConf
     return GemmConfig("hopper", block_m, 64, 4, 4 if block_m < 128 else 3, split_k)
 
 
+def scales_input(packed: PackedWeight, config: GemmConfig) -> bool:
+    """Whether "hopper" reads x multiplied by the column scales: where its columns are brought into the weight's order,
+    or where the config asks for it."""
+    layout, scale = packed.layout, packed.col_scale
+    if scale is None or layout.col_scales != layout.planes or not scale.is_contiguous():
+        return False
+    return config.scale_input or (layout.planes == 1 and packed.permutation is not None)
+
+
+def columns_read(packed: PackedWeight, config: GemmConfig) -> int:
+    """Columns of x as "hopper" reads it: each once for every plane where x comes scaled."""
+    return packed.in_features * (packed.layout.planes if scales_input(packed, config) else 1)
+
+
 def split_of(config: GemmConfig, packed: PackedWeight) -> int:
     """No more programs along K than there are whole steps of `config.tiles` tiles, each with at least one."""
-    steps = max(cdiv(packed.in_features // tile_width(packed.block_size), config.tiles), 1)
+    steps = max(cdiv(columns_read(packed, config) // tile_width(packed.block_size), config.tiles), 1)
     share = cdiv(steps, min(config.split_k, steps))
     return cdiv(steps, share)

@@ -19,6 +19,9 @@ from .launch import capability
 from .table import TOKENS, Entry
 from .timing import copies_for, graph_time, random_weight
 
+# Tokens up to which several planes are also timed one after another, with x scaled for each.
+SCALED_TOKENS = 128
+
 Shape = tuple[int, int, int]  # out_features, in_features, planes
 Config = one_bit.DecodeConfig | half_bits.HalfConfig | GemmConfig
 
@@ -43,8 +46,10 @@ def _calls(tokens: int, shape: Shape, permuted: bool) -> list[tuple[str, Config]
         return [("one_bit", c) for c in one_bit_candidates(out_features, in_features)]
     hopper = has_hopper() and capability(device)[0] == 9
     stored = candidates(out_features, in_features, tokens, hopper)
-    if planes == 1 and not permuted:  # with an order of columns these are the same
-        stored += [replace(config, scale_input=True) for config in stored if config.kernel == "hopper"]
+    # one plane with an order of columns has its scales in x anyway; several planes keep the tensor cores too busy
+    if not permuted if planes == 1 else tokens <= SCALED_TOKENS:
+        scaled = candidates(out_features, planes * in_features, tokens, hopper)
+        stored += [replace(config, scale_input=True) for config in scaled if config.kernel == "hopper"]
     if tokens <= digits.MAX_TOKENS and has_digits_kernel(device):
         stored += digits.candidates(out_features, in_features, tokens)
     found: list[tuple[str, Config]] = [(c.kernel, c) for c in stored]
