@@ -23,7 +23,6 @@ from gpu_layers import (
     random_weight,
     run,
 )
-from torch import nn
 
 from optimum_arb.ops.backends.triton.available import has_one_bit_kernel
 
@@ -158,7 +157,7 @@ def check_before_the_product(packed, m: int, dtype: torch.dtype, configs) -> Non
 def test_column_scales_before_the_product(planes, m, dtype):
     from optimum_arb.ops.backends.triton.gemm_config import candidates
 
-    configs = [config for config in candidates(4096, 4096, m) if config.kernel == "hopper"]
+    configs = [config for config in candidates(8192, 4096, m) if config.kernel == "hopper"]
     check_before_the_product(random_weight(f"planes-{planes}-col", 160, 512), m, dtype, configs)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,6 +17,8 @@ except ImportError:  # a Triton without Gluon, or with another form of it
     hopper_kernels = None  # type: ignore[assignment]
 
 Kernel = Literal["hopper", "portable", "digits", "dequantize"]
+# Up to which several planes may be multiplied one after another: more tokens keep the tensor cores busy as it is.
+SCALED_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,13 @@ def candidates(n: int, k: int, m: int, hopper: bool = True) -> list[GemmConfig]:
         if m <= 32:
             programs.append((block_m, 128, 8, 4, 2))
     elif m <= 256:
+        block_m = 128
         programs = [(64, 64, 4, 4, 1), (128, 64, 4, 3, 1), (128, 128, 8, 4, 1), (64, 128, 8, 3, 2)]
     else:
         programs = [(128, 128, 8, 4, 1), (128, 256, 8, 4, 1), (256, 128, 8, 3, 1)]
+    if 16 < m <= 256 and n >= 8192:
+        # every tile of rows reads all of x, more than once where it comes scaled for several planes
+        programs.append((block_m, 256, 8, 4, 1))
     for block_m, block_n, warps, stages, tiles in programs:
         count = cdiv(m, block_m) * cdiv(n, block_n)
         # two large programs have no room on one multiprocessor, about four small ones do
@@ -107,6 +113,22 @@ def candidates(n: int, k: int, m: int, hopper: bool = True) -> list[GemmConfig]:
                 continue
             found.append(GemmConfig("hopper", block_m, block_n, warps, stages, split_k, tiles))
     return found
+
+
+def scaled_candidates(n: int, k: int, m: int, planes: int, permuted: bool) -> list[GemmConfig]:
+    """Those of "hopper" that read x multiplied by the column scales, where that is not what they do anyway.
+
+    Args:
+        n: out_features.
+        k: in_features.
+        m: tokens.
+        planes: stored sign planes.
+        permuted: whether the columns have an order of their own.
+    """
+    if permuted if planes == 1 else m > SCALED_TOKENS:
+        return []
+    found = candidates(n, planes * k, m)
+    return [replace(config, scale_input=True) for config in found if config.kernel == "hopper"]
 
 
 def _portable_candidates(n: int, k: int, m: int) -> list[GemmConfig]:

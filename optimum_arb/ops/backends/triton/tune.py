@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 
@@ -14,13 +14,10 @@ from ..packed import PackedWeight
 from . import digits, half_bits, one_bit, prepack
 from .available import has_digits_kernel, has_one_bit_kernel
 from .gemm import gemm
-from .gemm_config import GemmConfig, candidates, has_hopper
+from .gemm_config import GemmConfig, candidates, has_hopper, scaled_candidates
 from .launch import capability
 from .table import TOKENS, Entry
 from .timing import copies_for, graph_time, random_weight
-
-# Tokens up to which several planes are also timed one after another, with x scaled for each.
-SCALED_TOKENS = 128
 
 Shape = tuple[int, int, int]  # out_features, in_features, planes
 Config = one_bit.DecodeConfig | half_bits.HalfConfig | GemmConfig
@@ -46,10 +43,8 @@ def _calls(tokens: int, shape: Shape, permuted: bool) -> list[tuple[str, Config]
         return [("one_bit", c) for c in one_bit_candidates(out_features, in_features)]
     hopper = has_hopper() and capability(device)[0] == 9
     stored = candidates(out_features, in_features, tokens, hopper)
-    # one plane with an order of columns has its scales in x anyway; several planes keep the tensor cores too busy
-    if not permuted if planes == 1 else tokens <= SCALED_TOKENS:
-        scaled = candidates(out_features, planes * in_features, tokens, hopper)
-        stored += [replace(config, scale_input=True) for config in scaled if config.kernel == "hopper"]
+    if hopper:
+        stored += scaled_candidates(out_features, in_features, tokens, planes, permuted)
     if tokens <= digits.MAX_TOKENS and has_digits_kernel(device):
         stored += digits.candidates(out_features, in_features, tokens)
     found: list[tuple[str, Config]] = [(c.kernel, c) for c in stored]
