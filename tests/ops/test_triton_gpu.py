@@ -132,27 +132,26 @@ def test_batch_invariant(name, columns, dtype):
     assert torch.equal(run(x[13:20], packed, bias, "auto:batch-invariant"), whole[13:20])
 
 
-def check_before_the_product(packed, m: int, dtype: torch.dtype, configs) -> None:
+def check_before_the_product(packed, m: int, dtype: torch.dtype, configs, biased: bool = True) -> None:
     """With x scaled by a launch of its own, the same bits twice, and for fewer rows of x."""
     from optimum_arb.ops.backends.triton.gemm import gemm
     from optimum_arb.ops.backends.triton.gemm_config import fits_hopper
 
     if not fits_hopper(packed, dtype):
         pytest.skip("not a GPU of compute capability 9.0")
-    x, bias = random_input(m, packed.in_features, dtype), random_input(1, packed.out_features, dtype, seed=9)[0]
-    product = x.double() @ packed.unpack().dequantize(torch.float64).T
+    x = random_input(m, packed.in_features, dtype)
+    bias = random_input(1, packed.out_features, dtype, seed=9)[0] if biased else None
+    expected = x.double() @ packed.unpack().dequantize(torch.float64).T + (0 if bias is None else bias.double())
     for config in configs:
         config = replace(config, scale_input=True)
-        for added in (bias, None):
-            found = gemm(x, packed, added, config=config)
-            assert error(found, product + (0 if added is None else added.double())) < TOLERANCE[dtype], config
-            assert torch.equal(gemm(x, packed, added, config=config), found), config
-        for rows in (slice(0, 1), slice(m // 2, m)):
-            assert torch.equal(gemm(x[rows], packed, config=config), found[rows]), config
+        found = gemm(x, packed, bias, config=config)
+        assert error(found, expected) < TOLERANCE[dtype], config
+        for rows in (slice(0, m), slice(0, 1), slice(m // 2, m)):
+            assert torch.equal(gemm(x[rows], packed, bias, config=config), found[rows]), config
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("m", [8, 16, 33, 64, 128, 600])
+@pytest.mark.parametrize("m", [8, 33, 64, 128, 600])
 @pytest.mark.parametrize("planes", [1, 2, 3])
 def test_column_scales_before_the_product(planes, m, dtype):
     from optimum_arb.ops.backends.triton.gemm_config import candidates
@@ -184,8 +183,8 @@ def test_shapes_of_column_scales_before_the_product(planes, rows, columns, block
     for split_k in (3, 16):
         configs.append(GemmConfig("hopper", 32, 64, 4, 4, split_k, 1))
         configs.append(GemmConfig("hopper", 32, 128, 8, 4, split_k, 2))
-    for m in (19, 70):
-        check_before_the_product(packed, m, dtype, configs)
+    check_before_the_product(packed, 19, dtype, configs)
+    check_before_the_product(packed, 70, dtype, configs, biased=False)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
