@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,6 +121,52 @@ def test_same_bits(taken, without_native, planes, permuted, bias, dtype):
             assert torch.equal(found(x.view(1, m, 512)), expected[None])
             assert taken[0] - before == 2 or seed == 0, f"{m} tokens: Triton launched"
     assert len(taken) > 5 or not hopper()  # calls without a step of the interpreter
+
+
+@pytest.fixture
+def scales_input(monkeypatch):
+    """Every product by "hopper" reads x multiplied by its column scales."""
+    from optimum_arb.ops.backends.triton import dispatch
+
+    if not hopper():
+        pytest.skip("not a GPU of compute capability 9.0")
+    chosen = dispatch._config
+    monkeypatch.setattr(dispatch, "_config", lambda *of: replace(chosen(*of), scale_input=True))
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("scales_input")
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("planes", [1, 2])
+def test_same_bits_of_scaled_inputs(taken, without_native, planes, permuted):
+    found = layer(planes, permuted=permuted, bias=True)
+    other = by_triton(found)
+    for m in (17, 64, 128):
+        for seed in range(3):
+            x = random_input(m, torch.float16, seed)
+            expected = without_native(other, x)
+            before = taken[0]
+            assert torch.equal(found(x), expected), f"{m} tokens, call {seed}"
+            assert torch.equal(found(x.view(1, m, 512)), expected[None])
+            assert taken[0] - before == 2 or seed == 0, f"{m} tokens: Triton launched"
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("scales_input")
+@pytest.mark.parametrize("choices", [{}, {"permuted": True, "one_order": True}, {"hadamard": 128}], ids=str)
+@pytest.mark.parametrize("planes", [1, 2])
+def test_prompts_of_scaled_inputs(taken, planes, choices):
+    """One native call for all layers, and the bits that each computes alone."""
+    found = prompt_layers(planes, (160, 32, 7), 512, bias=True, dtype=torch.bfloat16, **choices)
+    other = alone(found)
+    for m in (17, 64, 128):
+        for seed in range(3):
+            x = random_input(m, torch.bfloat16, seed)
+            expected = other(x)
+            before = taken[0]
+            assert torch.equal(found(x), expected), f"{m} tokens, call {seed}"
+            assert taken[0] - before == 1 or seed == 0, f"{m} tokens, call {seed}: {taken[0] - before} native runs"
+            assert torch.equal(found(x[None]), expected[None])
 
 
 class Attention(nn.Module):

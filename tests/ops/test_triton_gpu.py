@@ -23,7 +23,6 @@ from gpu_layers import (
     random_weight,
     run,
 )
-from torch import nn
 
 from optimum_arb.ops.backends.triton.available import has_one_bit_kernel
 
@@ -133,22 +132,59 @@ def test_batch_invariant(name, columns, dtype):
     assert torch.equal(run(x[13:20], packed, bias, "auto:batch-invariant"), whole[13:20])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_column_scales_before_the_product(dtype):
+def check_before_the_product(packed, m: int, dtype: torch.dtype, configs, biased: bool = True) -> None:
+    """With x scaled by a launch of its own, the same bits twice, and for fewer rows of x."""
     from optimum_arb.ops.backends.triton.gemm import gemm
-    from optimum_arb.ops.backends.triton.gemm_config import candidates, fits_hopper
+    from optimum_arb.ops.backends.triton.gemm_config import fits_hopper
 
-    packed = random_weight("planes-1-col", 160, 512)
     if not fits_hopper(packed, dtype):
         pytest.skip("not a GPU of compute capability 9.0")
-    dense = packed.unpack().dequantize(torch.float64)
-    for m in (8, 33, 64, 130, 600):
-        x, bias = random_input(m, 512, dtype), random_input(1, 160, dtype, seed=9)[0]
-        expected = nn.functional.linear(x.double(), dense, bias.double())
-        for config in candidates(4096, 4096, m):
-            if config.kernel == "hopper":
-                found = gemm(x, packed, bias, config=replace(config, scale_input=True))
-                assert error(found, expected) < TOLERANCE[dtype], config
+    x = random_input(m, packed.in_features, dtype)
+    bias = random_input(1, packed.out_features, dtype, seed=9)[0] if biased else None
+    expected = x.double() @ packed.unpack().dequantize(torch.float64).T + (0 if bias is None else bias.double())
+    for config in configs:
+        config = replace(config, scale_input=True)
+        found = gemm(x, packed, bias, config=config)
+        assert error(found, expected) < TOLERANCE[dtype], config
+        for rows in (slice(0, m), slice(0, 1), slice(m // 2, m)):
+            assert torch.equal(gemm(x[rows], packed, bias, config=config), found[rows]), config
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [8, 33, 64, 128, 600])
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_column_scales_before_the_product(planes, m, dtype):
+    from optimum_arb.ops.backends.triton.gemm_config import candidates
+
+    configs = [config for config in candidates(8192, 4096, m) if config.kernel == "hopper"]
+    check_before_the_product(random_weight(f"planes-{planes}-col", 160, 512), m, dtype, configs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("planes", "rows", "columns", "block_size", "permuted"),
+    [
+        (2, 1, 128, 128, True),
+        (2, 6, 384, 128, False),
+        (2, 42, 1152, 256, True),
+        (2, 123, 640, -1, False),
+        (2, 431, 4224, 512, True),
+        (3, 6, 128, 128, False),
+        (3, 123, 384, 256, True),
+        (3, 431, 1152, -1, True),
+    ],
+)
+def test_shapes_of_column_scales_before_the_product(planes, rows, columns, block_size, permuted, dtype):
+    from optimum_arb.ops.backends.triton.gemm_config import GemmConfig
+
+    packed = random_weight(f"planes-{planes}-col", rows, columns, block_size=block_size, permuted=permuted)
+    # numbers of tiles that the tiles of a slot and the programs of a product do not divide
+    configs = [GemmConfig("hopper", 16, 64, 4, 3, 1, 2), GemmConfig("hopper", 64, 128, 8, 3, 1, 2)]
+    for split_k in (3, 16):
+        configs.append(GemmConfig("hopper", 32, 64, 4, 4, split_k, 1))
+        configs.append(GemmConfig("hopper", 32, 128, 8, 4, split_k, 2))
+    check_before_the_product(packed, 19, dtype, configs)
+    check_before_the_product(packed, 70, dtype, configs, biased=False)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)

@@ -37,6 +37,9 @@ MORE = [
     ("planes-2", False, GemmConfig("hopper", 64, 64, 4, 4, 1, 1)),
     ("planes-2", False, GemmConfig("hopper", 256, 128, 8, 3, 1, 1)),
     ("planes-3-mean", False, GemmConfig("hopper", 64, 128, 8, 3, 1, 2)),
+    ("planes-2-col", True, GemmConfig("hopper", 16, 64, 4, 3, 2, 2, True)),
+    ("planes-2-col", False, GemmConfig("hopper", 32, 128, 4, 4, 1, 1, True)),
+    ("planes-3-col", False, GemmConfig("hopper", 64, 128, 8, 3, 1, 2, True)),
 ]
 
 
@@ -114,6 +117,7 @@ def calls():
     """Weights of many kinds, each with what is to be multiplied with it: configs, dtypes of x, biases."""
     fused = [GemmConfig("hopper", 64, 64, 4, 2, split_k) for split_k in (1, 2)]
     fused += [GemmConfig("hopper", 32, 128, 8, 3, 1, 2), GemmConfig("hopper", 64, 64, 4, 4, 1)]
+    fused.append(GemmConfig("hopper", 64, 64, 4, 2, 2, 1, True))
     portable = [GemmConfig("portable", 64, 64, 4, 2), GemmConfig("portable", 16, 128, 8, 2, 2)]
     few = [GemmConfig("digits", 16, 64, 4, 2, 1, 4), GemmConfig("digits", 16, 64, 4, 2, 2, 2)]
     fields = ("row_scale", "col_scale", "permutation", "salient_columns", "salient_weight", "salient_col_scale")

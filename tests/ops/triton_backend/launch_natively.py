@@ -146,7 +146,9 @@ def hopper(fake: ctypes.CDLL, name: str, tokens: int, permuted: bool, with_bias:
     plan.run(x, bias)  # by Triton
     out = torch.zeros(tokens, 272, dtype=dtype)
     scratch = torch.zeros(max(plan.scratch, 1), dtype=torch.uint8)
-    gathered = x if plan.gather is None else scratch[: tokens * 512 * 2].view(dtype).view(tokens, 512)
+    gathered = x
+    if plan.gather is not None:
+        gathered = scratch[: math.prod(plan.gather.shape) * 2].view(dtype).view(plan.gather.shape)
     product = plan.product
 
     def by_triton():
@@ -221,12 +223,14 @@ def group(fake: ctypes.CDLL, title, weights, with_bias, dtype, tokens, config, o
         expected += recorded(fake)
     gathers = 0
     for packed, bias, out, order in zip(weights, biases, outs, joined.gathers, strict=True):
-        own = config if transform is None else replace(config, scale_input=False)
-        alone = hopper_plan.HopperPlan(packed, tokens, columns_of_x, kind, dtype, bias, DEVICE, config.split_k, own)
+        alone = hopper_plan.HopperPlan(
+            packed, tokens, columns_of_x, kind, dtype, bias, DEVICE, config.split_k, config
+        )  # fmt: skip
         outputs._empty = fresh
         alone.run(given, bias)  # by Triton
-        # its scratch memory lies behind what was transformed, as in the group
-        memory = [out, scratch[joined.parts_at :] if transform is not None else scratch][: 1 + bool(alone.scratch)]
+        # where that of the group is: what it reads of x, or the parts of its sums alone
+        own = scratch[joined.parts_at if alone.gather is None else joined.prepared_at :]
+        memory = [out, own][: 1 + bool(alone.scratch)]
         found = natively(fake, alone, memory, given, bias)
         gathers += order is not None
         expected += found if alone.gather is None or order is not None else found[1:]
@@ -257,9 +261,15 @@ def groups(fake: ctypes.CDLL) -> None:
     group(fake, "scaled", scaled, False, torch.float16, 64, small, 2)
     before = replace(split, scale_input=True)
     group(fake, "scaled alone", weights(one, 160, 32), True, torch.bfloat16, 64, before, 2)
-    mixed = [*weights(two, 160), *weights(one, 32), *weights(two, 7)]
-    group(fake, "one of three scaled", mixed, False, torch.bfloat16, 64, replace(small, scale_input=True), 1)
-    group(fake, "transformed, not scaled", weights(one, 160, 32), True, torch.float16, 64, before, 0, block=128)
+    group(fake, "scaled for each plane", weights(two, 160, 32, 7), True, torch.bfloat16, 33, before, 3)
+    group(fake, "ordered and scaled", weights(two, 160, 32, permuted=True), False, torch.float16, 64, before, 2)
+    plain = layout_from_name("planes-2")
+    mixed = [*weights(two, 160), *weights(plain, 42), *weights(one, 32)]
+    group(fake, "two of three scaled", mixed, False, torch.bfloat16, 64, replace(small, scale_input=True), 2)
+    group(fake, "transformed and scaled", weights(one, 160, 32), True, torch.float16, 64, before, 2, block=128)
+    some = [*weights(plain, 42), *weights(two, 160)]
+    alone = replace(small, scale_input=True)
+    group(fake, "transformed, one scaled", some, True, torch.bfloat16, 64, alone, 1, block=128)
     group(fake, "transformed", weights(two, 160, 32, 7), True, torch.float16, 64, split, 0, block=128)
     written(fake, same, small)
 
@@ -337,6 +347,8 @@ def main() -> None:
     hopper(fake, "planes-1-col", 16, True, True, torch.float16, GemmConfig("hopper", 16, 64, 4, 3, 2, 2))
     hopper(fake, "planes-2-col", 64, False, True, torch.bfloat16, GemmConfig("hopper", 64, 64, 4, 2, 1))
     hopper(fake, "planes-1-col", 64, False, True, torch.bfloat16, GemmConfig("hopper", 64, 64, 4, 2, 2, 1, True))
+    hopper(fake, "planes-2-col", 16, False, True, torch.bfloat16, GemmConfig("hopper", 16, 64, 4, 3, 8, 1, True))
+    hopper(fake, "planes-2-col", 64, True, False, torch.float16, GemmConfig("hopper", 64, 128, 8, 3, 1, 2, True))
     hopper(fake, "planes-3-mean", 64, True, False, torch.float16, GemmConfig("hopper", 32, 128, 8, 3, 1, 2))
     groups(fake)
     few(fake, one_bit, one_bit.DecodeConfig(), "planes-2-col", 1, (272,), True)

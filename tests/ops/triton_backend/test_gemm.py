@@ -1,12 +1,14 @@
 """The fused product in plain Triton, in its interpreter, and the product by way of the dense weight."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from packed_weights import random_packed
 
 from optimum_arb.format.layout import all_layouts, planes_layout
 from optimum_arb.ops.backends.triton.gemm import gemm, gemm_input_grad
-from optimum_arb.ops.backends.triton.gemm_config import GemmConfig, candidates, is_fusable
+from optimum_arb.ops.backends.triton.gemm_config import GemmConfig, candidates, is_fusable, scaled_candidates
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -113,6 +115,21 @@ def test_candidates():
             found = candidates(n, k, m)
             assert len(found) == len(set(found))
             assert all(config.split_k * 128 <= k for config in found if config.split_k > 1)
+
+
+@pytest.mark.parametrize(
+    ("planes", "permuted", "most"), [(1, False, 4096), (1, True, 0), (2, False, 128), (2, True, 128), (3, False, 128)]
+)
+def test_candidates_of_scaled_inputs(planes, permuted, most):
+    """Every program that is timed without is timed with them, if with other splits."""
+    for m in (8, 16, 32, 64, 128, 256, 4096):
+        found = scaled_candidates(8192, 4096, m, planes, permuted)
+        assert len(found) == len(set(found))
+        assert bool(found) == (m <= most)
+        assert all(config.kernel == "hopper" and config.scale_input for config in found)
+        programs = {replace(config, scale_input=False, split_k=1) for config in found}
+        alone = {replace(config, split_k=1) for config in candidates(8192, 4096, m) if config.kernel == "hopper"}
+        assert not found or programs == alone
 
 
 def test_candidates_where_hopper_does_not_compute():

@@ -14,6 +14,7 @@ from ...streams import finish
 from ..packed import PackedWeight
 from .launch import Launch, Launcher, cdiv, overlaps, power_of_2, size_class, tensor_class
 
+TILE = tl.constexpr(128)
 ROWS, COLUMNS = 8, 512
 # From this many tokens on whole rows are permuted in shared memory: single elements gathered from memory move 0.6 TB/s
 # on an H200 (2048 x 4096: 53 us, where reading and writing them takes 8).
@@ -21,17 +22,27 @@ ROW_TOKENS = 64
 MAX_ROW = 2**15  # columns of a row: 64 KiB of shared memory
 
 
+@triton.jit
+def _place(k, plane, PLANES: tl.constexpr):
+    """Where column k of this plane's copy of x stands in a row: the copies of 128 columns lie side by side."""
+    if PLANES == 1:
+        return k
+    return (k // TILE * PLANES + plane) * TILE + k % TILE
+
+
 @triton.jit(do_not_specialize=["M"])
 def _gather_kernel(
-    out, x, permutation, scale, M, K, x_stride, out_stride,
-    PERMUTED: tl.constexpr, SCALED: tl.constexpr, OVERLAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    out, x, permutation, scale, M, K, x_stride,
+    PLANES: tl.constexpr, PERMUTED: tl.constexpr, SCALED: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[m, k] = x[m, permutation[k]] * scale[k], zero where k >= K."""
+    """out[m, _place(k, plane)] = x[m, permutation[k]] * scale[plane, k]."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
     k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    plane = tl.program_id(2)
     inside = k < K
     source = k
     if PERMUTED:
@@ -39,53 +50,55 @@ def _gather_kernel(
     mask = (m < M)[:, None] & inside[None, :]
     values = tl.load(x + m.to(tl.int64)[:, None] * x_stride + source[None, :], mask=mask, other=0)
     if SCALED:
-        values = values.to(tl.float32) * tl.load(scale + k, mask=inside, other=0).to(tl.float32)[None, :]
-    at = out + m.to(tl.int64)[:, None] * out_stride + k[None, :]
-    tl.store(at, values.to(out.dtype.element_ty), mask=(m < M)[:, None] & (k < out_stride)[None, :])
+        values = values.to(tl.float32) * tl.load(scale + plane * K + k, mask=inside, other=0).to(tl.float32)[None, :]
+    at = out + m.to(tl.int64)[:, None] * (PLANES * K) + _place(k, plane, PLANES)[None, :]
+    tl.store(at, values.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _gather_rows_kernel(
-    out, x, permutation, scale, M, K, x_stride, out_stride,
-    SCALED: tl.constexpr, OVERLAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    out, x, permutation, scale, M, K, x_stride,
+    PLANES: tl.constexpr, SCALED: tl.constexpr, OVERLAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """As `_gather_kernel`, ROWS whole rows one after another: read and written in order, permuted in shared memory."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
     k = tl.arange(0, COLUMNS)
+    plane = tl.program_id(1)
     inside = k < K
     source = tl.load(permutation + k, mask=inside, other=0).to(tl.int32)
+    to = _place(k, plane, PLANES)
     if SCALED:
-        factor = tl.load(scale + k, mask=inside, other=0).to(tl.float32)
+        factor = tl.load(scale + plane * K + k, mask=inside, other=0).to(tl.float32)
     for r in range(ROWS):
         m = (tl.program_id(0) * ROWS + r).to(tl.int64)
         values = tl.load(x + m * x_stride + k, mask=inside & (m < M), other=0)
-        values = tl.where(inside, tl.gather(values, source, 0), 0)
+        values = tl.gather(values, source, 0)
         if SCALED:
             values = values.to(tl.float32) * factor
-        tl.store(out + m * out_stride + k, values.to(out.dtype.element_ty), mask=(k < out_stride) & (m < M))
+        tl.store(out + m * (PLANES * K) + to, values.to(out.dtype.element_ty), mask=inside & (m < M))
 
 
 _gather = Launcher(_gather_kernel)
 _gather_rows = Launcher(_gather_rows_kernel)
 
 
-def gather_columns(x: torch.Tensor, packed: PackedWeight, *, scaled: bool = False, multiple: int = 1) -> torch.Tensor:
+def gather_columns(x: torch.Tensor, packed: PackedWeight, *, scaled: bool = False) -> torch.Tensor:
     """`x[:, permutation]`, or x's copy without a permutation.
 
     Args:
         x: `[M, K]`.
         packed: the weight whose columns it meets.
-        scaled: multiply by the first column scale.
-        multiple: the columns of the result are zero-padded to a multiple of this.
+        scaled: multiply by the column scales, of which each plane has one, contiguous; K is then a multiple of 128
+            where there are several planes.
 
     Returns:
-        `[M, K']` of x's dtype, contiguous.
+        `[M, K]` of x's dtype, contiguous; where x is scaled `[M, planes * K]`, of every 128 columns each plane's copy.
     """
     if x.stride(1) != 1:
         x = x.contiguous()
-    return Gather(packed, x.shape[0], x.stride(0), tensor_class(x), x.device, scaled=scaled, multiple=multiple)(x)
+    return Gather(packed, x.shape[0], x.stride(0), tensor_class(x), x.device, scaled=scaled)(x)
 
 
 class Gather:
@@ -98,7 +111,9 @@ class Gather:
         kind: `tensor_class` of x.
         device: of x.
         scaled: see `gather_columns`.
-        multiple: see there.
+
+    Attributes:
+        shape: of the result.
     """
 
     def __init__(
@@ -110,36 +125,35 @@ class Gather:
         device: torch.device,
         *,
         scaled: bool = False,
-        multiple: int = 1,
     ):
         columns = packed.in_features
         permutation = self.permutation = packed.permutation
         scale = self.scale = packed.col_scale if scaled else None
-        width = cdiv(columns, multiple) * multiple
+        planes = packed.layout.planes if scaled else 1
         overlap = overlaps(device)
         options = {"launch_pdl": True} if overlap else {}
-        self.shape = (tokens, width)
-        self.sizes = (tokens, columns, stride, width)
+        self.shape = (tokens, planes * columns)
+        self.sizes = (tokens, columns, stride)
         key = (
             kind,
             None if permutation is None else tensor_class(permutation),
             None if scale is None else tensor_class(scale),
             columns,
             size_class(stride),
-            width,
+            planes,
         )
-        if tokens >= ROW_TOKENS and permutation is not None and width <= MAX_ROW:
+        if tokens >= ROW_TOKENS and permutation is not None and columns <= MAX_ROW:
             # a power of two: every number of rows is compiled anew
             rows = min(8, power_of_2(cdiv(tokens, 256)))
-            size = power_of_2(width)
-            grid = (cdiv(tokens, rows), 1, 1)
+            size = power_of_2(columns)
+            grid = (cdiv(tokens, rows), planes, 1)
             warps = min(max(size // 512, 1), 32)
-            self.constants: tuple[bool | int, ...] = (scale is not None, overlap, rows, size)
+            self.constants: tuple[bool | int, ...] = (planes, scale is not None, overlap, rows, size)
             self.launch = Launch(_gather_rows, (key, rows), grid, device, num_warps=warps, **options)
         else:
             rows = min(ROWS, power_of_2(tokens))
-            grid = (cdiv(width, COLUMNS), cdiv(tokens, rows), 1)
-            self.constants = (permutation is not None, scale is not None, overlap, rows, COLUMNS)
+            grid = (cdiv(columns, COLUMNS), cdiv(tokens, rows), planes)
+            self.constants = (planes, permutation is not None, scale is not None, overlap, rows, COLUMNS)
             self.launch = Launch(_gather, (key, rows), grid, device, num_warps=4, **options)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,6 +17,8 @@ except ImportError:  # a Triton without Gluon, or with another form of it
     hopper_kernels = None  # type: ignore[assignment]
 
 Kernel = Literal["hopper", "portable", "digits", "dequantize"]
+# Up to which several planes may be multiplied one after another: more tokens keep the tensor cores busy as it is.
+SCALED_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,10 @@ class GemmConfig:
         tiles: "hopper": packing tiles that are loaded at once, 1 or 2; "digits": planes of tiles that a product of
             matrices takes at once, a power of two.
         split_k: programs that share the columns of one output tile; their sums are added in order by a second kernel.
-        scale_input: "hopper", one plane: a launch of its own multiplies the column scale into x, which rounds x again,
-            rather than every program into the weights that it decodes. Weights with an order of columns have that
-            anyway, by the launch that brings x into it.
+        scale_input: "hopper": a launch of its own multiplies the column scales into x, once for each plane, which
+            rounds x again, rather than every program into the weights that it decodes. Several planes are then
+            multiplied one after another, which can pay where tokens are few. Weights of one plane with an order of
+            columns have that anyway, by the launch that brings x into it.
     """
 
     kernel: Kernel = "dequantize"
@@ -91,9 +94,13 @@ def candidates(n: int, k: int, m: int, hopper: bool = True) -> list[GemmConfig]:
         if m <= 32:
             programs.append((block_m, 128, 8, 4, 2))
     elif m <= 256:
+        block_m = 128
         programs = [(64, 64, 4, 4, 1), (128, 64, 4, 3, 1), (128, 128, 8, 4, 1), (64, 128, 8, 3, 2)]
     else:
         programs = [(128, 128, 8, 4, 1), (128, 256, 8, 4, 1), (256, 128, 8, 3, 1)]
+    if 16 < m <= 256 and n >= 8192:
+        # every tile of rows reads all of x, more than once where it comes scaled for several planes
+        programs.append((block_m, 256, 8, 4, 1))
     for block_m, block_n, warps, stages, tiles in programs:
         count = cdiv(m, block_m) * cdiv(n, block_n)
         # two large programs have no room on one multiprocessor, about four small ones do
@@ -106,6 +113,22 @@ def candidates(n: int, k: int, m: int, hopper: bool = True) -> list[GemmConfig]:
                 continue
             found.append(GemmConfig("hopper", block_m, block_n, warps, stages, split_k, tiles))
     return found
+
+
+def scaled_candidates(n: int, k: int, m: int, planes: int, permuted: bool) -> list[GemmConfig]:
+    """Those of "hopper" that read x multiplied by the column scales, where that is not what they do anyway.
+
+    Args:
+        n: out_features.
+        k: in_features.
+        m: tokens.
+        planes: stored sign planes.
+        permuted: whether the columns have an order of their own.
+    """
+    if permuted if planes == 1 else m > SCALED_TOKENS:
+        return []
+    found = candidates(n, planes * k, m)
+    return [replace(config, scale_input=True) for config in found if config.kernel == "hopper"]
 
 
 def _portable_candidates(n: int, k: int, m: int) -> list[GemmConfig]:
@@ -144,8 +167,22 @@ def default_config(packed: PackedWeight, m: int, dtype: torch.dtype) -> GemmConf
     return GemmConfig("hopper", block_m, 64, 4, 4 if block_m < 128 else 3, split_k)
 
 
+def scales_input(packed: PackedWeight, config: GemmConfig) -> bool:
+    """Whether "hopper" reads x multiplied by the column scales: where its columns are brought into the weight's order,
+    or where the config asks for it."""
+    layout, scale = packed.layout, packed.col_scale
+    if scale is None or layout.col_scales != layout.planes or not scale.is_contiguous():
+        return False
+    return config.scale_input or (layout.planes == 1 and packed.permutation is not None)
+
+
+def columns_read(packed: PackedWeight, config: GemmConfig) -> int:
+    """Columns of x as "hopper" reads it: each once for every plane where x comes scaled."""
+    return packed.in_features * (packed.layout.planes if scales_input(packed, config) else 1)
+
+
 def split_of(config: GemmConfig, packed: PackedWeight) -> int:
     """No more programs along K than there are whole steps of `config.tiles` tiles, each with at least one."""
-    steps = max(cdiv(packed.in_features // tile_width(packed.block_size), config.tiles), 1)
+    steps = max(cdiv(columns_read(packed, config) // tile_width(packed.block_size), config.tiles), 1)
     share = cdiv(steps, min(config.split_k, steps))
     return cdiv(steps, share)

@@ -34,7 +34,7 @@ class Multiply:
         stages: slots of the ring.
         tiles: packing tiles of a slot, 1 or 2.
         split_k: programs along K.
-        scaled: x is multiplied by the (single) column scale already.
+        scaled: x is multiplied by the column scales already, `[M, planes * K]` of `columns.Gather`.
         overlapped: start while the launch before this one, which may write x, is still ending.
     """
 
@@ -58,17 +58,20 @@ class Multiply:
         overlapped: bool,
     ):
         layout = packed.layout
-        rows, columns = packed.out_features, packed.in_features
+        # a product of scaled x has the planes one after another
+        planes, spread = (1, layout.planes) if scaled else (layout.planes, 1)
+        rows, columns = packed.out_features, spread * packed.in_features
         with_columns = bool(layout.col_scales) and not scaled
-        self.x_box, w_box, self.c_box = _boxes(x_dtype, layout.planes, block_m, block_n, tiles)
+        self.x_box, w_box, self.c_box = _boxes(x_dtype, planes, block_m, block_n, tiles)
         self.x_shape, self.x_strides = (tokens, columns), (stride, 1)
         self.w_desc = _descriptor(packed.weight, *w_box)
         self.col_scale = packed.col_scale if with_columns else None
         self.dtype = x_dtype
         self.row_scale = packed.row_scale
-        tiles_per_block = columns // 128 if packed.block_size == -1 else packed.block_size // 128
+        tiles_per_block = packed.in_features // 128 if packed.block_size == -1 else packed.block_size // 128
         constants = (
-            layout.planes,
+            planes,
+            spread,
             with_columns,
             layout.row_scales,
             bias is not None,
@@ -91,7 +94,8 @@ class Multiply:
         )
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-        """x: float16 or bfloat16 `[M, K]` in the weight's stored column order, 16-byte aligned, and so its rows."""
+        """x: float16 or bfloat16 `[M, K]` in the weight's stored column order, or as `scaled` says; 16-byte aligned, as
+        are its rows."""
         self.launch(self.arguments(x, bias, out))
 
     def arguments(self, x: Any, bias: Any, out: Any) -> tuple[Any, ...]:

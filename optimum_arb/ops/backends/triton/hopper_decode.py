@@ -146,9 +146,15 @@ def _decode(
 
 
 @gluon.jit
-def _load_scales(pointer, tile, tiles_per_block, last, PLANES: gl.constexpr, SCALES: gl.constexpr, DTYPE: gl.constexpr):
-    """The row scales of this tile's block, and its mean (the first scale where there is none)."""
-    at = pointer + gl.minimum(tile // tiles_per_block, last) * SCALES
+def _load_scales(
+    pointer, tile, tiles_per_block, last,
+    PLANES: gl.constexpr, SPREAD: gl.constexpr, SCALES: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """The row scales of this tile's block, and its mean (the first scale where there is none).
+
+    Where SPREAD is not 1, `tile` counts the planes' tiles one by one, and this is the scale of one plane.
+    """
+    at = pointer + gl.minimum(tile // SPREAD // tiles_per_block, last) * SCALES + tile % SPREAD
     r0 = gl.load(at).to(DTYPE)
     r1 = r0
     r2 = r0
@@ -157,6 +163,6 @@ def _load_scales(pointer, tile, tiles_per_block, last, PLANES: gl.constexpr, SCA
         r1 = gl.load(at + 1).to(DTYPE)
     if PLANES > 2:
         r2 = gl.load(at + 2).to(DTYPE)
-    if SCALES > PLANES:
+    if SCALES > PLANES * SPREAD:
         mean = gl.load(at + PLANES).to(DTYPE)
     return r0, r1, r2, mean

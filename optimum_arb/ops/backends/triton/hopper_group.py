@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..packed import PackedWeight
 from .calls import Entry
 from .columns import Gather
+from .gemm_config import GemmConfig, columns_read, scales_input
 from .hadamard import Transform
-from .hopper_product import HopperProduct, converted_scales, gather, scales_input
+from .hopper_product import HopperProduct, converted_scales, gather
 from .launch import Ready
 from .native_launch import RESULTS, SCRATCH, Slot, X
 from .outputs import Outputs, aligned, current_stream, empty_vector
 from .ready_launches import ReadyLaunches, versions
 
-if TYPE_CHECKING:
-    from .gemm_config import GemmConfig
-
 
 class HopperGroup(ReadyLaunches):
     """What the products of up to three weights and one input take, each with a result and a bias of its own.
 
-    Every product is launched as `HopperPlan` does it, but that behind a transform column scales are never multiplied
-    into x. Weights with one and the same order of columns have them brought into it once. Biases stay where they are,
-    as the weights do.
+    Every product is launched as `HopperPlan` does it. Weights with one and the same order of columns have them brought
+    into it once. Biases stay where they are, as the weights do.
 
     Args:
         weights: with the same number of columns.
@@ -38,6 +33,10 @@ class HopperGroup(ReadyLaunches):
         splits: programs that share the columns of an output tile, of each weight.
         configs: how else, of each weight.
         transform: what x goes through first; the weights have no column order then. Or None.
+
+    Attributes:
+        scratch: bytes that the launches need: what the transform leaves, at `prepared_at` what one product after
+            another reads of it, at `parts_at` the parts of their sums.
     """
 
     def __init__(
@@ -52,19 +51,22 @@ class HopperGroup(ReadyLaunches):
         transform: Transform | None,
     ):
         super().__init__(device)
-        if transform is not None:  # what it gives would have to be scaled for each weight anew
-            configs = [replace(config, scale_input=False) for config in configs]
         self.biases, self.transform = biases, transform
         self._weights, self._configs, self._tokens, self._dtype = weights, configs, tokens, dtype
         columns = weights[0].in_features
         self._outputs = [Outputs(packed.out_features, dtype) for packed in weights]
         self._products = [
-            HopperProduct(packed, tokens, columns, dtype, dtype, bias, device, split_k, config)
+            HopperProduct(packed, tokens, columns_read(packed, config), dtype, dtype, bias, device, split_k, config)
             for packed, bias, split_k, config in zip(weights, biases, splits, configs, strict=True)
         ]
-        prepares = transform is not None or not all(map(self._reads_input, weights, configs))
-        # the parts of one product lie where those of another did: a launch reads and writes when the one before ended
-        self.parts_at = aligned(tokens * columns * dtype.itemsize) if prepares else 0
+        self.prepared_at = 0 if transform is None else aligned(tokens * columns * dtype.itemsize)
+        prepared = [
+            columns_read(packed, config)
+            for packed, config in zip(weights, configs, strict=True)
+            if not self._reads_input(packed, config)
+        ]
+        # what one product reads, and its parts, lie where another's did: a launch begins when the one before ended
+        self.parts_at = self.prepared_at + aligned(tokens * max(prepared, default=0) * dtype.itemsize)
         self.scratch = self.parts_at + max(product.scratch for product in self._products)
         self._orders = [packed.permutation for packed in weights if packed.permutation is not None]
         self._find_orders()
@@ -121,7 +123,7 @@ class HopperGroup(ReadyLaunches):
         results = [x.new_empty((*shape, product.rows)) for product in self._products]
         prepared = whole = x if self.transform is None else self.transform(x)
         for i, (product, order) in enumerate(zip(self._products, self.gathers, strict=True)):
-            prepared = prepared if order is None else order(x)
+            prepared = prepared if order is None else order(whole)
             reads = whole if self._reads_input(self._weights[i], self._configs[i]) else prepared
             product.run(reads, self.biases[i], results[i])
         self._ran = True
@@ -129,13 +131,13 @@ class HopperGroup(ReadyLaunches):
 
     def ready(self) -> list[Ready | None]:
         found: list[Ready | None] = []
-        x, prepared = Slot(X), Slot(SCRATCH)
-        whole = x if self.transform is None else prepared
+        whole, prepared = Slot(X), Slot(SCRATCH, self.prepared_at)
         if self.transform is not None:
-            found.append(self.transform.launch.ready(self.transform.arguments(x, prepared)))
+            whole = Slot(SCRATCH)
+            found.append(self.transform.launch.ready(self.transform.arguments(Slot(X), whole)))
         for i, (product, order) in enumerate(zip(self._products, self.gathers, strict=True)):
             if order is not None:
-                found.append(order.launch.ready(order.arguments(x, prepared)))
+                found.append(order.launch.ready(order.arguments(whole, prepared)))
             reads = whole if self._reads_input(self._weights[i], self._configs[i]) else prepared
             found += product.ready(reads, self.biases[i], Slot(RESULTS[i]), Slot(SCRATCH, self.parts_at))
         return found

@@ -8,6 +8,9 @@ A warpgroup waits for its product before it decodes on: ptxas keeps the register
 product is issued, and a decode beside it would change them under its hands. What keeps the tensor cores busy is
 another warpgroup's product: several small programs on a multiprocessor (`_shared_kernel`), or one large program
 (`_split_kernel`) whose warpgroups share the tokens' columns, meet nowhere, and have them brought by a warp of its own.
+
+Where x comes multiplied by the column scales of SPREAD planes, `[x * c0, x * c1]` for each 128 columns, the product is
+that of one plane with as many times the tiles: the planes of a tile lie side by side in the weight too.
 """
 
 from __future__ import annotations
@@ -56,13 +59,13 @@ def _fetch(
 @gluon.jit
 def _stage_scales(
     pointer, tile, tiles_per_block, last,
-    PLANES: gl.constexpr, SCALES: gl.constexpr, DTYPE: gl.constexpr, TILES: gl.constexpr,
+    PLANES: gl.constexpr, SPREAD: gl.constexpr, SCALES: gl.constexpr, DTYPE: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """The row scales of the TILES tiles from number `tile` on (TILES is 1 or 2)."""
-    first = _load_scales(pointer, tile, tiles_per_block, last, PLANES, SCALES, DTYPE)
+    first = _load_scales(pointer, tile, tiles_per_block, last, PLANES, SPREAD, SCALES, DTYPE)
     second = first
     if TILES == 2:
-        second = _load_scales(pointer, tile + 1, tiles_per_block, last, PLANES, SCALES, DTYPE)
+        second = _load_scales(pointer, tile + 1, tiles_per_block, last, PLANES, SPREAD, SCALES, DTYPE)
     return first, second
 
 
@@ -128,13 +131,14 @@ def _row_scales(row_scale, row_stride, n, N, LAYOUT: gl.constexpr):
 @gluon.jit(do_not_specialize=["M", "row_stride", "share"])
 def _shared_kernel(
     x_desc, w_desc, c_desc, out, bias, row_scale, M, N, K, row_stride, tiles_per_block, share,
-    PLANES: gl.constexpr, COLUMNS: gl.constexpr, SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, GROUP: gl.constexpr,
+    PLANES: gl.constexpr, SPREAD: gl.constexpr, COLUMNS: gl.constexpr, SCALES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    PDL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup (or two in step) a program, which is small enough to share its multiprocessor with others."""
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = x_desc.dtype
-    MEAN: gl.constexpr = SCALES > PLANES
+    MEAN: gl.constexpr = SCALES > PLANES * SPREAD
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     LAYOUT: gl.constexpr = _row_layout(BLOCK_N, WARPS)
@@ -166,12 +170,14 @@ def _shared_kernel(
         )  # fmt: skip
 
     scales = _row_scales(row_scale, row_stride, n, N, LAYOUT)
-    last = (tiles - 1) // tiles_per_block
-    first, second = _stage_scales(scales, start, tiles_per_block, last, PLANES, SCALES, DTYPE, TILES)
+    last = (tiles // SPREAD - 1) // tiles_per_block
+    first, second = _stage_scales(scales, start, tiles_per_block, last, PLANES, SPREAD, SCALES, DTYPE, TILES)
     sums = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA)
     for step in range(steps):
         following = start + (step + 1) * TILES
-        next_first, next_second = _stage_scales(scales, following, tiles_per_block, last, PLANES, SCALES, DTYPE, TILES)
+        next_first, next_second = _stage_scales(
+            scales, following, tiles_per_block, last, PLANES, SPREAD, SCALES, DTYPE, TILES
+        )  # fmt: skip
         slot = step % STAGES
         mbarrier.wait(ready.index(slot), (step // STAGES) & 1)
         sums = _product(
@@ -213,22 +219,24 @@ def _copying_warp(
 def _warpgroup(
     x_ring, bits, columns, ready, empty, out, bias, row_scale, M, N, K, row_stride, tiles_per_block,
     split, start, steps, m, n,
-    PART: gl.constexpr, PLANES: gl.constexpr, COLUMNS: gl.constexpr, SCALES: gl.constexpr, HAS_BIAS: gl.constexpr,
-    BLOCK_M: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+    PART: gl.constexpr, PLANES: gl.constexpr, SPREAD: gl.constexpr, COLUMNS: gl.constexpr, SCALES: gl.constexpr,
+    HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """The PART-th ROWS rows of a program."""
     DTYPE: gl.constexpr = x_ring.dtype
-    MEAN: gl.constexpr = SCALES > PLANES
+    MEAN: gl.constexpr = SCALES > PLANES * SPREAD
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     LAYOUT: gl.constexpr = _row_layout(ROWS, 4)
     scales = _row_scales(row_scale, row_stride, n + PART * ROWS, N, LAYOUT)
-    last = (K // TILE - 1) // tiles_per_block
-    first, second = _stage_scales(scales, start, tiles_per_block, last, PLANES, SCALES, DTYPE, TILES)
+    last = (K // TILE // SPREAD - 1) // tiles_per_block
+    first, second = _stage_scales(scales, start, tiles_per_block, last, PLANES, SPREAD, SCALES, DTYPE, TILES)
     sums = gl.zeros([ROWS, BLOCK_M], gl.float32, MMA)
     for step in range(steps):
         following = start + (step + 1) * TILES
-        next_first, next_second = _stage_scales(scales, following, tiles_per_block, last, PLANES, SCALES, DTYPE, TILES)
+        next_first, next_second = _stage_scales(
+            scales, following, tiles_per_block, last, PLANES, SPREAD, SCALES, DTYPE, TILES
+        )  # fmt: skip
         slot = step % STAGES
         mbarrier.wait(ready.index(slot), (step // STAGES) & 1)
         sums = _product(
@@ -246,8 +254,9 @@ def _warpgroup(
 @gluon.jit(do_not_specialize=["M", "row_stride", "share"])
 def _split_kernel(
     x_desc, w_desc, c_desc, out, bias, row_scale, M, N, K, row_stride, tiles_per_block, share,
-    PLANES: gl.constexpr, COLUMNS: gl.constexpr, SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, GROUP: gl.constexpr,
+    PLANES: gl.constexpr, SPREAD: gl.constexpr, COLUMNS: gl.constexpr, SCALES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    PDL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
     """Two warpgroups, each with half of the rows and a rhythm of its own, and a warp that asks for tiles."""
     DTYPE: gl.constexpr = x_desc.dtype
@@ -279,14 +288,16 @@ def _split_kernel(
                 _warpgroup,
                 (
                     x_ring, bits, columns, ready, empty, out, bias, row_scale, M, N, K, row_stride, tiles_per_block,
-                    split, start, steps, m, n, 0, PLANES, COLUMNS, SCALES, HAS_BIAS, BLOCK_M, ROWS, STAGES, TILES,
+                    split, start, steps, m, n,
+                    0, PLANES, SPREAD, COLUMNS, SCALES, HAS_BIAS, BLOCK_M, ROWS, STAGES, TILES,
                 ),
             ),
             (
                 _warpgroup,
                 (
                     x_ring, bits, columns, ready, empty, out, bias, row_scale, M, N, K, row_stride, tiles_per_block,
-                    split, start, steps, m, n, 1, PLANES, COLUMNS, SCALES, HAS_BIAS, BLOCK_M, ROWS, STAGES, TILES,
+                    split, start, steps, m, n,
+                    1, PLANES, SPREAD, COLUMNS, SCALES, HAS_BIAS, BLOCK_M, ROWS, STAGES, TILES,
                 ),
             ),
             (

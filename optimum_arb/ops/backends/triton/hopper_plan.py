@@ -49,7 +49,7 @@ class HopperPlan(ReadyProduct):
         self.gather = gather(packed, config, tokens, stride, kind, device)
         self.parts_at = 0
         if self.gather is not None:
-            stride = packed.in_features
+            stride = self.gather.shape[1]
             self.parts_at = aligned(tokens * stride * kind[0].itemsize)
         self.product = HopperProduct(packed, tokens, stride, kind[0], out_dtype, bias, device, split_k, config)
         self.scratch = self.parts_at + self.product.scratch

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..packed import PackedWeight
 from . import hopper
 from .columns import Gather, column_scales
+from .gemm_config import GemmConfig, scales_input
 from .launch import Ready, tensor_class
 from .native_launch import Slot
 from .sums import Sum
-
-if TYPE_CHECKING:
-    from .gemm_config import GemmConfig
-
-
-def scales_input(packed: PackedWeight, config: GemmConfig) -> bool:
-    """Whether the column scale is multiplied into x, where its columns are brought into the weight's order or alone."""
-    one = packed.layout.planes == 1 and packed.layout.col_scales == 1
-    return one and (packed.permutation is not None or config.scale_input)
 
 
 def gather(
@@ -54,7 +46,7 @@ class HopperProduct:
     Args:
         packed: the weight.
         tokens: M.
-        stride: from row to row of x, which is what `gather` made.
+        stride: from row to row of x, which is what `gather` made where that is not None.
         x_dtype: float16 or bfloat16.
         out_dtype: of the result.
         bias: one like those that are to be added, or None.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 
@@ -14,7 +14,7 @@ from ..packed import PackedWeight
 from . import digits, half_bits, one_bit, prepack
 from .available import has_digits_kernel, has_one_bit_kernel
 from .gemm import gemm
-from .gemm_config import GemmConfig, candidates, has_hopper
+from .gemm_config import GemmConfig, candidates, has_hopper, scaled_candidates
 from .launch import capability
 from .table import TOKENS, Entry
 from .timing import copies_for, graph_time, random_weight
@@ -43,8 +43,8 @@ def _calls(tokens: int, shape: Shape, permuted: bool) -> list[tuple[str, Config]
         return [("one_bit", c) for c in one_bit_candidates(out_features, in_features)]
     hopper = has_hopper() and capability(device)[0] == 9
     stored = candidates(out_features, in_features, tokens, hopper)
-    if planes == 1 and not permuted:  # with an order of columns these are the same
-        stored += [replace(config, scale_input=True) for config in stored if config.kernel == "hopper"]
+    if hopper:
+        stored += scaled_candidates(out_features, in_features, tokens, planes, permuted)
     if tokens <= digits.MAX_TOKENS and has_digits_kernel(device):
         stored += digits.candidates(out_features, in_features, tokens)
     found: list[tuple[str, Config]] = [(c.kernel, c) for c in stored]
