@@ -152,15 +152,17 @@ def hopper(fake: ctypes.CDLL, name: str, tokens: int, permuted: bool, with_bias:
     def by_triton():
         if plan.gather is not None:
             plan.gather.launch(plan.gather.arguments(x, gathered))
-        if product.sum is None:
-            product.multiply(gathered, bias, out)
-        else:
-            parts = scratch[plan.parts_at :].view(torch.float32)
-            product.multiply(gathered, None, parts)
-            product.sum(parts, bias, out)
+        for piece in product.pieces:
+            added, filled = None if bias is None else bias[piece.first :], out[:, piece.first :]
+            if piece.sum is None:
+                piece.multiply(gathered, added, filled)
+            else:
+                parts = scratch[plan.parts_at :].view(torch.float32)
+                piece.multiply(gathered, None, parts)
+                piece.sum(parts, added, filled)
 
     compare(fake, f"hopper {name} {tokens} {dtype} {config}", plan, x, bias, out, scratch, by_triton)
-    if product.multiply.col_scale is not None and dtype == torch.bfloat16:
+    if product.pieces[0].multiply.col_scale is not None and dtype == torch.bfloat16:
         before = plan.native
         packed.col_scale.mul_(2)
         for _ in range(2):
@@ -258,6 +260,16 @@ def groups(fake: ctypes.CDLL) -> None:
     before = replace(split, scale_input=True)
     group(fake, "scaled alone", weights(one, 160, 32), True, torch.bfloat16, 64, before, 2)
     mixed = [*weights(two, 160), *weights(one, 32), *weights(two, 7)]
+    group(
+        fake,
+        "split from a row on",
+        weights(two, 160, 32, 7),
+        True,
+        torch.bfloat16,
+        64,
+        replace(split, split_from=64),
+        0,
+    )
     group(fake, "one of three scaled", mixed, False, torch.bfloat16, 64, replace(small, scale_input=True), 1)
     group(fake, "transformed, not scaled", weights(one, 160, 32), True, torch.float16, 64, before, 0, block=128)
     group(fake, "transformed", weights(two, 160, 32, 7), True, torch.float16, 64, split, 0, block=128)
@@ -338,6 +350,9 @@ def main() -> None:
     hopper(fake, "planes-2-col", 64, False, True, torch.bfloat16, GemmConfig("hopper", 64, 64, 4, 2, 1))
     hopper(fake, "planes-1-col", 64, False, True, torch.bfloat16, GemmConfig("hopper", 64, 64, 4, 2, 2, 1, True))
     hopper(fake, "planes-3-mean", 64, True, False, torch.float16, GemmConfig("hopper", 32, 128, 8, 3, 1, 2))
+    of_last_rows = GemmConfig("hopper", 64, 64, 4, 2, 3, 1, True, 192)
+    hopper(fake, "planes-1-col", 64, False, True, torch.bfloat16, of_last_rows)
+    hopper(fake, "planes-2-col", 33, True, False, torch.float16, of_last_rows)
     groups(fake)
     few(fake, one_bit, one_bit.DecodeConfig(), "planes-2-col", 1, (272,), True)
     few(fake, one_bit, one_bit.DecodeConfig(), "planes-1", 2, (42, 7, 64), False)

@@ -42,7 +42,8 @@ def _calls(tokens: int, shape: Shape, permuted: bool) -> list[tuple[str, Config]
     if prepacked and tokens <= one_bit.MAX_TOKENS:
         return [("one_bit", c) for c in one_bit_candidates(out_features, in_features)]
     hopper = has_hopper() and capability(device)[0] == 9
-    stored = candidates(out_features, in_features, tokens, hopper)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    stored = candidates(out_features, in_features, tokens, hopper, processors)
     if planes == 1 and not permuted:  # with an order of columns these are the same
         stored += [replace(config, scale_input=True) for config in stored if config.kernel == "hopper"]
     if tokens <= digits.MAX_TOKENS and has_digits_kernel(device):
