@@ -187,6 +187,33 @@ def test_shapes_of_column_scales_before_the_product(planes, rows, columns, block
     check_before_the_product(packed, 70, dtype, configs, biased=False)
 
 
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("name", ["planes-1-col", "planes-2-col", "planes-3-mean"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rows_of_a_last_round(dtype, name, permuted):
+    """Rows from `split_from` on are computed in parts, the ones before in one."""
+    from optimum_arb.ops.backends.triton.gemm import gemm
+    from optimum_arb.ops.backends.triton.gemm_config import GemmConfig, fits_hopper
+
+    for rows in (431, 384, 136):
+        packed = random_weight(name, rows, 1024, permuted=permuted)
+        if not fits_hopper(packed, dtype):
+            pytest.skip("not a GPU of compute capability 9.0")
+        dense = packed.unpack().dequantize(torch.float64)
+        for m, block_m, block_n, stages in ((200, 128, 128, 4), (600, 256, 128, 3), (64, 64, 64, 3)):
+            warps = 8 if block_n == 128 else 4
+            x = random_input(m, 1024, dtype)
+            for bias in (None, random_input(1, rows, dtype, seed=9)[0]):
+                expected = torch.nn.functional.linear(x.double(), dense, None if bias is None else bias.double())
+                whole = gemm(x, packed, bias, config=GemmConfig("hopper", block_m, block_n, warps, stages))
+                for parts in (2, 3):
+                    config = GemmConfig("hopper", block_m, block_n, warps, stages, parts, split_from=128)
+                    found = gemm(x, packed, bias, config=config)
+                    assert error(found, expected) < TOLERANCE[dtype], config
+                    assert torch.equal(found[:, :128], whole[:, :128])
+                    assert torch.equal(gemm(x, packed, bias, config=config), found)
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("name", ["planes-2-col", "groups-all-salient-mean"])
 def test_gradients(name, dtype):

@@ -3,7 +3,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { MOST_LAUNCHES = 1024, MOST_FUNCTIONS = 64, MOST_PARAMS = 64, MOST_BYTES = 4096 };
+enum { MOST_LAUNCHES = 1024, MOST_FUNCTIONS = 256, MOST_PARAMS = 64, MOST_BYTES = 4096 };
 
 typedef struct {
     uint32_t id;

@@ -154,15 +154,17 @@ def hopper(fake: ctypes.CDLL, name: str, tokens: int, permuted: bool, with_bias:
     def by_triton():
         if plan.gather is not None:
             plan.gather.launch(plan.gather.arguments(x, gathered))
-        if product.sum is None:
-            product.multiply(gathered, bias, out)
-        else:
-            parts = scratch[plan.parts_at :].view(torch.float32)
-            product.multiply(gathered, None, parts)
-            product.sum(parts, bias, out)
+        for piece in product.pieces:
+            added, filled = None if bias is None else bias[piece.first :], out[:, piece.first :]
+            if piece.sum is None:
+                piece.multiply(gathered, added, filled)
+            else:
+                parts = scratch[plan.parts_at :].view(torch.float32)
+                piece.multiply(gathered, None, parts)
+                piece.sum(parts, added, filled)
 
     compare(fake, f"hopper {name} {tokens} {dtype} {config}", plan, x, bias, out, scratch, by_triton)
-    if product.multiply.col_scale is not None and dtype == torch.bfloat16:
+    if product.pieces[0].multiply.col_scale is not None and dtype == torch.bfloat16:
         before = plan.native
         packed.col_scale.mul_(2)
         for _ in range(2):
@@ -261,6 +263,8 @@ def groups(fake: ctypes.CDLL) -> None:
     group(fake, "scaled", scaled, False, torch.float16, 64, small, 2)
     before = replace(split, scale_input=True)
     group(fake, "scaled alone", weights(one, 160, 32), True, torch.bfloat16, 64, before, 2)
+    last_rows = replace(split, split_from=64)
+    group(fake, "split from a row on", weights(two, 160, 32, 7), True, torch.bfloat16, 64, last_rows, 0)
     group(fake, "scaled for each plane", weights(two, 160, 32, 7), True, torch.bfloat16, 33, before, 3)
     group(fake, "ordered and scaled", weights(two, 160, 32, permuted=True), False, torch.float16, 64, before, 2)
     plain = layout_from_name("planes-2")
@@ -350,6 +354,9 @@ def main() -> None:
     hopper(fake, "planes-2-col", 16, False, True, torch.bfloat16, GemmConfig("hopper", 16, 64, 4, 3, 8, 1, True))
     hopper(fake, "planes-2-col", 64, True, False, torch.float16, GemmConfig("hopper", 64, 128, 8, 3, 1, 2, True))
     hopper(fake, "planes-3-mean", 64, True, False, torch.float16, GemmConfig("hopper", 32, 128, 8, 3, 1, 2))
+    of_last_rows = GemmConfig("hopper", 64, 64, 4, 2, 3, 1, True, 192)
+    hopper(fake, "planes-1-col", 64, False, True, torch.bfloat16, of_last_rows)
+    hopper(fake, "planes-2-col", 33, True, False, torch.float16, of_last_rows)
     groups(fake)
     few(fake, one_bit, one_bit.DecodeConfig(), "planes-2-col", 1, (272,), True)
     few(fake, one_bit, one_bit.DecodeConfig(), "planes-1", 2, (42, 7, 64), False)

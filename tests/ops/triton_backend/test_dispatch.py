@@ -50,3 +50,15 @@ def test_tables_made_with_a_newer_triton(monkeypatch, there):
     finally:
         dispatch._tuned.cache_clear()
     assert (None if found is None else found.kernel) == ("hopper" if there else None)
+
+
+def test_where_the_last_round_begins_is_of_one_shape(monkeypatch):
+    config = {"kernel": "hopper", "block_n": 128, "split_k": 4, "split_from": 4224}
+    monkeypatch.setattr(dispatch, "lookup", lambda *args: Entry(5120, 5120, 1, 512, "hopper", config, 1.0))
+    monkeypatch.setattr(dispatch, "has_hopper", lambda: True)
+    dispatch._tuned.cache_clear()
+    try:
+        found = [dispatch._tuned(torch.device("cpu"), *shape, 1, 512) for shape in ((5120, 5120), (4096, 5120))]
+    finally:
+        dispatch._tuned.cache_clear()
+    assert [(each.split_k, each.split_from) for each in found if each is not None] == [(4, 4224), (1, 0)]

@@ -8,7 +8,13 @@ from packed_weights import random_packed
 
 from optimum_arb.format.layout import all_layouts, planes_layout
 from optimum_arb.ops.backends.triton.gemm import gemm, gemm_input_grad
-from optimum_arb.ops.backends.triton.gemm_config import GemmConfig, candidates, is_fusable, scaled_candidates
+from optimum_arb.ops.backends.triton.gemm_config import (
+    GemmConfig,
+    candidates,
+    is_fusable,
+    last_round,
+    scaled_candidates,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -130,6 +136,33 @@ def test_candidates_of_scaled_inputs(planes, permuted, most):
         programs = {replace(config, scale_input=False, split_k=1) for config in found}
         alone = {replace(config, split_k=1) for config in candidates(8192, 4096, m) if config.kernel == "hopper"}
         assert not found or programs == alone
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "block_n", "block_m", "expected"),
+    [
+        (5120, 512, 128, 128, (4224, 4)),  # 40 rows of 4 tiles: 33 of them are one round of 132, 7 x 4 x 4 are left
+        (5120, 1024, 128, 256, (4224, 4)),
+        (13824, 512, 128, 128, (12672, 3)),
+        (11008, 512, 128, 128, (8448, 1)),  # 80 tiles are too many for two programs each
+        (4096, 512, 128, 128, (0, 1)),  # less than a round
+        (8448, 256, 128, 128, (0, 1)),  # a whole one
+        (5123, 512, 128, 128, (4224, 4)),
+    ],
+)
+def test_tiles_of_a_last_round(n, m, block_n, block_m, expected):
+    assert last_round(n, m, block_n, block_m, 132) == expected
+
+
+def test_candidates_that_divide_the_last_round():
+    found = [config for config in candidates(5120, 5120, 512) if config.split_from]
+    assert found
+    for config in found:
+        assert config.split_k > 1
+        assert config.split_from % config.block_n == 0
+        assert config.split_from < 5120
+    assert not any(config.split_from for config in candidates(5120, 512, 512)), "too few columns to divide"
+    assert not any(config.split_from for config in candidates(4096, 4096, 512))
 
 
 def test_candidates_where_hopper_does_not_compute():

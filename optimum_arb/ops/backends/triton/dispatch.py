@@ -184,6 +184,8 @@ def _tuned(device: torch.device, out_features: int, in_features: int, planes: in
     if entry is None or entry.kernel == "one_bit":
         return None
     config = GemmConfig(**entry.config)
+    if config.split_from and (entry.out_features, entry.in_features) != (out_features, in_features):
+        config = replace(config, split_k=1, split_from=0)  # where the last round begins depends on the shape
     # tables are made with a newer Triton; of what it has not, `default_config` finds the next best
     there = has_hopper() if config.kernel == "hopper" else config.kernel != "digits" or has_digits_kernel(device)
     return config if there else None

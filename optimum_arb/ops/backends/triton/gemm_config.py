@@ -38,6 +38,8 @@ class GemmConfig:
             rounds x again, rather than every program into the weights that it decodes. Several planes are then
             multiplied one after another, which can pay where tokens are few. Weights of one plane with an order of
             columns have that anyway, by the launch that brings x into it.
+        split_from: "hopper": the row of the weight from which `split_k` counts; the tiles of rows before it have a
+            program each. So the few tiles of a last round are divided among all multiprocessors. 0: all rows.
     """
 
     kernel: Kernel = "dequantize"
@@ -48,6 +50,7 @@ class GemmConfig:
     split_k: int = 1
     tiles: int = 1
     scale_input: bool = False
+    split_from: int = 0
 
 
 def is_fusable(packed: PackedWeight) -> bool:
@@ -74,7 +77,7 @@ def fits_hopper(packed: PackedWeight, dtype: torch.dtype) -> bool:
     )
 
 
-def candidates(n: int, k: int, m: int, hopper: bool = True) -> list[GemmConfig]:
+def candidates(n: int, k: int, m: int, hopper: bool = True, processors: int = 132) -> list[GemmConfig]:
     """Configurations worth timing for `[m, k] x [n, k]`, the fastest of which depends on the device.
 
     Args:
@@ -82,6 +85,7 @@ def candidates(n: int, k: int, m: int, hopper: bool = True) -> list[GemmConfig]:
         k: in_features.
         m: tokens.
         hopper: whether "hopper" computes there; otherwise "portable".
+        processors: multiprocessors of the device.
     """
     if not hopper:
         return _portable_candidates(n, k, m)
@@ -112,10 +116,14 @@ def candidates(n: int, k: int, m: int, hopper: bool = True) -> list[GemmConfig]:
             if count * split_k < 100 and count * split_k * 2 <= most and k // 128 >= 4 * tiles * split_k and m <= 256:
                 continue
             found.append(GemmConfig("hopper", block_m, block_n, warps, stages, split_k, tiles))
+        if warps == 8 and m > 128:
+            split_from, split_k = last_round(n, m, block_n, block_m, processors)
+            if split_k > 1 and k // 128 >= 2 * tiles * split_k:
+                found.append(GemmConfig("hopper", block_m, block_n, warps, stages, split_k, tiles, False, split_from))
     return found
 
 
-def scaled_candidates(n: int, k: int, m: int, planes: int, permuted: bool) -> list[GemmConfig]:
+def scaled_candidates(n: int, k: int, m: int, planes: int, permuted: bool, processors: int = 132) -> list[GemmConfig]:
     """Those of "hopper" that read x multiplied by the column scales, where that is not what they do anyway.
 
     Args:
@@ -124,11 +132,26 @@ def scaled_candidates(n: int, k: int, m: int, planes: int, permuted: bool) -> li
         m: tokens.
         planes: stored sign planes.
         permuted: whether the columns have an order of their own.
+        processors: multiprocessors of the device.
     """
     if permuted if planes == 1 else m > SCALED_TOKENS:
         return []
-    found = candidates(n, planes * k, m)
+    found = candidates(n, planes * k, m, processors=processors)
     return [replace(config, scale_input=True) for config in found if config.kernel == "hopper"]
+
+
+def last_round(n: int, m: int, block_n: int, block_m: int, processors: int) -> tuple[int, int]:
+    """The row from which tiles are left for a last round of programs, one on each multiprocessor, and how many programs
+    can share each of them in one round; (0, 1) where there is no round before it, or no room.
+
+    5120 rows are 160 tiles of 128 x 128 for 512 tokens: 132 in a first round, and 28 that would take as long again
+    by themselves, or a quarter of that in four parts."""
+    across = cdiv(m, block_m)
+    whole = cdiv(n, block_n) * across // processors * processors // across  # rows of tiles
+    left = (cdiv(n, block_n) - whole) * across
+    if not whole or not left:
+        return 0, 1
+    return whole * block_n, min(processors // left, 4)
 
 
 def _portable_candidates(n: int, k: int, m: int) -> list[GemmConfig]:

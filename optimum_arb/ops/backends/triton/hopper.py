@@ -36,6 +36,7 @@ class Multiply:
         split_k: programs along K.
         scaled: x is multiplied by the column scales already, `[M, planes * K]` of `columns.Gather`.
         overlapped: start while the launch before this one, which may write x, is still ending.
+        out_stride: from token to token of the result.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Multiply:
         split_k: int,
         scaled: bool,
         overlapped: bool,
+        out_stride: int,
     ):
         layout = packed.layout
         # a product of scaled x has the planes one after another
@@ -83,10 +85,11 @@ class Multiply:
             GROUP,
         )
         share = cdiv(cdiv(columns // 128, tiles), split_k) * tiles
-        self.rest = (tokens, rows, columns, self.row_scale.shape[1], tiles_per_block, share, *constants)
+        sizes = (rows, columns, out_stride, tiles_per_block)
+        self.rest = (tokens, rows, columns, out_stride, self.row_scale.shape[1], tiles_per_block, share, *constants)
         self.launch = Launch(
             SPLIT if warps == 8 else SHARED,
-            (x_dtype, out_dtype, bias, tensor_class(self.row_scale), rows, columns, tiles_per_block, constants),
+            (x_dtype, out_dtype, bias, tensor_class(self.row_scale), *sizes, constants),
             (cdiv(tokens, block_m) * cdiv(rows, block_n), split_k, 1),
             device,
             num_warps=4,

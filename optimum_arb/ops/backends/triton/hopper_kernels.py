@@ -94,8 +94,9 @@ def _product(
 
 
 @gluon.jit
-def _store(sums, out, bias, split, m, n, M, N, HAS_BIAS: gl.constexpr):
-    """out[m, n] (or float32 [split, m, n]) of one tile, through a layout whose threads hold neighbouring n."""
+def _store(sums, out, bias, split, m, n, M, N, stride, HAS_BIAS: gl.constexpr):
+    """out[m, n] (or float32 [split, m, n]) of one tile, through a layout whose threads hold neighbouring n; `stride`
+    from m to m."""
     WARPS: gl.constexpr = gl.num_warps()
     STORE: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
     result = sums.to(out.dtype.element_ty)
@@ -105,7 +106,8 @@ def _store(sums, out, bias, split, m, n, M, N, HAS_BIAS: gl.constexpr):
     if HAS_BIAS:
         added = gl.load(bias + gl.minimum(to_n, N - 1)).to(gl.float32)
         result = (result.to(gl.float32) + gl.expand_dims(added, 1)).to(out.dtype.element_ty)
-    at = out + split.to(gl.int64) * M * N + gl.expand_dims(to_m.to(gl.int64) * N, 0) + gl.expand_dims(to_n, 1)
+    first = out + split.to(gl.int64) * M * stride
+    at = first + gl.expand_dims(to_m.to(gl.int64) * stride, 0) + gl.expand_dims(to_n, 1)
     gl.store(at, result, mask=gl.expand_dims(to_n < N, 1) & gl.expand_dims(to_m < M, 0))
 
 
@@ -130,7 +132,7 @@ def _row_scales(row_scale, row_stride, n, N, LAYOUT: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["M", "row_stride", "share"])
 def _shared_kernel(
-    x_desc, w_desc, c_desc, out, bias, row_scale, M, N, K, row_stride, tiles_per_block, share,
+    x_desc, w_desc, c_desc, out, bias, row_scale, M, N, K, stride, row_stride, tiles_per_block, share,
     PLANES: gl.constexpr, SPREAD: gl.constexpr, COLUMNS: gl.constexpr, SCALES: gl.constexpr, HAS_BIAS: gl.constexpr,
     PDL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
     GROUP: gl.constexpr,
@@ -197,7 +199,7 @@ def _shared_kernel(
     gl.thread_barrier()
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(stage))
-    _store(sums, out, bias, split, m, n, M, N, HAS_BIAS)
+    _store(sums, out, bias, split, m, n, M, N, stride, HAS_BIAS)
 
 
 @gluon.jit
@@ -217,7 +219,7 @@ def _copying_warp(
 
 @gluon.jit
 def _warpgroup(
-    x_ring, bits, columns, ready, empty, out, bias, row_scale, M, N, K, row_stride, tiles_per_block,
+    x_ring, bits, columns, ready, empty, out, bias, row_scale, M, N, K, stride, row_stride, tiles_per_block,
     split, start, steps, m, n,
     PART: gl.constexpr, PLANES: gl.constexpr, SPREAD: gl.constexpr, COLUMNS: gl.constexpr, SCALES: gl.constexpr,
     HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
@@ -248,12 +250,12 @@ def _warpgroup(
         mbarrier.arrive(empty.index(slot), count=1)
         first = next_first
         second = next_second
-    _store(sums, out, bias, split, m, n + PART * ROWS, M, N, HAS_BIAS)
+    _store(sums, out, bias, split, m, n + PART * ROWS, M, N, stride, HAS_BIAS)
 
 
 @gluon.jit(do_not_specialize=["M", "row_stride", "share"])
 def _split_kernel(
-    x_desc, w_desc, c_desc, out, bias, row_scale, M, N, K, row_stride, tiles_per_block, share,
+    x_desc, w_desc, c_desc, out, bias, row_scale, M, N, K, stride, row_stride, tiles_per_block, share,
     PLANES: gl.constexpr, SPREAD: gl.constexpr, COLUMNS: gl.constexpr, SCALES: gl.constexpr, HAS_BIAS: gl.constexpr,
     PDL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
     GROUP: gl.constexpr,
@@ -287,16 +289,16 @@ def _split_kernel(
             (
                 _warpgroup,
                 (
-                    x_ring, bits, columns, ready, empty, out, bias, row_scale, M, N, K, row_stride, tiles_per_block,
-                    split, start, steps, m, n,
+                    x_ring, bits, columns, ready, empty, out, bias, row_scale, M, N, K, stride, row_stride,
+                    tiles_per_block, split, start, steps, m, n,
                     0, PLANES, SPREAD, COLUMNS, SCALES, HAS_BIAS, BLOCK_M, ROWS, STAGES, TILES,
                 ),
             ),
             (
                 _warpgroup,
                 (
-                    x_ring, bits, columns, ready, empty, out, bias, row_scale, M, N, K, row_stride, tiles_per_block,
-                    split, start, steps, m, n,
+                    x_ring, bits, columns, ready, empty, out, bias, row_scale, M, N, K, stride, row_stride,
+                    tiles_per_block, split, start, steps, m, n,
                     1, PLANES, SPREAD, COLUMNS, SCALES, HAS_BIAS, BLOCK_M, ROWS, STAGES, TILES,
                 ),
             ),

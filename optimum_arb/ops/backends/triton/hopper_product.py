@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,36 +41,34 @@ def gather(
     return Gather(packed, tokens, stride, kind, device, scaled=scaled)
 
 
-class HopperProduct:
-    """The launches of a product, with all but x, bias and result known.
+def row_pieces(rows: int, split_k: int, split_from: int) -> list[tuple[range, int]]:
+    """The rows of the weight that one launch computes, and how many programs share the columns of their tiles."""
+    if split_k == 1 or not 0 < split_from < rows:
+        return [(range(rows), split_k)]
+    return [(range(split_from), 1), (range(split_from, rows), split_k)]
 
-    Args:
-        packed: the weight.
-        tokens: M.
-        stride: from row to row of x, which is what `gather` made where that is not None.
-        x_dtype: float16 or bfloat16.
-        out_dtype: of the result.
-        bias: one like those that are to be added, or None.
-        device: of all tensors.
-        split_k: programs that share the columns of an output tile.
-        config: how else.
-    """
+
+class _Piece:
+    """The launches of some rows of the weight; arguments as of `HopperProduct`."""
 
     def __init__(
         self,
         packed: PackedWeight,
+        rows: range,
         tokens: int,
         stride: int,
-        x_dtype: torch.dtype,
-        out_dtype: torch.dtype,
+        kinds: tuple[torch.dtype, torch.dtype, torch.device],
         bias: torch.Tensor | None,
-        device: torch.device,
         split_k: int,
         config: GemmConfig,
     ):
-        rows = self.rows = packed.out_features
-        self.parts = (split_k, tokens, rows)
-        self.sum = Sum(split_k, tokens, rows, out_dtype, bias, device) if split_k > 1 else None
+        x_dtype, out_dtype, device = kinds
+        whole, count, self.first = packed.out_features, len(rows), rows.start
+        if count < whole:
+            row_scale = packed.row_scale[rows.start : rows.stop]
+            packed = replace(packed, weight=packed.weight[rows.start : rows.stop], row_scale=row_scale)
+        self.parts = (split_k, tokens, count)
+        self.sum = Sum(split_k, tokens, count, out_dtype, bias, device, whole) if split_k > 1 else None
         self.multiply = hopper.Multiply(
             packed,
             tokens,
@@ -86,36 +85,96 @@ class HopperProduct:
             split_k=split_k,
             scaled=scales_input(packed, config),
             overlapped=True,
+            out_stride=whole if self.sum is None else count,
         )
 
     @property
     def scratch(self) -> int:
-        """Bytes of the parts of the sums."""
         split_k, tokens, rows = self.parts
         return 0 if self.sum is None else split_k * tokens * rows * 4
 
+
+def _from(tensor: Any, first: int, itemsize: int) -> Any:
+    """The tensor, or what stands for it, from this element of its last dimension on."""
+    if tensor is None or not first:
+        return tensor
+    if isinstance(tensor, Slot):
+        return Slot(tensor.address, tensor.offset + first * itemsize)
+    return tensor[..., first:]
+
+
+class HopperProduct:
+    """The launches of a product, with all but x, bias and result known.
+
+    Args:
+        packed: the weight.
+        tokens: M.
+        stride: from row to row of x, which is what `gather` made.
+        x_dtype: float16 or bfloat16.
+        out_dtype: of the result.
+        bias: one like those that are to be added, or None.
+        device: of all tensors.
+        split_k: programs that share the columns of an output tile, of rows from `config.split_from` on.
+        config: how else.
+    """
+
+    def __init__(
+        self,
+        packed: PackedWeight,
+        tokens: int,
+        stride: int,
+        x_dtype: torch.dtype,
+        out_dtype: torch.dtype,
+        bias: torch.Tensor | None,
+        device: torch.device,
+        split_k: int,
+        config: GemmConfig,
+    ):
+        self.rows = packed.out_features
+        self._sizes = out_dtype.itemsize, 0 if bias is None else bias.itemsize
+        kinds = x_dtype, out_dtype, device
+        self.pieces = [
+            _Piece(packed, rows, tokens, stride, kinds, bias, parts, config)
+            for rows, parts in row_pieces(packed.out_features, split_k, config.split_from)
+        ]
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of the parts of the sums."""
+        return max(piece.scratch for piece in self.pieces)
+
     def run(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         """Launches by Triton."""
-        if self.sum is None:
-            self.multiply(x, bias, out)
-        else:
-            parts = torch.empty(self.parts, dtype=torch.float32, device=x.device)
-            self.multiply(x, None, parts)
-            self.sum(parts, bias, out)
+        for piece, added, filled in self._each(bias, out.view(-1, self.rows)):
+            if piece.sum is None:
+                piece.multiply(x, added, filled)
+            else:
+                parts = torch.empty(piece.parts, dtype=torch.float32, device=x.device)
+                piece.multiply(x, None, parts)
+                piece.sum(parts, added, filled)
 
     def ready(self, x: Any, bias: Any, out: Any, parts: Slot) -> list[Ready | None]:
         """The launches once they were compiled, of tensors or of what stands for them."""
-        if self.sum is None:
-            return [self.multiply.launch.ready(self.multiply.arguments(x, bias, out))]
-        return [
-            self.multiply.launch.ready(self.multiply.arguments(x, None, parts)),
-            self.sum.launch.ready(self.sum.arguments(parts, bias, out)),
-        ]
+        found: list[Ready | None] = []
+        for piece, added, filled in self._each(bias, out):
+            if piece.sum is None:
+                found.append(piece.multiply.launch.ready(piece.multiply.arguments(x, added, filled)))
+                continue
+            found.append(piece.multiply.launch.ready(piece.multiply.arguments(x, None, parts)))
+            found.append(piece.sum.launch.ready(piece.sum.arguments(parts, added, filled)))
+        return found
+
+    def _each(self, bias: Any, out: Any) -> Iterator[tuple[_Piece, Any, Any]]:
+        """The pieces, each with its part of the bias and of the result `[M, N]`, or of what stands for them."""
+        of_out, of_bias = self._sizes
+        for piece in self.pieces:
+            yield piece, _from(bias, piece.first, of_bias), _from(out, piece.first, of_out)
 
     def converted_scale(self) -> torch.Tensor | None:
         """The column scales, where the launches read a copy of them in another dtype."""
-        scale = self.multiply.col_scale
-        if scale is None or column_scales(scale, self.multiply.dtype).data_ptr() == scale.data_ptr():
+        multiply = self.pieces[0].multiply
+        scale = multiply.col_scale
+        if scale is None or column_scales(scale, multiply.dtype).data_ptr() == scale.data_ptr():
             return None
         return scale
 

@@ -19,12 +19,17 @@ def _sum_kernel(
     bias,
     M,
     N,
+    stride,
     SPLIT_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     OVERLAP: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[i] = parts[0, i] + parts[1, i] + ... + bias[i mod N], in this order."""
+    """out[i] = parts[0, i] + parts[1, i] + ... + bias[i mod N], in this order.
+
+    Rows of out are `stride` apart, N where it is WHOLE.
+    """
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
@@ -37,7 +42,8 @@ def _sum_kernel(
         total += tl.load(parts + part * size + i, mask=inside, other=0)
     if HAS_BIAS:
         total += tl.load(bias + i % N, mask=inside, other=0).to(tl.float32)
-    tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
+    to = i if WHOLE else i // N * stride + i % N
+    tl.store(out + to, total.to(out.dtype.element_ty), mask=inside)
 
 
 _sum = Launcher(_sum_kernel)
@@ -53,6 +59,7 @@ class Sum:
         dtype: of the result.
         bias: one like those that are to be added, or None.
         device: of all tensors.
+        stride: from token to token of the result; N where None.
     """
 
     def __init__(
@@ -63,13 +70,15 @@ class Sum:
         dtype: torch.dtype,
         bias: torch.Tensor | None,
         device: torch.device,
+        stride: int | None = None,
     ):
+        stride = rows if stride is None else stride
         overlap = overlaps(device)
         block = 1024 if tokens * rows >= 2**18 else 256
-        self.rest = (tokens, rows, split_k, bias is not None, overlap, block)
+        self.rest = (tokens, rows, stride, split_k, bias is not None, overlap, stride == rows, block)
         self.launch = Launch(
             _sum,
-            (dtype, None if bias is None else tensor_class(bias), rows, split_k, block),
+            (dtype, None if bias is None else tensor_class(bias), rows, stride, split_k, block),
             (cdiv(tokens * rows, block), 1, 1),
             device,
             num_warps=block // 256,

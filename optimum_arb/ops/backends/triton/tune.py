@@ -42,9 +42,10 @@ def _calls(tokens: int, shape: Shape, permuted: bool) -> list[tuple[str, Config]
     if prepacked and tokens <= one_bit.MAX_TOKENS:
         return [("one_bit", c) for c in one_bit_candidates(out_features, in_features)]
     hopper = has_hopper() and capability(device)[0] == 9
-    stored = candidates(out_features, in_features, tokens, hopper)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    stored = candidates(out_features, in_features, tokens, hopper, processors)
     if hopper:
-        stored += scaled_candidates(out_features, in_features, tokens, planes, permuted)
+        stored += scaled_candidates(out_features, in_features, tokens, planes, permuted, processors)
     if tokens <= digits.MAX_TOKENS and has_digits_kernel(device):
         stored += digits.candidates(out_features, in_features, tokens)
     found: list[tuple[str, Config]] = [(c.kernel, c) for c in stored]
