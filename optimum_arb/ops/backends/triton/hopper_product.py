@@ -41,10 +41,15 @@ def gather(
     return Gather(packed, tokens, stride, kind, device, scaled=scaled)
 
 
+LARGE_TILE = 256 * 128
+
+
 def row_pieces(rows: int, split_k: int, split_from: int) -> list[tuple[range, int]]:
     """The rows of the weight that one launch computes, and how many programs share the columns of their tiles."""
-    if split_k == 1 or not 0 < split_from < rows:
+    if split_k == 1 or not split_from:
         return [(range(rows), split_k)]
+    if split_from >= rows:
+        return [(range(rows), 1)]
     return [(range(split_from), 1), (range(split_from, rows), split_k)]
 
 
@@ -69,6 +74,8 @@ class _Piece:
             packed = replace(packed, weight=packed.weight[rows.start : rows.stop], row_scale=row_scale)
         self.parts = (split_k, tokens, count)
         self.sum = Sum(split_k, tokens, count, out_dtype, bias, device, whole) if split_k > 1 else None
+        # sums of such tiles in float32 need the shared memory of a slot on their way out: 233 KB of 227 with three
+        few = rows.start and config.block_m * config.block_n >= LARGE_TILE
         self.multiply = hopper.Multiply(
             packed,
             tokens,
@@ -80,7 +87,7 @@ class _Piece:
             block_m=config.block_m,
             block_n=config.block_n,
             warps=config.warps,
-            stages=config.stages,
+            stages=max(config.stages - 1, 1) if few else config.stages,
             tiles=config.tiles,
             split_k=split_k,
             scaled=scales_input(packed, config),
