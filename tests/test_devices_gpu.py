@@ -145,32 +145,87 @@ def test_tensor_parallel_over_nccl(tmp_path):
         assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+# name -> (family, changes of `BIG`, ARBConfig, columns from which on the work under a calibration matrix is divided)
+TOGETHER = {
+    "llama": ("LlamaForCausalLM", {}, {}, None),
+    "experts": ("MixtralForCausalLM", {}, {}, None),
+    "divided": ("LlamaForCausalLM", {}, {}, 1),
+    "divided experts": ("MixtralForCausalLM", {}, {}, 1),
+    # query, key and value are of different sizes, and fitted on streams of their own
+    "without correction": ("LlamaForCausalLM", {}, {"planes": 2, "error_correction": 0, "held_out_samples": 2}, 1),
+    "hadamard": ("LlamaForCausalLM", {}, {"hadamard": 64}, 1),
+    "bitmap": ("LlamaForCausalLM", {}, {"method": "arb-rc", "num_iterations": 2}, 1),
+    "factors": ("LlamaForCausalLM", {"num_hidden_layers": 1}, {"method": "arb-dbf", "num_iterations": 4}, 1),
+    # as it is divided by default; inverses by parts of the triangle, iterations that are not replayed
+    "large": ("LlamaForCausalLM", {"hidden_size": 2048, "intermediate_size": 4160, "num_hidden_layers": 2}, {}, None),
+}
+
+
+def source(folder: Path, name: str) -> Path:
+    family, changes, _, _ = TOGETHER[name]
+    path = folder / name / "float"
+    if not path.exists():
+        (save_tiny if family.startswith("Llama") else save_moe)(path, family, **{**BIG, **changes})
+    return path
+
+
+def binarize_together(folder: Path, name: str, device_map: str):
+    config = ARBConfig(**{"dataset": tokens(8, 24), "num_samples": 8, "batch_size": 2, **TOGETHER[name][2]})
+    return AutoModelForCausalLM.from_pretrained(
+        folder / name / "float", quantization_config=config, device_map=device_map
+    )
+
+
 def together(folder: str) -> None:
     """One rank of a joint calibration over NCCL."""
+    from optimum_arb.algorithms import admm
+    from optimum_arb.calibration import division
     from optimum_arb.calibration.distributed import distributed
 
+    made: list[None] = []
+    pull = admm._pull
+    admm._pull = lambda *args: made.append(None) or pull(*args)  # type: ignore[assignment]
+    default = division.LEAST["cuda"]
+    counts = {}
     with distributed(timeout=120) as ranks:
-        for family in FAMILIES:
-            path = Path(folder) / family
-            config = ARBConfig(dataset=tokens(8, 24), num_samples=8, batch_size=2)
-            model = AutoModelForCausalLM.from_pretrained(path / "float", quantization_config=config, device_map="cuda")
+        for name, (_, _, _, least) in TOGETHER.items():
+            division.LEAST["cuda"] = least or default
+            made.clear()
+            model = binarize_together(Path(folder), name, "cuda")
             assert {p.device.index for p in model.parameters()} == {ranks.rank}
+            counts[name] = len(made)
             if ranks.is_first:
-                model.save_pretrained(path / "together")
+                model.save_pretrained(Path(folder) / name / "together")
+    (Path(folder) / f"together{ranks.rank}.json").write_text(json.dumps(counts))
+
+
+@pytest.fixture(scope="module")
+def made_together(tmp_path_factory):
+    if GPUS < 2:
+        pytest.skip("needs two CUDA devices")
+    folder = tmp_path_factory.mktemp("together")
+    for name in TOGETHER:
+        source(folder, name)
+    check(run_ranks(__file__, "together", folder))
+    return folder
 
 
 @two_gpus
-def test_two_gpus_make_the_bits_of_one(tmp_path):
-    for family in FAMILIES:
-        save(tmp_path / family / "float", family)
-    check(run_ranks(__file__, "together", tmp_path))
-    for family in FAMILIES:
-        config = ARBConfig(dataset=tokens(8, 24), num_samples=8, batch_size=2)
-        alone = AutoModelForCausalLM.from_pretrained(
-            tmp_path / family / "float", quantization_config=config, device_map="cuda:0"
-        )
-        alone.save_pretrained(tmp_path / family / "alone")
-        expected, found = (load_file(tmp_path / family / kind / "model.safetensors") for kind in ("alone", "together"))
-        assert expected.keys() == found.keys()
-        assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
-        assert model_report(alone).mean_output_error is not None
+@pytest.mark.parametrize("name", TOGETHER)
+def test_two_gpus_make_the_bits_of_one(made_together, name):
+    alone = binarize_together(made_together, name, "cuda:0")
+    alone.save_pretrained(made_together / name / "alone")
+    expected, found = (load_file(made_together / name / kind / "model.safetensors") for kind in ("alone", "together"))
+    assert expected.keys() == found.keys()
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    assert model_report(alone).mean_output_error is not None
+
+
+@two_gpus
+@pytest.mark.parametrize("name", ["divided", "large"])
+def test_two_gpus_divide_the_inverses(made_together, name):
+    """Of four matrices a layer, each inverse once."""
+    counts = [json.loads((made_together / f"together{rank}.json").read_text())[name] for rank in (0, 1)]
+    layers = {**BIG, **TOGETHER[name][1]}["num_hidden_layers"]
+    assert sum(counts) == 4 * 5 * layers
+    assert max(counts) <= 3 * 4 * layers

@@ -25,10 +25,10 @@ from .bitmap import BitmapFit, fit_bitmap_block
 from .coded_scales import code_scales
 from .compensation import binarize_blocks
 from .guard import no_worse_than_rounding, round_to_nearest, rounding_is_better
-from .hessian import PreparedHessian, identity_hessian, prepare_hessian
+from .hessian import PreparedHessian, identity_hessian
 from .planes import PlanesFit, fit_planes
+from .preparation import prepared_part
 from .refinement import refine_blocks
-from .shared_work import once, share
 
 __all__ = ["binarize", "hadamard_gain", "output_error", "squared_errors"]
 
@@ -82,7 +82,7 @@ def binarize(
         config.dataset = None  # what no input reached is fitted as without calibration
         prepared = identity_hessian(columns, weight.device)
     else:
-        prepared = _prepare(hessian, config, config.resolved_act_order)
+        prepared = prepared_part(hessian, config).once()
     if prepared.permutation is not None:
         target = target[:, prepared.permutation]
     target = torch.where(prepared.dead, 0.0, target)  # what never has an input may as well cost nothing
@@ -166,20 +166,6 @@ def _power_of_two(values: torch.Tensor) -> float:
     return 2.0 ** math.floor(math.log2(largest)) if 0 < largest < math.inf else 1.0
 
 
-def _prepare(hessian: torch.Tensor, config: ARBConfig, act_order: bool) -> PreparedHessian:
-    whole = bool(config.resolved_admm_iterations)  # only fits of one block after the other look at the inverse
-    options = config.resolved_damp_percent, act_order, config.resolved_shrinkage, not whole
-
-    def make() -> PreparedHessian:
-        prepared = prepare_hessian(hessian, *options)
-        if config.method == "arb-hrc":
-            # here and not at its first use: other fits, on streams of their own, wait for what is made here alone
-            share(prepared.damped)
-        return prepared
-
-    return once(hessian, options, make)
-
-
 def _binarize_rotated(target: torch.Tensor, hessian: torch.Tensor, config: ARBConfig) -> BinarizedWeight:
     """arb-hrc of `W T^T` under `T H T^T`, T a block Hadamard transform of the (permuted) columns with random signs."""
     permutation = None
@@ -191,7 +177,7 @@ def _binarize_rotated(target: torch.Tensor, hessian: torch.Tensor, config: ARBCo
     # exact, and no scale matters: sums over a block must not leave float32
     hessian = hessian / _power_of_two(hessian.diagonal())
     target, hessian = rotate(target, hessian, signs, config.hadamard)
-    result = _binarize_planes(target, _prepare(hessian, config, False), config)
+    result = _binarize_planes(target, prepared_part(hessian, config, act_order=False).once(), config)
     result.permutation, result.hadamard, result.input_signs = permutation, config.hadamard, signs
     return result
 

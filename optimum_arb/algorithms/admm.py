@@ -14,13 +14,15 @@ knows the next one.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ..spare_threads import ahead
 from .cuda_graph import Replayed
 from .planes import PlanesFit
 from .products import MIXED, product_float32
-from .shared_work import once
+from .shared_work import Part, also_elsewhere
 from .sign_terms import SignTerms
 
 # The highest rho, for a matrix H of unit diagonal. Mean of 5 matrices of SmolLM2-135M, one plane, held-out output error
@@ -53,23 +55,10 @@ def admm_planes(
     """
     if iterations < 1:
         raise ValueError(f"iterations={iterations} must be at least 1.")
-    size = matrix.diagonal().sqrt() if col_scale else matrix.diagonal().mean().sqrt().expand(len(matrix))
-    target = weight * size
-    scaled = matrix / (size[:, None] * size)
+    size = _column_sizes(matrix, col_scale)
     dtype = product_dtype(weight.device)
-    terms = SignTerms(target, block_size, planes, col_scale, dtype)
-    stages = min(STAGES, iterations)
-
-    def make_pull(stage: int) -> torch.Tensor:
-        rho = HIGHEST_RHO * (stage + 1) / stages
-
-        def make() -> torch.Tensor:
-            shifted = scaled.clone()
-            shifted.diagonal().add_(rho)
-            return _inverse(shifted).mul_(rho).to(dtype)
-
-        return once(matrix, (rho, col_scale), make)
-
+    terms = SignTerms(weight * size, block_size, planes, col_scale, dtype)
+    stages = pull_parts(matrix, iterations, col_scale)
     pulls = torch.empty_like(matrix, dtype=dtype) if _replays(weight) else None
 
     def iterate() -> None:
@@ -78,12 +67,34 @@ def admm_planes(
         terms.project()
 
     run = iterate if pulls is None else Replayed(iterate, weight.device)
-    for stage, pull in enumerate(ahead(make_pull, range(stages))):
+    for stage, pull in enumerate(ahead(also_elsewhere(Part.once), stages)):
         if pulls is not None:
             pulls.copy_(pull)
-        for _ in range((stage + 1) * iterations // stages - stage * iterations // stages):
+        for _ in range((stage + 1) * iterations // len(stages) - stage * iterations // len(stages)):
             run()
     return terms.fits(size)
+
+
+def pull_parts(matrix: torch.Tensor, iterations: int, col_scale: bool = True) -> list[Part[torch.Tensor]]:
+    """`rho (H + rho I)^-1`, `[K, K]` in `product_dtype`, of each value of rho in its turn; none looks at the weight.
+
+    Args:
+        matrix, iterations, col_scale: as in `admm_planes`.
+    """
+    stages = min(STAGES, iterations)
+    every = [HIGHEST_RHO * (stage + 1) / stages for stage in range(stages)]
+    return [Part(matrix, (rho, col_scale), partial(_pull, matrix, rho, col_scale)) for rho in every]
+
+
+def _pull(matrix: torch.Tensor, rho: float, col_scale: bool) -> torch.Tensor:
+    size = _column_sizes(matrix, col_scale)
+    shifted = matrix / (size[:, None] * size)
+    shifted.diagonal().add_(rho)
+    return _inverse(shifted).mul_(rho).to(product_dtype(matrix.device))
+
+
+def _column_sizes(matrix: torch.Tensor, col_scale: bool) -> torch.Tensor:
+    return matrix.diagonal().sqrt() if col_scale else matrix.diagonal().mean().sqrt().expand(len(matrix))
 
 
 def _replays(weight: torch.Tensor) -> bool:

@@ -8,13 +8,34 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _of_this_thread = threading.local()
+
+
+@dataclass(frozen=True)
+class Part(Generic[Result]):
+    """Something that fits make of a matrix.
+
+    Attributes:
+        matrix: of which.
+        key: tells it from what else is made of the matrix.
+        make: makes it; looks at no weight.
+    """
+
+    matrix: torch.Tensor
+    key: Hashable
+    make: Callable[[], Result]
+
+    def once(self) -> Result:
+        """As the function `once`."""
+        return once(self.matrix, self.key, self.make)
 
 
 class SharedWork:
@@ -35,7 +56,29 @@ class SharedWork:
             return make()
         with self._lock:
             entry = self._entries.setdefault((id(matrix), key), _Entry())
+            if entry.uses is not None:
+                entry.uses -= 1
+                if not entry.uses:
+                    del self._entries[id(matrix), key]
         return entry.get(matrix.device, make)
+
+    def put(
+        self,
+        part: Part[Any],
+        result: Any,
+        uses: int | None = None,
+        arrived: Callable[[], None] | None = None,
+    ) -> None:
+        """What was made elsewhere, or before the fits.
+
+        Args:
+            part: what it is.
+            result: what `part.make` gives.
+            uses: by how many fits; the last one that asks for it takes it away. None keeps it.
+            arrived: is called by each before it is used, where its tensors are still on their way.
+        """
+        self.share(part.matrix)
+        self._entries[id(part.matrix), part.key] = _Entry((result, None), uses, arrived)
 
     def share(self, matrix: torch.Tensor) -> None:
         """Results of this matrix, itself one that fits share, are shared too."""
@@ -44,9 +87,16 @@ class SharedWork:
 
 
 class _Entry:
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        made: tuple[Any, torch.cuda.Event | None] | None = None,
+        uses: int | None = None,
+        arrived: Callable[[], None] | None = None,
+    ) -> None:
+        self.uses = uses
         self._lock = threading.Lock()
-        self._made: tuple[Any, torch.cuda.Event | None] | None = None
+        self._made = made
+        self._arrived = arrived
 
     def get(self, device: torch.device, make: Callable[[], Any]) -> Any:
         with self._lock:
@@ -55,6 +105,8 @@ class _Entry:
                 here = torch.cuda.current_stream(device) if device.type == "cuda" else None
                 self._made = result, None if here is None else here.record_event()
             result, done = self._made
+            if self._arrived is not None:
+                self._arrived()
         if done is not None:
             torch.cuda.current_stream(device).wait_event(done)
         return result
@@ -75,6 +127,17 @@ def once(matrix: torch.Tensor, key: Hashable, make: Callable[[], Result]) -> Res
     """`make()`, by the first of the fits that share this matrix and ask for the same key. Nothing may write to it."""
     work: SharedWork | None = getattr(_of_this_thread, "work", None)
     return make() if work is None else work.get(matrix, key, make)
+
+
+def also_elsewhere(task: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    """A task that shares what this thread does now, in whichever thread it runs."""
+    work: SharedWork | None = getattr(_of_this_thread, "work", None)
+
+    def run(item: Item) -> Result:
+        with sharing(work):
+            return task(item)
+
+    return run
 
 
 def share(matrix: torch.Tensor) -> None:

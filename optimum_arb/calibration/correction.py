@@ -243,6 +243,7 @@ class Corrections:
     Attributes:
         sums: by name of the first of the linears that share one, `sum e x^T` `[K, K]` or `sum d x^T` `[N, K]`.
         members: name -> names of the linears that share it.
+        changes: by the same names, what is added to weights, `[K, K]` to be multiplied by the weight, or `[N, K]`.
     """
 
     def __init__(self, step: Step, modules: Mapping[str, nn.Module], device: torch.device):
@@ -251,7 +252,7 @@ class Corrections:
         shapes = {name: linear_shape(module) for name, module in linears.items()}
         self._linears = linears
         self._residual = step.residual
-        self._changes: dict[str, torch.Tensor] = {}
+        self.changes: dict[str, torch.Tensor] = {}
         self.shared = bool(linears) and not step.residual
         self.shared &= 2 * sum(rows for rows, _ in shapes.values()) > next(iter(shapes.values()), (0, 0))[1]
         self.members = {next(iter(shapes)): list(shapes)} if self.shared else {name: [name] for name in shapes}
@@ -288,18 +289,21 @@ class Corrections:
             add_product(self.sums[name], difference.flatten(0, -2), rows)
 
     @torch.no_grad()
-    def solve(self, names: Collection[str], hessian: torch.Tensor, strength: float) -> None:
+    def solve(self, names: Collection[str], hessian: torch.Tensor, strength: float) -> dict[str, torch.Tensor]:
         """Makes of the sums what is added to weights; they are let go.
 
         Args:
             names: of the linears that are fitted here.
             hessian: their H, `[K, K]`.
             strength: s.
+
+        Returns:
+            `changes`.
         """
         sums, self.sums = self.sums, {}
-        mean = float(hessian.diagonal().double().mean())
+        mean = float(hessian.diagonal().double().mean()) if sums else 0.0
         if not 0 < mean < math.inf:
-            return  # nothing came in, or what no fit can do with, which it says
+            return self.changes  # nothing came in, or what no fit can do with, which it says
         lower = None
         for leader, members in self.members.items():
             total = sums.pop(leader)
@@ -310,7 +314,8 @@ class Corrections:
                 damped.diagonal().add_(DAMPING * mean)
                 lower = torch.linalg.cholesky(damped)
                 del damped
-            self._changes[leader] = torch.cholesky_solve(total.T, lower).T.mul_(strength)
+            self.changes[leader] = torch.cholesky_solve(total.T, lower).T.mul_(strength)
+        return self.changes
 
     @torch.no_grad()
     def corrected(self, name: str) -> nn.Module:
@@ -318,9 +323,9 @@ class Corrections:
         corrected."""
         module = self._linears[name]
         leader = next(leader for leader, members in self.members.items() if name in members)
-        if leader not in self._changes:
+        if leader not in self.changes:
             return module
-        change = self._changes[leader] if self.shared else self._changes.pop(leader)
+        change = self.changes[leader] if self.shared else self.changes.pop(leader)
         weight = module.get_parameter("weight")
         wide = (weight.T if type(module) is Conv1D else weight).to(change.dtype)
         target = wide + wide @ change if self.shared else change.add_(wide)

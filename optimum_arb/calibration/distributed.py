@@ -4,7 +4,8 @@
 
 Every rank walks over the whole model, with its share of the batches: what it computes of a layer are its batches'
 products, which are summed over the ranks, and the fit of its share of the layer's linears, which the ranks exchange
-packed. So every rank ends with the same binarized model, and it is the one that a single process makes.
+packed. What fits make of a large calibration matrix is divided as well (`division`). So every rank ends with the same
+binarized model, and it is the one that a single process makes.
 
 The ranks meet at the same places, and at each they tell each other of errors first: if one fails, wherever that is, the
 others end with an error that says so, and none waits for it.
@@ -13,10 +14,9 @@ others end with an error that says so, and none waits for it.
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
@@ -38,6 +38,8 @@ from .statistics import Statistic, Sums
 TIMEOUT = 3600.0
 
 T = TypeVar("T")
+# names of linears that share a sum -> the ranks that need it
+Needing = Callable[[Sequence[str]], Sequence[int]]
 
 
 class OtherRankFailed(RuntimeError):
@@ -51,12 +53,16 @@ class Ranks:
         rank: the number of this process.
         size: how many there are.
         local_rank: the number of this process on its host.
+        one_host: whether all are on one host.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, timeout: float = TIMEOUT):
+    def __init__(
+        self, rank: int = 0, size: int = 1, local_rank: int = 0, timeout: float = TIMEOUT, one_host: bool = True
+    ):
         self.rank = rank
         self.size = size
         self.local_rank = local_rank
+        self.one_host = one_host
         self._timeout = timeout
         self._groups: dict[str, Any] = {}
         if size > 1:
@@ -132,33 +138,6 @@ class Ranks:
                         f"of {_shown(value)}. Start all ranks with the same command on the same model and versions."
                     )
 
-    def share(
-        self, modules: dict[str, nn.Module], device: torch.device, records: dict[str, Any]
-    ) -> dict[str, nn.Module]:
-        """The binarized modules of all ranks: those of this one as they are, the others' on `device`.
-
-        Args:
-            modules: of this rank, by their names.
-            device: for the others'.
-            records: what is known of modules by their names; the other ranks' are added.
-        """
-        if self.size == 1:
-            return modules
-        own = {}
-        for name, module in modules.items():
-            file = io.BytesIO()
-            torch.save(module, file)
-            own[name] = (file.getvalue(), records.get(name))
-        result = {}
-        for rank, found in enumerate(self.exchange(own, "exchanging binarized linears")):
-            for name, (data, record) in found.items():
-                if rank != self.rank:
-                    # made by a process of this very run
-                    result[name] = torch.load(io.BytesIO(data), map_location=device, weights_only=False)
-                    if record is not None:
-                        records[name] = record
-        return modules | result
-
     def merge(self, values: dict[Any, T], doing: str) -> dict[Any, T]:
         """The entries of all ranks; of equal keys, the first rank's."""
         merged: dict[Any, T] = {}
@@ -166,21 +145,33 @@ class Ranks:
             merged = {**found, **merged}
         return merged
 
-    def sum_statistics(self, statistics: LayerStatistics, owners: Mapping[str, int]) -> None:
+    def sum_statistics(
+        self,
+        statistics: LayerStatistics,
+        owners: Mapping[str, int],
+        needing: Needing | None = None,
+        correcting: Needing | None = None,
+    ) -> None:
         """Puts the sums over all ranks in the place of this rank's, on the ranks that will need them.
 
         Args:
             statistics: what this rank gathered of a layer.
             owners: as `owners` returned them.
+            needing: which ranks need the calibration matrix of linears; those that own one unless given.
+            correcting: which ranks need the sums of their corrections, likewise.
         """
+
+        def owning(names: Sequence[str]) -> list[int]:
+            return sorted({owners[name] for name in names})
+
         if self.size > 1:
-            self._sum_linears(statistics, owners)
+            self._sum_linears(statistics, owning, needing or owning, correcting or owning)
             for experts in (statistics.experts, statistics.held_out_experts):
                 for name, routed in experts.items():
                     experts[name] = self._all_inputs(routed)
         statistics.linears.finish()
 
-    def _sum_linears(self, statistics: LayerStatistics, owners: Mapping[str, int]) -> None:
+    def _sum_linears(self, statistics: LayerStatistics, owning: Needing, needing: Needing, correcting: Needing) -> None:
         linears = statistics.linears
         everyone = self.exchange(linears.sums(), "gathering the statistics of a layer")
         found: dict[str, Sums] = {}
@@ -197,28 +188,30 @@ class Ranks:
         sums: dict[str, Statistic] = {}
         for leader in dict.fromkeys(each.leader for each in found.values()):
             members = [name for name, each in found.items() if each.leader == leader]
-            needed = sorted({owners[name] for name in members})
+            needed = needing(members)
             about = found[leader]
             statistic = linears.statistic(leader) or Statistic(about.features, statistics.device())
             self._sum(statistic.total, needed, leader)
             statistic.tokens = about.tokens
             if about.held_out:
                 held_out = statistic.held_out or Statistic(about.features, statistics.device())
-                self._sum(held_out.total, needed, leader)
-                statistic.held_out, held_out.tokens = held_out, about.held_out
+                fitting = owning(members)
+                self._sum(held_out.total, fitting, leader)
+                held_out.tokens = about.held_out
+                statistic.held_out = held_out if self.rank in fitting else None
             if self.rank in needed:
                 sums |= dict.fromkeys(members, statistic)
         linears.assign(sums)
         if statistics.corrections is not None:
             for name, total in statistics.corrections.sums.items():
-                self._sum(total, sorted({owners[each] for each in statistics.corrections.members[name]}), name)
+                self._sum(total, correcting(statistics.corrections.members[name]), name)
 
     # The collectives
 
     def _sum(self, total: torch.Tensor, needed: Sequence[int], name: str) -> None:
         """The sum over the ranks, in place, on the ranks that need it; what the others hold then means nothing."""
-        group = self._group(total.device)
-        with self._answered(f"summing the statistics of {name}"):
+        group = self.group(total.device)
+        with self.answered(f"summing the statistics of {name}"):
             if len(needed) == 1:
                 dist.reduce(total, needed[0], group=group)
             else:
@@ -234,7 +227,7 @@ class Ranks:
                 continue
             tensors = own if rank == self.rank else [torch.empty(shape, dtype=dtype) for shape, dtype in described]
             assert tensors is not None
-            with self._answered("gathering the inputs of experts"):
+            with self.answered("gathering the inputs of experts"):
                 for tensor in tensors:
                     if tensor.numel():  # as bytes: gloo does not know every dtype
                         dist.broadcast(tensor.view(-1).view(torch.uint8), rank, group=self._groups["cpu"])
@@ -243,7 +236,7 @@ class Ranks:
 
     def _exchange(self, value: T, error: str | None, doing: str) -> list[T]:
         gathered: list[Any] = [None] * self.size
-        with self._answered(doing):
+        with self.answered(doing):
             dist.all_gather_object(gathered, (value, error), group=self._groups["cpu"])
         failed = {rank: said for rank, (_, said) in enumerate(gathered) if said is not None}
         if failed and error is None:
@@ -251,14 +244,15 @@ class Ranks:
             raise OtherRankFailed(f"Rank {rank} of {self.size} ended with an error: {failed[rank]}")
         return [found for found, _ in gathered]
 
-    def _group(self, device: torch.device) -> Any:
+    def group(self, device: torch.device) -> Any:
+        """All ranks, as collectives on tensors of such a device have them. All ask for the first one together."""
         if device.type != "cpu" and device.type not in self._groups:
             backend = {"cuda": "nccl", "xpu": "xccl"}.get(device.type, "gloo")
             self._groups[device.type] = dist.new_group(backend=backend, timeout=timedelta(seconds=self._timeout))
         return self._groups[device.type]
 
     @contextmanager
-    def _answered(self, doing: str) -> Iterator[None]:
+    def answered(self, doing: str) -> Iterator[None]:
         """Says in plain words what it means when a collective fails."""
         try:
             yield
@@ -321,7 +315,8 @@ def distributed(timeout: float = TIMEOUT) -> Iterator[Ranks]:
     with to_standard_error():
         if own:
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-        ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank, timeout)
+        one_host = os.environ.get("LOCAL_WORLD_SIZE", str(size)) == str(size)
+        ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank, timeout, one_host)
     token = _current.set(ranks)
     bars = is_progress_bar_enabled()
     if not ranks.is_first:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..algorithms.shared_work import SharedWork, sharing
+from ..config import ARBConfig
 from ..experts.matrices import is_experts
 from ..modules import linear_shape
 from ..nn import ARBExperts, ARBLinear
 from .distributed import Ranks
+from .division import Division
 from .experts import LayerStatistics, RoutedInputs
 from .memory import give_back_memory
 from .progress import Progress
+from .sending import share_modules
 from .workers import in_order, one_thread
 
 # Matrices that are fitted at once on the CPU: the three large ones of a decoder layer and its attention's take equally
@@ -52,6 +55,7 @@ class Fitting:
         ranks: Ranks,
         records: dict[str, Any],
         measure: Measure | None,
+        choices: Mapping[str, ARBConfig],
     ):
         self.model = model
         self.errors: list[float] = []
@@ -63,14 +67,17 @@ class Fitting:
         self._ranks = ranks
         self._records = records
         self._measure = measure
+        self._choices = choices
 
     def binarize(
         self, names: list[str], statistics: LayerStatistics | None, keep: bool = False
     ) -> dict[str, nn.Module]:
         """Returns: if they are to be kept, name -> the float module that was binarized on this rank."""
         owners = self._ranks.owners({name: self.model.get_submodule(name) for name in names})
+        shapes = {name: linear_shape(self.model.get_submodule(name)) for name in owners}
+        division = Division(self._ranks, self._device, self._choices, owners, shapes)
         if statistics is not None:
-            self._ranks.sum_statistics(statistics, owners)
+            self._ranks.sum_statistics(statistics, owners, division.needing, division.correcting)
         self._give_back()
         done: dict[str, nn.Module] = {}
         sources: dict[str, nn.Module] = {}
@@ -92,8 +99,9 @@ class Fitting:
             if self._device.type == "cuda":  # what is shared stays in memory for all fits
                 several = [one for one in found if one is not None and sum(one is other for other in found) > 1]
                 shared = {id(hessian): SharedWork(hessian) for hessian in several}
+            shared |= division.work(statistics, self.error_correction)
             self._correct(linears, statistics)
-        largest = max((math.prod(linear_shape(self.model.get_submodule(name))) for name in linears), default=1)
+        largest = max((math.prod(shapes[name]) for name in linears), default=1)
         streams = min(FITS, len(linears), max(1, FITTED_WEIGHTS // largest))
         self._give_back()
         fits = in_order(fit, linears, self._device, FITS, streams)
@@ -122,7 +130,8 @@ class Fitting:
             self._progress.linear(name, seconds, errors)
         fits.close()
         shared.clear()
-        for name, module in self._ranks.share(done, self._device, self._records).items():
+        division.finish()
+        for name, module in share_modules(self._ranks, done, self._device, self._records).items():
             self.model.set_submodule(name, module)
         return sources
 

@@ -89,9 +89,8 @@ class Statistic:
 
     @property
     def total(self) -> torch.Tensor:
-        """The sum `[K, K]`, until it was asked for as `hessian`."""
+        """The sum `[K, K]`, but for what `mirror` fills, until it was asked for as `hessian`."""
         assert self._total is not None
-        mirror(self._total)
         return self._total
 
     @property
@@ -99,6 +98,7 @@ class Statistic:
         """The sum in float32 `[K, K]`; the wider one is let go."""
         if self._hessian is None:
             self._hessian, self._total = self.total.to(torch.float32), None
+            mirror(self._hessian)
         return self._hessian
 
     def has_seen(self, inputs: torch.Tensor, number: int) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..config import ARBConfig
 from .activations import INPUTS, Activations, EveryOther
 from .calls import Call, Stop, layer_runs
 from .distributed import Ranks
@@ -56,6 +57,8 @@ class CalibrationWalk:
         held_out: how many batches, the last ones, nothing is fitted to.
         measure: is called with each module and its binarized form, and with the statistics, where what was held out
             is apart.
+        choices: name of a linear -> what `binarize` fits it by; of those that are in it, several ranks divide more than
+            whole linears.
 
     Raises:
         ValueError: `after_layer` is given and there are several ranks, of which each has a part of the batches.
@@ -81,6 +84,7 @@ class CalibrationWalk:
         records: dict[str, Any] | None = None,
         held_out: int = 0,
         measure: Measure | None = None,
+        choices: Mapping[str, ARBConfig] | None = None,
     ):
         self.model = model
         self.ranks = ranks or Ranks()
@@ -103,7 +107,15 @@ class CalibrationWalk:
         self.runs = ModelRuns(model, self.weights)
         noted = {} if records is None else records
         self.fitting = Fitting(
-            model, binarize, binarize_experts, self.device, self.progress, self.ranks, noted, measure
+            model,
+            binarize,
+            binarize_experts,
+            self.device,
+            self.progress,
+            self.ranks,
+            noted,
+            measure,
+            choices or {},
         )
         self.errors = self.fitting.errors
         self._targets = list(targets)

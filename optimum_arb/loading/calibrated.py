@@ -104,7 +104,7 @@ def binarize_model(model: PreTrainedModel, task: Task) -> None:
     refiner = None if config.refine is None else Refiner(config, records)
     own: dict[str, Any] = {"binarize_experts": binarize_layer, "ranks": ranks, "records": records}
     own |= {"held_out": held_out, "measure": measure, "error_correction": config.resolved_error_correction}
-    own |= {"must_correct": bool(config.error_correction)}
+    own |= {"must_correct": bool(config.error_correction), "choices": selection.convert}
     if ranks.size > 1:
         if refiner is not None:
             raise ValueError(

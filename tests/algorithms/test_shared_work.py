@@ -4,9 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from optimum_arb import ARBConfig, algorithms
-from optimum_arb.algorithms import admm, binarize, dbf
-from optimum_arb.algorithms.shared_work import SharedWork, once, share, sharing
+from optimum_arb import ARBConfig
+from optimum_arb.algorithms import admm, binarize, dbf, preparation
+from optimum_arb.algorithms.shared_work import Part, SharedWork, once, share, sharing
+from optimum_arb.spare_threads import spare_threads
 
 
 def counted(monkeypatch, module, name):
@@ -26,7 +27,7 @@ def test_fits_of_one_matrix_share_its_factorizations_and_keep_their_bits(monkeyp
     weights = [torch.randn(rows, 96) for rows in (40, 24, 64)]
     alone = [binarize(weight, hessian, config).dequantize() for weight in weights]
     factors = choices.get("method") == "arb-dbf"
-    where = (dbf, "_of_unit_diagonal") if factors else (algorithms, "prepare_hessian")
+    where = (dbf, "_of_unit_diagonal") if factors else (preparation, "prepare_hessian")
     prepared = counted(monkeypatch, *where)
     inverses = counted(monkeypatch, admm, "_inverse")
     work = SharedWork(hessian)
@@ -40,6 +41,16 @@ def test_fits_of_one_matrix_share_its_factorizations_and_keep_their_bits(monkeyp
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
     assert len(prepared) == 1
     assert len(inverses) == (0 if choices.get("method") else admm.STAGES)
+
+
+def test_threads_that_a_fit_has_to_spare_share_too(monkeypatch):
+    inputs = torch.randn(300, 96)
+    hessian, weight = inputs.T @ inputs, torch.randn(40, 96)
+    inverses = counted(monkeypatch, admm, "_inverse")
+    with torch.no_grad(), sharing(SharedWork(hessian)), spare_threads(1):
+        one, other = (binarize(weight, hessian, ARBConfig()).dequantize() for _ in range(2))
+    assert torch.equal(one, other)
+    assert len(inverses) == admm.STAGES
 
 
 def test_other_matrices_are_nobody_elses():
@@ -60,6 +71,20 @@ def test_other_matrices_are_nobody_elses():
     assert once(shared, "key", make) == 6  # outside nothing is kept
     with sharing(None):
         assert once(shared, "key", make) == 7
+
+
+@pytest.mark.parametrize("uses", [None, 1, 2])
+def test_what_was_made_elsewhere_is_kept_for_as_many_fits_as_use_it(uses):
+    matrix, arrived = torch.eye(3), []
+    part = Part(matrix, "key", lambda: "made here")
+    work = SharedWork(torch.eye(2))
+    work.put(part, "made elsewhere", uses, lambda: arrived.append(None))
+    with sharing(work):
+        found = [part.once() for _ in range(3)]
+    here = 0 if uses is None else 3 - uses
+    assert found == ["made elsewhere"] * (3 - here) + ["made here"] * here
+    assert len(arrived) == 3 - here
+    assert part.once() == "made here"
 
 
 def test_an_error_is_not_kept():

@@ -112,7 +112,6 @@ def test_the_half_that_is_not_computed_is_that_which_is(features):
     statistic = Statistic(features, torch.device("cpu"))
     for batch in batches:
         statistic.add(batch)
-    rows = batches.flatten(0, 1).double()
-    torch.testing.assert_close(statistic.total, rows.T @ rows, rtol=1e-5, atol=1e-4)
-    quarter = -(-features // 4)
-    assert torch.equal(statistic.total[:quarter, quarter:], statistic.total[quarter:, :quarter].T)
+    rows, quarter = batches.flatten(0, 1).double(), -(-features // 4)
+    torch.testing.assert_close(statistic.hessian, (rows.T @ rows).float(), rtol=1e-5, atol=1e-4)
+    assert torch.equal(statistic.hessian[:quarter, quarter:], statistic.hessian[quarter:, :quarter].T)

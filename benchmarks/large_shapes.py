@@ -1,8 +1,9 @@
-"""Seconds by phase and peak memory of `quantize_checkpoint` on a model of the shape of Llama-2-7B.
+"""Seconds by phase and peak memory of `quantize_checkpoint` on a model of the shape of Llama-2-7B, or -70B.
 
-    python benchmarks/seven_b.py --out /dev/shm/seven --layers 2 --method arb-hrc
-    python benchmarks/seven_b.py --out /dev/shm/seven --layers 2 --method arb-hrc --processes 1 2   # by torchrun
-    python benchmarks/seven_b.py --out runs/seven --tiny --device cpu                               # seconds, on a CPU
+    python benchmarks/large_shapes.py --out /dev/shm/seven --layers 2 --method arb-hrc
+    python benchmarks/large_shapes.py --out /dev/shm/seven --layers 2 --method arb-hrc --processes 1 2   # by torchrun
+    python benchmarks/large_shapes.py --out /dev/shm/seventy --shape 70B --layers 2 --processes 1 2   # 4.5 GB in OUT
+    python benchmarks/large_shapes.py --out runs/tiny --shape tiny --device cpu                     # seconds, on a CPU
 
 The checkpoint is made once in OUT: bfloat16, a file for each layer, random weights with a few large input columns, and
 norms that make a hundredth of the channels 20 times as large. One layer's tensors serve all layers, whose time does not
@@ -10,9 +11,10 @@ depend on the values. Token ids follow Zipf's law. Every run prints one JSON lin
 
 `seconds` is all of `quantize_checkpoint`, `phases` where it went (time of a phase within another counts for the inner
 one alone), `layers` the seconds of each layer. The first layer pays for what is compiled and loaded once: so
-`seconds_of_32` is what is outside the layers, plus the first layer, plus 31 times the median of the others. `--profile`
-also prints, of the last layer, the kernels that took the GPU longest, how long it was busy, and the time in each phase;
-it slows that layer down.
+`seconds_of_32` (`_80` of a 70B) is what is outside the layers, plus the first layer, plus 31 times the median of the
+others. To tell phases apart the GPU is waited for wherever one begins or ends, also where processes send to each other
+while they compute: `--no-phases` leaves that out. `--profile` also prints, of the last layer, the kernels that took the
+GPU longest, how long it was busy, and the time in each phase; it slows that layer down.
 """
 
 from __future__ import annotations
@@ -41,8 +43,10 @@ from optimum_arb.calibration.progress import Progress
 
 SHAPES = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8},
     "tiny": {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4},
 }
+LAYERS = {"7B": 32, "70B": 80, "tiny": 32}  # of the models of these shapes
 VOCABULARY = 32000
 # What is timed: phase -> functions, as "module:Class.method" or "module:function", of `optimum_arb` or torch.
 PHASES = {
@@ -51,6 +55,7 @@ PHASES = {
     "propagate": ["calibration.walk:CalibrationWalk._turn"],  # a layer's time that no other phase takes
     "summing ranks": ["calibration.distributed:Ranks.sum_statistics"],
     "fit": ["calibration.fitting:Fitting.binarize"],
+    "dividing": ["calibration.division:Division.work"],  # what several processes make for each other's fits
     "waiting for ranks": ["calibration.distributed:Ranks.exchange"],
     "writing": ["checkpoint.streamed:StreamedWeights._write"],
     "assembling": ["checkpoint.quantize:_write_model", "checkpoint.quantize:publish"],
@@ -190,7 +195,9 @@ def make_checkpoint(path: Path, shape: str, layers: int, device: str) -> None:
         return values
 
     hidden, middle = config.hidden_size, config.intermediate_size
-    shapes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+    narrow = hidden * config.num_key_value_heads // config.num_attention_heads
+    rows = {"q": hidden, "k": narrow, "v": narrow, "o": hidden}
+    shapes = {f"self_attn.{name}_proj": (count, hidden) for name, count in rows.items()}
     shapes |= {"mlp.gate_proj": (middle, hidden), "mlp.up_proj": (middle, hidden), "mlp.down_proj": (hidden, middle)}
     layer = {f"{name}.weight": weight(*size) for name, size in shapes.items()}
     layer |= {"input_layernorm.weight": norm(), "post_attention_layernorm.weight": norm()}
@@ -231,8 +238,9 @@ def work(args: argparse.Namespace, source: Path, target: Path) -> None:
         method=args.method, dataset=ids, num_samples=args.samples, sequence_length=args.length, **args.config
     )
     phases, layers = Phases(args.device), Layers(args.layers - 1 if args.profile else None)
-    phases.install(PHASES)
-    phases.install_statistics()
+    if not args.no_phases:
+        phases.install(PHASES)
+        phases.install_statistics()
     cuda = args.device.startswith("cuda")
     with distributed() as ranks:
         if cuda:
@@ -255,14 +263,14 @@ def work(args: argparse.Namespace, source: Path, target: Path) -> None:
     figures = {
         "method": args.method,
         "config": args.config,
-        "shape": "tiny" if args.tiny else "7B",
+        "shape": args.shape,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "processes": len(everyone),
         "num_layers": args.layers,
         "samples": args.samples,
         "length": args.length,
         "seconds": round(seconds, 2),
-        "seconds_of_32": round(outside + each[0] + 31 * usual, 1),
+        f"seconds_of_{LAYERS[args.shape]}": round(outside + each[0] + (LAYERS[args.shape] - 1) * usual, 1),
         "layers": [round(value, 2) for value in each],
         "phases": {name: round(value, 2) for name, value in sorted(phases.seconds.items(), key=lambda x: -x[1])},
         "gpu_bytes": max(one[0] for one in everyone) if cuda else None,
@@ -297,24 +305,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory for the float and the binarized model")
     parser.add_argument("--method", default="arb-hrc")
     parser.add_argument("--config", type=json.loads, default={}, help="more choices of ARBConfig, as JSON")
-    parser.add_argument("--layers", type=int, nargs="+", default=[32], help="decoder layers; of several, one run each")
+    parser.add_argument("--layers", type=int, nargs="+", help="decoder layers; of several, one run each (default: all)")
     parser.add_argument("--samples", type=int, help="calibration sequences (default: 128; tiny: 8)")
     parser.add_argument("--length", type=int, help="tokens of each (default: 2048; tiny: 256)")
     parser.add_argument("--processes", type=int, nargs="+", help="by torchrun; of several numbers, one run each")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a hidden size of 256 in place of 4096")
+    parser.add_argument("--shape", choices=SHAPES, default="7B")
+    parser.add_argument("--no-phases", action="store_true", help="time layers and the whole alone")
     parser.add_argument("--profile", action="store_true", help="profile the last layer")
     parser.add_argument("--keep", action="store_true", help="keep the binarized models")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    args.samples = args.samples or (8 if args.tiny else 128)
-    args.length = args.length or (256 if args.tiny else 2048)
-    wanted, processes = args.layers, args.processes
+    tiny = args.shape == "tiny"
+    args.samples = args.samples or (8 if tiny else 128)
+    args.length = args.length or (256 if tiny else 2048)
+    wanted, processes = args.layers or [LAYERS[args.shape]], args.processes
     for args.layers in wanted:
-        shape = "tiny" if args.tiny else "7B"
-        source = args.out / f"float-{shape}-{args.layers}"
+        source = args.out / f"float-{args.shape}-{args.layers}"
         if not source.exists():
-            make_checkpoint(source, shape, args.layers, args.device)
+            make_checkpoint(source, args.shape, args.layers, args.device)
         if args.worker:
             work(args, source, args.out / f"{args.method}-{os.environ.get('WORLD_SIZE', 1)}")
             continue
@@ -324,7 +333,8 @@ def main(argv: list[str] | None = None) -> None:
                 command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
             command += [__file__, "--worker", "--out", args.out, "--method", args.method, "--layers", args.layers]
             command += ["--config", json.dumps(args.config), "--samples", args.samples, "--length", args.length]
-            command += ["--device", args.device] + ["--tiny"] * args.tiny + ["--profile"] * args.profile
+            command += ["--device", args.device, "--shape", args.shape]
+            command += ["--profile"] * args.profile + ["--no-phases"] * args.no_phases
             subprocess.run(list(map(str, command)), check=True)
             if not args.keep:
                 shutil.rmtree(args.out / f"{args.method}-{count}", ignore_errors=True)
