@@ -44,7 +44,7 @@ def load_texts(dataset: str | CalibrationTexts | list[str]) -> list[str]:
             texts = [files("optimum_arb").joinpath(BUNDLED[dataset]).read_text(encoding="utf-8")]
         elif Path(dataset).is_file():
             try:
-                texts = [Path(dataset).read_text(encoding="utf-8")]
+                texts = [Path(dataset).read_text(encoding="utf-8-sig")]  # a byte-order mark is no text
             except UnicodeDecodeError as error:
                 raise ValueError(f"dataset={dataset!r} is not a UTF-8 text file: {error}.") from None
         else:

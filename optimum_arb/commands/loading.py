@@ -59,17 +59,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model.
 
     Raises:
-        FileNotFoundError: see `check_model`.
+        FileNotFoundError: see `check_model`; or its directory holds none.
     """
     check_model(name)
-    return AutoTokenizer.from_pretrained(name)
+    return _tokenizer(name)
 
 
 def load_processor(name: str, revision: str | None = None) -> PreTrainedTokenizerBase | ProcessorMixin:
     """What a model reads its inputs with: the processor of a model of several modalities, otherwise the tokenizer.
 
     Raises:
-        FileNotFoundError: see `check_model`.
+        FileNotFoundError: as `load_tokenizer`.
         ImportError: a package that the processor needs is not installed.
     """
     check_model(name)
@@ -77,7 +77,19 @@ def load_processor(name: str, revision: str | None = None) -> PreTrainedTokenize
     for file in ("processor_config.json", "preprocessor_config.json"):
         if cached_file(name, file, revision=revision, **quietly) is not None:
             return AutoProcessor.from_pretrained(name, revision=revision or "main")
-    return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+    return _tokenizer(name, revision=revision or "main")
+
+
+def _tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        path = Path(name)
+        if not path.is_dir() or any(any(path.glob(pattern)) for pattern in ("*token*", "vocab*", "*.model")):
+            raise
+        raise FileNotFoundError(
+            f"The directory {name} holds no tokenizer: save the model's own there too (tokenizer.save_pretrained)."
+        ) from error
 
 
 def load_model(name: str, dtype: str = "auto", device_map: str = "cpu", backend: str | None = None) -> PreTrainedModel:

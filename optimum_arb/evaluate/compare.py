@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config import METHODS, ARBConfig
 from ..report import model_report
@@ -162,10 +162,12 @@ def compare(
         ValueError: an unknown row, or `out` holds rows of other settings; the message says what differs.
         FileNotFoundError: the text or the model does not exist.
     """
+    from ..commands.loading import load_tokenizer
+
     rows = [parse_row(name, settings) for name in dict.fromkeys([FULL, *names])]
     text_name, content = read_text(settings.text)
     stored = _Stored(Path(out), _fingerprint(settings, text_name, content))
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer = load_tokenizer(settings.model)
     result: dict[str, dict[str, Any]] = {}
     for row in rows:
         found = stored.rows.get(row.name)

@@ -186,7 +186,7 @@ def read_text(text: str | Path | Sequence[str]) -> tuple[str, str]:
                 f"The text {str(text)!r} is neither a file nor a bundled text ({', '.join(BUNDLED_TEXTS)})."
             )
         try:
-            name, content = path.name, path.read_text(encoding="utf-8")
+            name, content = path.name, path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"The text {str(text)!r} is no UTF-8 text file: {error}.") from None
     else:

@@ -114,6 +114,8 @@ def test_a_failed_row_is_told_and_tried_again(call, options, monkeypatch, capsys
 def test_bad_input(fail, options, binarized_model, tmp_path):
     assert "'gptq' is no row" in fail(*options, "--methods", "rtn,gptq")
     assert not (tmp_path / "out").exists()
+    assert "--out has an empty name" in fail(*options, "--out", "")
+    assert "--methods names no method" in fail(*options, "--methods", " ,")
     assert "is already quantized (arb)" in fail("compare", binarized_model, *options[2:])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "compare.json").write_text("{")

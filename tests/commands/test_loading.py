@@ -15,11 +15,21 @@ from transformers import (
 )
 
 from optimum_arb import ARBConfig, save_model
-from optimum_arb.commands.loading import check_loading, load_processor
+from optimum_arb.commands.loading import check_loading, load_processor, load_tokenizer
 
 
 def test_a_tokenizer(float_model):
     assert isinstance(load_processor(str(float_model)), PreTrainedTokenizerFast)
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_processor])
+def test_no_tokenizer_beside_a_model(float_model, tmp_path, load):
+    (tmp_path / "config.json").write_text((float_model / "config.json").read_text())
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer: save the model's own there"):
+        load(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(Exception, match=r"(?s)^(?!.*holds no tokenizer)"):
+        load(str(tmp_path))
 
 
 def test_a_processor_travels_with_the_model(float_model, tmp_path):

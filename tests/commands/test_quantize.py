@@ -99,6 +99,9 @@ def test_overwrite(call, float_model, tmp_path):
         (("--modules-to-not-convert", "re:("), "no regular expression"),
         (("--dataset", "no-such-text"), "no-such-text"),
         (("--num-samples", "1", "--sequence-length", "0"), "sequence_length=0"),
+        (("--max-shard-size", "nope"), "max_shard_size='nope' is no size of a file"),
+        (("--max-shard-size", "0GB"), "max_shard_size='0GB' is no size of a file"),
+        (("--method", "arb-dbf", "--rank", "100000"), "rank=100000 would take .* bits a weight"),
         (("--no-calibration", "--num-samples", "4"), "--num-samples does nothing with --no-calibration"),
     ],
 )
