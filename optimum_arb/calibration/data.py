@@ -59,6 +59,16 @@ def load_texts(dataset: str | CalibrationTexts | list[str]) -> list[str]:
     return texts
 
 
+def check_dataset(dataset: str) -> None:
+    """Whether there is a text of this name or path, asked before the work; what would be downloaded is not looked at.
+
+    Raises:
+        ValueError: as `load_texts`.
+    """
+    if dataset not in DOWNLOADED or Path(dataset).is_file():
+        load_texts(dataset)
+
+
 def calibration_tokens(config: ARBConfig, tokenizer: Any, max_length: int | None = None) -> torch.Tensor:
     """The calibration sequences: the text from its start, without special tokens, cut into consecutive pieces.
 

@@ -159,14 +159,14 @@ def run(args: argparse.Namespace) -> int:
     if args.max_perplexity is not None and math.isnan(args.max_perplexity):
         raise ValueError("--max-perplexity nan is no bound: give a number.")
     simple = parts == ("perplexity",) and not args.report and args.baseline is None
-    if simple and len(args.model) == 1 and len(args.text or [""]) == 1 and not args.compare:
+    if simple and len(args.model) == 1 and len(args.text or [""]) == 1 and args.compare is None:
         return run_perplexity(args)
     return run_evaluation(args, parts)
 
 
 def run_evaluation(args: argparse.Namespace, parts: tuple[str, ...]) -> int:
     """Everything, beside the baseline."""
-    from ..evaluate.evaluation import evaluate, read_comparison
+    from ..evaluate.evaluation import comparison_rows, evaluate, read_comparison
     from ..evaluate.report_files import report_paths, write_reports
 
     if args.record:
@@ -174,8 +174,8 @@ def run_evaluation(args: argparse.Namespace, parts: tuple[str, ...]) -> int:
     if args.max_perplexity is not None and "perplexity" not in parts:
         raise ValueError("--max-perplexity needs the perplexity, which is not measured.")
     paths = report_paths(args.report)
-    if args.compare and not Path(args.compare).exists():  # told before hours of measuring
-        raise FileNotFoundError(f"There is no comparison {args.compare}.")
+    if args.compare is not None:
+        comparison_rows(args.compare)  # told before hours of measuring
     report = evaluate(
         args.model,
         args.baseline,
@@ -183,7 +183,7 @@ def run_evaluation(args: argparse.Namespace, parts: tuple[str, ...]) -> int:
         progress=lambda line: print(f"{line} ...", file=sys.stderr, flush=True),
         bars=not args.json,
     )
-    comparison = read_comparison(args.compare, report) if args.compare else None
+    comparison = None if args.compare is None else read_comparison(args.compare, report)
     write_reports(report, paths, comparison)
     measured = [row["perplexity"] for m in report["models"] if m["role"] == "model" for row in m.get("perplexity", [])]
     limit = args.max_perplexity

@@ -25,6 +25,8 @@ def check_model(name: str) -> None:
     Raises:
         FileNotFoundError: `name` can only be a directory and is none, or is one without a `config.json`.
     """
+    if not name:  # a shell's unset variable, which would be the current directory
+        raise FileNotFoundError("The model has an empty name.")
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -40,7 +42,8 @@ def check_loading(dtype: str, device_map: str) -> None:
         ValueError: `dtype` is no float dtype of torch's, or `device_map` names a GPU and torch sees none.
     """
     found = getattr(torch, dtype, None)
-    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+    floating = isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1
+    if dtype != "auto" and not floating:
         raise ValueError(f"dtype={dtype!r} is unknown: use auto, float32, bfloat16 or float16.")
     if device_map.split(":")[0] == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device_map={device_map!r} needs a GPU, and torch sees none here.")

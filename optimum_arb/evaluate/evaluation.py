@@ -16,10 +16,10 @@ from ..inspection import inspect_model
 from ..reproduce import model_facts, reproduce_block, text_fingerprint
 from .accuracy import divergence
 from .energy import measure_energy
-from .generation import sample
-from .latency import measure_latency
+from .generation import check_chat, sample
+from .latency import check_positions, measure_latency
 from .memory import disk_bytes, measure_memory
-from .perplexity import model_positions, perplexity, read_text
+from .perplexity import check_context_length, config_positions, model_positions, perplexity, read_text
 from .settings import Settings
 from .tasks import check_lm_eval, run_tasks
 
@@ -100,7 +100,7 @@ def evaluate(
 
 
 def _check(models: Sequence[str], baseline: str | None, settings: Settings) -> None:
-    from ..commands.loading import check_loading, check_model, load_tokenizer
+    from ..commands.loading import check_loading, check_model
 
     if not models or len(set(models)) < len(models) or baseline in models:
         raise ValueError("Each model, and the baseline, must be named once.")
@@ -114,10 +114,25 @@ def _check(models: Sequence[str], baseline: str | None, settings: Settings) -> N
     check_loading(settings.dtype, settings.device_map)
     for name in (*models, *([baseline] if baseline else [])):
         check_model(name)
-        if set(settings.parts) - {"memory"}:
-            load_tokenizer(name)  # what is missing is told before anything is measured
+        _check_model(name, settings)
     if baseline is not None and "divergence" in settings.parts:
         _check_tokenizers(models, baseline)
+
+
+def _check_model(name: str, settings: Settings) -> None:
+    """What a part would tell of the model when its turn comes, hours later."""
+    from ..commands.loading import load_tokenizer
+
+    parts = set(settings.parts)
+    if parts - {"memory"}:
+        tokenizer = load_tokenizer(name)
+        if "generation" in parts:
+            check_chat(tokenizer, settings.chat)
+    positions = config_positions(AutoConfig.from_pretrained(name))
+    if parts & {"latency", "energy"}:
+        check_positions(settings.prompt_tokens, settings.new_tokens, positions)
+    if parts & {"perplexity", "divergence"} and settings.context_length is not None:
+        check_context_length(settings.context_length, positions)
 
 
 def _check_tokenizers(models: Sequence[str], baseline: str) -> None:
@@ -290,6 +305,23 @@ def _cost(price_per_hour: float, tokens_per_second: float) -> float:
     return price_per_hour / 3600 / tokens_per_second * 1e6
 
 
+def comparison_rows(path: str | Path) -> dict[str, tuple[float, dict[str, Any]]]:
+    """The rows of `compare.json`, or of that in a directory: name -> true bits and what was measured.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or another one.
+    """
+    path = Path(path)
+    path = path / "compare.json" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no comparison {path}.")
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return {name: (row["bits_per_weight"], row["perplexity"]) for name, row in rows.items() if "error" not in row}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is no result of compare.") from None
+
+
 def read_comparison(path: str | Path, report: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """Rows of `compare` that stand beside an evaluation: name -> true bits and perplexity.
 
@@ -298,17 +330,9 @@ def read_comparison(path: str | Path, report: dict[str, Any]) -> dict[str, tuple
         report: what `evaluate` returned, with a perplexity.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or its perplexities were measured on other windows than these.
+        FileNotFoundError, ValueError: as `comparison_rows`, or its perplexities were measured on other windows.
     """
-    path = Path(path)
-    path = path / "compare.json" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no comparison {path}.")
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        found = {name: (row["bits_per_weight"], row["perplexity"]) for name, row in rows.items() if "error" not in row}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is no result of compare.") from None
+    found = comparison_rows(path)
     measured = next((model["perplexity"][0] for model in report["models"] if model.get("perplexity")), None)
     for key in ("text", "context_length", "windows"):
         for name, (_, row) in found.items():

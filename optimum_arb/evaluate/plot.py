@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..layer_warnings import layer_warnings
+from ..output_files import check_writable
 from ..report import ModuleReport
 from .drawing import save_plain
 from .figures import layer_figure
-from .output_files import check_writable
 
 FORMATS = ("png", "svg")
 PLOT_SUFFIXES = (".svg", ".png", ".pdf")

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..output_files import check_writable
 from .drawing import check_matplotlib
-from .output_files import check_writable
 from .report_html import html_report
 from .report_markdown import markdown_report
 

@@ -82,6 +82,8 @@ class Settings:
         ):
             if value is not None:
                 check_whole(name, value, low)
+        if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed!r} must be a whole number of 64 bits.")
         if not all(self.prompts):
             raise ValueError("A prompt is empty: give a text to continue.")
         if not 0 < self.energy_seconds < math.inf:

@@ -61,6 +61,15 @@ def test_bad_input(fail, float_model, text, tmp_path):
     assert "There is no model directory" in fail("evaluate", tmp_path / "missing")
 
 
+def test_what_the_model_lacks_is_told_before_measuring(fail, float_model, text, monkeypatch):
+    monkeypatch.setattr("optimum_arb.evaluate.evaluation._load", lambda *a: pytest.fail("loaded"))
+    options = ("evaluate", float_model, "--text", text, "--measure")
+    assert "more than the 64 positions" in fail(*options, "perplexity,latency", "--prompt-tokens", 60)
+    assert "more than the 64 positions" in fail(*options, "perplexity,generation", "--context-length", 65)
+    assert "has no chat template" in fail(*options, "perplexity,generation", "--chat")
+    assert "seed=9223372036854775808" in fail(*options, "generation", "--seed", 2**63)
+
+
 def test_what_a_report_lacks_is_told_before_measuring(fail, float_model, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("optimum_arb.evaluate.evaluation.evaluate", lambda *a, **k: pytest.fail("measured"))
@@ -68,6 +77,7 @@ def test_what_a_report_lacks_is_told_before_measuring(fail, float_model, text, t
     text.with_name("file").write_text("")
     report = text.with_name("file") / "folder" / "report.json"
     assert "file is a file" in fail("evaluate", float_model, "--text", text, "--report", report)
+    assert "text.txt is no result of compare" in fail("evaluate", float_model, "--text", text, "--compare", text)
     assert "no comparison missing" in fail("evaluate", float_model, "--text", text, "--compare", "missing")
 
 

@@ -46,6 +46,8 @@ def test_a_processor_travels_with_the_model(float_model, tmp_path):
 
 
 def test_no_directory():
+    with pytest.raises(FileNotFoundError, match="The model has an empty name"):
+        load_processor("")
     with pytest.raises(FileNotFoundError, match="no model directory"):
         load_processor("./missing")
 
@@ -70,7 +72,7 @@ def test_a_dtype_or_a_device_that_there_is_not(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("dtype", ["int8", "torch.float32", "nn", ""])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "torch.float32", "nn", ""])
 def test_what_is_no_float_dtype(dtype):
     with pytest.raises(ValueError, match="is unknown"):
         check_loading(dtype, "cpu")

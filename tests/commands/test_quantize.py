@@ -93,6 +93,7 @@ def test_overwrite(call, float_model, tmp_path):
         (("--method", "gptq"), "method='gptq' is unknown"),
         (("--block-size", "100"), "block_size=100 cannot be packed"),
         (("--push-to-hub", "", "--no-calibration"), "--push-to-hub has an empty name"),
+        (("--base-model", "", "--no-calibration"), "--base-model has an empty name"),
         (("--planes", "4"), "planes='?4'?"),
         (("--override", "nothing_like_it=planes:2"), "'nothing_like_it' matches none"),
         (("--override", "down_proj=colour:2"), "unknown key 'colour'"),
