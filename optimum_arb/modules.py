@@ -17,8 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from .config import ARBConfig
 from .experts.keys import unsupported_conversions
 from .experts.matrices import ExpertMatrix, expert_matrices, is_experts
+from .format.factors import stored_bits
 from .patterns import matches
 
+MAX_FACTOR_BITS = 16  # as of `factor_bits`
 ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
 _OTHER_MODALITY = re.compile(r"vision|visual|image|audio|speech|multi_modal|mm_")
 
@@ -85,7 +87,8 @@ def select_modules(model: PreTrainedModel, config: ARBConfig, strict: bool = Tru
         strict: raise where a pattern of the configuration matches no linear of the model.
 
     Raises:
-        ValueError: such a pattern, or no linear is left to binarize, or experts whose method cannot binarize them.
+        ValueError: such a pattern, or no linear is left to binarize, or experts whose method cannot binarize them, or
+            a rank of more bits than a weight in half precision has.
     """
     selection = Selection()
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
@@ -101,6 +104,8 @@ def select_modules(model: PreTrainedModel, config: ARBConfig, strict: bool = Tru
             choices = config.for_module(name)
             reason = structural.get(name) or _user_reason(config, choices, name)
             if reason is None and choices is not None:
+                if strict:
+                    _check_rank(name, module, choices)
                 selection.convert[name] = choices
             elif reason is not None:
                 selection.keep[name] = reason
@@ -136,6 +141,19 @@ def select_modules(model: PreTrainedModel, config: ARBConfig, strict: bool = Tru
             + (_summary(selection.keep) if selection.keep else "it has no linear layer.")
         )
     return selection
+
+
+def _check_rank(name: str, module: nn.Module, choices: ARBConfig) -> None:
+    """Factors that take more bits than a budget of bits may be: their fit would end for want of memory, if at all."""
+    if not choices.factorized or choices.rank is None:
+        return
+    rows, columns = linear_shape(module)
+    bits = stored_bits(rows, columns, choices.rank, choices.resolved_scale_bits) / (rows * columns)
+    if bits > MAX_FACTOR_BITS:
+        raise ValueError(
+            f"{name}: rank={choices.rank} would take {bits:,.1f} bits a weight of [{rows}, {columns}], and at most "
+            f"{MAX_FACTOR_BITS} are of use. Give a smaller rank, or factor_bits."
+        )
 
 
 def resolved_skips(selection: Selection) -> list[str]:

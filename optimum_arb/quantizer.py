@@ -10,10 +10,12 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.base import HfQuantizer
 
 from .calibration import model_tokens
@@ -72,6 +74,10 @@ class ARBHfQuantizer(HfQuantizer):
         self._device_map: Any = None
         self._stored: StoredModel | None = None
         self._tokens: torch.Tensor | CalibrationInputs | None = None
+        # of a float model, until it is known by which conversions its checkpoint's names become the model's
+        self._unnamed: tuple[PreTrainedModel, list[str] | None] | None = None
+        self._key_mapping: list = []
+        self._directory: Path | None = None  # of the checkpoint
         requested = self.quantization_config.__dict__.pop("requested", None)
         if self.pre_quantized and requested is not None:
             self._refuse_second_quantization(requested)
@@ -130,7 +136,10 @@ class ARBHfQuantizer(HfQuantizer):
             self._keep_what_is_not_binarized()
             prepare(model, pre_quantized=True)
             return
-        self._leave_out_new_modules(model, checkpoint_files)
+        self._unnamed = model, checkpoint_files
+        # with `subfolder`, not the one that the model is named after
+        beside = Path(checkpoint_files[0]).parent if checkpoint_files else None
+        self._directory = beside if beside is not None and (beside / "config.json").is_file() else None
         if self.calibrates:
             with torch.device("cpu"):  # transformers builds the model under the meta device
                 self._tokens = model_tokens(model, config, checkpoint_files)
@@ -144,7 +153,15 @@ class ARBHfQuantizer(HfQuantizer):
         return BinarizeOnLoad(self)
 
     def update_weight_conversions(self, weight_conversions: list, *args: Any, **kwargs: Any) -> list:
-        """The model's conversions, and the same for the companions of its packed experts."""
+        """The model's conversions, and the same for the companions of its packed experts.
+
+        Here `key_mapping` is among them, of which transformers tells a quantizer nothing else.
+        """
+        if self._unnamed is not None:
+            model = self._unnamed[0]
+            self._key_mapping = weight_conversions[: len(weight_conversions) - len(get_model_conversion_mapping(model))]
+            self._leave_out_new_modules(*self._unnamed, weight_conversions)
+            self._unnamed = None
         return conversions_for_loading(weight_conversions, self._packed_experts)
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
@@ -185,7 +202,7 @@ class ARBHfQuantizer(HfQuantizer):
             binarize_model(model, task)
         self._keep_what_is_not_binarized()
         self._prepare_saving(model)
-        self.reproduce = record_run(model, task, self.kept)
+        self.reproduce = record_run(model, task, self.kept, self._directory)
         if self._tokens is not None and self.stream is None:
             place_model(model, self._device_map, self.quantization_config.max_memory, current_ranks())
         self._tokens = None
@@ -203,13 +220,17 @@ class ARBHfQuantizer(HfQuantizer):
     def _prepare_saving(self, model: PreTrainedModel) -> None:
         conversions: Any = getattr(model, "_weight_conversions", None)
         if conversions is not None:
+            # under the model's own names: to load it, nobody needs the mapping then
+            conversions = [c for c in conversions if not any(c is given for given in self._key_mapping)]
             saving = conversions_for_saving(conversions, self._packed_experts)
             model._weight_conversions = saving  # type: ignore[assignment]
 
-    def _leave_out_new_modules(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
+    def _leave_out_new_modules(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None, conversions: list
+    ) -> None:
         """Leaves out what the checkpoint lacks: transformers initializes it at random, to be trained."""
         if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
-            names = KeyMap(model)
+            names = KeyMap(model, copy.deepcopy(conversions))  # transformers' own note what a key took
             stored = {name for key in read_headers(checkpoint_files) for name in names.names(key)}
             for name in list(self.selection.convert):
                 needed = {self.selection.parameter(name)}

@@ -115,17 +115,18 @@ def gpu_names() -> list[str]:
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
-def model_facts(name: str, revision: str | None = None) -> dict[str, Any]:
+def model_facts(name: str, revision: str | None = None, directory: Path | None = None) -> dict[str, Any]:
     """What identifies a model: its name, its revision on the Hub, and the fingerprint of its files.
 
     Args:
         name: directory or Hub name. Of a name, the files in the cache are looked at, nothing is downloaded.
         revision: the commit that was loaded.
+        directory: where its files lie, if that is known: a subfolder of what is called `name`.
     """
     facts: dict[str, Any] = {"name": name}
     if revision is not None:
         facts["revision"] = revision
-    directory = model_directory(name, revision)
+    directory = directory or model_directory(name, revision)
     if directory is not None:
         facts["fingerprint"] = model_fingerprint(directory)
     return facts

@@ -122,6 +122,13 @@ def test_choices_of_another_type(choices):
         ARBConfig(**choices)
 
 
+@pytest.mark.parametrize("memory", ["8GB", 8, ["8GB"]])
+def test_max_memory_is_a_table(memory):
+    with pytest.raises(TypeError, match=r"max_memory=.* is no table: give one of devices and sizes"):
+        ARBConfig(max_memory=memory)
+    assert ARBConfig(max_memory={"cpu": "8GB"}).max_memory == {"cpu": "8GB"}
+
+
 @pytest.mark.parametrize("patterns", [7, "lm_head", {"lm_head": 1}])
 def test_patterns_are_a_list(patterns):
     with pytest.raises(TypeError, match="must be a list of patterns"):

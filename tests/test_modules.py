@@ -127,6 +127,19 @@ def test_patterns_and_overrides():
     assert "model.layers.1.mlp.down_proj" in selection.keep
 
 
+def test_a_rank_of_more_bits_than_the_weight_has():
+    """Its fit ended for want of memory."""
+    model = tiny_model("LlamaForCausalLM")
+    assert len(select(model, method="arb-dbf", rank=400).convert) == 14
+    with pytest.raises(
+        ValueError, match=r"q_proj: rank=100000 would take 2,.* bits a weight of \[96, 96\].* at most 16"
+    ):
+        select(model, method="arb-dbf", rank=100000)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj: rank=5000"):
+        select(model, overrides={"layers.1.mlp.up_proj": {"method": "arb-dbf", "rank": 5000}})
+    assert len(select(model, strict=False, method="arb-dbf", rank=100000).convert) == 14
+
+
 def test_patterns_that_match_nothing_are_an_error_only_when_strict():
     model = tiny_model("LlamaForCausalLM")
     with pytest.raises(ValueError, match="matches none"):

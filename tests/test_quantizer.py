@@ -188,6 +188,35 @@ def test_a_module_that_the_float_checkpoint_lacks_stays_in_float(tmp_path, datas
     assert torch.equal(outputs(model, tokens(1, 8)), outputs(again, tokens(1, 8)))
 
 
+def renamed(source, target):
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    tensors = {key.replace("model.", "trunk.", 1): tensor for key, tensor in tensors.items()}
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("dataset", [None, tokens()], ids=["data-free", "calibrated"])
+def test_key_mapping_of_a_float_checkpoint(llama, tmp_path, dataset):
+    """It is saved under the model's own names, and loads without the mapping."""
+    options = {"dataset": dataset, "num_samples": 4, "block_size": 64}
+    source = renamed(llama, tmp_path / "renamed")
+    model = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=ARBConfig(**options), key_mapping={r"^trunk\.": "model."}
+    )
+    expected = binarize(llama, **options).state_dict()
+    model.save_pretrained(tmp_path / "saved")
+    for found in (model, AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):
+        assert found.state_dict().keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in found.state_dict().items())
+
+
+def test_key_mapping_of_a_binarized_checkpoint(packed, tmp_path):
+    path = renamed(packed, tmp_path / "renamed")
+    with pytest.raises(ValueError, match=r"'model.embed_tokens.weight' is missing .* has 'trunk.* without key_mapping"):
+        AutoModelForCausalLM.from_pretrained(path, key_mapping={r"^trunk\.": "model."})
+
+
 def test_deepcopy_and_flags(packed):
     model = LlamaForCausalLM.from_pretrained(packed)
     ids = tokens(1, 8)

@@ -122,6 +122,10 @@ def _divide(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
 class Descent:
     """Steps on a fit, in place, none of which raises the objective. They share what each of them needs, the gradient.
 
+    The gradient is carried in float32, so that no step can tell a rise below 1e-6 of `tr(W M W^T)`, which scales under
+    one token and a damping of 1e-6 come close to: 8e-7 is the most that was seen, of an objective of 4e-6. To measure
+    each step exactly would take the product of the whole error with M in float64.
+
     Attributes:
         metric: M, float32 `[k, k]`.
         fit: what the steps change.

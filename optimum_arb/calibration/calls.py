@@ -25,6 +25,21 @@ class Call:
     args: tuple
     kwargs: dict[str, Any]
 
+    @classmethod
+    def of(cls, args: tuple, kwargs: Mapping[str, Any]) -> Call:
+        """What is left of a layer's arguments without the hidden states; the containers are its own."""
+        rest = {key: value for key, value in kwargs.items() if args or key != "hidden_states"}
+        return cls(*tree_map(lambda x: x, ((None, *args[1:]) if args else (), rest)))
+
+    def has_tensors_of(self, other: Call) -> bool:
+        """Whether the tensors among its arguments are equal to those of another call, one after the other."""
+        own, others = (
+            [x for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, torch.Tensor)] for call in (self, other)
+        )
+        return len(own) == len(others) and all(
+            x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(own, others, strict=True)
+        )
+
     def run(
         self,
         layer: nn.Module,

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -52,10 +53,13 @@ class Step:
         names: of the modules in the model.
         residual: name of a linear -> the submodule of the layer whose input, with the linear's output, is the residual
             stream behind it; `LAYER_INPUT` is the layer itself.
+        repeats: whether its only module runs more than once. It is fitted to the inputs of all its runs and not
+            corrected: one weight cannot put right what differs from run to run.
     """
 
     names: list[str]
     residual: dict[str, str] = field(default_factory=dict)
+    repeats: bool = False
 
 
 @dataclass
@@ -106,17 +110,20 @@ def find_steps(layer: nn.Module, targets: Mapping[str, nn.Module], run: Callable
         output = run()
     steps: list[Step] = []
     inputs: list[tuple[torch.Tensor | None, int]] = []
+    times = Counter(name for name, *_ in ran)
+    alone = {name for name in times if times[name] > 1 or is_experts(targets[name])}
     for name, given, number, put_out, before in ran:
-        # one that was written into meanwhile is another input
-        known = next((i for i, (tensor, then) in enumerate(inputs) if tensor is given and then == number), None)
         if any(name in step.names for step in steps):
             continue  # runs more than once
-        if known is None or is_experts(targets[name]) or any(is_experts(targets[n]) for n in steps[known].names):
-            steps.append(Step([name]))
+        # one that was written into meanwhile is another input
+        same_input = (i for i, (tensor, then) in enumerate(inputs) if tensor is given and then == number)
+        known = next((i for i in same_input if steps[i].names[0] not in alone), None)
+        if known is None or name in alone:
+            steps.append(Step([name], repeats=times[name] > 1))
             inputs.append((given, number))
         else:
             steps[known].names.append(name)
-        if isinstance(put_out, torch.Tensor):
+        if isinstance(put_out, torch.Tensor) and times[name] == 1:
             later = [each.tensor for each in seen[before:]] + [output]
             same = [each for each in seen[:before] if each.tensor.shape == put_out.shape]
             found = next((e.name for e in same if any(_is_sum(t, e.tensor, put_out) for t in later)), None)
@@ -256,6 +263,8 @@ class Corrections:
         self.shared = bool(linears) and not step.residual
         self.shared &= 2 * sum(rows for rows, _ in shapes.values()) > next(iter(shapes.values()), (0, 0))[1]
         self.members = {next(iter(shapes)): list(shapes)} if self.shared else {name: [name] for name in shapes}
+        if step.repeats:
+            self.members = {}
         self.sums = {}
         for name in self.members:
             rows, columns = shapes[name]
@@ -268,7 +277,7 @@ class Corrections:
             wanted: of the float layer, on the float model's inputs.
             found: of the layer that is binarized.
         """
-        if wanted.input is None or found.input is None:
+        if not self.sums or wanted.input is None or found.input is None:
             return {}
         change = wanted.input.float() - found.input.float()
         if self.shared:
@@ -322,8 +331,8 @@ class Corrections:
         """The float linear with the weight `T` of the equation above, in float32; as it is where nothing is to be
         corrected."""
         module = self._linears[name]
-        leader = next(leader for leader, members in self.members.items() if name in members)
-        if leader not in self.changes:
+        leader = next((leader for leader, members in self.members.items() if name in members), None)
+        if leader is None or leader not in self.changes:
             return module
         change = self.changes[leader] if self.shared else self.changes.pop(leader)
         weight = module.get_parameter("weight")

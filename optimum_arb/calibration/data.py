@@ -44,7 +44,7 @@ def load_texts(dataset: str | CalibrationTexts | list[str]) -> list[str]:
             texts = [files("optimum_arb").joinpath(BUNDLED[dataset]).read_text(encoding="utf-8")]
         elif Path(dataset).is_file():
             try:
-                texts = [Path(dataset).read_text(encoding="utf-8")]
+                texts = [Path(dataset).read_text(encoding="utf-8-sig")]  # a byte-order mark is no text
             except UnicodeDecodeError as error:
                 raise ValueError(f"dataset={dataset!r} is not a UTF-8 text file: {error}.") from None
         else:
@@ -57,6 +57,16 @@ def load_texts(dataset: str | CalibrationTexts | list[str]) -> list[str]:
     if not any(text.strip() for text in texts):
         raise ValueError(f"dataset: {name} is empty.")
     return texts
+
+
+def check_dataset(dataset: str) -> None:
+    """Whether there is a text of this name or path, asked before the work; what would be downloaded is not looked at.
+
+    Raises:
+        ValueError: as `load_texts`.
+    """
+    if dataset not in DOWNLOADED or Path(dataset).is_file():
+        load_texts(dataset)
 
 
 def calibration_tokens(config: ARBConfig, tokenizer: Any, max_length: int | None = None) -> torch.Tensor:

@@ -20,6 +20,7 @@ class Layers:
         targets: per layer, the names of the modules in it that are to be binarized.
         seen: per layer, what a short run saw: (hidden states in, output) of each of its calls.
         written_between: whether it saw the hidden states written into between two layers.
+        outputs_in_arguments: whether what else a layer is called with comes of what the layers before it put out.
     """
 
     names: list[str]
@@ -27,11 +28,12 @@ class Layers:
     targets: list[list[str]]
     seen: list[list[tuple[torch.Tensor | None, Any]]] = field(default_factory=list)
     written_between: bool = False
+    outputs_in_arguments: bool = False
 
     def is_chain(self) -> bool:
         """Whether each layer runs once, in order, and hands nothing but its hidden states to the next."""
         previous = None
-        if self.written_between:
+        if self.written_between or self.outputs_in_arguments:
             return False
         for calls in self.seen:
             if len(calls) != 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,23 +45,27 @@ class ModelRuns:
             self.model(**kwargs)
 
     def probe(self, groups: list[Layers], batch: torch.Tensor | Mapping[str, Any]) -> None:
-        """One short run that shows how the layers are called; sorts the groups by the order in which they run.
+        """A short run that shows how the layers are called; sorts the groups by the order in which they run.
 
         Where the weights are not in memory, the first layer of each kind runs, and those like it hand on their input.
+        In a second run the layers of a chain do so all: an argument that is another one then (`layer(h, outputs[2])`)
+        comes of what the layers put out, and cannot be recorded before these are binarized.
         """
         order: list[int] = []
+        arguments: dict[str, Call] = {}
         handles = []
         for index, group in enumerate(groups):
             group.seen = [[] for _ in group.modules]
-            group.written_between = False
+            group.written_between = group.outputs_in_arguments = False
             left: list[tuple[torch.Tensor, int]] = []
 
-            def enter(module, args, kwargs, group=group, left=left):
+            def enter(module, args, kwargs, name, group=group, left=left):
+                arguments[name] = Call.of(args, kwargs)
                 hidden = hidden_states(args, kwargs)
                 if left and hidden is left[-1][0] and version(hidden) != left[-1][1]:
                     group.written_between = True
 
-            for layer, calls in zip(group.modules, group.seen, strict=True):
+            for name, layer, calls in zip(group.names, group.modules, group.seen, strict=True):
 
                 def look(module, args, kwargs, output, calls=calls, index=index, left=left):
                     calls.append((hidden_states(args, kwargs), output))
@@ -69,7 +74,7 @@ class ModelRuns:
                         left.append((handed, version(handed)))
                     order.append(index)
 
-                handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
+                handles.append(layer.register_forward_pre_hook(partial(enter, name=name), with_kwargs=True))
                 handles.append(layer.register_forward_hook(look, with_kwargs=True))
         short = batch[:1, :8] if isinstance(batch, torch.Tensor) else batch
         try:
@@ -87,11 +92,21 @@ class ModelRuns:
         finally:
             for handle in handles:
                 handle.remove()
-        if not all(group.is_chain() for group in groups):
-            self.weights.stay(f"the layers of {type(self.model).__name__} hand on more than their hidden states")
         last = len(order)
         rank = [order.index(index) if index in order else last for index in range(len(groups))]
         groups[:] = [groups[index] for index in sorted(range(len(groups)), key=rank.__getitem__)]
+        before: list[str] = []
+        for group in groups:
+            if group.is_chain():
+                with self.weights.whole(before):
+                    handed_on = self.record(group, [short], lambda batch, hidden: None)
+                again = zip(group.names, handed_on, strict=True)
+                group.outputs_in_arguments = not all(
+                    len(found) == 1 and found[0].has_tensors_of(arguments[name]) for name, found in again
+                )
+            before += group.names
+        if not all(group.is_chain() for group in groups):
+            self.weights.stay(f"the layers of {type(self.model).__name__} hand on more than their hidden states")
 
     def _run_one_of_each_kind(self, groups: list[Layers], batch: torch.Tensor | Mapping[str, Any]) -> None:
         modules: list[nn.Module] = []
@@ -139,10 +154,9 @@ class ModelRuns:
                         f"calibration batch {len(calls[index])} (of this process) and did not in the one that was "
                         "tried. Give a batch like this one (with the same kinds of inputs) as the first of the dataset."
                     )
-                kept = (None, *args[1:]) if args else ()
-                rest = {k: v for k, v in kwargs.items() if args or k != "hidden_states"}
                 batch = len(calls[index])
-                calls[index].append(Call(kept, rest).sharing(calls[index][0] if batch else None, found))
+                call = Call.of(args, kwargs)
+                calls[index].append(call.sharing(calls[index][0] if batch else None, found))
                 if index == len(group.modules) - 1:
                     raise Stop
                 return like(group.seen[index][0][1], hidden)

@@ -137,7 +137,7 @@ class Steps:
         with (
             statistics,
             Reading(of_float, name, step, whole=take is not None) as of_wanted,
-            Reading(layer, name, step, whole=False) as of_given,
+            Reading(layer, name, step, whole=step.repeats) as of_given,
         ):
 
             def taken(batch: int) -> tuple[torch.Tensor | None, dict[str, torch.Tensor], Taken, list[Made]]:
@@ -147,7 +147,7 @@ class Steps:
                         output = run_float(batch)
                 with of_given.reading() as given, statistics.taking() as found, reuse.batch(batch) as made:
                     run(batch)
-                if found.inputs:  # the run ended at the first of the linears that share this input
+                if found.inputs and not step.repeats:  # the run ended at the first of the linears that share this input
                     first = found.inputs[0]
                     found.inputs[1:] = [replace(first, name=other) for other in step.names if other != first.name]
                 differences = corrections.differences(wanted, given) if batch < self.fitted else {}

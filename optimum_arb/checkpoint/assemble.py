@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,19 @@ class _Shard:
     def close(self) -> None:
         self._file.close()
         synchronize(self.path)
+
+
+def check_shard_size(size: int | str) -> None:
+    """To be asked before the work begins.
+
+    Raises:
+        ValueError: no size of a file that `save_pretrained` takes.
+    """
+    number: object = size
+    if isinstance(size, str) and (found := re.fullmatch(r"\s*(\d+(\.\d*)?|\.\d+)\s*[TGMK]B\s*", size, re.IGNORECASE)):
+        number = float(found[1])
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
+        raise ValueError(f"max_shard_size={size!r} is no size of a file: give one such as '5GB' or '500MB'.")
 
 
 def assemble(

@@ -228,7 +228,7 @@ def _dtype(name: str, model_config: Any) -> torch.dtype:
         found = getattr(torch, name, None)
     if isinstance(found, str):
         found = getattr(torch, found, None)
-    if not isinstance(found, torch.dtype):
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype={name!r} is unknown: use auto, float32, bfloat16 or float16.")
     return found
 

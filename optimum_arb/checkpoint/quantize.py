@@ -30,7 +30,7 @@ from ..modules import select_modules
 from ..report import ModelReport, ModuleReport, model_report
 from ..reproduce import model_facts
 from ..saving import check_named, check_not_source, check_output_directory, write_model
-from .assemble import assemble
+from .assemble import assemble, check_shard_size
 from .interrupt import interruptible
 from .publish import publish
 from .run import StreamedRun, work_directory
@@ -118,6 +118,8 @@ def quantize_checkpoint(
     output = Path(output)
     name = os.fspath(model)
     config = ARBConfig() if config is None else config
+    if max_shard_size is not None:
+        check_shard_size(max_shard_size)
     ranks = current_ranks()
     work = WorkDirectory(work_directory(output, ranks.rank))
     if work.exists and not resume:

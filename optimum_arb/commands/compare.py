@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluate.plot import plot_comparison
     from .loading import check_loading, check_model, quantization_method
 
+    if not args.out:  # a shell's unset variable, which would be the current directory
+        raise ValueError("--out has an empty name.")
     check_model(args.model)
     check_loading(args.dtype, args.device_map)
     method = quantization_method(args.model)
@@ -59,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     keys = ("model", "text", "context_length", "max_windows", "dataset", "num_samples", "sequence_length", "seed")
     settings = Settings(**{key: getattr(args, key) for key in (*keys, "dtype", "device_map")})
     names = [name.strip() for name in args.methods.split(",") if name.strip()]
+    if not names:
+        raise ValueError("--methods names no method.")
     if not args.no_plot:
         _check_plot()
     rows = compare(

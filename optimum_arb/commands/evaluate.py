@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .printing import fields, size, table
 
 if TYPE_CHECKING:
-    from ..evaluate.evaluation import Settings
+    from ..evaluate.settings import Settings
 
 EXAMPLES = """\
   %(prog)s smollm2-arb
@@ -98,8 +99,8 @@ def build_settings(args: argparse.Namespace, parts: tuple[str, ...]) -> Settings
     Raises:
         ValueError: a list of numbers that is none.
     """
-    from ..evaluate.evaluation import Settings
     from ..evaluate.generation import PROMPTS
+    from ..evaluate.settings import Settings
 
     try:
         batch_sizes = tuple(int(size) for size in args.batch_sizes.split(","))
@@ -134,7 +135,7 @@ def chosen_parts(
     Raises:
         ValueError: an unknown name, or nothing is left.
     """
-    from ..evaluate.evaluation import PARTS
+    from ..evaluate.settings import PARTS
 
     possible = [part for part in PARTS if part != "tasks" and (baseline is not None or part != "divergence")]
     wanted, left_out = (
@@ -154,15 +155,18 @@ def chosen_parts(
 
 def run(args: argparse.Namespace) -> int:
     parts = chosen_parts(args.measure, args.leave_out, args.baseline, args.tasks)
+    build_settings(args, parts).check()
+    if args.max_perplexity is not None and math.isnan(args.max_perplexity):
+        raise ValueError("--max-perplexity nan is no bound: give a number.")
     simple = parts == ("perplexity",) and not args.report and args.baseline is None
-    if simple and len(args.model) == 1 and len(args.text or [""]) == 1 and not args.compare:
+    if simple and len(args.model) == 1 and len(args.text or [""]) == 1 and args.compare is None:
         return run_perplexity(args)
     return run_evaluation(args, parts)
 
 
 def run_evaluation(args: argparse.Namespace, parts: tuple[str, ...]) -> int:
     """Everything, beside the baseline."""
-    from ..evaluate.evaluation import evaluate, read_comparison
+    from ..evaluate.evaluation import comparison_rows, evaluate, read_comparison
     from ..evaluate.report_files import report_paths, write_reports
 
     if args.record:
@@ -170,8 +174,8 @@ def run_evaluation(args: argparse.Namespace, parts: tuple[str, ...]) -> int:
     if args.max_perplexity is not None and "perplexity" not in parts:
         raise ValueError("--max-perplexity needs the perplexity, which is not measured.")
     paths = report_paths(args.report)
-    if args.compare and not Path(args.compare).exists():  # told before hours of measuring
-        raise FileNotFoundError(f"There is no comparison {args.compare}.")
+    if args.compare is not None:
+        comparison_rows(args.compare)  # told before hours of measuring
     report = evaluate(
         args.model,
         args.baseline,
@@ -179,7 +183,7 @@ def run_evaluation(args: argparse.Namespace, parts: tuple[str, ...]) -> int:
         progress=lambda line: print(f"{line} ...", file=sys.stderr, flush=True),
         bars=not args.json,
     )
-    comparison = read_comparison(args.compare, report) if args.compare else None
+    comparison = None if args.compare is None else read_comparison(args.compare, report)
     write_reports(report, paths, comparison)
     measured = [row["perplexity"] for m in report["models"] if m["role"] == "model" for row in m.get("perplexity", [])]
     limit = args.max_perplexity

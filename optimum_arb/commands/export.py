@@ -46,9 +46,13 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from ..export import export_gguf
+    from ..output_files import check_writable
     from .loading import check_model, load_model, load_tokenizer, quantization_method
 
     check_model(args.model)
+    if not args.out:
+        raise ValueError("The file to write has an empty name.")
+    check_writable(args.out)
     if Path(args.out).exists() and not args.overwrite:  # told before the model is loaded
         raise FileExistsError(f"{args.out} already exists. Choose another name, or --overwrite it.")
     if quantization_method(args.model) != "arb":

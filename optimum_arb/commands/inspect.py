@@ -35,8 +35,12 @@ def run(args: argparse.Namespace) -> None:
     from .loading import check_model
 
     check_model(args.model)
+    if args.plot is not None:
+        from ..evaluate.plot import check_plot_path
+
+        check_plot_path(args.plot)
     result = inspect_model(args.model)
-    if args.plot:
+    if args.plot is not None:
         from ..evaluate.plot import plot_layers
 
         if result.report is None:

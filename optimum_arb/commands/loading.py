@@ -25,6 +25,8 @@ def check_model(name: str) -> None:
     Raises:
         FileNotFoundError: `name` can only be a directory and is none, or is one without a `config.json`.
     """
+    if not name:  # a shell's unset variable, which would be the current directory
+        raise FileNotFoundError("The model has an empty name.")
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -40,7 +42,8 @@ def check_loading(dtype: str, device_map: str) -> None:
         ValueError: `dtype` is no float dtype of torch's, or `device_map` names a GPU and torch sees none.
     """
     found = getattr(torch, dtype, None)
-    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+    floating = isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1
+    if dtype != "auto" and not floating:
         raise ValueError(f"dtype={dtype!r} is unknown: use auto, float32, bfloat16 or float16.")
     if device_map.split(":")[0] == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device_map={device_map!r} needs a GPU, and torch sees none here.")
@@ -59,17 +62,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model.
 
     Raises:
-        FileNotFoundError: see `check_model`.
+        FileNotFoundError: see `check_model`; or its directory holds none.
     """
     check_model(name)
-    return AutoTokenizer.from_pretrained(name)
+    return _tokenizer(name)
 
 
 def load_processor(name: str, revision: str | None = None) -> PreTrainedTokenizerBase | ProcessorMixin:
     """What a model reads its inputs with: the processor of a model of several modalities, otherwise the tokenizer.
 
     Raises:
-        FileNotFoundError: see `check_model`.
+        FileNotFoundError: as `load_tokenizer`.
         ImportError: a package that the processor needs is not installed.
     """
     check_model(name)
@@ -77,7 +80,19 @@ def load_processor(name: str, revision: str | None = None) -> PreTrainedTokenize
     for file in ("processor_config.json", "preprocessor_config.json"):
         if cached_file(name, file, revision=revision, **quietly) is not None:
             return AutoProcessor.from_pretrained(name, revision=revision or "main")
-    return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+    return _tokenizer(name, revision=revision or "main")
+
+
+def _tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        path = Path(name)
+        if not path.is_dir() or any(any(path.glob(pattern)) for pattern in ("*token*", "vocab*", "*.model")):
+            raise
+        raise FileNotFoundError(
+            f"The directory {name} holds no tokenizer: save the model's own there too (tokenizer.save_pretrained)."
+        ) from error
 
 
 def load_model(name: str, dtype: str = "auto", device_map: str = "cpu", backend: str | None = None) -> PreTrainedModel:

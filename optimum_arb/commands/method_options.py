@@ -165,6 +165,8 @@ def parse_overrides(texts: list[str]) -> dict[str, dict[str, Any]]:
             key, colon, value = choice.partition(":")
             if not pattern or (not colon and key != "skip"):
                 raise ValueError(f"--override {text!r} must be PATTERN=KEY:VALUE[,KEY:VALUE...] or PATTERN=skip.")
+            if key in overrides[pattern]:
+                raise ValueError(f"--override gives {key} of {pattern!r} twice: give it once.")
             overrides[pattern][key] = _value(value) if colon else True
     return dict(overrides)
 

@@ -84,6 +84,8 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> None:
     config = build_config(args)
     check_model(args.model)
     check_loading(args.dtype, args.device_map)
+    if args.base_model == "":
+        raise ValueError("--base-model has an empty name.")
     if args.push_to_hub == "":  # a shell's unset variable: not uploading would look like success
         raise ValueError("--push-to-hub has an empty name.")
     if args.push_to_hub:

@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
     from .loading import check_loading, check_model, load_processor, quantization_method
 
     check_model(args.model)
+    if args.base is not None:
+        check_model(args.base)
     check_loading(args.dtype, args.device_map)
     check_output_directory(args.out, overwrite=args.overwrite)
     plan = plan_again(args.model, args.base, args.revision, args.dataset)
@@ -55,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
     if quantization_method(plan.base) is not None:
         raise ValueError(f"The base {plan.base} is quantized already: give the float model with --base.")
     text = None if args.no_perplexity else perplexity_text(plan, args.text)
+    processor = load_processor(plan.base, plan.revision)
     start = time.perf_counter()
     revision = plan.revision or "main"
     model = saved_class(AutoConfig.from_pretrained(plan.base, revision=revision)).from_pretrained(
@@ -65,7 +68,6 @@ def run(args: argparse.Namespace) -> None:
         device_map=args.device_map,
     )
     seconds = time.perf_counter() - start
-    processor = load_processor(plan.base, plan.revision)
     save_model(model, processor, args.out, overwrite=args.overwrite)
     measured = None
     if text is not None:

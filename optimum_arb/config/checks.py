@@ -62,6 +62,11 @@ def _check_general(config: ARBConfig) -> None:
             _integer(name, getattr(config, name), 1)
     if not isinstance(config.seed, int) or isinstance(config.seed, bool):
         raise TypeError(f"seed={config.seed!r} is no whole number.")
+    if not isinstance(config.max_memory, (dict, type(None))):
+        raise TypeError(
+            f"max_memory={config.max_memory!r} is no table: give one of devices and sizes, such as "
+            "{0: '20GB', 'cpu': '60GB'}."
+        )
     if not isinstance(config.act_order, (bool, type(None))):
         raise TypeError(f"act_order={config.act_order!r} must be True, False or None.")
     _integer("held_out_samples", config.held_out_samples, 0, config.num_samples - 1)

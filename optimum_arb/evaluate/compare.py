@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..calibration.data import check_dataset
 from ..config import METHODS, ARBConfig
+from ..output_files import check_writable
 from ..report import model_report
 from ..version import __version__
 from .peers import quantize_hqq
@@ -162,10 +164,14 @@ def compare(
         ValueError: an unknown row, or `out` holds rows of other settings; the message says what differs.
         FileNotFoundError: the text or the model does not exist.
     """
+    from ..commands.loading import load_tokenizer
+
     rows = [parse_row(name, settings) for name in dict.fromkeys([FULL, *names])]
     text_name, content = read_text(settings.text)
+    if any(row.config is not None and row.config.dataset is not None for row in rows):
+        check_dataset(settings.dataset)  # no row's failure: it is that of all
     stored = _Stored(Path(out), _fingerprint(settings, text_name, content))
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer = load_tokenizer(settings.model)
     result: dict[str, dict[str, Any]] = {}
     for row in rows:
         found = stored.rows.get(row.name)
@@ -268,6 +274,7 @@ class _Stored:
                         "such rows cannot be compared. Choose another directory, or the old setting."
                     )
             self.content["rows"] = rows
+        check_writable(self.path)
         out.mkdir(parents=True, exist_ok=True)
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,64 +16,14 @@ from ..inspection import inspect_model
 from ..reproduce import model_facts, reproduce_block, text_fingerprint
 from .accuracy import divergence
 from .energy import measure_energy
-from .generation import PROMPTS, sample
-from .latency import measure_latency
+from .generation import check_chat, sample
+from .latency import check_positions, measure_latency
 from .memory import disk_bytes, measure_memory
-from .perplexity import model_positions, perplexity, read_text
+from .perplexity import check_context_length, config_positions, model_positions, perplexity, read_text
+from .settings import Settings
 from .tasks import check_lm_eval, run_tasks
 
 SCHEMA = 1
-PARTS = ("perplexity", "divergence", "tasks", "generation", "memory", "latency", "energy")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured, and how.
-
-    Attributes:
-        parts: of `PARTS`. "tasks" is measured where tasks are named.
-        texts: bundled names or paths, for perplexity and divergence.
-        context_length: tokens of a window; None is 2048, or the models' positions if they are fewer.
-        max_windows: of each text; None is all.
-        batch_size: windows of a forward pass, and requests of the tasks.
-        tasks, include_path, limit: see `tasks.run_tasks`.
-        prompts, sample_tokens, chat: see `generation.sample`.
-        batch_sizes, prompt_tokens, new_tokens, repeats: see `latency.measure_latency`.
-        static_cache: generate with a static cache, which transformers compiles on a GPU.
-        energy_seconds: see `energy.measure_energy`.
-        price_per_hour: of the machine, for the cost of a million tokens; None tells no cost.
-        currency: of the price.
-        dtype, device_map, backend: how the models are loaded (the backend, of binarized ones).
-        seed: of torch, before each model.
-    """
-
-    parts: tuple[str, ...] = ("perplexity",)
-    texts: tuple[str, ...] = ("wikitext-2-test",)
-    context_length: int | None = None
-    max_windows: int | None = None
-    batch_size: int = 1
-    tasks: tuple[str, ...] = ()
-    include_path: str | None = None
-    limit: int | None = None
-    prompts: tuple[str, ...] = PROMPTS
-    sample_tokens: int = 48
-    chat: bool = False
-    batch_sizes: tuple[int, ...] = (1,)
-    prompt_tokens: int = 128
-    new_tokens: int = 32
-    repeats: int = 5
-    static_cache: bool = False
-    energy_seconds: float = 5.0
-    price_per_hour: float | None = None
-    currency: str = "USD"
-    dtype: str = "auto"
-    device_map: str = "cpu"
-    backend: str | None = None
-    seed: int = 0
-
-    def generate_options(self) -> dict[str, Any]:
-        """What `generate` gets besides the tokens."""
-        return {"cache_implementation": "static"} if self.static_cache else {}
 
 
 @dataclass
@@ -153,13 +102,9 @@ def evaluate(
 def _check(models: Sequence[str], baseline: str | None, settings: Settings) -> None:
     from ..commands.loading import check_loading, check_model
 
-    unknown = [part for part in settings.parts if part not in PARTS]
-    if unknown:
-        raise ValueError(f"{unknown[0]!r} is nothing that can be measured: use {', '.join(PARTS)}.")
     if not models or len(set(models)) < len(models) or baseline in models:
         raise ValueError("Each model, and the baseline, must be named once.")
-    if settings.price_per_hour is not None and not 0 <= settings.price_per_hour < math.inf:
-        raise ValueError(f"price_per_hour={settings.price_per_hour} must be a number of at least 0.")
+    settings.check()
     if "divergence" in settings.parts and baseline is None:
         raise ValueError("The divergence is from a baseline: give one, or leave it out.")
     if "tasks" in settings.parts and not settings.tasks:
@@ -169,8 +114,25 @@ def _check(models: Sequence[str], baseline: str | None, settings: Settings) -> N
     check_loading(settings.dtype, settings.device_map)
     for name in (*models, *([baseline] if baseline else [])):
         check_model(name)
+        _check_model(name, settings)
     if baseline is not None and "divergence" in settings.parts:
         _check_tokenizers(models, baseline)
+
+
+def _check_model(name: str, settings: Settings) -> None:
+    """What a part would tell of the model when its turn comes, hours later."""
+    from ..commands.loading import load_tokenizer
+
+    parts = set(settings.parts)
+    if parts - {"memory"}:
+        tokenizer = load_tokenizer(name)
+        if "generation" in parts:
+            check_chat(tokenizer, settings.chat)
+    positions = config_positions(AutoConfig.from_pretrained(name))
+    if parts & {"latency", "energy"}:
+        check_positions(settings.prompt_tokens, settings.new_tokens, positions)
+    if parts & {"perplexity", "divergence"} and settings.context_length is not None:
+        check_context_length(settings.context_length, positions)
 
 
 def _check_tokenizers(models: Sequence[str], baseline: str) -> None:
@@ -343,6 +305,23 @@ def _cost(price_per_hour: float, tokens_per_second: float) -> float:
     return price_per_hour / 3600 / tokens_per_second * 1e6
 
 
+def comparison_rows(path: str | Path) -> dict[str, tuple[float, dict[str, Any]]]:
+    """The rows of `compare.json`, or of that in a directory: name -> true bits and what was measured.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or another one.
+    """
+    path = Path(path)
+    path = path / "compare.json" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no comparison {path}.")
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return {name: (row["bits_per_weight"], row["perplexity"]) for name, row in rows.items() if "error" not in row}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is no result of compare.") from None
+
+
 def read_comparison(path: str | Path, report: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """Rows of `compare` that stand beside an evaluation: name -> true bits and perplexity.
 
@@ -351,17 +330,9 @@ def read_comparison(path: str | Path, report: dict[str, Any]) -> dict[str, tuple
         report: what `evaluate` returned, with a perplexity.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or its perplexities were measured on other windows than these.
+        FileNotFoundError, ValueError: as `comparison_rows`, or its perplexities were measured on other windows.
     """
-    path = Path(path)
-    path = path / "compare.json" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no comparison {path}.")
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        found = {name: (row["bits_per_weight"], row["perplexity"]) for name, row in rows.items() if "error" not in row}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is no result of compare.") from None
+    found = comparison_rows(path)
     measured = next((model["perplexity"][0] for model in report["models"] if model.get("perplexity")), None)
     for key in ("text", "context_length", "windows"):
         for name, (_, row) in found.items():

@@ -13,6 +13,12 @@ from .perplexity import input_device
 PROMPTS = ("The capital of France is", "The most important thing about water is that")
 
 
+def check_chat(tokenizer: Any, chat: bool) -> None:
+    """Raises ValueError where a chat template is wanted and the tokenizer has none."""
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise ValueError("The model's tokenizer has no chat template: generate without it.")
+
+
 def sample(
     model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str] = PROMPTS, new_tokens: int = 48, chat: bool = False
 ) -> list[dict[str, str]]:
@@ -31,8 +37,7 @@ def sample(
     Raises:
         ValueError: `chat`, and the tokenizer has no chat template.
     """
-    if chat and not getattr(tokenizer, "chat_template", None):
-        raise ValueError("The model's tokenizer has no chat template: generate without it.")
+    check_chat(tokenizer, chat)
     found = []
     for prompt in prompts:
         given = prompt

@@ -51,6 +51,15 @@ class Latency(Result):
     decode_speedup: float | None = None
 
 
+def check_positions(prompt_tokens: int, new_tokens: int, positions: int | None) -> None:
+    """Raises ValueError where a model has fewer positions (None: no limit) than are generated."""
+    if positions is not None and prompt_tokens + new_tokens > positions:
+        raise ValueError(
+            f"prompt_tokens={prompt_tokens} and new_tokens={new_tokens} are more than the {positions} positions of "
+            "the model: use fewer."
+        )
+
+
 def measure_latency(
     models: Mapping[str, PreTrainedModel],
     baseline: str | None = None,
@@ -90,12 +99,7 @@ def measure_latency(
     for size in batch_sizes:
         check_whole("batch_size", size, 1)
     for model in models.values():
-        positions = model_positions(model)
-        if positions is not None and prompt_tokens + new_tokens > positions:
-            raise ValueError(
-                f"prompt_tokens={prompt_tokens} and new_tokens={new_tokens} are more than the {positions} positions of "
-                "the model: use fewer."
-            )
+        check_positions(prompt_tokens, new_tokens, model_positions(model))
     options = dict(generate_options or {})
     found: list[Latency] = []
     with tqdm(total=len(batch_sizes) * (repeats + 1) * len(models), desc="latency", disable=not progress) as bar:

@@ -132,12 +132,7 @@ def text_windows(
     check_whole("context_length", context_length, 2)
     if max_windows is not None:
         check_whole("max_windows", max_windows, 1)
-    positions = model_positions(model)
-    if positions is not None and context_length > positions:
-        raise ValueError(
-            f"context_length={context_length} is more than the {positions} positions of the model: "
-            f"use at most {positions}."
-        )
+    check_context_length(context_length, model_positions(model))
     if callable(tokenizer_or_token_ids):
         name, content = read_text(text)
         # Without `verbose=False` a tokenizer warns that the text is longer than the model's context.
@@ -165,6 +160,15 @@ def check_whole(name: str, value: Any, low: int) -> None:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {low}.")
 
 
+def check_context_length(context_length: int, positions: int | None) -> None:
+    """Raises ValueError where windows are longer than a model's positions (None: no limit)."""
+    if positions is not None and context_length > positions:
+        raise ValueError(
+            f"context_length={context_length} is more than the {positions} positions of the model: "
+            f"use at most {positions}."
+        )
+
+
 def forward_options(model: Any) -> dict[str, Any]:
     """What a model is called with besides its tokens: a key-value cache is of no use and costs memory."""
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
@@ -186,7 +190,7 @@ def read_text(text: str | Path | Sequence[str]) -> tuple[str, str]:
                 f"The text {str(text)!r} is neither a file nor a bundled text ({', '.join(BUNDLED_TEXTS)})."
             )
         try:
-            name, content = path.name, path.read_text(encoding="utf-8")
+            name, content = path.name, path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"The text {str(text)!r} is no UTF-8 text file: {error}.") from None
     else:
@@ -219,7 +223,11 @@ def negative_log_likelihoods(logits: torch.Tensor, tokens: torch.Tensor) -> torc
 
 def model_positions(model: torch.nn.Module) -> int | None:
     """The positions of a model, None where its configuration does not limit them."""
-    config: Any = getattr(model, "config", None)
+    return config_positions(getattr(model, "config", None))
+
+
+def config_positions(config: Any) -> int | None:
+    """The same by a model's configuration."""
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)

@@ -10,12 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from ..layer_warnings import layer_warnings
+from ..output_files import check_writable
 from ..report import ModuleReport
 from .drawing import save_plain
 from .figures import layer_figure
 
 FORMATS = ("png", "svg")
 PLOT_SUFFIXES = (".svg", ".png", ".pdf")
+
+
+def check_plot_path(path: str | os.PathLike[str]) -> None:
+    """Whether a picture can be written there.
+
+    Raises:
+        ValueError: an empty name, or another suffix than `PLOT_SUFFIXES`.
+        OSError: as `check_writable`.
+    """
+    if not os.fspath(path):
+        raise ValueError("The picture has an empty name.")
+    if Path(path).suffix.lower() not in PLOT_SUFFIXES:
+        raise ValueError(f"{path}: the picture is written as {', '.join(PLOT_SUFFIXES)}.")
+    check_writable(path)
 
 
 def plot_layers(modules: Sequence[ModuleReport], path: str | os.PathLike[str], title: str) -> Path:
@@ -28,15 +43,15 @@ def plot_layers(modules: Sequence[ModuleReport], path: str | os.PathLike[str], t
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: another suffix.
+        ValueError, OSError: as `check_plot_path`.
     """
+    check_plot_path(path)
     path = Path(path)
-    if path.suffix.lower() not in PLOT_SUFFIXES:
-        raise ValueError(f"{path}: the picture is written as {', '.join(PLOT_SUFFIXES)}.")
     # the dotted lines show what does not hold on other text
     flagged = [warning.module for warning in layer_warnings(modules) if warning.rule != "overfit"]
     figure = layer_figure([asdict(module) for module in modules], flagged)
     figure.axes[0].set_title(title, loc="left", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_plain(figure, path)
     return path
 

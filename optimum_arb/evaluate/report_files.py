@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..output_files import check_writable
 from .drawing import check_matplotlib
 from .report_html import html_report
 from .report_markdown import markdown_report
@@ -20,6 +21,7 @@ def report_paths(names: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
     Raises:
         ValueError: another suffix, or an empty name, which would be the current directory.
+        OSError: as `check_writable`.
         ImportError: a page needs matplotlib, which is not installed.
     """
     paths: list[Path] = []
@@ -33,6 +35,8 @@ def report_paths(names: Sequence[str | os.PathLike[str]]) -> list[Path]:
             paths.append(path)
         else:
             paths += [path / f"report{suffix}" for suffix in SUFFIXES]
+    for path in paths:
+        check_writable(path)
     if any(path.suffix == ".html" for path in paths):
         check_matplotlib()
     return paths

@@ -9,8 +9,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .evaluation import Settings
 from .report_tables import baseline_of, disk, others, peak, ratio, resident
+from .settings import Settings
 
 # What a `[measure]` table may say: the fields of `Settings` that are no consequence of the bounds; "text" as on the
 # command line.
@@ -227,7 +227,7 @@ def _parse(path: Path) -> dict[str, Any]:
     except ImportError:  # Python 3.10
         import tomli as tomllib  # type: ignore[no-redef]
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no TOML file: {error}.") from None
 

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..commands.printing import size
 from ..config import ARBConfig
 from ..experts.keys import split_companion
-from ..stored.tensors import stored_tensors, tensor_bytes
+from ..stored.tensors import stored_tensors, stored_variant, tensor_bytes
 from .base_model import CARD_KEYS, card_facts
 
 NAME = "README.md"
@@ -81,7 +81,8 @@ def model_card(
         model_name=name.rpartition("/")[2] if config.perplexity else None,
         **inherited,
     )
-    text = _text(name, config, base, _Sizes(packed, total - packed, file_bytes), classes[0])
+    variant = stored_variant(directory)
+    text = _text(name, config, base, _Sizes(packed, total - packed, file_bytes), classes[0], variant)
     content = f"---\n{data.to_yaml()}\n---\n\n{text}"
     return ModelCard(f"{content}\n{_MARK.format(_digest(content))}\n")
 
@@ -120,7 +121,9 @@ def _digest(content: str) -> str:
     return hashlib.sha256(content.strip().encode()).hexdigest()
 
 
-def _text(name: str, config: ARBConfig, base: dict[str, Any], sizes: _Sizes, architecture: str) -> str:
+def _text(
+    name: str, config: ARBConfig, base: dict[str, Any], sizes: _Sizes, architecture: str, variant: str | None
+) -> str:
     rows = [
         ("method", _method(config)),
         ("true bits per weight", _bits(config, sizes)),
@@ -141,6 +144,7 @@ def _text(name: str, config: ARBConfig, base: dict[str, Any], sizes: _Sizes, arc
         rows.append(("licence", f"{licence}, the base model's" + _license_link(base.get("license_link"))))
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
     task = "AutoModelForCausalLM" if architecture.endswith("ForCausalLM") else architecture
+    options = "" if variant is None else f"variant={variant!r}, "
     return f"""\
 To load this model, `pip install optimum-arb`: transformers alone refuses its packed weights.
 
@@ -159,7 +163,7 @@ The bits count everything that is stored for the binarized weights: signs, scale
 ```python
 from transformers import AutoTokenizer, {task}
 
-model = {task}.from_pretrained({name!r}, device_map="auto")
+model = {task}.from_pretrained({name!r}, {options}device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained({name!r})
 ```
 

@@ -16,13 +16,16 @@ from ..version import __version__
 from .calibrated import Task
 
 
-def record_run(model: PreTrainedModel, task: Task, kept: dict[str, str]) -> dict[str, Any]:
+def record_run(
+    model: PreTrainedModel, task: Task, kept: dict[str, str], directory: Path | None = None
+) -> dict[str, Any]:
     """Writes into the task's configuration what was done, and on what.
 
     Args:
         model: binarized.
         task: what was done.
         kept: name of what stayed in float -> the reason.
+        directory: where the files of the float model lie; None where the model's name tells it.
 
     Returns:
         What it takes to repeat the run, see `optimum_arb.reproduce.reproduce_block`.
@@ -52,7 +55,7 @@ def record_run(model: PreTrainedModel, task: Task, kept: dict[str, str]) -> dict
         if task.refinement is not None:
             config.calibration["refinement"] = task.refinement
         config.dataset = config.calibration["dataset"]
-    facts = model_facts(source.name_or_path, commit) if source.name_or_path else {}
+    facts = model_facts(source.name_or_path, commit, directory) if source.name_or_path else {}
     if facts and Path(facts["name"]).is_dir():
         facts["name"] = Path(facts["name"]).name  # a path of this machine says nothing to others
     return reproduce_block({"base": facts} if facts else None, None, config.seed, whole_paths=False)

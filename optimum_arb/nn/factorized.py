@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,12 +27,20 @@ class InnerProduct(PackedProduct):
     bias = None
 
     def __init__(self, layer: ARBFactorizedLinear):
-        self.layer = layer
+        # weak: a layer that is let go of is to free its memory at once, not when Python's collector of cycles runs next
+        self._layer = weakref.ref(layer)
         self.out_features = layer.rank
         self.shared_input = None
         self.shared_index = 0
         self._prepared = None
         self._looked = False
+
+    @property
+    def layer(self) -> ARBFactorizedLinear:
+        """The layer, which holds this object."""
+        layer = self._layer()
+        assert layer is not None
+        return layer
 
     @property
     def backend(self) -> str:  # type: ignore[override]

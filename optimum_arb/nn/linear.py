@@ -27,7 +27,9 @@ class ARBLinear(PackedParameters, nn.Linear):  # type: ignore[misc]  # `bias` is
     alone.
 
     Scales of 8 bits are parameters of codes, with their `weight_scale_grid`; the float16 scales that the operator takes
-    are buffers beside them, `decoded_row_scale` and so on, which state dicts and files do not have.
+    are buffers beside them, `decoded_row_scale` and so on, which state dicts and files do not have. The next call
+    decodes codes anew that were replaced, moved, loaded or written (`weight_row_scale.copy_()`). A write into their
+    `.data` leaves no trace that a call could see without reading the codes: call `decode_stored()` behind it.
 
     Args:
         in_features: K.

@@ -153,8 +153,9 @@ class PackedParameters(PackedProduct, nn.Module):
     def decode_stored(self) -> None:
         """Makes the float16 scales of stored codes and the signs of the inputs anew.
 
-        To be called where these were changed by other means than a module's own methods and the layer runs compiled; a
-        call that is not compiled notices by itself.
+        To be called where these were changed by other means than a module's own methods and the layer runs compiled, or
+        were written into by way of `.data`, which counts no version of the tensor; a call that is not compiled notices
+        everything else by itself.
         """
         grids = self._grids
         stored = {name: self._parameters.get(PARAMETERS[name]) for name in (*grids, "scale_grid", "input_signs")}

@@ -10,7 +10,9 @@ import torch
 from ..format.layout import Layout
 from ..format.packing import TENSOR_NAMES
 from ..ops.backends.packed import PackedWeight
-from ..ops.linear import Plan, linear_without_grad, plan
+from ..ops.forward_ad import has_tangents
+from ..ops.hadamard import hadamard
+from ..ops.linear import Plan, linear, linear_without_grad, plan
 from .input_transform import InputTransform
 from .plans import MAX_PLANS, Plans, current_device
 from .prepared_layers import MAX_TOKENS, prepare_layer, run_prepared_layer
@@ -97,6 +99,8 @@ class PackedProduct(ABC):
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., columns]` to `[..., rows]`, the bias added."""
         compiling = torch.compiler.is_compiling()
+        if not compiling and has_tangents():
+            return self._product_with_tangents(x)
         shared = self.shared_input
         if not compiling and not torch.is_grad_enabled():
             out = None if shared is None else shared.take(self, x)
@@ -125,6 +129,14 @@ class PackedProduct(ABC):
         return torch.ops.optimum_arb.linear(
             x, *self._operands(), bias, self.layout.name, self.block_size, self.backend
         )  # fmt: skip
+
+    def _product_with_tangents(self, x: torch.Tensor) -> torch.Tensor:
+        change = self.input_transform()
+        if change is not None:
+            x = hadamard(x, change.sign, change.permutation, block=change.block, backend=change.backend)
+        tensors = dict(zip(TENSOR_NAMES, self._operands(), strict=True))
+        choices = {"layout": self.layout.name, "block_size": self.block_size, "backend": self.backend}
+        return linear(x, bias=self.bias, **tensors, **choices)  # type: ignore[arg-type]
 
     def _planned(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         """The product as it was made ready at an earlier call; None where that cannot be.

@@ -15,6 +15,7 @@ import torch
 from ..format.layout import layout_from_name
 from .backends import grouped
 from .backends.grouped import PackedExperts
+from .forward_ad import has_tangents, linear_map
 from .linear import _PACKED, BATCH_INVARIANT, _backend, compute
 
 torch.library.define(
@@ -133,18 +134,13 @@ def grouped_linear(
     Raises:
         ValueError: the tensors do not fit each other, or the backend is unknown or not for x's device.
     """
-    return torch.ops.optimum_arb.grouped_linear(
-        x,
-        offsets,
-        weight,
-        row_scale,
-        col_scale,
-        permutation,
-        salient_columns,
-        salient_weight,
-        salient_col_scale,
-        layout,
-        block_size,
-        parts,
-        backend,
-    )
+    packed = (weight, row_scale, col_scale, permutation, salient_columns, salient_weight, salient_col_scale)
+    operators, choices = torch.ops.optimum_arb, (layout, block_size, parts)
+    if has_tangents():
+        columns = x.shape[-1]
+        return linear_map(
+            x,
+            lambda x, _: operators.grouped_linear(x, offsets, *packed, *choices, backend),
+            lambda y, _: operators.grouped_linear_input_grad(y, offsets, *packed, *choices, columns, backend),
+        )
+    return operators.grouped_linear(x, offsets, *packed, *choices, backend)

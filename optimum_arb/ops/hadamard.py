@@ -16,6 +16,7 @@ import torch
 
 from ..format.hadamard import hadamard_blocks, hadamard_matrix
 from .backends.triton.available import has_kernels
+from .forward_ad import has_tangents, linear_map
 
 torch.library.define(
     "optimum_arb::hadamard",
@@ -125,4 +126,11 @@ def hadamard(
     backend: str = "auto",
 ) -> torch.Tensor:
     """`Hadamard(sign * x[..., permutation])`, or its inverse; arguments as in `transform`, with a gradient for x."""
-    return torch.ops.optimum_arb.hadamard(x, permutation, sign, block, inverse, backend)
+    operator = torch.ops.optimum_arb.hadamard
+    if has_tangents():  # orthogonal: its inverse is its transpose
+        return linear_map(
+            x,
+            lambda x, _: operator(x, permutation, sign, block, inverse, backend),
+            lambda y, _: operator(y, permutation, sign, block, not inverse, backend),
+        )
+    return operator(x, permutation, sign, block, inverse, backend)

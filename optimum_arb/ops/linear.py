@@ -17,6 +17,7 @@ from ..format.layout import Layout, layout_from_name
 from .backends import cpu, reference
 from .backends.packed import PackedWeight
 from .backends.triton.available import has_kernels
+from .forward_ad import has_tangents, linear_map
 
 # Behind a backend's name: every row of x is computed the same way, whatever the number of rows. GPU kernels only.
 BATCH_INVARIANT = ":batch-invariant"
@@ -271,17 +272,14 @@ def linear(
     Raises:
         ValueError: the tensors do not fit the layout and x, or the backend is unknown or not for x's device.
     """
-    return torch.ops.optimum_arb.linear(
-        x,
-        weight,
-        row_scale,
-        col_scale,
-        permutation,
-        salient_columns,
-        salient_weight,
-        salient_col_scale,
-        bias,
-        layout,
-        block_size,
-        backend,
-    )
+    packed = (weight, row_scale, col_scale, permutation, salient_columns, salient_weight, salient_col_scale)
+    operators, choices = torch.ops.optimum_arb, (layout, block_size)
+    if has_tangents():
+        columns = x.shape[-1]
+        return linear_map(
+            x,
+            lambda x, bias: operators.linear(x, *packed, bias, *choices, backend),
+            lambda y, _: operators.linear_input_grad(y, *packed, *choices, columns, backend),
+            bias,
+        )
+    return operators.linear(x, *packed, bias, *choices, backend)

@@ -104,6 +104,13 @@ class KeyMap:
                 continue  # its other tensors are there: `describe` says what is missing
             if not same_class and self._part(name) not in parts:
                 continue
+            others = (key for key in headers if key.split(".")[-2:] == name.split(".")[-2:])
+            other = next((key for key in others if not self.expected.intersection(self.names(key))), None)
+            if other is not None:
+                raise ValueError(
+                    f"{module}: the tensor {name!r} is missing in the checkpoint, which has {other!r}. A "
+                    "binarized model is loaded under the names that it was saved with, without key_mapping."
+                )
             raise ValueError(
                 f"{module}: the tensor {name!r} is missing in the checkpoint. Save or download the model again."
             )

@@ -14,6 +14,11 @@ from safetensors import SafetensorError, safe_open
 
 from .header import check_header_length
 
+# `save_pretrained(..., variant="fp16")` puts the name between the stem and the ending, of an index before ".json".
+_VARIANT = re.compile(
+    r"model(\.(?P<single>[^.]+?))?(?<!-of-\d{5})\.safetensors|model\.safetensors\.index(\.(?P<index>[^.]+))?\.json"
+)
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -55,12 +60,32 @@ def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:
     return headers
 
 
+def stored_variant(directory: str | Path) -> str | None:
+    """The variant that the weights in a directory were saved as; None where they are of none, or there are none.
+
+    Raises:
+        ValueError: there are several and nothing says which one counts.
+    """
+    names = [_VARIANT.fullmatch(path.name) for path in Path(directory).iterdir()]
+    variants = {match["single"] or match["index"] for match in names if match is not None}
+    if None in variants or not variants:
+        return None
+    if len(variants) > 1:
+        raise ValueError(
+            f"{directory} holds {len(variants)} variants of a model ({', '.join(sorted(variants))}) and none without "
+            "a name. Keep each in a directory of its own."
+        )
+    return variants.pop()
+
+
 def stored_tensors(name: str | Path) -> tuple[dict[str, StoredTensor], int]:
     """The tensors of all safetensors files of a model, and the bytes of the files."""
     if not Path(name).is_dir():
         return _headers_of_hub(str(name))
-    index = Path(name) / "model.safetensors.index.json"
-    files = [Path(name) / "model.safetensors"]
+    variant = stored_variant(name)
+    part = "" if variant is None else f".{variant}"
+    index = Path(name) / f"model.safetensors.index{part}.json"
+    files = [Path(name) / f"model{part}.safetensors"]
     if index.is_file():
         try:
             entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()

@@ -22,6 +22,8 @@ def test_text_files_and_lists(tmp_path):
     (tmp_path / "text.txt").write_text("w5 Größe", encoding="utf-8")
     assert load_texts(str(tmp_path / "text.txt")) == ["w5 Größe"]
     assert load_texts(["w5", "w6"]) == ["w5", "w6"]
+    (tmp_path / "text.txt").write_text("w5 Größe", encoding="utf-8-sig")
+    assert load_texts(str(tmp_path / "text.txt")) == ["w5 Größe"]
 
 
 def test_sequences_are_the_text_from_its_start():

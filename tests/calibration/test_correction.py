@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny_experts import tiny_moe
@@ -100,6 +102,68 @@ def test_steps_of_a_layer_in_parallel_branches():
     order = {target: index for index, (names, _) in enumerate(found) for target in names}
     assert order["attention.query_key_value"] < order["attention.dense"]
     assert order["mlp.dense_h_to_4h"] < order["mlp.dense_4h_to_h"]
+
+
+class Repeating(nn.Module):
+    """One of the three linears runs twice, the first time on the input of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.twice, self.behind = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, hidden):
+        given = hidden.tanh()
+        hidden = hidden + self.before(given) + self.twice(given)
+        return hidden + self.behind(self.twice(hidden.cos()))
+
+
+class Repeats(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(96, 8)
+        self.layers = nn.ModuleList(Repeating() for _ in range(2))
+        self.config = type("Config", (), {"is_encoder_decoder": False})()
+
+    def forward(self, input_ids):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+def test_a_linear_that_runs_twice_counts_with_both_runs_and_is_not_corrected():
+    """The run of the layer ended where it ran first: the matrix knew nothing of the second."""
+    model, batches = Repeats(), token_batches(tokens(6, 8), 2)
+    first = model.layers[0]
+    steps = find_steps(first, dict(first.named_children()), lambda: first(torch.randn(2, 4, 8)))
+    assert steps == [Step(["before"]), Step(["twice"], repeats=True), Step(["behind"])]
+    names = [f"layers.{index}.{name}" for index in range(2) for name in ("before", "twice", "behind")]
+    found, inputs = {}, {}
+
+    def fit(name, module, hessian, count):
+        found[name] = hessian.clone(), count, module.weight.detach().clone()
+        result = copy.deepcopy(module)
+        result.weight = nn.Parameter(0.5 * module.weight)
+        return result, None
+
+    original = {name: model.get_submodule(name).weight.detach().clone() for name in names}
+    CalibrationWalk(model, names, fit, batches, error_correction=0.5).run()
+    assert [found[name][1] for name in names] == [48, 96, 48] * 2
+    for name in names:
+        # nothing is wrong before the first step of the first layer
+        same = torch.equal(found[name][2], original[name])
+        assert same is (name.endswith("twice") or name == "layers.0.before"), name
+
+    # the definition: what the second layer's linear receives once all before it is binarized
+    model.layers[1].twice.weight.data.copy_(original["layers.1.twice"])
+    model.layers[1].behind.weight.data.copy_(original["layers.1.behind"])
+    model.layers[1].twice.register_forward_pre_hook(lambda module, args: inputs.setdefault("x", []).append(args[0]))
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    rows = torch.cat([x.flatten(0, -2) for x in inputs["x"]])
+    torch.testing.assert_close(found["layers.1.twice"][0], rows.T @ rows)
 
 
 def test_experts_are_a_step_of_their_own():

@@ -83,7 +83,7 @@ def test_matrices_are_those_of_the_binarized_prefix(family):
 
 @pytest.mark.parametrize("family", CHAINS)
 def test_layers_of_the_usual_form_run_by_themselves(family, monkeypatch):
-    """One run of the model for a look, one a batch to record, and one a batch for what lies outside the layers."""
+    """Two runs of the model for a look, one a batch to record, and one a batch for what lies outside the layers."""
     model = tiny_model(family)
     batches = token_batches(tokens(5, 24), 2)
     runs = []
@@ -91,7 +91,7 @@ def test_layers_of_the_usual_form_run_by_themselves(family, monkeypatch):
     monkeypatch.setattr(ModelRuns, "run", lambda self, batch: (runs.append(batch.shape), run_model(self, batch)))
     gather(model, batches)
     outside = family in ("OPTForCausalLM", "BertModel")
-    assert len(runs) == 1 + len(batches) * (1 + outside)
+    assert len(runs) == 2 + len(batches) * (1 + outside)
 
 
 def test_models_of_another_form_run_whole(monkeypatch):
@@ -258,6 +258,49 @@ def test_hidden_states_that_only_some_batches_change_between_layers():
     found, expected = in_stack(forward, [with_image, tokens(2, 8)])
     for name, (hessian, _) in found.items():
         torch.testing.assert_close(hessian, expected[name][0], msg=name)
+
+
+class Skip(Plain):
+    def forward(self, hidden, earlier=None):
+        hidden = super().forward(hidden)
+        return hidden if earlier is None else hidden + earlier
+
+
+def skips(self, input_ids):
+    """Each layer also gets what the one two before it put out."""
+    outputs = [self.embed(input_ids)]
+    for index, layer in enumerate(self.layers):
+        outputs.append(layer(outputs[-1], outputs[index - 1]) if index else layer(outputs[-1]))
+    return outputs[-1]
+
+
+def skips_of_something_else(self, input_ids):
+    """The argument is made of an output, and is not that tensor."""
+    outputs = [self.embed(input_ids)]
+    for index, layer in enumerate(self.layers):
+        earlier = {"earlier": outputs[index - 1][:, :1].tanh()} if index else {}
+        outputs.append(layer(outputs[-1], **earlier))
+    return outputs[-1]
+
+
+@pytest.mark.parametrize("forward", [skips, skips_of_something_else])
+def test_outputs_among_the_arguments_of_a_later_layer(forward):
+    """Those of the float model were recorded, and the layers that follow a binarized one are called with others."""
+
+    def model():
+        result = Stack(Skip)
+        result.forward = forward.__get__(result)
+        return result
+
+    batches = token_batches(tokens(6, 8), 2)
+    found = gather(model(), batches, IN_STACK)
+    expected = by_whole_runs(model(), batches, [IN_STACK[start : start + 2] for start in range(0, 6, 2)])
+    for name, (hessian, _) in found.items():
+        torch.testing.assert_close(hessian, expected[name][0], msg=name)
+    with pytest.raises(
+        ValueError, match=r"error_correction=0\.5 cannot be had for Stack: the layers of layers hand on"
+    ):
+        CalibrationWalk(model(), IN_STACK, lambda *_: None, batches, error_correction=0.5, must_correct=True).run()
 
 
 def test_recorded_arguments_are_each_layers_own():

@@ -114,6 +114,10 @@ def test_a_failed_row_is_told_and_tried_again(call, options, monkeypatch, capsys
 def test_bad_input(fail, options, binarized_model, tmp_path):
     assert "'gptq' is no row" in fail(*options, "--methods", "rtn,gptq")
     assert not (tmp_path / "out").exists()
+    assert "--out has an empty name" in fail(*options, "--out", "")
+    assert "text.txt is a file" in fail(*options, "--out", tmp_path / "text.txt")
+    assert "dataset='nope' is neither a file" in fail(*options, "--methods", "rtn,arb-hrc:1", "--dataset", "nope")
+    assert "--methods names no method" in fail(*options, "--methods", " ,")
     assert "is already quantized (arb)" in fail("compare", binarized_model, *options[2:])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "compare.json").write_text("{")

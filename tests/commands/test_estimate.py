@@ -33,6 +33,8 @@ def test_bad_input(fail, float_model, binarized_model):
         assert f"{size!r} is no size" in fail("estimate", float_model, "--no-probe", "--memory-limit", size)
     assert "is already quantized" in fail("estimate", binarized_model, "--no-probe")
     assert "--device-map 'auto' cannot be estimated" in fail("estimate", float_model, "--device-map", "auto")
+    for dtype in ("int8", "nope"):
+        assert f"dtype='{dtype}' is unknown" in fail("estimate", float_model, "--no-probe", "--dtype", dtype)
     assert "does nothing with --no-calibration" in fail("estimate", float_model, "--no-calibration", "--seed", 1)
 
 

@@ -48,16 +48,36 @@ def test_bad_input(fail, float_model, text, tmp_path):
     assert "more than the 64 positions" in fail("evaluate", float_model, "--context-length", 128, "--text", text)
     for more in ((), ("--measure", "perplexity,generation")):
         assert "context_length=0" in fail("evaluate", float_model, "--context-length", 0, "--text", text, *more)
+    for option, value in (("sample-tokens", "0"), ("energy-seconds", "nan"), ("energy-seconds", "0"), ("repeats", "0")):
+        message = fail("evaluate", float_model, "--text", text, f"--{option}", value)
+        assert f"{option.replace('-', '_')}={value}" in message.replace("=0.0", "=0")
+    assert "A prompt is empty" in fail("evaluate", float_model, "--measure", "generation", "--prompt", "")
+    assert "--max-perplexity nan is no bound" in fail(
+        "evaluate", float_model, "--text", text, "--max-perplexity", "nan"
+    )
     assert "leaves nothing to measure" in fail("evaluate", float_model, "--text", text, "--leave-out", "perplexity")
     text.write_text("the lobster")
     assert "fewer than one window" in fail("evaluate", float_model, "--text", text)
     assert "There is no model directory" in fail("evaluate", tmp_path / "missing")
 
 
+def test_what_the_model_lacks_is_told_before_measuring(fail, float_model, text, monkeypatch):
+    monkeypatch.setattr("optimum_arb.evaluate.evaluation._load", lambda *a: pytest.fail("loaded"))
+    options = ("evaluate", float_model, "--text", text, "--measure")
+    assert "more than the 64 positions" in fail(*options, "perplexity,latency", "--prompt-tokens", 60)
+    assert "more than the 64 positions" in fail(*options, "perplexity,generation", "--context-length", 65)
+    assert "has no chat template" in fail(*options, "perplexity,generation", "--chat")
+    assert "seed=9223372036854775808" in fail(*options, "generation", "--seed", 2**63)
+
+
 def test_what_a_report_lacks_is_told_before_measuring(fail, float_model, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("optimum_arb.evaluate.evaluation.evaluate", lambda *a, **k: pytest.fail("measured"))
     assert "empty name" in fail("evaluate", float_model, "--text", text, "--report", "")
+    text.with_name("file").write_text("")
+    report = text.with_name("file") / "folder" / "report.json"
+    assert "file is a file" in fail("evaluate", float_model, "--text", text, "--report", report)
+    assert "text.txt is no result of compare" in fail("evaluate", float_model, "--text", text, "--compare", text)
     assert "no comparison missing" in fail("evaluate", float_model, "--text", text, "--compare", "missing")
 
 

@@ -46,6 +46,8 @@ def test_lossy_only_where_it_is_allowed(for_gguf, call, fail, tmp_path):
 def test_bad_input(for_gguf, float_model, fail, tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"mine")
     assert "already exists" in fail("export", for_gguf, tmp_path / "m.gguf")
+    assert "empty name" in fail("export", for_gguf, "")
+    assert "m.gguf is a file" in fail("export", for_gguf, tmp_path / "m.gguf" / "m.gguf")
     assert "is not binarized" in fail("export", float_model, tmp_path / "n.gguf")
     assert "no model directory" in fail("export", "./nothing", tmp_path / "n.gguf")
     with pytest.raises(SystemExit) as stop:

@@ -153,6 +153,11 @@ def test_plot(call, fail, binarized_model, tmp_path):
     assert drawn.count("<use ") > 13
     call("inspect", binarized_model, "--plot", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    call("inspect", binarized_model, "--plot", tmp_path / "pictures" / "plot.svg")
+    assert (tmp_path / "pictures" / "plot.svg").is_file()
+    assert "empty name" in fail("inspect", binarized_model, "--plot", "")
+    below = tmp_path / "plot.svg" / "plot.svg"
+    assert "plot.svg is a file" in fail("inspect", binarized_model, "--plot", below)
     assert "the picture is written as" in fail("inspect", binarized_model, "--plot", tmp_path / "plot.gif")
 
 

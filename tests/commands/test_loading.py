@@ -15,11 +15,21 @@ from transformers import (
 )
 
 from optimum_arb import ARBConfig, save_model
-from optimum_arb.commands.loading import check_loading, load_processor
+from optimum_arb.commands.loading import check_loading, load_processor, load_tokenizer
 
 
 def test_a_tokenizer(float_model):
     assert isinstance(load_processor(str(float_model)), PreTrainedTokenizerFast)
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_processor])
+def test_no_tokenizer_beside_a_model(float_model, tmp_path, load):
+    (tmp_path / "config.json").write_text((float_model / "config.json").read_text())
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer: save the model's own there"):
+        load(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(Exception, match=r"(?s)^(?!.*holds no tokenizer)"):
+        load(str(tmp_path))
 
 
 def test_a_processor_travels_with_the_model(float_model, tmp_path):
@@ -36,6 +46,8 @@ def test_a_processor_travels_with_the_model(float_model, tmp_path):
 
 
 def test_no_directory():
+    with pytest.raises(FileNotFoundError, match="The model has an empty name"):
+        load_processor("")
     with pytest.raises(FileNotFoundError, match="no model directory"):
         load_processor("./missing")
 
@@ -60,7 +72,7 @@ def test_a_dtype_or_a_device_that_there_is_not(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("dtype", ["int8", "torch.float32", "nn", ""])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "torch.float32", "nn", ""])
 def test_what_is_no_float_dtype(dtype):
     with pytest.raises(ValueError, match="is unknown"):
         check_loading(dtype, "cpu")

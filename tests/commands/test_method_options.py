@@ -97,6 +97,9 @@ def test_overrides():
     for text in ("down_proj", "=planes:2", "down_proj=planes"):
         with pytest.raises(ValueError, match="must be PATTERN=KEY:VALUE"):
             parse_overrides([text])
+    for texts in (["down_proj=planes:2,planes:3"], ["down_proj=planes:2", "down_proj=planes:2"]):
+        with pytest.raises(ValueError, match="gives planes of 'down_proj' twice"):
+            parse_overrides(texts)
 
 
 def test_salient_columns(capsys):

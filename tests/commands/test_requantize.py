@@ -101,6 +101,7 @@ def test_what_is_not_recorded_is_asked_for(call, fail, earlier, float_model, bin
     assert "does not record what it was made from" in fail("requantize", binarized_model, out)
     assert "leave it out" in fail("requantize", earlier, out, "--base", float_model, "--revision", "v2")
     assert "is quantized already" in fail("requantize", earlier, out, "--base", binarized_model)
+    assert "empty name" in fail("requantize", earlier, out, "--base", "")
     text = tmp_path / "mine.txt"
     text.write_text("the lobster is a species of lobster " * 100)
     own = tmp_path / "own"

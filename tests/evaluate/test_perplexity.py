@@ -140,6 +140,8 @@ def test_texts(tmp_path):
     path.write_text("hällo", encoding="utf-8")
     assert read_text(path) == ("text.txt", "hällo")
     assert read_text(str(path)) == ("text.txt", "hällo")
+    path.write_text("hällo", encoding="utf-8-sig")
+    assert read_text(path) == ("text.txt", "hällo")
     assert read_text(["a", "b"]) == ("2 given texts", "a\n\nb")
     path.write_text(" \n")
     with pytest.raises(ValueError, match=r"'text\.txt' is empty"):

@@ -124,6 +124,25 @@ def test_perplexity_of_a_model_in_memory(saved):
         record_perplexity(tiny_model("LlamaForCausalLM"), result)
 
 
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "60KB"}], ids=["one file", "shards"])
+def test_a_variant(model, tmp_path, options, caplog):
+    """Its files are called after it, and it is loaded by its name."""
+    path = tmp_path / "model"
+    model.save_pretrained(path, variant="arb", **options)
+    assert not caplog.text
+    assert "from_pretrained('model', variant='arb', device_map" in (path / "README.md").read_text()
+    again = type(model).from_pretrained(path, variant="arb")
+    assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in model.state_dict().items())
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    assert inspect_model(path).file_bytes == size
+    model.save_pretrained(path, variant="other")
+    with pytest.raises(ValueError, match=r"holds 2 variants of a model \(arb, other\) and none without a name"):
+        inspect_model(path)
+    model.save_pretrained(path)
+    assert "variant=" not in (path / "README.md").read_text()
+    assert inspect_model(path).file_bytes == (path / "model.safetensors").stat().st_size
+
+
 def test_base_models(source, tmp_path):
     assert base_model_facts("me/base", "abc") == {"name": "me/base", "revision": "abc"}
     assert base_model_facts("me/base", "abc", {"name": "other/base"}) == {"name": "other/base"}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 from safetensors.torch import load_file
+from tiny_models import save_tiny
 from transformers import AutoConfig, LlamaForCausalLM
 
 import optimum_arb
-from optimum_arb import model_report
+from optimum_arb import ARBConfig, model_report
+from optimum_arb.reproduce import model_fingerprint
 
 
 def test_saved_config_is_complete(packed):
@@ -39,3 +41,15 @@ def test_bits_are_the_bytes_in_the_file(packed):
     assert report.model_bytes == sum(t.numel() * t.element_size() for t in tensors.values())
     saved = json.loads((packed / "config.json").read_text())["quantization_config"]
     assert saved["bits_per_weight"] == report.bits_per_weight
+
+
+def test_the_fingerprint_of_a_subfolder_is_of_its_files(tmp_path):
+    source = save_tiny(tmp_path / "models" / "llama", "LlamaForCausalLM")
+    config = ARBConfig(dataset=None, block_size=64)
+    (tmp_path / "models" / "config.json").write_text("{}")
+    found = [
+        LlamaForCausalLM.from_pretrained(path, quantization_config=config, **options).hf_quantizer.reproduce
+        for path, options in ((source, {}), (tmp_path / "models", {"subfolder": "llama"}))
+    ]
+    prints = [block["models"]["base"]["fingerprint"] for block in found]
+    assert prints == [model_fingerprint(source)] * 2

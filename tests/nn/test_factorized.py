@@ -1,7 +1,9 @@
 """`ARBFactorizedLinear` as a module."""
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -123,6 +125,22 @@ def test_copies(backend):
         copied._drop_dequantized()
         assert not torch.equal(copied(x), expected)
     assert torch.equal(module(x), expected)
+
+
+def test_memory_is_free_once_a_layer_is_let_go_of():
+    """Not when Python looks for cycles of references the next time."""
+    model = Attention([layer(rows, rank=8, seed=rows) for rows in (42, 7, 16)])
+    share_inputs(model)
+    x = torch.randn(1, 300)
+    for module in model.children():
+        module(x)
+    left = [weakref.ref(each) for module in model.children() for each in (module, module.weight_inner)]
+    gc.disable()
+    try:
+        del model, module
+        assert all(each() is None for each in left)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

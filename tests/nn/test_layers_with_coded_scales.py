@@ -115,6 +115,18 @@ def test_changed_codes_are_noticed(kind):
     assert torch.equal(module(x), module.bias.expand(3, 42))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_written_by_way_of_data_count_once_they_are_decoded(kind):
+    """Such a write counts no version of the tensor: the docstring says what to call."""
+    module, other = layer(kind), layer(kind, seed=5)
+    x = torch.randn(3, 300)
+    module(x)
+    for name, tensor in other.packed().items():
+        module.get_parameter("weight" if name == "weight" else f"weight_{name}").data.copy_(tensor)
+    module.decode_stored()
+    assert relative_error(module(x) - module.bias, other(x) - other.bias) < 1e-5
+
+
 def test_offloaded():
     module = layer("planes-2-col")
     x = torch.randn(3, 300)

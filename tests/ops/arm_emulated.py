@@ -20,7 +20,7 @@ from optimum_arb.ops.backends.packed import PackedWeight
 SOURCES = Path(native.__file__).parent
 FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-static")  # those of setup.py
 EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
-BYTES = {0: 4, 1: 2, 2: 2}  # of the numbers of `native.TYPES`
+BYTES = {0: 4, 1: 2, 2: 2}  # of the numbers of `operands.TYPES`
 
 
 def compiler() -> list[str] | None:

@@ -14,7 +14,7 @@ from torch.nn.functional import linear as linear_of
 from ....format.packing import tile_width
 from .. import reference
 from ..packed import PackedWeight
-from . import lookup, native
+from . import lookup, native, operands
 from .plan import (
     LOOKUP_ROWS,
     LOOKUP_TERMS,
@@ -77,9 +77,9 @@ def plan(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> na
     Args:
         x, packed, bias: as in `linear`.
     """
-    if native.load() is None or x.dtype not in native.TYPES or not x.numel() or not packed.out_features:
+    if native.load() is None or x.dtype not in operands.TYPES or not x.numel() or not packed.out_features:
         return None
-    if native.ready(packed) is not packed or native.ready_bias(bias) is not bias:
+    if operands.ready(packed) is not packed or operands.ready_tensor(bias) is not bias:
         return None
     rows = x.numel() // packed.in_features
     kernel = choose_kernel(native.kernels(), packed.layout.name, rows, x.dtype)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
-import math
 import os
 import warnings
-from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ....format.layout import layout_from_name
-from ....format.packing import TENSOR_NAMES, packed_bytes, packed_shapes
+from ....format.packing import packed_bytes
 from ..packed import PackedWeight
+from .operands import TYPES, check, ready, ready_tensor
 from .plan import Plan, Tiles, full_plan_for, plan_for, tiles_for
 from .structures import Dequantize, Gemm, Linear, Term, Variant
 
@@ -26,7 +24,6 @@ _SIGNS_PER_THREAD = 2**18
 # In a process that was forked: OpenMP's threads are the parent's and do not exist here, so that waiting for them never
 # ends (torch's own products hang likewise; its data loaders set one thread for that).
 _forked = False
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ZONES = {"all": 0, "rest": 1, "salient": 2}
 
 
@@ -178,56 +175,13 @@ def _described(
     )
 
 
-@lru_cache(maxsize=1024)
-def _sizes(name: str, block_size: int, rows: int, columns: int, salient: int) -> dict[str, int]:
-    """Numbers of elements of the tensors of a weight."""
-    shapes = packed_shapes(layout_from_name(name), rows, columns, block_size, True, salient)
-    return {key: math.prod(shape) for key, shape in shapes.items()}
-
-
-def _check(packed: PackedWeight, bias: torch.Tensor | None) -> None:
-    """Raises ValueError where the kernels, which are given addresses alone, would read elsewhere."""
-    salient = 0 if packed.salient_columns is None else packed.salient_columns.numel()
-    sizes = _sizes(packed.layout.name, packed.block_size, packed.out_features, packed.in_features, salient)
-    for name in TENSOR_NAMES:
-        tensor = getattr(packed, name)
-        if tensor is not None:
-            _check_tensor(name, tensor, sizes.get(name, 0))
-    if bias is not None:
-        _check_tensor("bias", bias, packed.out_features)
-
-
-def _check_tensor(name: str, tensor: torch.Tensor, size: int) -> None:
-    if not tensor.is_cpu:
-        raise ValueError(
-            f"The input of a packed linear layer is on the CPU, but its {name} is on {tensor.device}: move both to one "
-            "device, or load the weights."
-        )
-    if tensor.numel() != size:
-        raise ValueError(f"The {name} of a packed linear layer is {list(tensor.shape)}: it must have {size} elements.")
-
-
-def ready_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
-    """As `ready`."""
-    return _ready(bias)
-
-
-def _ready(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """Contiguous, and of a dtype that the kernels read."""
-    if tensor is None:
-        return None
-    if not tensor.is_contiguous():
-        tensor = tensor.contiguous()
-    return tensor.float() if tensor.is_floating_point() and tensor.dtype not in TYPES else tensor
-
-
 class LinearPlan:
     """`x W^T + bias` for inputs of one number of rows and one dtype, ready to run: a call fills in what changes.
 
     Args:
         rows: of x, its leading dimensions flattened.
         dtype: of x: float32, bfloat16 or float16.
-        packed: the weight, its tensors contiguous and of dtypes that the kernels read (`_ready`).
+        packed: the weight, its tensors contiguous and of dtypes that the kernels read (`operands.ready`).
         bias: one like those of all calls, ready too, or None.
         kernel: one of `kernels()`.
 
@@ -238,7 +192,7 @@ class LinearPlan:
     __slots__ = ("_index", "_kept", "_library", "_out_features", "_problem", "_work")
 
     def __init__(self, rows: int, dtype: torch.dtype, packed: PackedWeight, bias: torch.Tensor | None, kernel: str):
-        _check(packed, bias)
+        check(packed, bias)
         library = load()
         assert library is not None
         self._library, self._index = library, kernels()[kernel]
@@ -282,13 +236,6 @@ class LinearPlan:
 _POINTERS = tuple(field[0] for field in Linear._fields_ if field[1] is ctypes.c_void_p)[1:8]
 
 
-def ready(packed: PackedWeight) -> PackedWeight:
-    """The same with every tensor contiguous and of a dtype that the kernels read: itself, where they are."""
-    tensors = {name: getattr(packed, name) for name in TENSOR_NAMES}
-    changed: dict[str, Any] = {name: kept for name, each in tensors.items() if (kept := _ready(each)) is not each}
-    return replace(packed, **changed) if changed else packed
-
-
 def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, kernel: str | None = None) -> torch.Tensor:
     """`x W^T + bias` straight from the packed bits.
 
@@ -303,7 +250,7 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, ker
     """
     if not x.shape[0] or not packed.out_features:
         return x.new_empty(x.shape[0], packed.out_features)
-    bias = _ready(bias)
+    bias = ready_tensor(bias)
     name = best_kernel() if kernel is None else kernel
     return LinearPlan(x.shape[0], x.dtype, ready(packed), bias, name).run(x.contiguous(), bias)
 
@@ -326,7 +273,7 @@ def gemm(x: torch.Tensor, packed: PackedWeight, columns: torch.Tensor, bias: tor
     out = x.new_empty(x.shape[0], rows)
     if not out.numel():
         return out
-    x, permutation, bias = x.contiguous(), _ready(packed.permutation), _ready(bias)
+    x, permutation, bias = x.contiguous(), ready_tensor(packed.permutation), ready_tensor(bias)
     tiles = tiles_for(packed.in_features, packed.block_size, LANES)
     weight, kept = _dequantize_problem(columns, packed, tiles, bias)
     weight.threads = _threads(x.shape[0] * rows * packed.in_features, (rows + 31) // 32)
@@ -383,8 +330,8 @@ def _dequantize_problem(
     columns: torch.Tensor, packed: PackedWeight, tiles: Tiles, bias: torch.Tensor | None = None
 ) -> tuple[Dequantize, tuple[torch.Tensor, ...]]:
     """What is the same for every way to dequantize, and the tensors that it points to and the caller keeps alive."""
-    _check(packed, bias)
-    weight, row_scale = _ready(packed.weight), _ready(packed.row_scale)
+    check(packed, bias)
+    weight, row_scale = ready_tensor(packed.weight), ready_tensor(packed.row_scale)
     assert weight is not None
     assert row_scale is not None
     terms = _dequantize_terms(packed.layout.name)

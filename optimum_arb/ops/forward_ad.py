@@ -1,0 +1,70 @@
+"""Forward-mode derivatives of the operators: `torch.autograd.forward_ad`, `torch.func.jvp`, `jacfwd`, `hessian`.
+
+An operator of a library has a formula for gradients and no place for one of tangents: where no input requires a
+gradient, torch hands its kernel the values alone, and tangents are gone without a word. All operators here are linear
+in their input, so that a tangent goes through the same product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+Product = Callable[[torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+
+
+def has_tangents() -> bool:
+    """Whether tensors may have tangents now: within `dual_level` or a transform that computes forward."""
+    return forward_ad._current_level >= 0
+
+
+def linear_map(
+    x: torch.Tensor, product: Product, transposed: Product, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`product(x, bias)`, with tangents and gradients of x and bias.
+
+    Args:
+        x: `[..., K]`.
+        product: (x, bias) -> `x W^T + bias` `[..., N]`, of the dtype of x, without tangents.
+        transposed: (y, None) -> `y W`.
+        bias: `[N]`, or None.
+    """
+    return _LinearMap.apply(x, bias, product, transposed)
+
+
+class _LinearMap(torch.autograd.Function):
+    generate_vmap_rule = True  # `jacfwd` maps over tangents
+
+    @staticmethod
+    def forward(x: torch.Tensor, bias: torch.Tensor | None, product: Product, transposed: Product) -> torch.Tensor:
+        return product(x, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _, bias, ctx.product, ctx.transposed = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.like = output.shape, output.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_grad = bias_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = _LinearMap.apply(grad, None, ctx.transposed, ctx.product)
+        if ctx.needs_input_grad[1]:
+            compute = torch.float64 if grad.dtype == torch.float64 else torch.float32
+            bias_grad = grad.flatten(0, -2).sum(0, dtype=compute) if grad.dim() > 1 else grad
+            bias_grad = bias_grad.to(ctx.bias_dtype)
+        return x_grad, bias_grad, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x: torch.Tensor | None, bias: torch.Tensor | None, *rest: None) -> torch.Tensor:
+        shape, dtype = ctx.like
+        of_bias = None if bias is None else bias.to(dtype).expand(shape)
+        if x is None:
+            assert of_bias is not None  # one of the two has a tangent
+            return of_bias
+        of_x = _LinearMap.apply(x, None, ctx.product, ctx.transposed)
+        return of_x if of_bias is None else of_x + of_bias
