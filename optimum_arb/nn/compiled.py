@@ -10,7 +10,7 @@ it to be looked at piece by piece.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .linear import ARBLinear
 
 DECODED = "decoded_"
+T = TypeVar("T")
 
 
 class Facts(TypedDict):
@@ -35,7 +36,7 @@ class Facts(TypedDict):
         hadamard: columns of the blocks of a Hadamard transform of the input, 0 for none.
         most_tokens: that the kernels for few tokens take.
         keys: of the tensors of `optimum_arb.format.packing.TENSOR_NAMES`, in this order, and of the bias; None for what
-            such a product does not have. Those that begin with `DECODED` are keys of buffers.
+            there is not. Those that begin with `DECODED` are keys of buffers.
         parameters: the module's own dict, not a copy.
         buffers: the same of its buffers.
     """
@@ -51,22 +52,19 @@ class Facts(TypedDict):
     buffers: dict[str, Any]
 
 
-# Group of layers of one input -> the input, the backend and the results that were not taken yet. Of the graph that is
-# being traced: what a layer computed for the others is taken there too, so that this is empty whenever code runs, as
-# long as no graph is cut between them. One dict for all: torch looks once whether it is empty.
+# Of groups of layers of one input: the facts of all, the input, the backend and the results that were not taken yet. It
+# is of the graph that is being traced: what a layer computed for the others is taken there too, so that this is empty
+# whenever code runs, as long as no graph is cut between them. One list for all: torch looks once whether it is empty.
 _waiting: list[tuple[dict[int, Facts], torch.Tensor, str, dict[int, torch.Tensor]]] = []
 
 
 def compiled_product(layer: ARBLinear, x: torch.Tensor) -> torch.Tensor:
     """`ARBLinear.forward` in code that is being compiled, for all backends of the operator."""
-    backend, group = layer.backend, layer._group
-    out = None
-    if group is not None and on_gpu(x):
-        out = _joined(layer, group, layer._index, backend, x)
+    backend, index, out = layer.backend, layer._index, None
+    if index is not None and on_gpu(x):
+        out = _joined(layer, index, backend, x)
     if out is None:
-        facts = layer._facts
-        assert facts is not None
-        out = _alone(facts, backend, x)
+        out = _alone(_known(layer._facts), backend, x)
     following = layer._following
     return out if following is None else _alone(following, backend, out)
 
@@ -76,12 +74,14 @@ def on_gpu(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
-def _joined(
-    layer: ARBLinear, group: dict[int, Facts], index: int, backend: str, x: torch.Tensor
-) -> torch.Tensor | None:
-    """The layer's part of what is computed for all layers of its input; None where it computes its own."""
-    for place, (of_group, source, of_backend, results) in enumerate(_waiting):
-        if of_group is not group:
+def _joined(layer: ARBLinear, index: int, backend: str, x: torch.Tensor) -> torch.Tensor | None:
+    """The layer's part of what is computed for all layers of its input; None where it computes its own.
+
+    Each thing is read where it is needed and once only: of two layers that hold the same dict torch would look at every
+    call whether they still do. What it has to look at is that the layers for which results wait are of one group.
+    """
+    for place, (group, source, of_backend, results) in enumerate(_waiting):
+        if group is not layer._group:
             continue
         if source is x:
             out = results.pop(index, None)
@@ -94,10 +94,13 @@ def _joined(
         if shared is not None:
             shared.end()
         return None
-    every = [group[i] for i in range(len(group))]
-    own = every[index]
+    own = _known(layer._facts)
+    if not _few_tokens(own, backend, x):
+        return None
+    group = _known(layer._group)
+    every = [own if i == index else group[i] for i in range(len(group))]
     biases = [bias for bias in [_tensor(each, each["keys"][-1]) for each in every] if bias is not None]
-    if not _few_tokens(own, backend, x, biases):
+    if len(biases) not in (0, len(every)) or (torch.is_grad_enabled() and any(bias.requires_grad for bias in biases)):
         return None
     out = _together(every, backend, x, torch.cat(biases) if biases else None, _transform(own, backend))
     results = dict(enumerate(split_results(out, x.shape[:-1], [each["rows"] for each in every])))
@@ -106,13 +109,18 @@ def _joined(
     return out
 
 
+def _known(value: T | None) -> T:
+    assert value is not None
+    return value
+
+
 def _alone(facts: Facts, backend: str, x: torch.Tensor) -> torch.Tensor:
     """One product, of a GPU's kernels for few tokens with what the input goes through first."""
     change = _transform(facts, backend)
     bias = _tensor(facts, facts["keys"][-1])
     if change is not None:
         # the operator for one product alone has no transform
-        if on_gpu(x) and _few_tokens(facts, backend, x, [] if bias is None else [bias]):
+        if on_gpu(x) and _few_tokens(facts, backend, x):
             return _together([facts], backend, x, bias, change).view(*x.shape[:-1], facts["rows"])
         x = change.apply(x)
     operands = [_tensor(facts, key) for key in facts["keys"][:-1]]
@@ -140,14 +148,16 @@ def _tensor(facts: Facts, key: str | None) -> torch.Tensor | None:
 def _transform(facts: Facts, backend: str) -> InputTransform | None:
     if not facts["hadamard"]:
         return None
-    order = facts["parameters"].get("weight_permutation")
+    order = facts["parameters"].get("weight_permutation")  # no operand of such a product
     return InputTransform(order, facts["buffers"][f"{DECODED}input_signs"], facts["hadamard"], backend)
 
 
-def _few_tokens(facts: Facts, backend: str, x: torch.Tensor, biases: list[torch.Tensor]) -> bool:
+def _few_tokens(facts: Facts, backend: str, x: torch.Tensor) -> bool:
     """Whether the kernels for few tokens may compute this: they have no gradient."""
     if backend not in ("auto", "triton") or x.shape[-1] != facts["columns"]:
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or any(bias.requires_grad for bias in biases)):
-        return False
+    if torch.is_grad_enabled():
+        bias = _tensor(facts, facts["keys"][-1])
+        if x.requires_grad or (bias is not None and bias.requires_grad):
+            return False
     return 0 < x.numel() <= facts["most_tokens"] * x.shape[-1] and x.dtype in (torch.float16, torch.bfloat16)

@@ -137,11 +137,11 @@ class PackedParameters(PackedProduct, nn.Module):
     def compute_alone(self) -> None:
         """Compiled code computes this layer by itself."""
         self._group: dict[int, Facts] | None = None
-        self._index = 0
+        self._index: int | None = None
 
     def compute_together(self, group: dict[int, Facts], index: int) -> None:
         """Compiled code computes this layer with others of the same input."""
-        self._group, self._index = group, index
+        self._group, self._index = group, index  # as they were mostly: the module's dict stays unchanged then
 
     @property
     def module(self) -> PackedParameters:
@@ -162,7 +162,7 @@ class PackedParameters(PackedProduct, nn.Module):
     ) -> Facts:
         """The facts of a product whose tensors are stored by these names."""
         stored = [names.get(name) for name in packing.TENSOR_NAMES]
-        keys = [name if name is None else self._key(name) for name in stored]
+        keys = [*(name if name is None else self._key(name) for name in stored), bias]
         new: Facts = {
             "layout": product.layout.name,
             "block_size": product.block_size,
@@ -170,7 +170,7 @@ class PackedParameters(PackedProduct, nn.Module):
             "rows": product.out_features,
             "hadamard": product.hadamard,
             "most_tokens": MAX_TOKENS if facts is None else facts["most_tokens"],
-            "keys": (*keys, bias),
+            "keys": tuple(key if self._has(key) else None for key in keys),
             "parameters": self._parameters,
             "buffers": self._buffers,
         }
@@ -178,6 +178,14 @@ class PackedParameters(PackedProduct, nn.Module):
             return new
         facts.update(new)
         return facts
+
+    def _has(self, key: str | None) -> bool:
+        return key in self._parameters or key in self._buffers
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if self._facts is not None:
+            self._describe()
 
     def _key(self, name: str) -> str:
         return f"{DECODED}{name}" if name in self._coded else PARAMETERS[name]
@@ -222,7 +230,6 @@ class PackedParameters(PackedProduct, nn.Module):
         for name in set(self._coded) - set(coded):
             delattr(self, f"{DECODED}{name}")
         self._coded = tuple(coded)
-        self._describe()
         # and the order of columns of a transform, which layers of one input have in common
         order = ("permutation",) if "input_signs" in coded else ()
         self._code_keys = tuple(PARAMETERS[name] for name in (*coded, "scale_grid", *order)) if coded else ()
@@ -238,6 +245,7 @@ class PackedParameters(PackedProduct, nn.Module):
                 self.register_buffer(f"{DECODED}{name}", values[name], persistent=False)
             finish(values[coded[0]].device)
         self._decoded_from = self._codes()
+        self._describe()
 
     def _codes(self) -> tuple[Any, ...]:
         """Changes when a tensor of codes, a grid or the order of a transform is replaced, moved or written."""
@@ -266,7 +274,7 @@ class PackedParameters(PackedProduct, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         left_behind = {"shared_input": None, "_prepared": None, "_looked": False, "_plans": None, "_readers": None}
-        left_behind |= {"_facts": None, "_following": None, "_group": None}
+        left_behind |= {"_facts": None, "_following": None, "_group": None, "_index": None}
         return {**self.__dict__, **left_behind}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
