@@ -52,10 +52,11 @@ class Facts(TypedDict):
     buffers: dict[str, Any]
 
 
-# Of groups of layers of one input: the facts of all, the input, the backend and the results that were not taken yet. It
-# is of the graph that is being traced: what a layer computed for the others is taken there too, so that this is empty
-# whenever code runs, as long as no graph is cut between them. One list for all: torch looks once whether it is empty.
-_waiting: list[tuple[dict[int, Facts], torch.Tensor, str, dict[int, torch.Tensor]]] = []
+# Of groups of layers of one input: a tensor by which a group is known, the input, the backend and the results that were
+# not taken yet. All are of the graph that is being traced: what a layer computed for the others is taken there too, so
+# that this is empty whenever code runs, as long as no graph is cut between them. One list for all: torch looks once
+# whether it is empty.
+_waiting: list[tuple[torch.Tensor | None, torch.Tensor, str, dict[int, torch.Tensor]]] = []
 
 
 def compiled_product(layer: ARBLinear, x: torch.Tensor) -> torch.Tensor:
@@ -80,8 +81,8 @@ def _joined(layer: ARBLinear, index: int, backend: str, x: torch.Tensor) -> torc
     Each thing is read where it is needed and once only: of two layers that hold the same dict torch would look at every
     call whether they still do. What it has to look at is that the layers for which results wait are of one group.
     """
-    for place, (group, source, of_backend, results) in enumerate(_waiting):
-        if group is not layer._group:
+    for place, (mark, source, of_backend, results) in enumerate(_waiting):
+        if mark is not _mark(_known(layer._group)):
             continue
         if source is x:
             out = results.pop(index, None)
@@ -105,8 +106,14 @@ def _joined(layer: ARBLinear, index: int, backend: str, x: torch.Tensor) -> torc
     out = _together(every, backend, x, torch.cat(biases) if biases else None, _transform(own, backend))
     results = dict(enumerate(split_results(out, x.shape[:-1], [each["rows"] for each in every])))
     out = results.pop(index)
-    _waiting.append((group, x, backend, results))
+    _waiting.append((_mark(group), x, backend, results))
     return out
+
+
+def _mark(group: dict[int, Facts]) -> torch.Tensor | None:
+    """A tensor by which a group is known: torch 2.11 cannot compile a question whether two dicts are one."""
+    last = group[len(group) - 1]
+    return _tensor(last, last["keys"][0])
 
 
 def _known(value: T | None) -> T:
