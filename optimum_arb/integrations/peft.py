@@ -175,7 +175,7 @@ def merge_rebinarized(
     merged = _unload(model).train(training)
     for module in merged.modules():
         if isinstance(module, ARBLinear):  # the groups of before hold layers that are no longer there
-            module.first_product.shared_input = None
+            module.first_product.share(None)
             module._drop_dequantized()
     share_inputs(merged)
     stored = quantizer.quantization_config

@@ -11,6 +11,7 @@ import torch
 from ..format import factors
 from ..format.factors import INNER, INNER_LAYOUT, OUTER, OUTER_LAYOUT, FactorizedWeight
 from ..format.packing import BinarizedWeight
+from .compiled import Facts
 from .linear import ARBLinear
 from .prepared_layers import is_offloaded
 from .product import PackedProduct
@@ -41,6 +42,14 @@ class InnerProduct(PackedProduct):
         layer = self._layer()
         assert layer is not None
         return layer
+
+    @property
+    def module(self) -> ARBFactorizedLinear:
+        return self.layer
+
+    @property
+    def facts(self) -> Facts:
+        return self.layer.facts_of_inner
 
     @property
     def backend(self) -> str:  # type: ignore[override]
@@ -139,6 +148,22 @@ class ARBFactorizedLinear(ARBLinear):
     def operand(self, name: str) -> torch.Tensor | None:
         return self.taken(name) if name in OUTER else None
 
+    @property
+    def facts(self) -> Facts:
+        assert self._following is not None
+        return self._following
+
+    @property
+    def facts_of_inner(self) -> Facts:
+        """What compiled code reads of the first product."""
+        return super().facts
+
+    def _describe(self) -> None:
+        if "_inner" not in self.__dict__:  # of a copy
+            self._inner = InnerProduct(self)
+        self._facts = self._described(self._facts, self._inner, INNER, None)
+        self._following = self._described(self._following, self, {name: name for name in OUTER}, "bias")
+
     def _operands(self) -> list[torch.Tensor | None]:
         return PackedProduct._operands(self)  # not the linear's, which reads the parameters of one matrix
 
@@ -177,10 +202,6 @@ class ARBFactorizedLinear(ARBLinear):
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in super().__getstate__().items() if key != "_inner"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._inner = InnerProduct(self)
 
     def extra_repr(self) -> str:
         return (

@@ -12,6 +12,7 @@ from ..format import packing
 from ..format.layout import Layout, form_name
 from ..format.packing import BinarizedWeight
 from ..ops.streams import finish
+from .compiled import compiled_product
 from .input_transform import InputTransform
 from .packed_parameters import PackedParameters
 from .product import PackedProduct
@@ -156,7 +157,9 @@ class ARBLinear(PackedParameters, nn.Linear):  # type: ignore[misc]  # `bias` is
         if self.backend == "dequantize":
             weight = self._cached_weight(x.dtype)
             return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
-        if self._coded and not torch.compiler.is_compiling() and self._codes() != self._decoded_from:
+        if torch.compiler.is_compiling():
+            return compiled_product(self, x)
+        if self._coded and self._codes() != self._decoded_from:
             self.forget()
             self.decode_stored()
         return self._product(x)

@@ -12,8 +12,9 @@ from ..format import packing, scales
 from ..format.layout import Layout
 from ..ops.streams import finish
 from .casting import keep_dtype
+from .compiled import DECODED, Facts
 from .plans import getter
-from .prepared_layers import is_offloaded
+from .prepared_layers import MAX_TOKENS, is_offloaded
 from .product import PackedProduct
 
 # Parameters by the names of their packed tensors.
@@ -53,6 +54,7 @@ class PackedParameters(PackedProduct, nn.Module):
         self._coded: tuple[str, ...] = ()  # the scales that are stored as codes
         self._code_keys: tuple[str, ...] = ()  # the parameters that are looked at for a change of what was decoded
         self._readers: _Readers | None = None  # of the tensors that there are
+        self._read_nothing()
         self._decoded_from: tuple[Any, ...] | None = None
         # transformers leaves alone what has this mark when it initializes the weights of a model's linears
         self._is_hf_initialized = True
@@ -98,7 +100,7 @@ class PackedParameters(PackedProduct, nn.Module):
 
     def taken(self, name: str) -> torch.Tensor | None:
         """The stored tensor of this name, or what it was decoded to."""
-        return self._buffers[f"decoded_{name}"] if name in self._coded else self._parameters.get(PARAMETERS[name])
+        return self._buffers[f"{DECODED}{name}"] if name in self._coded else self._parameters.get(PARAMETERS[name])
 
     def operand(self, name: str) -> torch.Tensor | None:
         return None if name == "permutation" and self.hadamard else self.taken(name)
@@ -112,7 +114,7 @@ class PackedParameters(PackedProduct, nn.Module):
     def _present(self) -> tuple[torch.Tensor, ...]:
         readers = self._readers
         if readers is None:
-            coded = [f"decoded_{name}" for name in packing.TENSOR_NAMES if name in self._coded]
+            coded = [f"{DECODED}{name}" for name in packing.TENSOR_NAMES if name in self._coded]
             rest = [name for name in packing.TENSOR_NAMES if name not in self._coded]
             there = [PARAMETERS[name] for name in rest if self.operand(name) is not None]
             if self._parameters.get("bias") is not None:
@@ -124,6 +126,69 @@ class PackedParameters(PackedProduct, nn.Module):
             return found if buffers is None else found + buffers(self._buffers)
         except KeyError:  # one was taken away by other means than a module's own
             return super()._present()
+
+    # What compiled code reads, see `compiled.py`
+
+    def _read_nothing(self) -> None:
+        self._facts: Facts | None = None  # of the product that the input enters
+        self._following: Facts | None = None  # of one that its result enters
+        self.compute_alone()
+
+    def compute_alone(self) -> None:
+        """Compiled code computes this layer by itself."""
+        self._group: dict[int, Facts] | None = None
+        self._index: int | None = None
+
+    def compute_together(self, group: dict[int, Facts], index: int) -> None:
+        """Compiled code computes this layer with others of the same input."""
+        self._group, self._index = group, index  # as they were mostly: the module's dict stays unchanged then
+
+    @property
+    def module(self) -> PackedParameters:
+        return self
+
+    @property
+    def facts(self) -> Facts:
+        assert self._facts is not None
+        return self._facts
+
+    def _describe(self) -> None:
+        """Makes the facts as they are now, in the dict that other layers may hold already."""
+        names = {name: name for name in packing.TENSOR_NAMES if not (self.hadamard and name == "permutation")}
+        self._facts = self._described(self._facts, self, names, "bias")
+
+    def _described(
+        self, facts: Facts | None, product: PackedProduct, names: Mapping[str, str], bias: str | None
+    ) -> Facts:
+        """The facts of a product whose tensors are stored by these names."""
+        stored = [names.get(name) for name in packing.TENSOR_NAMES]
+        keys = [*(name if name is None else self._key(name) for name in stored), bias]
+        new: Facts = {
+            "layout": product.layout.name,
+            "block_size": product.block_size,
+            "columns": product.columns,
+            "rows": product.out_features,
+            "hadamard": product.hadamard,
+            "most_tokens": MAX_TOKENS if facts is None else facts["most_tokens"],
+            "keys": tuple(key if self._has(key) else None for key in keys),
+            "parameters": self._parameters,
+            "buffers": self._buffers,
+        }
+        if facts is None:
+            return new
+        facts.update(new)
+        return facts
+
+    def _has(self, key: str | None) -> bool:
+        return key in self._parameters or key in self._buffers
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if self._facts is not None:
+            self._describe()
+
+    def _key(self, name: str) -> str:
+        return f"{DECODED}{name}" if name in self._coded else PARAMETERS[name]
 
     def _watched(self) -> list[tuple[dict[str, Any], str]]:
         return [(values, key) for values in (self._parameters, self._buffers) for key in values]
@@ -164,7 +229,7 @@ class PackedParameters(PackedProduct, nn.Module):
         if "input_signs" in tensors:
             coded.append("input_signs")
         for name in set(self._coded) - set(coded):
-            delattr(self, f"decoded_{name}")
+            delattr(self, f"{DECODED}{name}")
         self._coded = tuple(coded)
         # and the order of columns of a transform, which layers of one input have in common
         order = ("permutation",) if "input_signs" in coded else ()
@@ -178,9 +243,10 @@ class PackedParameters(PackedProduct, nn.Module):
                     signs = packing.unpack_bits(tensors["input_signs"], 1, self.in_features)[0, 0]
                     values["input_signs"] = signs.to(torch.int8) * 2 - 1
             for name in coded:
-                self.register_buffer(f"decoded_{name}", values[name], persistent=False)
+                self.register_buffer(f"{DECODED}{name}", values[name], persistent=False)
             finish(values[coded[0]].device)
         self._decoded_from = self._codes()
+        self._describe()
 
     def _codes(self) -> tuple[Any, ...]:
         """Changes when a tensor of codes, a grid or the order of a transform is replaced, moved or written."""
@@ -209,8 +275,10 @@ class PackedParameters(PackedProduct, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         left_behind = {"shared_input": None, "_prepared": None, "_looked": False, "_plans": None, "_readers": None}
+        left_behind |= {"_facts": None, "_following": None, "_group": None, "_index": None}
         return {**self.__dict__, **left_behind}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._read_nothing()
         self.decode_stored()

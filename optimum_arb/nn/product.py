@@ -16,14 +16,18 @@ from ..ops.linear import Plan, linear, linear_without_grad, plan
 from .input_transform import InputTransform
 from .plans import MAX_PLANS, Plans, current_device
 from .prepared_layers import MAX_TOKENS, prepare_layer, run_prepared_layer
-from .shared_input import SharedInput, products_of_one_input
+from .shared_input import SharedInput
 
 if TYPE_CHECKING:
     from ..ops.backends.triton.prepack import Prepacked
+    from .compiled import Facts
+    from .packed_parameters import PackedParameters
 
 
 class PackedProduct(ABC):
     """What an `ARBLinear` does with its matrix, and each of the two matrices of an `ARBFactorizedLinear`.
+
+    Compiled code has a way of its own, `compiled_product`, and reads of this what `facts` holds.
 
     Attributes:
         layout: of the matrix.
@@ -31,7 +35,7 @@ class PackedProduct(ABC):
         out_features: rows of the matrix.
         backend: a name of the operator's backends.
         bias: `[rows]`, or None.
-        shared_input: the group that computes this product with others of the same input; set by `share_inputs`.
+        shared_input: the group that computes this product with others of the same input; set by `share`.
         shared_index: the place in it.
         hadamard: columns of the blocks of a Hadamard transform of the input, 0 for none.
     """
@@ -53,6 +57,16 @@ class PackedProduct(ABC):
     @abstractmethod
     def columns(self) -> int:
         """Columns of the matrix."""
+
+    @property
+    @abstractmethod
+    def module(self) -> PackedParameters:
+        """Whose parameters the tensors are."""
+
+    @property
+    @abstractmethod
+    def facts(self) -> Facts:
+        """What compiled code reads; the same dict for as long as this object lives."""
 
     @property
     @abstractmethod
@@ -89,6 +103,14 @@ class PackedProduct(ABC):
         """`bias`, by the shortest way outside of compiled code."""
         return self.bias
 
+    def share(self, shared: SharedInput | None, index: int = 0) -> None:
+        """Makes this the product of this number of a group, or of none."""
+        before, self.shared_input, self.shared_index = self.shared_input, shared, index
+        self.module.compute_alone()
+        for group in (before, shared):
+            if group is not None:
+                group.tell_compiled_code()
+
     def forget(self) -> None:
         """Drops what was prepared and, of a group, computed: the matrix has changed."""
         self._prepared, self._looked = None, False
@@ -98,30 +120,27 @@ class PackedProduct(ABC):
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., columns]` to `[..., rows]`, the bias added."""
-        compiling = torch.compiler.is_compiling()
-        if not compiling and has_tangents():
+        if has_tangents():
             return self._product_with_tangents(x)
         shared = self.shared_input
-        if not compiling and not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             out = None if shared is None else shared.take(self, x)
             if out is None and (shared is None or not shared.joins_prompts):
                 out = self._called(x)
             if out is not None:
                 return out
-        bias = self.bias if compiling else self._bias_now()
+        bias = self._bias_now()
         few = x.is_cuda and self._few_tokens(x)
-        if shared is not None and x.is_cuda and (shared.enabled if few else shared.joins_prompts and not compiling):
+        if shared is not None and x.is_cuda and (shared.enabled if few else shared.joins_prompts):
             out = shared.output(self, x, prompt=not few)
             if out is not None:
                 return out
         change = self.input_transform()
-        if few and not compiling and self._prepared is not None:
+        if few and self._prepared is not None:
             return run_prepared_layer(x, self._prepared, bias, change)
-        if few and compiling and change is not None:  # the operator for one product alone has no transform
-            return products_of_one_input(x, [self], bias, change).view(*x.shape[:-1], self.out_features)
         if change is not None:
             x = change.apply(x) if shared is None else shared.transformed(x, change)
-        if not compiling and self._without_grad(x) and not x.is_meta:
+        if self._without_grad(x) and not x.is_meta:
             out = self._planned(x, bias)
             if out is not None:
                 return out
@@ -183,7 +202,7 @@ class PackedProduct(ABC):
         )
 
     def _few_tokens(self, x: torch.Tensor) -> bool:
-        """Whether the kernels for few tokens may compute this. Prepares them, unless the call is being compiled."""
+        """Whether the kernels for few tokens may compute this. Prepares them."""
         columns = self.columns
         if self._looked and x.numel() > self._most_tokens * columns:
             return False  # before all else: the rest takes the host as long as a launch
@@ -191,7 +210,7 @@ class PackedProduct(ABC):
             return False
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return False  # what follows has no gradient
-        if not self._looked and not torch.compiler.is_compiling():
+        if not self._looked:
             if torch.cuda.is_current_stream_capturing():
                 return False
             self.prepare()
@@ -204,10 +223,10 @@ class PackedProduct(ABC):
         """
         self._prepared = prepare_layer(self)
         self._plans = None  # which few tokens may be among
-        # a number of the layer's own: compiled code asks for it
         self._most_tokens = MAX_TOKENS
         if self._prepared is not None:
             self._most_tokens = self._prepared.most_tokens
         elif self.shared_input is not None and self.shared_input.enabled:
             self._most_tokens = self.shared_input.most_tokens
+        self.facts["most_tokens"] = self._most_tokens
         self._looked = True

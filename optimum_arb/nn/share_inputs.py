@@ -50,6 +50,6 @@ def share_inputs(model: nn.Module) -> int:
             if len(kinds) == 1 and one_transform(found):
                 shared = SharedInput(found)
                 for index, layer in enumerate(found):
-                    layer.shared_input, layer.shared_index = shared, index
+                    layer.share(shared, index)
                 groups += 1
     return groups

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..format import packing
+from ..format.packing import TENSOR_NAMES
 from ..ops.shared_input import split_results
 from .prepared_layers import MAX_TOKENS, runner
 from .shared_prompts import SharedPrompts
 
 if TYPE_CHECKING:
     from ..ops.backends.triton.prepack import Prepacked
+    from .compiled import Facts
     from .input_transform import InputTransform
     from .product import PackedProduct
 
@@ -52,9 +53,8 @@ class _Waiting:
 class SharedInput:
     """The layers of one input.
 
-    Several threads may run the layers at once: what a thread computed waits for that thread alone. (Compiled code holds
-    what waits within one graph, and shares only where the graph is cut between two of the layers; it then computes each
-    by itself.)
+    Several threads may run the layers at once: what a thread computed waits for that thread alone. Compiled code does
+    not ask this object: it reads of the layers which of them it is to compute together, see `tell_compiled_code`.
 
     Attributes:
         layers: at most three, of one layout, block size and number of input features; those that still exist.
@@ -66,11 +66,11 @@ class SharedInput:
     def __init__(self, layers: list[PackedProduct]):
         # weak: the layers hold this object, and a model that is let go of is to free its memory at once, not when
         # Python's collector of cycles runs next
-        disable = weakref.WeakMethod(self._disable)
+        end = weakref.WeakMethod(self.end)
 
         def ended(_: object) -> None:
             """What is ready for the layers would keep the tensors of the one that is gone."""
-            method = disable()
+            method = end()
             if method is not None:
                 method()
 
@@ -80,14 +80,13 @@ class SharedInput:
         self._prepared: Prepacked | None = None
         # of each thread what it computed and its layers have not taken yet
         self._waiting: dict[int, _Waiting] = {}
-        # the same while a graph is traced: reading a thread's number would become a guard of the graph
-        self._traced: _Waiting | None = None
         # thread -> the input that was transformed, its `_state`, what it became, how many layers have not taken it yet
         self._transformed: dict[int, tuple[torch.Tensor, tuple[int, int], torch.Tensor, int]] = {}
         self._alike = True  # in what the layers do to their input, as `share_inputs` found them
         self.joins_prompts = True
         self._prompts = SharedPrompts()
         self._wasted = 0  # calls in a row of which a result was left
+        self._facts: dict[int, Facts] = {}  # of the layers, for compiled code
 
     @property
     def layers(self) -> list[PackedProduct]:
@@ -101,40 +100,28 @@ class SharedInput:
             x: see above.
             prompt: whether x, on a CUDA device, has more tokens than the kernels for few take.
         """
-        tracing = torch.compiler.is_compiling()
-        thread = 0 if tracing else threading.get_ident()
-        waiting = self._traced if tracing else self._waiting.get(thread)
+        thread = threading.get_ident()
+        waiting = self._waiting.get(thread)
         if waiting is not None and waiting.input is not x:
             if waiting.results[layer.shared_index] is not None:  # cross-attention: key and value have another input
-                self._disable()
+                self.end()
                 return None
             waiting = None  # the layer has had its part: what waits is left of a call that an error ended
-            if not tracing and self._is_wasted():
+            if self._is_wasted():
                 return None
         if waiting is None:
             layers = self.layers
             if len(layers) < len(self._rows):
-                self._disable()
+                self.end()
                 return None
-            results = self._prompt(x, layers) if prompt else self._few_tokens(x, layers, tracing)
+            results = self._prompt(x, layers) if prompt else self._few_tokens(x, layers)
             if results is None:
                 self._waiting.pop(thread, None)  # what was left
                 return None
-            waiting = _Waiting(x, results, None if tracing else _state(x), layer.backend)
-            if tracing:
-                self._traced = waiting
-            else:
-                self._waiting[thread] = waiting
-        elif not tracing and (waiting.state != _state(x) or waiting.backend != layer.backend):
+            waiting = self._waiting[thread] = _Waiting(x, results, _state(x), layer.backend)
+        elif waiting.state != _state(x) or waiting.backend != layer.backend:
             return None  # as in `take`
-        if not tracing:
-            return self._part(waiting, layer, thread)
-        part, waiting.results[layer.shared_index] = waiting.results[layer.shared_index], None
-        if part is not None:
-            waiting.left -= 1
-            if not waiting.left:
-                self._traced = None
-        return part
+        return self._part(waiting, layer, thread)
 
     def take(self, layer: PackedProduct, x: torch.Tensor) -> torch.Tensor | None:
         """The layer's result where it waits, or where a call of all layers is ready; else None.
@@ -167,10 +154,9 @@ class SharedInput:
                 self._wasted = 0
         return part
 
-    def _few_tokens(self, x: torch.Tensor, layers: list[PackedProduct], tracing: bool) -> list[torch.Tensor | None]:
+    def _few_tokens(self, x: torch.Tensor, layers: list[PackedProduct]) -> list[torch.Tensor | None]:
         out = self._compute(x, layers)
-        untraced = self._prepared is not None and not tracing
-        return [*split_results(out, x.shape[:-1], self._rows, untraced=untraced)]
+        return [*split_results(out, x.shape[:-1], self._rows, untraced=self._prepared is not None)]
 
     def _prompt(self, x: torch.Tensor, layers: list[PackedProduct]) -> list[torch.Tensor | None] | None:
         if not self._alike and (torch.cuda.is_current_stream_capturing() or not self._still_alike()):
@@ -182,12 +168,12 @@ class SharedInput:
         """Counts results that nobody took; whether there are so many that a layer must be one that is not called."""
         self._wasted += 1
         if self._wasted >= MOST_WASTED:
-            self._disable()
+            self.end()
         return self._wasted >= MOST_WASTED
 
     def transformed(self, x: torch.Tensor, change: InputTransform) -> torch.Tensor:
         """What becomes of an input, computed once for all layers that are called with it one after another."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self._still_alike():
+        if torch.is_grad_enabled() or not self._still_alike():
             return change.apply(x)  # what is kept must not outlive its graph
         if x.is_inference():
             return change.apply(x)  # nothing would tell that it was written between two layers
@@ -208,11 +194,14 @@ class SharedInput:
             self._alike = one_transform(self.layers)
             self.enabled = self.enabled and self._alike
             self.joins_prompts = self.joins_prompts and self._alike
+            self.tell_compiled_code()
         return self._alike
 
-    def _disable(self) -> None:
+    def end(self) -> None:
+        """Ends it: from now on each layer computes by itself."""
         self.enabled = self.joins_prompts = False
         self.forget()
+        self.tell_compiled_code()
         for layer in self.layers:
             layer._looked = False  # for a copy of its own weight alone: the next call that is not compiled
 
@@ -222,9 +211,14 @@ class SharedInput:
         biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         bias = torch.cat(biases) if biases else None
         change = first.input_transform()
-        if self._prepared is not None and not torch.compiler.is_compiling():
+        if self._prepared is not None:
             return runner()(x, self._prepared, bias, self._rows, change=None if change is None else change[:3])
-        return products_of_one_input(x, layers, bias, change)
+        tensors = [[layer.operand(name) for layer in layers] for name in TENSOR_NAMES]
+        present = [[tensor for tensor in kind if tensor is not None] for kind in tensors]
+        transform = () if change is None else change[:3]
+        return torch.ops.optimum_arb.shared_input_linear(
+            x, *present, bias, first.layout.name, first.block_size, first.backend, *transform
+        )
 
     @property
     def most_tokens(self) -> int:
@@ -246,30 +240,37 @@ class SharedInput:
         else:
             self._prepared = prepare(weights)
             self.enabled = self._prepared is not None
+        self.tell_compiled_code()
         return self.enabled
 
     def forget(self) -> None:
         """Drops what was computed and prepared: a layer's tensors have changed."""
-        self._prepared = self._traced = None
+        self._prepared = None
         self._waiting.clear()
         self._transformed.clear()
         self._prompts.forget()
         self._alike = False  # has to be looked at again
+        self.tell_compiled_code()
 
+    def tell_compiled_code(self) -> None:
+        """Lets compiled code compute the layers together, or each by itself.
 
-def products_of_one_input(
-    x: torch.Tensor, layers: Sequence[PackedProduct], bias: torch.Tensor | None, change: InputTransform | None
-) -> torch.Tensor:
-    """The layers' results one after another, a vector, by the operator, which transforms the input too."""
-    first = layers[0]
-    tensors: list[list[torch.Tensor]] = []
-    for name in packing.TENSOR_NAMES:
-        found = [layer.operand(name) for layer in layers]
-        tensors.append([tensor for tensor in found if tensor is not None])
-    transform = () if change is None else change[:3]
-    return torch.ops.optimum_arb.shared_input_linear(
-        x, *tensors, bias, first.layout.name, first.block_size, first.backend, *transform
-    )
+        It is told by attributes of the layers: asking this object would be a hundred things more that torch looks at
+        before every call. Compiled code cannot look whether transforms are alike, so that layers with one are computed
+        by themselves until a call that is not compiled has looked.
+        """
+        layers = [layer for layer in self.layers if layer.shared_input is self]
+        together = self.enabled and len(layers) == len(self._rows)
+        together = together and (self._alike or not any(layer.hadamard for layer in layers))
+        if together and not self._facts:
+            self._facts.update(enumerate(layer.facts for layer in layers))
+        elif not together:  # facts hold the tensors of a layer that is gone
+            self._facts.clear()
+        for index, layer in enumerate(layers):
+            if together:
+                layer.module.compute_together(self._facts, index)
+            else:
+                layer.module.compute_alone()
 
 
 def _state(x: torch.Tensor) -> tuple[int, int]:

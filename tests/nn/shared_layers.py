@@ -23,7 +23,7 @@ def layers(name="planes-2-col", rows=ROWS, columns=300, bias=False, **choices) -
 def shared(found: list[ARBLinear]) -> SharedInput:
     result = SharedInput(found)
     for index, layer in enumerate(found):
-        layer.shared_input, layer.shared_index = result, index
+        layer.share(result, index)
     return result
 
 
@@ -35,7 +35,7 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = found
 
     def ask(self, layer: ARBLinear, x: torch.Tensor) -> torch.Tensor:
-        together = layer.shared_input
+        together = None if torch.compiler.is_compiling() else layer.shared_input
         if together is not None and together.enabled:
             out = together.output(layer, x)
             if out is not None:

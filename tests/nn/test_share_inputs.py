@@ -12,29 +12,27 @@ from transformers import AutoModelForCausalLM
 
 from optimum_arb import ARBConfig
 from optimum_arb.nn import share_inputs
+from optimum_arb.nn.compiled import _waiting as waiting
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_as_one_graph(backend):
-    torch.compiler.reset()
+@torch.no_grad()
+def test_compiles_as_one_graph(backend, compiled_on_a_gpu):
     model = Attention(layers(bias=True, permuted=True))
-    inputs = torch.randn(4, 2, 1, 300).unbind()
+    inputs = torch.randn(4, 2, 1, 300).half().unbind()
     expected = [model(x) for x in inputs]
     assert share_inputs(model) == 1
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+    with torch._dynamo.config.patch(error_on_recompile=True):
         for x, wanted in zip(inputs, expected, strict=True):
             assert torch.equal(compiled(x), wanted)
-    together = model.q_proj.shared_input
-    assert together.enabled
-    assert together._traced is None
-    assert not together._waiting
+    assert model.q_proj.shared_input.enabled
+    assert not waiting
 
 
-def test_cross_attention_compiles():
-    torch.compiler.reset()
+def test_cross_attention_compiles(compiled_on_a_gpu):
     model = Attention(layers())
-    x, memory = torch.randn(2, 1, 300)
+    x, memory = torch.randn(2, 1, 300).half()
     expected = model(x, memory)
     share_inputs(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -42,6 +40,7 @@ def test_cross_attention_compiles():
         for _ in range(3):
             assert torch.equal(compiled(x, memory), expected)
     assert not model.q_proj.shared_input.enabled
+    assert not waiting
 
 
 def test_modules_and_files_do_not_show_it():

@@ -195,9 +195,10 @@ def test_sharing_on_and_off(llama):
     expected = generate(llama)
     if has_one_bit_kernel(DEVICE):
         assert all(each.enabled and each._prepared is not None for each in together.values())
-        assert all(not each._waiting and each._traced is None for each in together.values())
+        assert all(not each._waiting for each in together.values())
     for layer in layers:
-        layer.shared_input, layer._looked = None, False
+        layer.share(None)
+        layer._looked = False
     assert_same(generate(llama), expected)
     if has_one_bit_kernel(DEVICE):
         assert all(layer._prepared is not None for layer in layers)

@@ -1,0 +1,170 @@
+"""Packed products in code that torch compiles.
+
+What such code reads of a layer torch looks at again before every call ("guards"): at each token of a compiled decoding
+step. Two thirds of a token's 735 microseconds there were this package's. So the functions here read little, and of the
+kinds that torch skips as a whole while the dicts that hold them are unchanged (plain values, tuples of them, tensors,
+and dicts of these): `Facts`, and a few attributes of the module. They call no method and no property of it, which torch
+would look up in all of its classes, and touch no object of another kind, of which one is enough for everything around
+it to be looked at piece by piece.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+import torch
+
+from ..format.packing import TENSOR_NAMES
+from ..ops.shared_input import split_results
+from .input_transform import InputTransform
+
+if TYPE_CHECKING:
+    from .linear import ARBLinear
+
+DECODED = "decoded_"
+T = TypeVar("T")
+
+
+class Facts(TypedDict):
+    """What compiled code reads of one packed product.
+
+    Attributes:
+        layout: its name.
+        block_size: columns that share a row scale.
+        columns: of the matrix.
+        rows: of the matrix.
+        hadamard: columns of the blocks of a Hadamard transform of the input, 0 for none.
+        most_tokens: that the kernels for few tokens take.
+        keys: of the tensors of `optimum_arb.format.packing.TENSOR_NAMES`, in this order, and of the bias; None for what
+            there is not. Those that begin with `DECODED` are keys of buffers.
+        parameters: the module's own dict, not a copy.
+        buffers: the same of its buffers.
+    """
+
+    layout: str
+    block_size: int
+    columns: int
+    rows: int
+    hadamard: int
+    most_tokens: int
+    keys: tuple[str | None, ...]
+    parameters: dict[str, Any]
+    buffers: dict[str, Any]
+
+
+# Of groups of layers of one input: a tensor by which a group is known, the input, the backend and the results that were
+# not taken yet. All are of the graph that is being traced: what a layer computed for the others is taken there too, so
+# that this is empty whenever code runs, as long as no graph is cut between them. One list for all: torch looks once
+# whether it is empty.
+_waiting: list[tuple[torch.Tensor | None, torch.Tensor, str, dict[int, torch.Tensor]]] = []
+
+
+def compiled_product(layer: ARBLinear, x: torch.Tensor) -> torch.Tensor:
+    """`ARBLinear.forward` in code that is being compiled, for all backends of the operator."""
+    backend, index, out = layer.backend, layer._index, None
+    if index is not None and on_gpu(x):
+        out = _joined(layer, index, backend, x)
+    if out is None:
+        out = _alone(_known(layer._facts), backend, x)
+    following = layer._following
+    return out if following is None else _alone(following, backend, out)
+
+
+def on_gpu(x: torch.Tensor) -> bool:
+    """Whether x is where there are kernels for few tokens."""
+    return x.is_cuda
+
+
+def _joined(layer: ARBLinear, index: int, backend: str, x: torch.Tensor) -> torch.Tensor | None:
+    """The layer's part of what is computed for all layers of its input; None where it computes its own.
+
+    Each thing is read where it is needed and once only: of two layers that hold the same dict torch would look at every
+    call whether they still do. What it has to look at is that the layers for which results wait are of one group.
+    """
+    for place, (mark, source, of_backend, results) in enumerate(_waiting):
+        if mark is not _mark(_known(layer._group)):
+            continue
+        if source is x:
+            out = results.pop(index, None)
+            if not results:
+                _waiting.pop(place)
+            return out if of_backend == backend else None
+        # cross-attention, whose key and value have another input, or one of the layers is not called
+        _waiting.pop(place)
+        shared = layer.first_product.shared_input
+        if shared is not None:
+            shared.end()
+        return None
+    own = _known(layer._facts)
+    if not _few_tokens(own, backend, x):
+        return None
+    group = _known(layer._group)
+    every = [own if i == index else group[i] for i in range(len(group))]
+    biases = [bias for bias in [_tensor(each, each["keys"][-1]) for each in every] if bias is not None]
+    if len(biases) not in (0, len(every)) or (torch.is_grad_enabled() and any(bias.requires_grad for bias in biases)):
+        return None
+    out = _together(every, backend, x, torch.cat(biases) if biases else None, _transform(own, backend))
+    results = dict(enumerate(split_results(out, x.shape[:-1], [each["rows"] for each in every])))
+    out = results.pop(index)
+    _waiting.append((_mark(group), x, backend, results))
+    return out
+
+
+def _mark(group: dict[int, Facts]) -> torch.Tensor | None:
+    """A tensor by which a group is known: torch 2.11 cannot compile a question whether two dicts are one."""
+    last = group[len(group) - 1]
+    return _tensor(last, last["keys"][0])
+
+
+def _known(value: T | None) -> T:
+    assert value is not None
+    return value
+
+
+def _alone(facts: Facts, backend: str, x: torch.Tensor) -> torch.Tensor:
+    """One product, of a GPU's kernels for few tokens with what the input goes through first."""
+    change = _transform(facts, backend)
+    bias = _tensor(facts, facts["keys"][-1])
+    if change is not None:
+        # the operator for one product alone has no transform
+        if on_gpu(x) and _few_tokens(facts, backend, x):
+            return _together([facts], backend, x, bias, change).view(*x.shape[:-1], facts["rows"])
+        x = change.apply(x)
+    operands = [_tensor(facts, key) for key in facts["keys"][:-1]]
+    return torch.ops.optimum_arb.linear(x, *operands, bias, facts["layout"], facts["block_size"], backend)
+
+
+def _together(
+    every: list[Facts], backend: str, x: torch.Tensor, bias: torch.Tensor | None, change: InputTransform | None
+) -> torch.Tensor:
+    """The products one after another, a vector."""
+    tensors = [[_tensor(each, each["keys"][i]) for each in every] for i in range(len(TENSOR_NAMES))]
+    present = [[tensor for tensor in kind if tensor is not None] for kind in tensors]
+    transform = () if change is None else change[:3]
+    return torch.ops.optimum_arb.shared_input_linear(
+        x, *present, bias, every[0]["layout"], every[0]["block_size"], backend, *transform
+    )
+
+
+def _tensor(facts: Facts, key: str | None) -> torch.Tensor | None:
+    if key is None:
+        return None
+    return facts["buffers"][key] if key.startswith(DECODED) else facts["parameters"].get(key)
+
+
+def _transform(facts: Facts, backend: str) -> InputTransform | None:
+    if not facts["hadamard"]:
+        return None
+    order = facts["parameters"].get("weight_permutation")  # no operand of such a product
+    return InputTransform(order, facts["buffers"][f"{DECODED}input_signs"], facts["hadamard"], backend)
+
+
+def _few_tokens(facts: Facts, backend: str, x: torch.Tensor) -> bool:
+    """Whether the kernels for few tokens may compute this: they have no gradient."""
+    if backend not in ("auto", "triton") or x.shape[-1] != facts["columns"]:
+        return False
+    if torch.is_grad_enabled():
+        bias = _tensor(facts, facts["keys"][-1])
+        if x.requires_grad or (bias is not None and bias.requires_grad):
+            return False
+    return 0 < x.numel() <= facts["most_tokens"] * x.shape[-1] and x.dtype in (torch.float16, torch.bfloat16)
