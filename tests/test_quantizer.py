@@ -217,6 +217,13 @@ def test_key_mapping_of_a_binarized_checkpoint(packed, tmp_path):
         AutoModelForCausalLM.from_pretrained(path, key_mapping={r"^trunk\.": "model."})
 
 
+def test_the_configuration_of_a_loaded_model_loads_it_again(packed):
+    """transformers asks the quantization_config in it as it asks a dictionary."""
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    again = LlamaForCausalLM.from_pretrained(packed, config=model.config)
+    assert torch.equal(outputs(model, tokens(1, 8)), outputs(again, tokens(1, 8)))
+
+
 def test_deepcopy_and_flags(packed):
     model = LlamaForCausalLM.from_pretrained(packed)
     ids = tokens(1, 8)

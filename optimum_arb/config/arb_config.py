@@ -285,6 +285,10 @@ class ARBConfig(ResolvedChoices, QuantizationConfigMixin):
         other = ("quant_method", *LOADING, "dataset", "modules_to_not_convert")
         return {key: value for key, value in self.__dict__.items() if key not in (*other, *RECORDED)}
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of a dictionary: so transformers reads a file's, and a loaded model's (`config=model.config`) likewise."""
+        return getattr(self, key, default)
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON form. The user's own calibration texts are not written, only their fingerprint in `calibration`."""
         result = {key: copy.deepcopy(value) for key, value in self.__dict__.items() if value is not None}

@@ -54,6 +54,8 @@ def model_card(
         FileNotFoundError, ValueError: the directory holds no complete binarized model.
     """
     directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{directory} holds no model: it has no config.json.")
     model_config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     quantization = model_config.get("quantization_config") or {}
     if quantization.get("quant_method") != "arb":

@@ -64,6 +64,7 @@ def push_directory(
         OSError: the Hub, or the transfer to it, failed.
     """
     directory = Path(directory)
+    model_card(directory)  # what is no binarized model leaves no repository behind
     names = sorted(files) if files is not None else visible_files(directory)
     api = HfApi(library_name="optimum_arb", library_version=__version__, token=token)
     broken = "What is there is whole: as it was, or, if the connection broke after the last byte, as uploaded."
