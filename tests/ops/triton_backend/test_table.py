@@ -133,6 +133,14 @@ def test_planes_before_shape():
     assert lookup(DEVICE, 576, 576, 3, 1) == two  # the most planes that there are
 
 
+def test_planes_before_tokens():
+    """A number of tokens that was timed for one number of planes alone says nothing of another."""
+    one, two = entry(tokens=256, planes=1, kernel="hopper"), entry(tokens=512, planes=2, kernel="hopper")
+    fill(one, two)
+    assert lookup(DEVICE, 4096, 4096, 1, 256) == one
+    assert lookup(DEVICE, 4096, 4096, 2, 256) == two
+
+
 def test_tokens_have_entries_of_their_own():
     one, eight = entry(tokens=1), entry(tokens=8, kernel="portable")
     fill(one, eight)

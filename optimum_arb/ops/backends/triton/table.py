@@ -110,7 +110,7 @@ def _entries(name: str) -> tuple[Entry, ...]:
 def lookup(
     device: torch.device, out_features: int, in_features: int, planes: int, tokens: int, half_bits: bool = False
 ) -> Entry | None:
-    """The entry of the nearest product on this device, by tokens, then planes, then shape; None where there is none.
+    """The entry of the nearest product on this device, by planes, then tokens, then shape; None where there is none.
 
     Args:
         device: a CUDA device.
@@ -126,16 +126,13 @@ def lookup(
     else:
         gemm = [e for e in entries if e.kernel != "half_bits"]
         few = [e for e in gemm if (e.tokens <= FEW_TOKENS) == (tokens <= FEW_TOKENS)]
-    sizes = {e.tokens for e in few}
-    if not sizes:
+    few = [e for e in few if e.planes == planes] or [e for e in few if e.planes == max(x.planes for x in few)]
+    if not few:
         return None
-    nearest = min(sizes, key=lambda size: (abs(math.log2(size / tokens)), -size))
-    entries = tuple(e for e in few if e.tokens == nearest)
-    same = [e for e in entries if e.planes == planes] or [
-        e for e in entries if e.planes == max(x.planes for x in entries)
-    ]
+    nearest = min({e.tokens for e in few}, key=lambda size: (abs(math.log2(size / tokens)), -size))
+    same = [e for e in few if e.tokens == nearest]
 
     def distance(entry: Entry) -> float:
         return abs(math.log2(entry.out_features / out_features)) + abs(math.log2(entry.in_features / in_features))
 
-    return min(same, key=distance, default=None)
+    return min(same, key=distance)
