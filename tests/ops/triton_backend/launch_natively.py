@@ -265,6 +265,10 @@ def groups(fake: ctypes.CDLL) -> None:
     group(fake, "scaled alone", weights(one, 160, 32), True, torch.bfloat16, 64, before, 2)
     last_rows = replace(split, split_from=64)
     group(fake, "split from a row on", weights(two, 160, 32, 7), True, torch.bfloat16, 64, last_rows, 0)
+    four = replace(
+        last_rows, scale_input=True
+    )  # launches of each: x scaled, rows before, rows from there on, their sum
+    group(fake, "scaled and split from a row on", weights(one, 160, 160, 160), True, torch.bfloat16, 64, four, 3)
     group(fake, "scaled for each plane", weights(two, 160, 32, 7), True, torch.bfloat16, 33, before, 3)
     group(fake, "ordered and scaled", weights(two, 160, 32, permuted=True), False, torch.float16, 64, before, 2)
     plain = layout_from_name("planes-2")

@@ -10,7 +10,7 @@
 #include <string.h>
 
 enum {
-    MAX_BLOCK = 4096, /* bytes of the parameters of all launches of a plan */
+    MAX_BLOCK = 16384, /* bytes of the parameters of all launches of a plan: 4400 of three products of four launches */
     MAX_PARAMS = 64,  /* of one launch */
     MAX_ATTRIBUTES = 4,
     INVALID_VALUE = 1 /* CUDA_ERROR_INVALID_VALUE */
