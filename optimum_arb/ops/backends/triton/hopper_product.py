@@ -41,6 +41,8 @@ def gather(
     return Gather(packed, tokens, stride, kind, device, scaled=scaled)
 
 
+# Results of a tile whose sums in float32 need as much shared memory on their way out as a slot of the ring: three slots
+# and they are 230 KB, of the 227 that a program may have.
 LARGE_TILE = 256 * 128
 
 
@@ -74,7 +76,6 @@ class _Piece:
             packed = replace(packed, weight=packed.weight[rows.start : rows.stop], row_scale=row_scale)
         self.parts = (split_k, tokens, count)
         self.sum = Sum(split_k, tokens, count, out_dtype, bias, device, whole) if split_k > 1 else None
-        # sums of such tiles in float32 need the shared memory of a slot on their way out: 233 KB of 227 with three
         few = rows.start and config.block_m * config.block_n >= LARGE_TILE
         self.multiply = hopper.Multiply(
             packed,
