@@ -9,6 +9,7 @@ columns without --permuted), so nothing is calibrated: speed and memory do not d
 eager     tokens per second of `generate` from the shortest prompt, a quarter of --new-tokens new ones, prompt included
 prompt    milliseconds of a prompt of each length of --prompts, eager, as `generate` runs it (logits of the last token)
 step      milliseconds of one decoding step, replayed as one CUDA graph: what the GPU alone takes (on a CPU: eager)
+compiled step   the same of a step compiled by torch, which makes one kernel of several operations between linears
 compiled  tokens per second of `generate` with a static cache, which transformers compiles on a GPU, prompt included
 memory    peak of GPU memory in each of them but the step: of this model, without the others
 load      with --disk DIR: seconds of `from_pretrained` from files in the page cache, with and without comparing
@@ -218,7 +219,7 @@ class Run:
             try:
                 call = calls(candidate)
                 ready.append((candidate, call, [], self.warm(candidate, call)))
-            except torch.OutOfMemoryError as error:
+            except Exception as error:  # no memory, or whatever the compiler raises; the other figures stand
                 self.fail(f"{part}, {model_name(candidate.planes)}, batch {batch}, prompt {prompt}", error)
         for _ in range(15):
             for _, call, found, _ in ready:
@@ -229,7 +230,7 @@ class Run:
         for candidate, _, found, peak in ready:
             where = candidate.planes, batch, prompt
             self.record(f"{part}, {unit}", *where, [convert(seconds) for seconds in found], speed=True)
-            if peak is not None and part != "step":
+            if peak is not None and "step" not in part:
                 self.record(f"{part}, peak GB", *where, [peak])
 
     def eager(self, batch: int, length: int, new: int) -> None:
@@ -251,11 +252,12 @@ class Run:
 
         self.take_turns("prompt", batch, length, calls, ("ms", lambda seconds: seconds * 1e3), 0.5)
 
-    def step(self, batch: int, length: int) -> None:
-        """One decoding step, on a GPU as one CUDA graph."""
+    def step(self, batch: int, length: int, compiled: bool = False) -> None:
+        """One decoding step, on a GPU as one CUDA graph; compiled, if asked for, before it is recorded."""
 
         def calls(candidate: Candidate) -> Call:
             model = candidate.model
+            call = torch.compile(model.__call__, fullgraph=True, dynamic=False) if compiled else model
             cache = StaticCache(config=model.config, max_cache_len=length + 64)
             ids = self.ids(batch, length, model)
             model(ids, past_key_values=cache, logits_to_keep=1)
@@ -263,7 +265,7 @@ class Run:
             position = torch.full((batch, 1), length, device=self.device)
 
             def forward() -> None:
-                model(token, past_key_values=cache, position_ids=position, cache_position=position[0])
+                call(token, past_key_values=cache, position_ids=position, cache_position=position[0])
 
             if not self.cuda:
                 return forward
@@ -276,13 +278,16 @@ class Run:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 forward()
+            if compiled:
+                torch.compiler.reset()  # as `compiled` does
 
             def replay(_: Call = forward) -> None:  # the graph reads tensors that `forward` keeps
                 graph.replay()
 
             return replay
 
-        self.take_turns("step", batch, length, calls, ("ms", lambda seconds: seconds * 1e3), 0.2)
+        part = "compiled step" if compiled else "step"
+        self.take_turns(part, batch, length, calls, ("ms", lambda seconds: seconds * 1e3), 0.2)
 
     def compiled(self, candidate: Candidate, batch: int, length: int, new: int) -> None:
         """`generate` with a static cache. One model at a time is compiled, and forgotten then: sizes that differ from
@@ -334,7 +339,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--disk", type=Path, metavar="DIR", help="measure loading, by way of this directory")
     parser.add_argument("--loads", type=int, default=3, help="loads of each kind from the page cache (default: 3)")
     parser.add_argument("--device", default="cuda")
-    for option in ("--no-eager", "--no-prompts", "--no-step", "--no-compiled"):
+    for option in ("--no-eager", "--no-prompts", "--no-step", "--no-compiled-step", "--no-compiled"):
         parser.add_argument(option, action="store_true", help="leave it out")
     parser.add_argument("--seconds", type=float, help="begin no part after this time; what is left out is said")
     parser.add_argument("--json", type=Path)
@@ -364,6 +369,8 @@ def main(argv: list[str] | None = None) -> int:
             run.prompt(batch, length)
         if not args.no_step:
             run.step(batch, shortest)
+        if run.cuda and not args.no_compiled_step:
+            run.step(batch, shortest, compiled=True)
     if not args.no_compiled and not run.cuda:
         run.left_out.append("compiled: transformers compiles on a GPU alone")
     for batch in args.compiled_batch * (run.cuda and not args.no_compiled):
