@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_layers import DEVICE, NEEDS_KERNELS, check, module, random_input, random_weight
+from gpu_layers import (
+    DEVICE,
+    NEEDS_KERNELS,
+    TOLERANCE,
+    check,
+    error,
+    module,
+    random_input,
+    random_weight,
+    run,
+)
 
 pytestmark = NEEDS_KERNELS
 NAMES = ["planes-1", "planes-2-col"]
@@ -33,6 +43,32 @@ def test_the_host_does_not_wait(name, permuted):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_dense_weight_for_each_call(dtype, permuted):
+    """By the plan that is kept: as exact as the operator, the same bits twice, of the weight as it is then."""
+    layer = module(name="groups-all-salient-col", permuted=permuted)
+    packed = layer.packed_weight()
+    for m in (128, 600):
+        x = random_input(m, 512, dtype)
+        found = [layer(x) for _ in range(3)]
+        assert all(torch.equal(each, found[0]) for each in found)
+        assert torch.equal(found[0], run(x, packed, layer.bias))
+        assert error(found[0], reference(x, layer)) < TOLERANCE[dtype]
+    layer.weight_row_scale.mul_(2)
+    twice = layer(x)
+    assert not torch.equal(twice, found[0])
+    assert error(twice, reference(x, layer)) < TOLERANCE[dtype]
+
+
+def reference(x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+    """The product in float64, without the layer's own calls."""
+    packed, bias = layer.packed_weight(), layer.bias
+    product = x.double() @ packed.unpack().dequantize(torch.float64).T
+    return product if bias is None else product + bias.double()
 
 
 @torch.no_grad()

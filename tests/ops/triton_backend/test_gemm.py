@@ -7,7 +7,8 @@ import torch
 from packed_weights import random_packed
 
 from optimum_arb.format.layout import all_layouts, planes_layout
-from optimum_arb.ops.backends.triton.gemm import gemm, gemm_input_grad
+from optimum_arb.ops.backends.triton.dense_plan import DensePlan
+from optimum_arb.ops.backends.triton.gemm import gemm, gemm_input_grad, plan
 from optimum_arb.ops.backends.triton.gemm_config import (
     GemmConfig,
     candidates,
@@ -172,3 +173,34 @@ def test_candidates_where_hopper_does_not_compute():
             assert len(found) == len(set(found))
             assert {config.kernel for config in found} == ({"portable"} if m < 32 else {"portable", "dequantize"})
             assert all(config.block_m <= 64 and config.split_k * 128 <= max(k, 128) for config in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("name", "permuted"), [("planes-2-col", False), ("planes-1", True), ("groups-all-salient-col", True)]
+)
+def test_a_plan_by_the_dense_weight(name, permuted, dtype):
+    """The bits of `gemm`, for inputs of any shape, with the weight as it is when it is called."""
+    packed = random_packed(LAYOUTS[name], 42, 192, permuted=permuted)
+    x = torch.randn(2, 3, 192, generator=torch.Generator().manual_seed(0)).to(dtype)
+    config = GemmConfig("dequantize")
+    for bias in (None, torch.arange(42.0)):
+        made = plan(x, packed, bias, config)
+        assert isinstance(made, DensePlan)
+        for each in (x, x.flip(0).contiguous()):
+            expected = gemm(each.view(6, 192), packed, bias, config=config).view(2, 3, 42)
+            assert torch.equal(made.run(each, bias), expected)
+        before = made.run(x, bias)
+        packed.row_scale.mul_(2)
+        packed.weight[0] ^= 255
+        assert torch.equal(made.run(x, bias), gemm(x.view(6, 192), packed, bias, config=config).view(2, 3, 42))
+        assert not torch.equal(made.run(x, bias), before)
+
+
+def test_what_has_no_plan():
+    packed, x = random_packed(LAYOUTS["planes-2"], 42, 192), torch.ones(3, 192)
+    assert plan(x.double(), packed, None, GemmConfig("dequantize")) is None
+    assert plan(x.half(), packed, None, PORTABLE) is None
+    strided = replace(packed, row_scale=packed.row_scale.T.contiguous().T)
+    assert not strided.row_scale.is_contiguous()
+    assert plan(x, strided, None, GemmConfig("dequantize")) is None

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..packed import PackedWeight
 from .decode import arguments, decode_tile
-from .launch import Launcher, cdiv, tensor_class
+from .launch import Launch, Launcher, cdiv, tensor_class
 
 # Rows of a program and its warps. [K, N] takes more rows: they are the contiguous direction of its stores.
 # With fewer warps the compiler gives a thread many columns, whose scales it then loads one by one.
@@ -140,27 +140,43 @@ def dequantize(
     Returns:
         A new contiguous tensor on the weight's device.
     """
-    rows, columns = packed.out_features, packed.in_features
-    out = torch.empty((columns, rows) if transposed else (rows, columns), dtype=dtype, device=packed.weight.device)
-    args = arguments(packed)
-    per_program = TRANSPOSED_ROWS if transposed else ROWS
-    permutation = None if stored_order else packed.permutation
-    even = columns % args.constants["TILE"] == 0
-    _dequantize(
-        (dtype, transposed, None if permutation is None else tensor_class(permutation), args.key),
-        (cdiv(columns, args.constants["TILE"]), cdiv(rows, per_program), 1),
-        (
-            out,
+    return Dequantize(packed, dtype, transposed=transposed, stored_order=stored_order)()
+
+
+class Dequantize:
+    """`dequantize`, whose parameters these are, with all but the result known; the weight may be written meanwhile.
+
+    Tensors of it that are not contiguous are read as they were when this was made.
+    """
+
+    def __init__(
+        self, packed: PackedWeight, dtype: torch.dtype, *, transposed: bool = False, stored_order: bool = False
+    ):
+        rows, columns = packed.out_features, packed.in_features
+        device = packed.weight.device
+        args = arguments(packed)
+        per_program = TRANSPOSED_ROWS if transposed else ROWS
+        permutation = None if stored_order else packed.permutation
+        self._shape, self._dtype, self._device = (columns, rows) if transposed else (rows, columns), dtype, device
+        self._rest = (
             packed.weight if permutation is None else permutation,
             *args.tensors,
             *args.sizes,
             *args.constants.values(),
             permutation is not None,
             transposed,
-            even,
+            columns % args.constants["TILE"] == 0,
             per_program,
-        ),
-        out.device,
-        num_warps=TRANSPOSED_WARPS if transposed else WARPS,
-    )
-    return out
+        )
+        self._launch = Launch(
+            _dequantize,
+            (dtype, transposed, None if permutation is None else tensor_class(permutation), args.key),
+            (cdiv(columns, args.constants["TILE"]), cdiv(rows, per_program), 1),
+            device,
+            num_warps=TRANSPOSED_WARPS if transposed else WARPS,
+        )
+
+    def __call__(self) -> torch.Tensor:
+        out = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        self._launch((out, *self._rest))
+        return out

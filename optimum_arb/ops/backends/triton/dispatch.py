@@ -24,6 +24,7 @@ from .hadamard import Transform
 from .table import bucket, lookup
 
 if TYPE_CHECKING:
+    from .dense_plan import DensePlan
     from .digits import DigitsPlan
     from .hopper_group import HopperGroup
     from .hopper_plan import HopperPlan
@@ -127,7 +128,9 @@ def many_tokens(rows: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | N
     return gemm(rows, packed, bias, config=_config(rows.device, rows.dtype, rows.shape[0], packed))
 
 
-def plan(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> HopperPlan | DigitsPlan | None:
+def plan(
+    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None
+) -> HopperPlan | DigitsPlan | DensePlan | None:
     """`many_tokens` made ready for inputs like x, see `gemm.plan`; None where the host has to look at each."""
     config = _config(x.device, x.dtype, x.numel() // packed.in_features, packed)
     return make_plan(x, packed, bias, config)

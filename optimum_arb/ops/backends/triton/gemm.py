@@ -19,6 +19,7 @@ import torch
 
 from ..packed import PackedWeight
 from . import digits
+from .dense_plan import DensePlan
 from .dequantize import dequantize
 from .digits import DigitsPlan
 from .gemm_config import GemmConfig, default_config, fits_hopper, is_fusable, split_of
@@ -109,10 +110,10 @@ def _hopper(
 
 def plan(
     x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, config: GemmConfig
-) -> HopperPlan | DigitsPlan | None:
+) -> HopperPlan | DigitsPlan | DensePlan | None:
     """The launches of `gemm` for any x `[..., K]` of this one's size, made ready.
 
-    None where it is neither by "hopper" nor by "digits".
+    None where it is by "portable", where tensors of the weight are not contiguous, and for float64.
 
     Args:
         x: contiguous and 16-byte aligned, as those that are to follow.
@@ -129,8 +130,10 @@ def plan(
         if not all(t is None or t.is_contiguous() for t in (packed.row_scale, packed.col_scale, packed.permutation)):
             return None  # copies would not be written with them
         return DigitsPlan(packed, tokens, columns, kind, x.dtype, bias, x.device, config)
-    if config.kernel != "hopper" or not fits_hopper(packed, x.dtype):
+    if (config.kernel == "portable" and half and is_fusable(packed)) or x.dtype == torch.float64:
         return None
+    if config.kernel != "hopper" or not fits_hopper(packed, x.dtype):
+        return DensePlan(packed, x.dtype) if DensePlan.is_ready(packed) else None
     return HopperPlan(packed, tokens, columns, kind, x.dtype, bias, x.device, split_of(config, packed), config)
 
 

@@ -1,0 +1,41 @@
+"""A product by way of the dense weight, made ready: the launch that writes it, and the vendor's library."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+
+from ..packed import PackedWeight
+from .dequantize import Dequantize
+
+
+class DensePlan:
+    """`gemm` by "dequantize" for inputs of a dtype, the bits of `gemm`.
+
+    Without it the host looks at every tensor of the weight at each product; four such layers of a 13B's block take it
+    0.6 ms a block, half of what the GPU takes for 1024 tokens.
+
+    Args:
+        packed: the weight, on a CUDA device, its tensors as `is_ready` wants them.
+        dtype: float16, bfloat16 or float32.
+    """
+
+    def __init__(self, packed: PackedWeight, dtype: torch.dtype):
+        self._transposed = packed.permutation is not None  # which is written faster
+        self._dequantize = Dequantize(packed, dtype, transposed=self._transposed)
+
+    @staticmethod
+    def is_ready(packed: PackedWeight) -> bool:
+        """Whether the launch reads the tensors themselves: copies would not be written with them."""
+        tensors = [getattr(packed, field.name) for field in fields(packed)]
+        return all(tensor.is_contiguous() for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+    def run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`[..., K]` contiguous to `[..., N]`, on the current device, which has to be the weight's."""
+        weight = self._dequantize()
+        if self._transposed:
+            weight = weight.T
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        return torch.nn.functional.linear(x, weight, bias)
