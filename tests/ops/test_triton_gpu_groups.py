@@ -70,20 +70,37 @@ def test_as_each_alone(planes, dtype, permuted, mixed, tokens):
     check(weights, configs_of(cut, len(planes), mixed=mixed), tokens, dtype, biased=tokens != 33)
 
 
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("tokens", [5, 16])
-def test_attention_of_a_7b(tokens):
+def test_attention_of_a_7b(monkeypatch, tokens, beside):
     """As many programs as query, key and value have, none of which may read x before it was scaled."""
+    from optimum_arb.ops.backends.triton import hopper_product
+
+    monkeypatch.setattr(hopper_product, "BESIDE", beside)
     weights = weights_of((1, 1, 1), (4096, 4096, 4096), 4096, permuted=False)
     for cut in CUTS:
         check(weights, configs_of(cut, 3, mixed=False), tokens, torch.bfloat16, biased=False, runs=8)
 
 
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("together", [2**24, 0])
-def test_gated_mlp_of_a_7b(monkeypatch, together):
+def test_gated_mlp_of_a_7b(monkeypatch, together, beside):
     """Of two planes; side by side, and one after another in one place."""
-    from optimum_arb.ops.backends.triton import hopper_group
+    from optimum_arb.ops.backends.triton import hopper_group, hopper_product
 
+    monkeypatch.setattr(hopper_product, "BESIDE", beside)
     monkeypatch.setattr(hopper_group, "TOGETHER", together)
     weights = weights_of((2, 2), (11008, 11008), 4096, permuted=False)
     check(weights, configs_of(CUTS[0], 2, mixed=False), 16, torch.bfloat16, biased=True)
     check(weights, configs_of(CUTS[2], 2, mixed=False), 64, torch.bfloat16, biased=True)
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("tokens", [16, 64, 512])
+def test_beside_each_other(monkeypatch, tokens, permuted):
+    """Also where each has rows of a last round, as a product of its own, and more programs than there is room for."""
+    from optimum_arb.ops.backends.triton import hopper_product
+
+    monkeypatch.setattr(hopper_product, "BESIDE", True)
+    weights = weights_of((2, 1, 1), (5120, 1056, 431), 5120, permuted=permuted)
+    check(weights, configs_of(CUTS[2], 3, mixed=True), tokens, torch.bfloat16, biased=True)

@@ -262,6 +262,9 @@ def groups(fake: ctypes.CDLL) -> None:
     alone = replace(small, scale_input=True)
     group(fake, "transformed, one scaled", some, True, torch.bfloat16, 64, alone, [1], [], block=128)
     group(fake, "transformed", weights(two, 160, 32, 7), True, torch.float16, 64, split, [], [3], block=128)
+    hopper_product.BESIDE = True
+    group(fake, "beside each other", scaled_split, True, torch.bfloat16, 64, four, [3], [3])
+    hopper_product.BESIDE = False
     written(fake, same, small)
 
 

@@ -12,7 +12,7 @@ from .calls import Entry
 from .columns import Gather
 from .gemm_config import GemmConfig, columns_read, reads_input, scales_input
 from .hadamard import Transform
-from .hopper_product import HopperProduct, converted_scales
+from .hopper_product import HopperProduct, converted_scales, parts_bytes
 from .launch import Ready
 from .native_launch import RESULTS, Slot, X
 from .outputs import Outputs, aligned, current_stream, empty_vector
@@ -47,9 +47,11 @@ class HopperGroup(ReadyLaunches):
     and the same order of columns have them brought into it once. Biases stay where they are, as the weights do.
 
     Launches overlap, and yet each may read what any before it has written, and write where they have read: all programs
-    of a launch wait until the one before has ended before they let the next begin or end themselves (`gdc_wait` or
-    `griddepcontrol.wait` is the first that touches memory in every kernel here). So when a launch ends, all before it
-    have, and the first launch of another run that is given the same memory waits for the last of this.
+    of a launch wait until the one before has ended (`gdc_wait`, `griddepcontrol.wait`) before they touch memory, let
+    the next begin, or end. So when a launch ends, all before it have: the second product may read what a gather before
+    the first wrote, and another run that is given the same memory begins when this one has ended. Products behind a
+    product (`hopper_product.BESIDE`) touch memory before they wait: they begin when all programs of the first have
+    waited, so that all before it has ended, and the first's own result and parts lie elsewhere.
 
     Args:
         weights: with the same number of columns.
@@ -83,17 +85,25 @@ class HopperGroup(ReadyLaunches):
         self._weights, self._configs, self._tokens, self._dtype = weights, configs, tokens, dtype
         columns = weights[0].in_features
         self._outputs = [Outputs(packed.out_features, dtype) for packed in weights]
-        self.products = [
-            HopperProduct(packed, tokens, columns_read(packed, config), dtype, dtype, bias, device, split_k, config)
-            for packed, bias, split_k, config in zip(weights, biases, splits, configs, strict=True)
+        choices = list(zip(weights, configs, splits, strict=True))
+        copied = [
+            0 if reads_input(packed, config) else tokens * columns_read(packed, config) * dtype.itemsize
+            for packed, config, _ in choices
+        ]
+        added = [
+            parts_bytes(packed.out_features, tokens, split_k, config.split_from) for packed, config, split_k in choices
         ]
         end = 0 if transform is None else aligned(tokens * columns * dtype.itemsize)
-        sizes = [
-            0 if reads_input(packed, config) else tokens * columns_read(packed, config) * dtype.itemsize
-            for packed, config in zip(weights, configs, strict=True)
-        ]
-        self._copies_at, end, self._one_gather = _places(sizes, end)
-        self._parts_at, self.scratch, one_sum = _places([product.scratch for product in self.products], end)
+        self._copies_at, end, self._one_gather = _places(copied, end)
+        self._parts_at, self.scratch, one_sum = _places(added, end)
+        self.products: list[HopperProduct] = []
+        for i, (packed, config, split_k) in enumerate(choices):
+            # neither a gather nor a sum between
+            follows = i > 0 and (self._one_gather or not copied[i]) and (one_sum or not added[i - 1])
+            read, bias = columns_read(packed, config), biases[i]
+            self.products.append(
+                HopperProduct(packed, tokens, read, dtype, dtype, bias, device, split_k, config, follows)
+            )
         # by the number of the product that they follow: what they add, each with the number of its product
         self._sums: dict[int, tuple[Sum, list[int]]] = {}
         split = [i for i, product in enumerate(self.products) if product.parts is not None]

@@ -20,6 +20,10 @@ from .sums import Parts
 # Results of a tile whose sums in float32 need as much shared memory on their way out as a slot of the ring: three slots
 # and they are 230 KB, of the 227 that a program may have.
 LARGE_TILE = 256 * 128
+# Whether products that follow one another without a launch between compute beside each other. Query, key and value of a
+# 7B have 256 programs each at 16 tokens, for which 132 multiprocessors have some 400 places, and wait for memory in
+# most of the 4 us that each takes. Off until it was measured.
+BESIDE = False
 
 
 def row_pieces(rows: int, split_k: int, split_from: int) -> list[tuple[range, int]]:
@@ -29,6 +33,12 @@ def row_pieces(rows: int, split_k: int, split_from: int) -> list[tuple[range, in
     if split_from >= rows:
         return [(range(rows), 1)]
     return [(range(split_from), 1), (range(split_from, rows), split_k)]
+
+
+def parts_bytes(rows: int, tokens: int, split_k: int, split_from: int) -> int:
+    """What the parts of the sums take."""
+    last, count = row_pieces(rows, split_k, split_from)[-1]
+    return 0 if count == 1 else count * tokens * len(last) * 4
 
 
 class _Piece:
@@ -44,6 +54,7 @@ class _Piece:
         bias: torch.Tensor | None,
         split_k: int,
         config: GemmConfig,
+        after_product: bool,
     ):
         x_dtype, out_dtype, device = kinds
         whole, count, self.first = packed.out_features, len(rows), rows.start
@@ -68,6 +79,7 @@ class _Piece:
             split_k=split_k,
             scaled=scales_input(packed, config),
             overlapped=True,
+            after_product=BESIDE and (after_product or rows.start > 0),
             out_stride=whole if self.parts is None else count,
         )
 
@@ -94,6 +106,7 @@ class HopperProduct:
         device: of all tensors.
         split_k: programs that share the columns of an output tile, of rows from `config.split_from` on.
         config: how else.
+        after_product: the launch before is another product, see `hopper.Multiply`.
 
     Attributes:
         parts: what is left to be added of the last rows, or None.
@@ -111,17 +124,18 @@ class HopperProduct:
         device: torch.device,
         split_k: int,
         config: GemmConfig,
+        after_product: bool = False,
     ):
         self.rows = packed.out_features
         self._sizes = out_dtype.itemsize, 0 if bias is None else bias.itemsize
         kinds = x_dtype, out_dtype, device
         self.pieces = [
-            _Piece(packed, rows, tokens, stride, kinds, bias, parts, config)
+            _Piece(packed, rows, tokens, stride, kinds, bias, parts, config, after_product)
             for rows, parts in row_pieces(packed.out_features, split_k, config.split_from)
         ]
         # only the last rows have parts, see `row_pieces`
         self.parts = self.pieces[-1].parts
-        self.scratch = 0 if self.parts is None else self.parts.split_k * tokens * self.parts.rows * 4
+        self.scratch = parts_bytes(self.rows, tokens, split_k, config.split_from)
 
     def launches(self, x: Any, bias: Any, out: Any, parts: Any) -> list[Step]:
         """Those that fill the result, or `parts` of it, of tensors or of what stands for them."""
