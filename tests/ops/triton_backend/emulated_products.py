@@ -20,6 +20,7 @@ class EmulatedMultiply(hopper.Multiply):
 
     def __init__(self, packed: PackedWeight, *args: Any, split_k: int, scaled: bool, out_stride: int, **choices: Any):
         super().__init__(packed, *args, split_k=split_k, scaled=scaled, out_stride=out_stride, **choices)
+        self.after_product = choices["after_product"]
         self._stored, self._split_k, self._out_stride = _stored(packed, scaled), split_k, out_stride
         self._bias, self._share = args[4], self.rest[6] * 128
         self.launch = self._multiply

@@ -12,7 +12,7 @@ pytest.importorskip("triton.experimental.gluon")
 from emulated_products import EmulatedMultiply
 
 from optimum_arb.format.layout import planes_layout
-from optimum_arb.ops.backends.triton import hopper, hopper_group
+from optimum_arb.ops.backends.triton import hopper, hopper_group, hopper_product
 from optimum_arb.ops.backends.triton.gemm_config import GemmConfig, split_of
 from optimum_arb.ops.backends.triton.hadamard import Transform
 from optimum_arb.ops.backends.triton.hopper_group import HopperGroup
@@ -130,6 +130,34 @@ def test_one_order_is_gathered_once(monkeypatch, together):
     assert group.copies is not before, "the order of columns is that of before"
     again = group_of(weights, (WHOLE, SPLIT, SPLIT), group.biases, 9, torch.float16)
     assert all(torch.equal(one, other) for one, other in zip(found, again.run(x), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("configs", "together", "expected"),
+    [
+        # a second piece of a product always comes after its first, which waited
+        ((SCALED, SCALED, SCALED), 2**24, [[False], [True], [True]]),
+        ((BOTH, LAST_ROWS, BOTH), 2**24, [[False], [True, True], [True]]),
+        ((BOTH, LAST_ROWS, BOTH), 0, [[False], [False, True], [False]]),  # a gather before each, a sum behind
+        ((WHOLE, WHOLE, WHOLE), 0, [[False], [True], [True]]),
+        ((SPLIT, WHOLE, SPLIT), 0, [[False], [False], [True]]),
+        ((WHOLE, SCALED, WHOLE), 0, [[False], [False], [True]]),
+    ],
+    ids=range(6),
+)
+def test_which_products_compute_beside_another(monkeypatch, configs, together, expected):
+    monkeypatch.setattr(hopper_product, "BESIDE", True)
+    monkeypatch.setattr(hopper_group, "TOGETHER", together)
+    group = check(weights_of((1, 2, 1), (33, 160, 7)), configs, 9, torch.float16)
+    assert [[piece.multiply.after_product for piece in product.pieces] for product in group.products] == expected
+    launches = [
+        launch for launch, _ in group.launches(torch.zeros(9, 384).half(), [torch.zeros(1)] * 3, lambda *_: None)
+    ]
+    multiplies = [piece.multiply for product in group.products for piece in product.pieces]
+    for multiply in multiplies:
+        if multiply.after_product:
+            before = launches[launches.index(multiply.launch) - 1]
+            assert any(before == other.launch for other in multiplies), "a gather or a sum before it"
 
 
 def test_places():
