@@ -122,7 +122,7 @@ def compare(fake: ctypes.CDLL, name: str, plan, x, bias, out, scratch, by_triton
     fake.fake_reset()
     by_triton()
     expected = recorded(fake)
-    memory = [scratch, out] if hasattr(plan, "launches") else [out, scratch]
+    memory = [scratch, out] if hasattr(plan, "grids") else [out, scratch]
     outputs._empty = lambda shape, strides, dtype: memory.pop(0).view(shape)
     plan.run(x, bias)
     found = recorded(fake)
@@ -146,25 +146,13 @@ def hopper(fake: ctypes.CDLL, name: str, tokens: int, permuted: bool, with_bias:
     plan.run(x, bias)  # by Triton
     out = torch.zeros(tokens, 272, dtype=dtype)
     scratch = torch.zeros(max(plan.scratch, 1), dtype=torch.uint8)
-    gathered = x
-    if plan.gather is not None:
-        gathered = scratch[: math.prod(plan.gather.shape) * 2].view(dtype).view(plan.gather.shape)
-    product = plan.product
 
     def by_triton():
-        if plan.gather is not None:
-            plan.gather.launch(plan.gather.arguments(x, gathered))
-        for piece in product.pieces:
-            added, filled = None if bias is None else bias[piece.first :], out[:, piece.first :]
-            if piece.sum is None:
-                piece.multiply(gathered, added, filled)
-            else:
-                parts = scratch[plan.parts_at :].view(torch.float32)
-                piece.multiply(gathered, None, parts)
-                piece.sum(parts, added, filled)
+        for launch, args in plan.launches(x, bias, out, ready_launches.memory_of(scratch)):
+            launch(args)
 
     compare(fake, f"hopper {name} {tokens} {dtype} {config}", plan, x, bias, out, scratch, by_triton)
-    if product.pieces[0].multiply.col_scale is not None and dtype == torch.bfloat16:
+    if plan.product.pieces[0].multiply.col_scale is not None and dtype == torch.bfloat16:
         before = plan.native
         packed.col_scale.mul_(2)
         for _ in range(2):
@@ -198,8 +186,11 @@ def fresh(shape, strides, dtype) -> torch.Tensor:
     return torch.empty_strided(shape, strides, dtype=dtype)
 
 
-def group(fake: ctypes.CDLL, title, weights, with_bias, dtype, tokens, config, orders, block: int = 0) -> None:
-    """The products of one input ask for what each alone asks for, but for `orders` gathers instead of one each."""
+def group(fake: ctypes.CDLL, title, weights, with_bias, dtype, tokens, config, gathers, sums, block: int = 0) -> None:
+    """The products of one input ask for what Triton asks for in the same memory.
+
+    `gathers` are how many copies of x each launch makes that does so, `sums` how many results each adds up.
+    """
     columns_of_x = weights[0].in_features
     x = torch.zeros(tokens, columns_of_x, dtype=dtype)
     kind, counts = (dtype, True), [packed.out_features for packed in weights]
@@ -216,27 +207,15 @@ def group(fake: ctypes.CDLL, title, weights, with_bias, dtype, tokens, config, o
     outs = [torch.zeros(tokens, count, dtype=dtype) for count in counts]
     outputs._empty = fresh
     joined.run(x)  # by Triton
-    expected: list[bytes] = []
-    given = x
-    if transform is not None:
-        given = scratch[: tokens * columns_of_x * 2].view(dtype).view(tokens, columns_of_x)
-        fake.fake_reset()
-        transform.launch(transform.arguments(x, given))
-        expected += recorded(fake)
-    gathers = 0
-    for packed, bias, out, order in zip(weights, biases, outs, joined.gathers, strict=True):
-        alone = hopper_plan.HopperPlan(
-            packed, tokens, columns_of_x, kind, dtype, bias, DEVICE, config.split_k, config
-        )  # fmt: skip
-        outputs._empty = fresh
-        alone.run(given, bias)  # by Triton
-        # where that of the group is: what it reads of x, or the parts of its sums alone
-        own = scratch[joined.parts_at if alone.gather is None else joined.prepared_at :]
-        memory = [out, own][: 1 + bool(alone.scratch)]
-        found = natively(fake, alone, memory, given, bias)
-        gathers += order is not None
-        expected += found if alone.gather is None or order is not None else found[1:]
-    assert gathers == orders, f"{title}: {gathers} gathers"
+    fake.fake_reset()
+    steps = joined.launches(x, outs, ready_launches.memory_of(scratch))
+    for launch, args in steps:
+        launch(args)
+    expected = recorded(fake)
+    pieces = sum(len(product.pieces) for product in joined.products)
+    assert len(steps) == pieces + len(gathers) + len(sums) + (transform is not None), title
+    assert [len(copy.weights) for copy in joined.copies if copy.gather is not None] == gathers, title
+    assert [len(of) for _, of in joined._sums.values()] == sums, title
     found = natively(fake, joined, [*outs, *[scratch][: bool(joined.scratch)]], x)
     assert len(found) == len(expected), f"{title}: {len(found)}, {len(expected)} launches"
     for one, other in zip(found, expected, strict=True):
@@ -251,34 +230,41 @@ def groups(fake: ctypes.CDLL) -> None:
     def weights(layout, *rows: int, **choices):
         return [random_packed(layout, count, 512, seed=seed, **choices) for seed, count in enumerate(rows)]
 
-    group(fake, "plain", weights(two, 272, 42), True, torch.float16, 64, small, 0)
-    group(fake, "split", weights(two, 160, 32, 7), True, torch.bfloat16, 33, split, 0)
-    group(fake, "each its order", weights(two, 160, 32, 7, permuted=True), False, torch.float16, 64, split, 3)
+    group(fake, "plain", weights(two, 272, 42), True, torch.float16, 64, small, [], [])
+    group(fake, "split", weights(two, 160, 32, 7), True, torch.bfloat16, 33, split, [], [3])
+    group(fake, "each its order", weights(two, 160, 32, 7, permuted=True), False, torch.float16, 64, split, [3], [3])
     same = weights(two, 160, 32, 7, permuted=True)
     for packed in same[1:]:
         packed.permutation = same[0].permutation.clone()
-    group(fake, "one order", same, False, torch.float16, 64, split, 1)
+    group(fake, "one order", same, False, torch.float16, 64, split, [1], [3])
     scaled = weights(one, 160, 32, permuted=True)
     scaled[1].permutation = scaled[0].permutation
-    group(fake, "scaled", scaled, False, torch.float16, 64, small, 2)
+    group(fake, "scaled", scaled, False, torch.float16, 33, small, [2], [])
     before = replace(split, scale_input=True)
-    group(fake, "scaled alone", weights(one, 160, 32), True, torch.bfloat16, 64, before, 2)
+    group(fake, "scaled alone", weights(one, 160, 32), True, torch.bfloat16, 64, before, [2], [2])
     last_rows = replace(split, split_from=64)
-    group(fake, "split from a row on", weights(two, 160, 32, 7), True, torch.bfloat16, 64, last_rows, 0)
-    four = replace(
-        last_rows, scale_input=True
-    )  # launches of each: x scaled, rows before, rows from there on, their sum
-    group(fake, "scaled and split from a row on", weights(one, 160, 160, 160), True, torch.bfloat16, 64, four, 3)
-    group(fake, "scaled for each plane", weights(two, 160, 32, 7), True, torch.bfloat16, 33, before, 3)
-    group(fake, "ordered and scaled", weights(two, 160, 32, permuted=True), False, torch.float16, 64, before, 2)
+    group(fake, "split from a row on", weights(two, 160, 32, 7), True, torch.bfloat16, 64, last_rows, [], [1])
+    # of each: rows before, rows from there on; before them x scaled for all, behind them the sums
+    four = replace(last_rows, scale_input=True)
+    scaled_split = weights(one, 160, 160, 160)
+    group(fake, "scaled and split from a row on", scaled_split, True, torch.bfloat16, 64, four, [3], [3])
+    together, hopper_group.TOGETHER = hopper_group.TOGETHER, 0
+    group(fake, "one after another", scaled_split, True, torch.bfloat16, 64, four, [1] * 3, [1] * 3)
+    hopper_group.TOGETHER = together
+    group(fake, "scaled for each plane", weights(two, 160, 32, 7), True, torch.bfloat16, 33, before, [3], [3])
+    ordered = weights(two, 160, 32, permuted=True)
+    group(fake, "ordered and scaled", ordered, False, torch.float16, 64, before, [2], [2])
     plain = layout_from_name("planes-2")
     mixed = [*weights(two, 160), *weights(plain, 42), *weights(one, 32)]
-    group(fake, "two of three scaled", mixed, False, torch.bfloat16, 64, replace(small, scale_input=True), 2)
-    group(fake, "transformed and scaled", weights(one, 160, 32), True, torch.float16, 64, before, 2, block=128)
+    group(fake, "two of three scaled", mixed, False, torch.bfloat16, 64, replace(small, scale_input=True), [2], [])
+    group(fake, "transformed and scaled", weights(one, 160, 32), True, torch.float16, 64, before, [2], [2], block=128)
     some = [*weights(plain, 42), *weights(two, 160)]
     alone = replace(small, scale_input=True)
-    group(fake, "transformed, one scaled", some, True, torch.bfloat16, 64, alone, 1, block=128)
-    group(fake, "transformed", weights(two, 160, 32, 7), True, torch.float16, 64, split, 0, block=128)
+    group(fake, "transformed, one scaled", some, True, torch.bfloat16, 64, alone, [1], [], block=128)
+    group(fake, "transformed", weights(two, 160, 32, 7), True, torch.float16, 64, split, [], [3], block=128)
+    hopper_product.BESIDE = True
+    group(fake, "beside each other", scaled_split, True, torch.bfloat16, 64, four, [3], [3])
+    hopper_product.BESIDE = False
     written(fake, same, small)
 
 
@@ -300,7 +286,7 @@ def written(fake: ctypes.CDLL, weights, config) -> None:
         assert joined.native is not None
         assert joined.native is not before, "the native launches are those of before"
         counts.append(fake.fake_count())
-    assert counts == [4, 6, 6], counts
+    assert counts == [4, 4, 4], counts
     print("group written")
 
 
@@ -344,7 +330,7 @@ def of_digits(fake: ctypes.CDLL, name: str, tokens: int, with_bias: bool, dtype,
         else:
             parts = scratch[plan.parts_at :].view(torch.float32)
             plan.multiply(plan.multiply_arguments(stored, steps, None, parts))
-            plan.sum(parts, bias, out)
+            plan.sum((parts, bias, out))
 
     compare(fake, f"digits {name} {tokens} {dtype} {config}", plan, x, bias, out, scratch, by_triton)
     assert natively(fake, plan, [out, scratch], x, bias)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from optimum_arb.ops.backends.triton.sums import Sum
+from optimum_arb.ops.backends.triton.sums import Parts, Sum
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -14,7 +14,7 @@ def test_sum(split_k, stride, with_bias):
     parts = torch.randn(split_k, 19, 42, generator=generator)
     bias = torch.randn(42, generator=generator).half() if with_bias else None
     out = torch.full((19, stride or 42), float("nan"), dtype=torch.float16)
-    Sum(split_k, 19, 42, out.dtype, bias, out.device, stride)(parts, bias, out)
+    Sum([Parts(split_k, 42, bias, stride)], 19, out.dtype, out.device)((parts, bias, out))
     expected = parts[0].clone()
     for part in parts[1:]:
         expected += part

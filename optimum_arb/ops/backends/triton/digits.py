@@ -24,7 +24,7 @@ from .launch import Launch, Launcher, Ready, cdiv, overlaps, power_of_2, size_cl
 from .native_launch import EXTRA, OUT, SCRATCH, Slot, X
 from .outputs import Outputs, aligned
 from .ready_launches import ReadyProduct
-from .sums import Sum
+from .sums import Parts, Sum
 
 MAX_TOKENS = 16
 MOST_SHARED = 8  # programs that share a row's columns
@@ -173,7 +173,7 @@ class DigitsPlan(ReadyProduct):
         share = cdiv(total, min(config.split_k, total))
         split_k = cdiv(total, share)
         self.parts = (split_k, tokens, rows)
-        self.sum = Sum(split_k, tokens, rows, out_dtype, bias, device) if split_k > 1 else None
+        self.sum = Sum([Parts(split_k, rows, bias)], tokens, out_dtype, device) if split_k > 1 else None
         has_bias = bias is not None and split_k == 1
         self.weights = (packed.weight, packed.row_scale.contiguous())
         row_stride = packed.row_scale.shape[1]
@@ -225,7 +225,7 @@ class DigitsPlan(ReadyProduct):
         else:
             parts = torch.empty(self.parts, dtype=torch.float32, device=x.device)
             self.multiply(self.multiply_arguments(digits, steps, None, parts))
-            self.sum(parts, bias, out)
+            self.sum((parts, bias, out))
         self._ran = True
         return out
 
@@ -236,7 +236,7 @@ class DigitsPlan(ReadyProduct):
         if self.sum is None:
             return [*found, self.multiply.ready(self.multiply_arguments(digits, steps, bias, Slot(OUT)))]
         found.append(self.multiply.ready(self.multiply_arguments(digits, steps, None, parts)))
-        return [*found, self.sum.launch.ready(self.sum.arguments(parts, bias, Slot(OUT)))]
+        return [*found, self.sum.launch.ready(self.sum.arguments((parts, bias, Slot(OUT))))]
 
     def prepare_arguments(self, x: Any, digits: Any, steps: Any) -> tuple[Any, ...]:
         """All of the first kernel's, of tensors or of what stands for them."""

@@ -199,6 +199,11 @@ def scales_input(packed: PackedWeight, config: GemmConfig) -> bool:
     return config.scale_input or (layout.planes == 1 and packed.permutation is not None)
 
 
+def reads_input(packed: PackedWeight, config: GemmConfig) -> bool:
+    """Whether "hopper" reads x as it is: neither in another order nor multiplied by column scales."""
+    return packed.permutation is None and not scales_input(packed, config)
+
+
 def columns_read(packed: PackedWeight, config: GemmConfig) -> int:
     """Columns of x as "hopper" reads it: each once for every plane where x comes scaled."""
     return packed.in_features * (packed.layout.planes if scales_input(packed, config) else 1)

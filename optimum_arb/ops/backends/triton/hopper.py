@@ -11,7 +11,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..packed import PackedWeight
 from .columns import column_scales
-from .hopper_kernels import SHARED, SPLIT
+from .hopper_kernels import FIRST, LAST, SHARED, SPLIT
 from .launch import Launch, cdiv, tensor_class
 
 GROUP = 8  # tiles of rows whose programs run side by side, see `hopper_kernels._place`
@@ -36,6 +36,8 @@ class Multiply:
         split_k: programs along K.
         scaled: x is multiplied by the column scales already, `[M, planes * K]` of `columns.Gather`.
         overlapped: start while the launch before this one, which may write x, is still ending.
+        after_product: that launch is another product, whose x was there when it began and which neither writes nor
+            reads what this one writes; `overlapped` then means to compute beside it.
         out_stride: from token to token of the result.
     """
 
@@ -57,6 +59,7 @@ class Multiply:
         split_k: int,
         scaled: bool,
         overlapped: bool,
+        after_product: bool,
         out_stride: int,
     ):
         layout = packed.layout
@@ -77,7 +80,7 @@ class Multiply:
             with_columns,
             layout.row_scales,
             bias is not None,
-            overlapped,
+            (LAST.value if after_product else FIRST.value) if overlapped else 0,
             block_m,
             block_n,
             stages,

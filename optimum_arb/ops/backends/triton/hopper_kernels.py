@@ -28,6 +28,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .hopper_decode import BYTES, TILE, _decode, _load_scales, _row_layout
 from .launch import Launcher
 
+# When a program waits for the end of the launch before (PDL; 0: the launches do not overlap): before it reads anything,
+# or when it has done its work, since that launch is a product too, which writes nothing that this one touches, and has
+# waited for what this one reads. All wait, so that no launch ends before those before it.
+FIRST, LAST = gl.constexpr(1), gl.constexpr(2)
+
 
 @gluon.jit
 def _fetch(
@@ -124,6 +129,23 @@ def _place(M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constex
 
 
 @gluon.jit
+def _begin(PDL: gl.constexpr):
+    """Lets the next launch begin, where PDL is FIRST once the one before, which may write x, has ended."""
+    if PDL == FIRST:
+        _wait()
+    if PDL:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+
+
+@gluon.jit
+def _wait():
+    """Until the launch before this one has ended, and what it wrote is there."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _row_scales(row_scale, row_stride, n, N, LAYOUT: gl.constexpr):
     """Where the scales of this warpgroup's rows begin."""
     rows = gl.minimum(n + gl.arange(0, LAYOUT.shape[0], gl.SliceLayout(1, LAYOUT)), N - 1)
@@ -160,11 +182,7 @@ def _shared_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
     fence_async_shared()
-    if PDL:  # x is what the launch before this one writes
-        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
+    _begin(PDL)
     for stage in gl.static_range(STAGES):
         _fetch(
             x_desc, w_desc, c_desc, x_ring, bits, columns, ready, start + stage * TILES, stage, m, n, K,
@@ -200,6 +218,8 @@ def _shared_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(stage))
     _store(sums, out, bias, split, m, n, M, N, stride, HAS_BIAS)
+    if PDL == LAST:
+        _wait()
 
 
 @gluon.jit
@@ -279,11 +299,7 @@ def _split_kernel(
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
-    if PDL:  # x is what the launch before this one writes
-        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
+    _begin(PDL)
     gl.warp_specialize(
         [
             (
@@ -313,6 +329,8 @@ def _split_kernel(
         worker_num_warps=[4, 1],
         worker_num_regs=[240, 24],
     )  # fmt: skip
+    if PDL == LAST:
+        _wait()
 
 
 SHARED, SPLIT = Launcher(_shared_kernel), Launcher(_split_kernel)

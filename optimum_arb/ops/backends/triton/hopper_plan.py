@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from ..packed import PackedWeight
-from .hopper_product import HopperProduct, converted_scales, gather
+from .columns import Gather
+from .gemm_config import GemmConfig, reads_input, scales_input
+from .hopper_product import HopperProduct, converted_scales
 from .launch import Ready
-from .native_launch import EXTRA, OUT, SCRATCH, Slot, X
+from .native_launch import EXTRA, OUT, Slot, X
 from .outputs import Outputs, aligned
-from .ready_launches import ReadyProduct
-
-if TYPE_CHECKING:
-    from .gemm_config import GemmConfig
+from .ready_launches import Memory, ReadyProduct, Step, memory_of, slots
+from .sums import Sum
 
 
 class HopperPlan(ReadyProduct):
@@ -46,12 +46,15 @@ class HopperPlan(ReadyProduct):
     ):
         super().__init__(device, kind[0], Outputs(packed.out_features, out_dtype))
         self.out_dtype, self.with_bias = out_dtype, bias is not None
-        self.gather = gather(packed, config, tokens, stride, kind, device)
+        self.gather: Gather | None = None
         self.parts_at = 0
-        if self.gather is not None:
-            stride = self.gather.shape[1]
+        if not reads_input(packed, config):
+            self.gather = Gather([packed], [scales_input(packed, config)], tokens, stride, kind, device)
+            stride = self.gather.shapes[0][1]
             self.parts_at = aligned(tokens * stride * kind[0].itemsize)
         self.product = HopperProduct(packed, tokens, stride, kind[0], out_dtype, bias, device, split_k, config)
+        parts = self.product.parts
+        self.sum = None if parts is None else Sum([parts], tokens, out_dtype, device)
         self.scratch = self.parts_at + self.product.scratch
 
     def copied(self) -> list[torch.Tensor]:
@@ -59,16 +62,25 @@ class HopperPlan(ReadyProduct):
 
     def _run_by_triton(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         out = torch.empty((*x.shape[:-1], self.product.rows), dtype=self.out_dtype, device=x.device)
-        if self.gather is not None:
-            x = self.gather(x)
-        self.product.run(x, bias, out)
+        scratch = torch.empty(self.scratch, dtype=torch.uint8, device=x.device)
+        for launch, args in self.launches(x, bias, out, memory_of(scratch)):
+            launch(args)
         self._ran = True
         return out
 
     def ready(self) -> list[Ready | None]:
         bias = Slot(EXTRA) if self.with_bias else None
-        parts = Slot(SCRATCH, self.parts_at)
-        if self.gather is None:
-            return self.product.ready(Slot(X), bias, Slot(OUT), parts)
-        gathered = self.gather.launch.ready(self.gather.arguments(Slot(X), Slot(SCRATCH)))
-        return [gathered, *self.product.ready(Slot(SCRATCH), bias, Slot(OUT), parts)]
+        return [launch.ready(args) for launch, args in self.launches(Slot(X), bias, Slot(OUT), slots)]
+
+    def launches(self, x: Any, bias: Any, out: Any, memory: Memory) -> list[Step]:
+        """All of them, of tensors or of what stands for them."""
+        found: list[Step] = []
+        if self.gather is not None:
+            gathered = memory(0, self.dtype)
+            found.append((self.gather.launch, self.gather.arguments(x, [gathered])))
+            x = gathered
+        parts = None if self.sum is None else memory(self.parts_at, torch.float32)
+        found += self.product.launches(x, bias, out, parts)
+        if self.sum is not None:
+            found.append((self.sum.launch, self.sum.arguments(self.product.added(parts, bias, out))))
+        return found

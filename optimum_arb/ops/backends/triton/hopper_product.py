@@ -1,8 +1,8 @@
-"""One product by `hopper.py` of an input whose columns are ready: the product, and the sum of its parts."""
+"""One product by `hopper.py` of an input whose columns are ready, which may leave parts of sums to be added."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,40 +10,20 @@ import torch
 
 from ..packed import PackedWeight
 from . import hopper
-from .columns import Gather, column_scales
+from .columns import column_scales
 from .gemm_config import GemmConfig, scales_input
-from .launch import Ready, tensor_class
+from .launch import tensor_class
 from .native_launch import Slot
-from .sums import Sum
-
-
-def gather(
-    packed: PackedWeight,
-    config: GemmConfig,
-    tokens: int,
-    stride: int,
-    kind: tuple[torch.dtype, bool],
-    device: torch.device,
-) -> Gather | None:
-    """What makes of x what the product reads: columns in the weight's order, or scaled; None where it reads x itself.
-
-    Args:
-        packed: the weight.
-        config: how it is computed.
-        tokens: M.
-        stride: from row to row of x.
-        kind: `tensor_class` of x.
-        device: of x.
-    """
-    scaled = scales_input(packed, config)
-    if packed.permutation is None and not scaled:
-        return None
-    return Gather(packed, tokens, stride, kind, device, scaled=scaled)
-
+from .ready_launches import Step
+from .sums import Parts
 
 # Results of a tile whose sums in float32 need as much shared memory on their way out as a slot of the ring: three slots
 # and they are 230 KB, of the 227 that a program may have.
 LARGE_TILE = 256 * 128
+# Whether products that follow one another without a launch between compute beside each other. Query, key and value of a
+# 7B have 256 programs each at 16 tokens, for which 132 multiprocessors have some 400 places, and wait for memory in
+# most of the 4 us that each takes. Off until it was measured.
+BESIDE = False
 
 
 def row_pieces(rows: int, split_k: int, split_from: int) -> list[tuple[range, int]]:
@@ -55,8 +35,14 @@ def row_pieces(rows: int, split_k: int, split_from: int) -> list[tuple[range, in
     return [(range(split_from), 1), (range(split_from, rows), split_k)]
 
 
+def parts_bytes(rows: int, tokens: int, split_k: int, split_from: int) -> int:
+    """What the parts of the sums take."""
+    last, count = row_pieces(rows, split_k, split_from)[-1]
+    return 0 if count == 1 else count * tokens * len(last) * 4
+
+
 class _Piece:
-    """The launches of some rows of the weight; arguments as of `HopperProduct`."""
+    """The launch of some rows of the weight; arguments as of `HopperProduct`."""
 
     def __init__(
         self,
@@ -68,22 +54,22 @@ class _Piece:
         bias: torch.Tensor | None,
         split_k: int,
         config: GemmConfig,
+        after_product: bool,
     ):
         x_dtype, out_dtype, device = kinds
         whole, count, self.first = packed.out_features, len(rows), rows.start
         if count < whole:
             row_scale = packed.row_scale[rows.start : rows.stop]
             packed = replace(packed, weight=packed.weight[rows.start : rows.stop], row_scale=row_scale)
-        self.parts = (split_k, tokens, count)
-        self.sum = Sum(split_k, tokens, count, out_dtype, bias, device, whole) if split_k > 1 else None
+        self.parts = Parts(split_k, count, bias, whole) if split_k > 1 else None
         few = rows.start and config.block_m * config.block_n >= LARGE_TILE
         self.multiply = hopper.Multiply(
             packed,
             tokens,
             stride,
             x_dtype,
-            out_dtype if self.sum is None else torch.float32,
-            None if bias is None or self.sum is not None else tensor_class(bias),
+            out_dtype if self.parts is None else torch.float32,
+            None if bias is None or self.parts is not None else tensor_class(bias),
             device,
             block_m=config.block_m,
             block_n=config.block_n,
@@ -93,13 +79,9 @@ class _Piece:
             split_k=split_k,
             scaled=scales_input(packed, config),
             overlapped=True,
-            out_stride=whole if self.sum is None else count,
+            after_product=BESIDE and (after_product or rows.start > 0),
+            out_stride=whole if self.parts is None else count,
         )
-
-    @property
-    def scratch(self) -> int:
-        split_k, tokens, rows = self.parts
-        return 0 if self.sum is None else split_k * tokens * rows * 4
 
 
 def _from(tensor: Any, first: int, itemsize: int) -> Any:
@@ -117,13 +99,18 @@ class HopperProduct:
     Args:
         packed: the weight.
         tokens: M.
-        stride: from row to row of x, which is what `gather` made.
+        stride: from row to row of x, which is what `columns.Gather` made.
         x_dtype: float16 or bfloat16.
         out_dtype: of the result.
         bias: one like those that are to be added, or None.
         device: of all tensors.
         split_k: programs that share the columns of an output tile, of rows from `config.split_from` on.
         config: how else.
+        after_product: the launch before is another product, see `hopper.Multiply`.
+
+    Attributes:
+        parts: what is left to be added of the last rows, or None.
+        scratch: bytes of it.
     """
 
     def __init__(
@@ -137,46 +124,38 @@ class HopperProduct:
         device: torch.device,
         split_k: int,
         config: GemmConfig,
+        after_product: bool = False,
     ):
         self.rows = packed.out_features
         self._sizes = out_dtype.itemsize, 0 if bias is None else bias.itemsize
         kinds = x_dtype, out_dtype, device
         self.pieces = [
-            _Piece(packed, rows, tokens, stride, kinds, bias, parts, config)
+            _Piece(packed, rows, tokens, stride, kinds, bias, parts, config, after_product)
             for rows, parts in row_pieces(packed.out_features, split_k, config.split_from)
         ]
+        # only the last rows have parts, see `row_pieces`
+        self.parts = self.pieces[-1].parts
+        self.scratch = parts_bytes(self.rows, tokens, split_k, config.split_from)
 
-    @property
-    def scratch(self) -> int:
-        """Bytes of the parts of the sums."""
-        return max(piece.scratch for piece in self.pieces)
-
-    def run(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-        """Launches by Triton."""
-        for piece, added, filled in self._each(bias, out.view(-1, self.rows)):
-            if piece.sum is None:
-                piece.multiply(x, added, filled)
-            else:
-                parts = torch.empty(piece.parts, dtype=torch.float32, device=x.device)
-                piece.multiply(x, None, parts)
-                piece.sum(parts, added, filled)
-
-    def ready(self, x: Any, bias: Any, out: Any, parts: Slot) -> list[Ready | None]:
-        """The launches once they were compiled, of tensors or of what stands for them."""
-        found: list[Ready | None] = []
-        for piece, added, filled in self._each(bias, out):
-            if piece.sum is None:
-                found.append(piece.multiply.launch.ready(piece.multiply.arguments(x, added, filled)))
+    def launches(self, x: Any, bias: Any, out: Any, parts: Any) -> list[Step]:
+        """Those that fill the result, or `parts` of it, of tensors or of what stands for them."""
+        found = []
+        for piece in self.pieces:
+            if piece.parts is not None:
+                found.append((piece.multiply.launch, piece.multiply.arguments(x, None, parts)))
                 continue
-            found.append(piece.multiply.launch.ready(piece.multiply.arguments(x, None, parts)))
-            found.append(piece.sum.launch.ready(piece.sum.arguments(parts, added, filled)))
+            of_bias, of_out = self._rows_from(piece.first, bias, out)
+            found.append((piece.multiply.launch, piece.multiply.arguments(x, of_bias, of_out)))
         return found
 
-    def _each(self, bias: Any, out: Any) -> Iterator[tuple[_Piece, Any, Any]]:
-        """The pieces, each with its part of the bias and of the result `[M, N]`, or of what stands for them."""
+    def added(self, parts: Any, bias: Any, out: Any) -> tuple[Any, Any, Any]:
+        """What `Sum` of `self.parts` takes."""
+        return parts, *self._rows_from(self.pieces[-1].first, bias, out)
+
+    def _rows_from(self, first: int, bias: Any, out: Any) -> tuple[Any, Any]:
+        """The bias and the result `[M, N]` from this row of the weight on."""
         of_out, of_bias = self._sizes
-        for piece in self.pieces:
-            yield piece, _from(bias, piece.first, of_bias), _from(out, piece.first, of_out)
+        return _from(bias, first, of_bias), _from(out, first, of_out)
 
     def converted_scale(self) -> torch.Tensor | None:
         """The column scales, where the launches read a copy of them in another dtype."""

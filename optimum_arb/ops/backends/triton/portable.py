@@ -14,7 +14,7 @@ from .columns import gather_columns
 from .decode import arguments, decode_tile
 from .gemm_config import GemmConfig, split_of
 from .launch import Launcher, cdiv, size_class, tensor_class
-from .sums import Sum
+from .sums import Parts, Sum
 
 
 @triton.jit(do_not_specialize=["M", "row_stride", "tiles_per_block"])
@@ -202,5 +202,5 @@ def _finish(filled: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dt
         return filled
     out = torch.empty(filled.shape[1:], dtype=out_dtype, device=filled.device)
     split_k, tokens, rows = filled.shape
-    Sum(split_k, tokens, rows, out_dtype, bias, filled.device)(filled, bias, out)
+    Sum([Parts(split_k, rows, bias)], tokens, out_dtype, filled.device)((filled, bias, out))
     return out

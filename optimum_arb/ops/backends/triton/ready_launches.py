@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 
 from .calls import Entry
-from .launch import Ready, hooked
-from .native_launch import NativeLaunches, prepare
+from .launch import Launch, Ready, hooked
+from .native_launch import SCRATCH, NativeLaunches, Slot, prepare
 from .outputs import Outputs, current_stream, empty_vector
+
+# A launch and all its arguments: tensors, or slots
+Step: TypeAlias = tuple[Launch, tuple[Any, ...]]
+# What lies from this byte of the scratch memory on, as a vector of this dtype or as a slot
+Memory: TypeAlias = Callable[[int, torch.dtype], Any]
+
+
+def slots(offset: int, dtype: torch.dtype) -> Slot:
+    """`Memory` of a run that is not known yet."""
+    return Slot(SCRATCH, offset)
+
+
+def memory_of(scratch: torch.Tensor) -> Memory:
+    """`Memory` in these bytes."""
+    return lambda offset, dtype: scratch[offset:].view(dtype)
 
 
 def versions(tensors: Sequence[torch.Tensor]) -> list[int]:
