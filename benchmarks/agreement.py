@@ -153,7 +153,8 @@ def backends(device: str = "cpu", triton: bool = False) -> list[Backend]:
 
 
 def _mend_interpreter() -> None:
-    """Triton 3.6 turns arrays of one element into integers in a way that numpy 2.4 refuses: `range` of a value."""
+    """What its releases do not do: 3.6 turns arrays of one element into integers in a way that numpy 2.4 refuses, for
+    `range` of a value; 3.9 makes integers of a comparison of scalars in a block, and refuses them as a mask."""
     from triton.runtime import interpreter
 
     original = interpreter._patch_lang_tensor
@@ -163,8 +164,17 @@ def _mend_interpreter() -> None:
         if scope:  # Triton 3.4 gives none
             scope[0].set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    splat = interpreter.InterpreterBuilder.create_splat
+
+    def create_splat(self, *args):
+        made = splat(self, *args)
+        if args[-1].data.dtype == bool:
+            made.data = made.data.astype(bool)
+        return made
+
     if original.__name__ != "patch":
         interpreter._patch_lang_tensor = patch
+        interpreter.InterpreterBuilder.create_splat = create_splat
 
 
 def measure(

@@ -73,7 +73,7 @@ def operands_overwritten(code: str) -> list[str]:
     for line in lines:
         text = re.sub(r"^\s*/\*[0-9a-f]+\*/\s*", "", line).strip()
         text = re.sub(r"^@!?U?P\w+\s+", "", text)
-        product = re.match(r"HGMMA\S*\s+R\d+,\s*R(\d+),", text)
+        product = re.match(r"[HI]GMMA\S*\s+R\d+,\s*R(\d+),", text)
         if product:
             in_flight |= set(range(int(product[1]), int(product[1]) + 4))
             continue
@@ -81,7 +81,7 @@ def operands_overwritten(code: str) -> list[str]:
             in_flight.clear()
             continue
         written = re.match(r"([A-Z0-9_.]+)\s+(?:P\w+,\s*)?R(\d+)\b", text)
-        if written and not written[1].startswith(("ST", "RED", "HGMMA", "R2UR", "SYNCS.ARRIVE")):
+        if written and not written[1].startswith(("ST", "RED", "HGMMA", "IGMMA", "R2UR", "SYNCS.ARRIVE")):
             width = 4 if ".128" in written[1] else 2 if ".64" in written[1] or ".WIDE" in written[1] else 1
             if in_flight & set(range(int(written[2]), int(written[2]) + width)):
                 found.append(text)
@@ -215,13 +215,15 @@ def main() -> None:
             few_tokens(layout.name, 4, True, (272,), one_bit.DecodeConfig(warps=4))
     if "digits" in sys.argv:
         for name, config, tokens, product in (
-            ("planes-2-col", GemmConfig("digits", 1, 64, 4, 3, 2, 4), 1, "IMMA"),
-            ("planes-1", GemmConfig("digits", 16, 64, 4, 3, 1, 2), 16, "GMMA"),
-            ("groups-non-salient-mean", GemmConfig("digits", 1, 64, 4, 3, 1, 4), 1, "IMMA"),
+            ("planes-2-col", GemmConfig("digits", 1, 64, 4, 3, 2, 4), 1, "IG?MMA"),  # of warpgroups from 3.8 on
+            ("planes-1", GemmConfig("digits", 16, 64, 4, 3, 1, 2), 16, "IGMMA"),
+            ("groups-non-salient-mean", GemmConfig("digits", 1, 64, 4, 3, 1, 4), 1, "IG?MMA"),
         ):
             gemm.gemm(x[:tokens], random_packed(layout_from_name(name), 272, 2048, permuted=True), config=config)
             code = disassemble(next(kernel for name, kernel in reversed(compiled) if name == "_multiply_kernel"))
-            assert product in code, name
+            assert re.search(product, code), name
+            overwritten = operands_overwritten(code)
+            assert not overwritten, f"{name} {config}: {overwritten[:4]}"
             if name != "groups-non-salient-mean":
                 # four signs by an instruction or two, not one
                 assert len(re.findall(r"\bPRMT\b", code)) < 60, name

@@ -30,3 +30,14 @@ else:
             scope[0].set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = _patch_lang_tensor
+
+    splat = interpreter.InterpreterBuilder.create_splat
+
+    def create_splat(self, *args):
+        """Triton 3.9 refuses masks that are no booleans, and makes integers of a comparison of scalars in a block."""
+        made = splat(self, *args)
+        if args[-1].data.dtype == bool:
+            made.data = made.data.astype(bool)
+        return made
+
+    interpreter.InterpreterBuilder.create_splat = create_splat

@@ -26,7 +26,7 @@ typedef struct {
 } record_t;
 
 static record_t records[MOST_LAUNCHES];
-static int record_count, function_count, next_error, contexts_set, replaced;
+static int record_count, function_count, next_error, contexts_set, replaced, version = 13000, keeps_flags = 1;
 static uint64_t context = 1;
 static uint32_t sizes[MOST_FUNCTIONS][MOST_PARAMS], counts[MOST_FUNCTIONS];
 
@@ -43,6 +43,8 @@ int fake_replaced(void) { return replaced; }
 void fake_reset(void) { record_count = contexts_set = replaced = 0; }
 void fake_error(int code) { next_error = code; }
 void fake_context(uint64_t current) { context = current; }
+void fake_version(int number) { version = number; }
+void fake_keeps_flags(int keeps) { keeps_flags = keeps; }
 
 /* the driver's */
 
@@ -73,10 +75,12 @@ int cuLaunchKernelEx(const config_t *config, void *function, void **params, void
     return 0;
 }
 
+enum { SMALL_TENSOR_FLAG = 1 << 21 }; /* which Triton 3.7 and later take from maps of tensors of less than 128 KiB */
+
 typedef struct {
-    uint64_t address, sizes[3], strides[2];
+    uint64_t address, flags, sizes[3], strides[2];
     uint32_t box[3], steps[3], type, rank, interleave, swizzle, l2_promotion, fill;
-    char rest[128 - 6 * 8 - 12 * 4];
+    char rest[128 - 7 * 8 - 12 * 4];
 } map_t;
 
 int cuTensorMapEncodeTiled(map_t *map, int type, uint32_t rank, void *address, const uint64_t *of, const uint64_t *strides,
@@ -85,6 +89,7 @@ int cuTensorMapEncodeTiled(map_t *map, int type, uint32_t rank, void *address, c
     if (rank > 3 || !address || (uint64_t)address % 16 || (uint64_t)map % 64) return 1;
     memset(map, 0, sizeof *map);
     map->address = (uint64_t)address;
+    map->flags = SMALL_TENSOR_FLAG;
     memcpy(map->sizes, of, rank * 8);
     memcpy(map->strides, strides, (rank - 1) * 8);
     memcpy(map->box, box, rank * 4);
@@ -97,6 +102,7 @@ int cuTensorMapEncodeTiled(map_t *map, int type, uint32_t rank, void *address, c
 int cuTensorMapReplaceAddress(map_t *map, void *address) {
     if (!address || (uint64_t)address % 16 || (uint64_t)map % 64) return 1;
     map->address = (uint64_t)address;
+    if (!keeps_flags) map->flags |= SMALL_TENSOR_FLAG;
     ++replaced;
     return 0;
 }
@@ -106,6 +112,23 @@ int cuGetErrorString(int code, const char **text) {
     return 0;
 }
 
+int cuDriverGetVersion(int *found) {
+    *found = version;
+    return 0;
+}
+int cuModuleUnload(void *module) {
+    (void)module;
+    return 0;
+}
+int cuCtxGetDevice(int *found) {
+    *found = 0;
+    return 0;
+}
+int cuStreamIsCapturing(void *stream, int *found) {
+    (void)stream;
+    *found = 0;
+    return 0;
+}
 int cuCtxGetCurrent(void **found) {
     *found = (void *)context;
     return 0;

@@ -6,7 +6,6 @@ sizes of their parameters are those of the assembly, so that nothing here knows 
 
 import ctypes
 import math
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +45,6 @@ try:
 except ImportError:  # not built
     CALLS = None
 FUNCTION = 0  # of launch.c
-SIZES = {"u64": 8, "b64": 8, "s64": 8, "u32": 4, "b32": 4, "s32": 4, "u16": 2, "b16": 2, "u8": 1, "b8": 1}
 
 
 class Record(ctypes.Structure):
@@ -59,18 +57,6 @@ class Record(ctypes.Structure):
         ("attributes", ctypes.c_char * (72 * 8)),
         ("params", ctypes.c_ubyte * 4096),
     )
-
-
-def parameter_sizes(ptx: str) -> list[int]:
-    """Bytes of each parameter of the only kernel in this assembly."""
-    head = re.search(r"\.entry \w+\((.*?)\n\)", ptx, re.DOTALL)
-    assert head is not None
-    found = []
-    for line in head[1].strip().splitlines():
-        match = re.search(r"\.param (?:\.align \d+ )?\.(\w+)(?: \.ptr[^%]*?)? [\w$]+(?:\[(\d+)\])?,?$", line.strip())
-        assert match is not None, line
-        found.append(int(match[2] or 1) * SIZES[match[1]])
-    return found
 
 
 def start(folder: Path) -> ctypes.CDLL:
@@ -103,7 +89,8 @@ def start(folder: Path) -> ctypes.CDLL:
     def init_handles(kernel):
         if kernel.module is None:
             loaded(kernel)
-            sizes = parameter_sizes(kernel.asm["ptx"])
+            sizes = native_launch.parameter_sizes(kernel.asm["ptx"])
+            assert sizes
             fake.fake_expect(ctypes.c_uint64(kernel.function), len(sizes), (ctypes.c_uint32 * len(sizes))(*sizes))
 
     CompiledKernel._init_handles = init_handles

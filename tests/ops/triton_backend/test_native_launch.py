@@ -59,6 +59,7 @@ def driver(built):
     found.fake_reset()
     found.fake_error(0)
     found.fake_context(ctypes.c_uint64(1))
+    found.fake_keeps_flags(1)
     return found
 
 
@@ -67,7 +68,22 @@ def library(built, driver) -> ctypes.CDLL:
     return native_launch.open_library(built / "_launch.so", str(built / "libcuda.so.1"))
 
 
-def kernel(function: int, *kinds, maps=(), warps=4, clusters=1, shared=0, **metadata):
+SIZES = {"i8": 1, "i16": 2, "i32": 4, "i64": 8, "u64": 8}
+
+
+def assembly(kinds) -> str:
+    """The head of a kernel with these arguments."""
+    sizes = []
+    for kind in kinds:
+        if isinstance(kind, str) and kind.startswith("tensordesc"):
+            sizes += ["8 d[128]", "32 d", "32 d", "64 d", "64 d"]
+        elif kind != "constexpr":
+            sizes.append(f"{8 * SIZES.get(kind, 8)} d")
+    lines = (f"\t.param .{'align 64 .b' if '[' in size else 'u'}{size}" for size in [*sizes, "64 d", "64 d"])
+    return ".visible .entry _kernel(\n" + ",\n".join(lines) + "\n)\n.reqntid 128\n{\n\tld.param.u64 %rd1, [d];\n"
+
+
+def kernel(function: int, *kinds, maps=(), warps=4, clusters=1, shared=0, ptx=None, **metadata):
     """As much of what Triton compiles as is read."""
     of = {"global_scratch_size": 0, "profile_scratch_size": 0, "launch_pdl": False, "launch_cooperative_grid": False}
     return SimpleNamespace(
@@ -75,6 +91,7 @@ def kernel(function: int, *kinds, maps=(), warps=4, clusters=1, shared=0, **meta
         packed_metadata=(warps, clusters, shared),
         metadata=SimpleNamespace(tensordesc_meta=list(maps), **{**of, **metadata}),
         src=SimpleNamespace(signature={f"a{i}": kind for i, kind in enumerate(kinds)}),
+        asm={"ptx": assembly(kinds) if ptx is None else ptx},
     )
 
 
@@ -134,13 +151,38 @@ def described(base, rows: int = 48) -> SimpleNamespace:
     return SimpleNamespace(base=base, shape=(rows, 256), strides=(512, 1), padding="zero")
 
 
+META = {"swizzle": 3, "elem_size": 2, "elem_type": 9, "block_size": [16, 128], "fp4_padded": False}
+DESCRIPTOR = "tensordesc<bf16[16, 128],NVMMASharedLayout()>"
+
+
+@pytest.fixture
+def made_by_triton(driver, monkeypatch):
+    """What `fill_tma_descriptor` makes, by the driver of the tests."""
+
+    def made(descriptor, meta: dict, address: int) -> bytes:
+        (rows, columns), (stride, _) = descriptor.shape, descriptor.strides
+        buffer = (ctypes.c_ubyte * 192)()
+        start = ctypes.addressof(buffer) + -ctypes.addressof(buffer) % 64
+        code = driver.cuTensorMapEncodeTiled(
+            *(ctypes.c_void_p(start), 8, 2, ctypes.c_uint64(address), (ctypes.c_uint64 * 2)(columns, rows)),
+            *((ctypes.c_uint64 * 1)(2 * stride), (ctypes.c_uint32 * 2)(*reversed(meta["block_size"]))),
+            *((ctypes.c_uint32 * 2)(1, 1), 0, meta["swizzle"], 2, 0),
+        )
+        if code:
+            raise Unexpected(f"error {code}")
+        found = bytearray(ctypes.string_at(start, 128))
+        found[10] &= ~32  # bit 21 of the second 64, as Triton 3.7 and later do
+        return bytes(found)
+
+    monkeypatch.setattr(native_launch, "_made_map", made)
+
+
+@pytest.mark.usefixtures("made_by_triton")
 def test_tensor_maps(library, driver):
     """That of the weight is made once, that of x gets an address at each run."""
     weight = torch.zeros(64, dtype=torch.int64)
     assert weight.data_ptr() % 16 == 0
-    meta = {"swizzle": 3, "elem_size": 2, "elem_type": 9, "block_size": [16, 128], "fp4_padded": False}
-    kind = "tensordesc<bf16[16, 128],NVMMASharedLayout()>"
-    made = kernel(2, kind, "i32", kind, maps=[meta, meta])
+    made = kernel(2, DESCRIPTOR, "i32", DESCRIPTOR, maps=[META, META])
     expect(driver, 2, 128, 4, 4, 8, 8, 4, 128, 4, 4, 8, 8, 8, 8)
     launches = NativeLaunches(library, [Ready(made, (1, 1, 1), (described(Slot(X, 32)), 5, described(weight)))], 0)
     for x in (2**20, 2**30):
@@ -153,11 +195,37 @@ def test_tensor_maps(library, driver):
         assert of_x == [48, 256, 512, 1, 5]
         assert (rows, columns, stride, one, first, second) == (48, 256, 512, 1, 0, 0)
         for tensor_map, address in ((mine, x + 32), (theirs, weight.data_ptr())):
-            # address, sizes, strides in bytes, box, steps, type, rank, no interleave, swizzle, promotion, no fill
-            found = struct.unpack_from("=Q3Q2Q3I3I6I", tensor_map)
-            assert found == (address, 256, 48, 0, 1024, 0, 128, 16, 0, 1, 1, 0, 8, 2, 0, 3, 2, 0)
+            # address, flags, sizes, strides, box, steps, type, rank, no interleave, swizzle, promotion, no fill
+            found = struct.unpack_from("=2Q3Q2Q3I3I6I", tensor_map)
+            assert found == (address, 0, 256, 48, 0, 1024, 0, 128, 16, 0, 1, 1, 0, 8, 2, 0, 3, 2, 0)
     with pytest.raises(RuntimeError, match=r"CUDA error 1 .*invalid argument"):
         launches.run(0, 2**20 + 1, 0, 0, 0)  # no map begins there
+
+
+@pytest.mark.usefixtures("made_by_triton")
+def test_maps_that_cannot_be_moved(library, driver):
+    """A driver that changes more than the address, descriptors of other kinds, and addresses that it refuses."""
+    weight = torch.zeros(64, dtype=torch.int64)
+
+    def native(base, meta: dict | None = META, **fields) -> NativeLaunches:
+        descriptor = SimpleNamespace(**{**vars(described(base)), **fields})
+        ready = Ready(kernel(2, DESCRIPTOR, "*fp16", maps=[meta]), (1, 1, 1), (descriptor, weight))
+        return NativeLaunches(library, [ready], 0)
+
+    native(weight)
+    for wrong in (
+        {"meta": {**META, "fp4_padded": True}},
+        {"meta": {**META, "is_im2col": True}},
+        {"meta": None},
+        {"round_f32_to_tf32": True},
+        {"base": weight[1:]},
+        {"base": Slot(X)},  # and no tensor whose address could stand for it
+    ):
+        with pytest.raises(Unexpected):
+            native(**{"base": weight, **wrong})
+    driver.fake_keeps_flags(0)
+    with pytest.raises(Unexpected, match="moves no map"):
+        native(weight)
 
 
 def test_errors(library, driver):
@@ -216,6 +284,11 @@ def test_threads_share_a_plan(library, driver):
         kernel(1, "*fp16", clusters=16),
         kernel(1, "tensordesc<fp16[16, 128]>"),
         kernel(1, "*fp16", maps=[{}]),
+        kernel(1, "*fp16", instrumentation_mode="gsan"),
+        kernel(1, "*fp16", shared=229 * 1024),
+        kernel(1, "*fp16", ptx=assembly(["*fp16", "i32"])),
+        kernel(1, "*fp16", ptx=assembly([])),
+        kernel(1, "*fp16", ptx=""),
     ],
 )
 def test_unexpected_kernels(library, made):

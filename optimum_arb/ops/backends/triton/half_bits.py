@@ -18,7 +18,7 @@ from .few_tokens_plan import Change, FewTokensPlan, Grid, change_class
 from .half_bits_kernels import _multiply, _prepare
 from .half_bits_transformed import WARPS as TRANSFORMED_WARPS
 from .half_bits_transformed import _prepare_transformed
-from .launch import Program, cdiv, likeness, overlaps
+from .launch import OPTIONS, Program, cdiv, likeness, overlaps
 from .prepack import ROWS, Prepacked
 
 MAX_TOKENS = 16  # two operands of the tensor cores: the sums of more take more registers than a lane has to spare
@@ -156,7 +156,7 @@ class Plan(FewTokensPlan):
             config.prefetch,
             overlap,
         )
-        self.options: dict[str, Any] = {"num_warps": row_warps * config.column_warps}
+        self.options: dict[str, Any] = {**OPTIONS, "num_warps": row_warps * config.column_warps}
         if overlap:
             self.options["launch_pdl"] = True
 
@@ -169,7 +169,7 @@ class Plan(FewTokensPlan):
         out = torch.empty(self.results, dtype=x.dtype, device=device)
         first, second = self.arguments(x, x.stride(0), scratch, bias, None, out)
         if self.launches is None:
-            made = self.prepare[self.prepare_grid](*first, num_warps=self.prepare_warps)
+            made = self.prepare[self.prepare_grid](*first, num_warps=self.prepare_warps, **OPTIONS)
             self.launches = Program(made), Program(_multiply[self.grid](*second, **self.options))
             self.prepare_native(x.stride(0), bias, None)
         else:

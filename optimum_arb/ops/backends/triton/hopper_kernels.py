@@ -33,6 +33,10 @@ from .launch import Launcher
 # waited for what this one reads. All wait, so that no launch ends before those before it.
 FIRST, LAST = gl.constexpr(1), gl.constexpr(2)
 
+# other names from Triton 3.8 and 3.7 on; 3.9 and 3.7 do not have the old ones
+_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
 
 @gluon.jit
 def _fetch(
@@ -49,16 +53,14 @@ def _fetch(
     )
     mbarrier.expect(bar, size, pred=pred)
     for copy in gl.static_range(COPIES):
-        tma.async_copy_global_to_shared(
-            w_desc, [n, (tile * PLANES + copy) * BYTES], bar, bits.index(slot * COPIES + copy), pred=pred
-        )
+        _copy(w_desc, [n, (tile * PLANES + copy) * BYTES], bar, bits.index(slot * COPIES + copy), pred=pred)
     if COLUMNS:
         for t in gl.static_range(TILES):
             for p in gl.static_range(PLANES):
-                tma.async_copy_global_to_shared(
+                _copy(
                     c_desc, [p * K + (tile + t) * TILE], bar, columns.index((slot * TILES + t) * PLANES + p), pred=pred
                 )
-    tma.async_copy_global_to_shared(x_desc, [m, tile * TILE], bar, x_ring.index(slot), pred=pred)
+    _copy(x_desc, [m, tile * TILE], bar, x_ring.index(slot), pred=pred)
 
 
 @gluon.jit
@@ -205,7 +207,7 @@ def _shared_kernel(
             0, PLANES, COLUMNS, MEAN, DTYPE, TILES, LAYOUT, OPERAND,
         )  # fmt: skip
         # every warp is past the product of this step: its slot can be filled again
-        gl.thread_barrier()
+        _barrier()
         ahead = step + STAGES
         _fetch(
             x_desc, w_desc, c_desc, x_ring, bits, columns, ready, start + ahead * TILES, slot, m, n, K,
@@ -214,7 +216,7 @@ def _shared_kernel(
         first = next_first
         second = next_second
     # what follows may use the ring's memory again
-    gl.thread_barrier()
+    _barrier()
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(stage))
     _store(sums, out, bias, split, m, n, M, N, stride, HAS_BIAS)
@@ -266,7 +268,7 @@ def _warpgroup(
             PART, PLANES, COLUMNS, MEAN, DTYPE, TILES, LAYOUT, OPERAND,
         )  # fmt: skip
         # all four warps have read the slot
-        gl.thread_barrier()
+        _barrier()
         mbarrier.arrive(empty.index(slot), count=1)
         first = next_first
         second = next_second

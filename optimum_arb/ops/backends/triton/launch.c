@@ -12,8 +12,7 @@
 enum {
     MAX_BLOCK = 16384, /* bytes of the parameters of all launches of a plan: 4400 of three products of four launches */
     MAX_PARAMS = 64,  /* of one launch */
-    MAX_ATTRIBUTES = 4,
-    INVALID_VALUE = 1 /* CUDA_ERROR_INVALID_VALUE */
+    MAX_ATTRIBUTES = 4
 };
 
 /* of cuda.h */
@@ -40,9 +39,6 @@ typedef struct {
 
 static int (*launch_kernel)(const cuda_config_t *config, void *function, void **params, void **extra);
 static int (*replace_address)(cuda_tensor_map_t *map, void *address);
-static int (*encode_tiled)(cuda_tensor_map_t *map, int type, uint32_t rank, void *address, const uint64_t *sizes,
-                           const uint64_t *strides, const uint32_t *box, const uint32_t *element_strides,
-                           int interleave, int swizzle, int l2_promotion, int fill);
 static int (*error_string)(int code, const char **text);
 static int (*get_context)(void **context);
 static int (*set_context)(void *context);
@@ -89,7 +85,7 @@ int arb_open(const char *path) {
     if (!library) return 1;
     return !(find(library, "cuLaunchKernelEx", &launch_kernel) &&
              find(library, "cuTensorMapReplaceAddress", &replace_address) &&
-             find(library, "cuTensorMapEncodeTiled", &encode_tiled) && find(library, "cuGetErrorString", &error_string) &&
+             find(library, "cuGetErrorString", &error_string) &&
              find(library, "cuCtxGetCurrent", &get_context) && find(library, "cuCtxSetCurrent", &set_context) &&
              find(library, "cuDeviceGet", &get_device) && find(library, "cuDevicePrimaryCtxRetain", &retain_context));
 }
@@ -101,16 +97,12 @@ const char *arb_error(int code) {
     return text;
 }
 
-/* Fills 128 bytes with a map of a tensor as Triton's driver makes it; sizes, strides (in bytes) and box from the last
- * dimension to the first. */
-int arb_tensor_map(void *map, int type, uint32_t rank, void *address, const uint64_t *sizes, const uint64_t *strides,
-                   const uint32_t *box, int swizzle, int fill) {
-    const uint32_t ones[5] = {1, 1, 1, 1, 1};
-    const int l2_128 = 2; /* CU_TENSOR_MAP_L2_PROMOTION_L2_128B */
-    cuda_tensor_map_t made;
-    if (rank < 1 || rank > 5) return INVALID_VALUE;
-    const int code = encode_tiled(&made, type, rank, address, sizes, strides, box, ones, 0, swizzle, l2_128, fill);
-    if (!code) memcpy(map, &made, sizeof made);
+/* Gives the map in these 128 bytes another address. */
+int arb_move_map(void *map, void *address) {
+    cuda_tensor_map_t moved;
+    memcpy(&moved, map, sizeof moved);
+    const int code = replace_address(&moved, address);
+    if (!code) memcpy(map, &moved, sizeof moved);
     return code;
 }
 

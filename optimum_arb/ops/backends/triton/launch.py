@@ -58,7 +58,7 @@ class Launcher:
         if program is not None:
             program(grid, args, triton.runtime.driver.active.get_current_stream(device.index))
             return
-        made = self.kernel[grid](*args, **options)
+        made = self.kernel[grid](*args, **OPTIONS, **options)
         # on the CPU there is Triton's interpreter, or a compiler without a GPU
         if made is not None and device.type == "cuda":
             self._programs[(device.index, key)] = Program(made)
@@ -129,8 +129,12 @@ class Program:
 
 
 # Triton's own call of a compiled program prepares what only profilers read: half of its time. What lies below it is
-# known of this release alone.
-DIRECT = triton.__version__.startswith("3.6.") and torch.version.hip is None
+# known of these releases alone, whose sources were read.
+DIRECT = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9.")) and torch.version.hip is None
+
+# What every kernel is compiled with: Triton 3.9 announces that it will no longer join products and sums unless asked
+# to, and warns of it.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 def hooked() -> bool:

@@ -1,13 +1,15 @@
 """Launches of a product by one call of `launch.c`, where that was built: no argument is looked at again in Python.
 
-What Triton's own launcher makes of a compiled kernel's arguments is made once, as `triton/backends/nvidia/driver.py`
-of release 3.6 does it (of which `launch.DIRECT` says that it is the one here). A run fills in a few addresses.
+What Triton's own launcher makes of a compiled kernel's arguments is made once, as `driver.py` and `driver.c` in
+`triton/backends/nvidia` of the releases in `launch.DIRECT` do it. A run fills in a few addresses. Maps of the copy
+engine are made by Triton itself, and the parameters have to be those that the kernel's assembly declares.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+import re
 import struct
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
+import triton
 
 from .launch import DIRECT, Ready
 
@@ -22,8 +25,10 @@ from .launch import DIRECT, Ready
 _COOPERATIVE, _CLUSTER, _CLUSTER_POLICY, _OVERLAPPED = 2, 4, 5, 6
 _SPREAD = 1
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
+_MOST_SHARED = 228 * 1024  # beyond, Triton 3.8 and later launch with an attribute more
 _INTEGERS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I"}
 _INTEGERS["u64"] = "Q"
+_DECLARED = re.compile(r"^\s*\.param(?: \.align \d+)? \.[usbf](\d+)\b.*?(?:\[(\d+)\])?,?$", re.MULTILINE)
 
 
 class Slot(NamedTuple):
@@ -104,12 +109,9 @@ def open_library(path: Path, driver: str) -> ctypes.CDLL:
     library.arb_launch_group.argtypes = (ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint64] * 5)
     library.arb_launch_group.restype = ctypes.c_int
     library.arb_launch_at.restype = ctypes.c_int  # which `_calls` calls
-    numbers, words = ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_uint32)
-    library.arb_tensor_map.argtypes = (
-        *(ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p),
-        *(numbers, numbers, words, ctypes.c_int, ctypes.c_int),
-    )
-    library.arb_tensor_map.restype = ctypes.c_int
+    words = ctypes.POINTER(ctypes.c_uint32)
+    library.arb_move_map.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    library.arb_move_map.restype = ctypes.c_int
     library.arb_error.argtypes = (ctypes.c_int,)
     library.arb_error.restype = ctypes.c_char_p
     library.arb_limits.argtypes = (words, words, words)
@@ -211,6 +213,8 @@ def _launch(launch: Ready, attributes: list[_Attribute], first: int, count: int)
     warps, clusters, shared = launch.made.packed_metadata
     if min(launch.grid) < 1:
         raise Unexpected(f"a grid of {launch.grid}")
+    if shared > _MOST_SHARED:
+        raise Unexpected(f"{shared} bytes of shared memory")
     x, y, z = launch.grid
     return _Launch(
         function=launch.made.function,
@@ -229,6 +233,8 @@ def _attributes(made: Any) -> list[_Attribute]:
     metadata = made.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise Unexpected("memory that Triton allocates at a launch")
+    if getattr(metadata, "instrumentation_mode", ""):
+        raise Unexpected("code that watches the kernel, which may have arguments of its own")
     _, clusters, _ = made.packed_metadata
     found = []
     if metadata.launch_pdl:
@@ -256,11 +262,13 @@ def _add_parameters(
     maps = list(getattr(launch.made.metadata, "tensordesc_meta", None) or ())
     bases = [getattr(arg, "base", None) for arg in launch.args]
     somewhere = next((base.data_ptr() for base in bases if isinstance(base, torch.Tensor)), 0)
+    sizes = []
 
     def place(value: bytes, alignment: int) -> int:
         block.extend(bytes(-len(block) % alignment))
         at = len(block)
         params.append(at)
+        sizes.append(len(value))
         block.extend(value)
         return at
 
@@ -292,6 +300,16 @@ def _add_parameters(
         raise Unexpected("more maps than tensor descriptors")
     for _ in range(2):
         place(bytes(8), 8)
+    declared = parameter_sizes(launch.made.asm.get("ptx", ""))
+    if sizes != declared:
+        raise Unexpected(f"parameters of {sizes} bytes for a kernel that takes {declared}")
+
+
+def parameter_sizes(ptx: str) -> list[int]:
+    """Bytes of each parameter of the only kernel in this assembly; empty where none is found."""
+    head = re.search(r"\.entry \w+\((.*?)\)\n", ptx, re.DOTALL)
+    found = [] if head is None else _DECLARED.findall(head[1])
+    return [int(count or 1) * int(bits) // 8 for bits, count in found]
 
 
 Tensor: TypeAlias = "torch.Tensor | Slot | None"
@@ -301,30 +319,34 @@ def _address(tensor: Tensor) -> int:
     return 0 if tensor is None or isinstance(tensor, Slot) else tensor.data_ptr()
 
 
-def _tensor_map(library: ctypes.CDLL, descriptor: Any, meta: dict[str, Any], somewhere: int) -> bytes:
+def _tensor_map(library: ctypes.CDLL, descriptor: Any, meta: dict[str, Any] | None, somewhere: int) -> bytes:
     """The map of a `TensorDescriptor`; of one whose address is not known yet, that of a tensor somewhere else."""
+    if meta is None or meta["fp4_padded"] or meta.get("is_im2col") or getattr(descriptor, "round_f32_to_tf32", False):
+        raise Unexpected(f"a tensor descriptor of {meta}")
+    address = _address(descriptor.base) or somewhere
+    made = _made_map(descriptor, meta, address)
+    # A run gives it another address, which must be all that changes. From Triton 3.7 on there is more in a map than the
+    # driver put there: a bit that tensors of less than 128 KiB lose.
+    elsewhere = address + 2**20
+    moved = (ctypes.c_ubyte * _MAP_BYTES).from_buffer_copy(made)
+    code = library.arb_move_map(ctypes.addressof(moved), elsewhere)
+    if code or bytes(moved) != _made_map(descriptor, meta, elsewhere):
+        raise Unexpected(f"the driver moves no map of {descriptor}")
+    return made
+
+
+def _made_map(descriptor: Any, meta: dict[str, Any], address: int) -> bytes:
+    """What Triton's own launcher would make for this address."""
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
-    rank = len(meta["block_size"])
-    if meta["fp4_padded"] or len(descriptor.shape) != rank or len(descriptor.strides) != rank:
-        raise Unexpected(f"a tensor descriptor of {meta}")
-    element = meta["elem_size"]
-    sizes = [int(size) for size in reversed(descriptor.shape)]
-    strides = [int(stride) * element for stride in reversed(descriptor.strides[:-1])]
-    # the driver reads all but the last of them; Triton's own fills it like this
-    strides.append(sizes[-1] * (strides[-1] if strides else element))
-    found = (ctypes.c_ubyte * _MAP_BYTES)()
-    code = library.arb_tensor_map(
-        ctypes.addressof(found),
-        TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]],
-        rank,
-        _address(descriptor.base) or somewhere,
-        (ctypes.c_uint64 * rank)(*sizes),
-        (ctypes.c_uint64 * rank)(*strides),
-        (ctypes.c_uint32 * rank)(*reversed(meta["block_size"])),
-        meta["swizzle"],
-        1 if descriptor.padding == "nan" else 0,
-    )
-    if code:
-        raise Unexpected(f"the driver makes no map of {descriptor}: {library.arb_error(code).decode()}")
-    return bytes(found)
+    utils = triton.runtime.driver.active.utils
+    fill = getattr(utils, "fill_tma_descriptor_tiled", None) or utils.fill_tma_descriptor  # the name in 3.6
+    try:
+        made = fill(
+            *(address, meta["swizzle"], meta["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]),
+            *(meta["block_size"], descriptor.shape, descriptor.strides, 1 if descriptor.padding == "nan" else 0),
+        )
+    except RuntimeError as refused:
+        raise Unexpected(f"the driver makes no map of {descriptor}: {refused}") from refused
+    # the last member of the object, `PyCUtensorMap`
+    return ctypes.string_at(id(made) + type(made).__basicsize__ - _MAP_BYTES, _MAP_BYTES)

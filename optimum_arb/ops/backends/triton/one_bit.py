@@ -16,7 +16,7 @@ import torch
 import triton
 
 from .few_tokens_plan import Change, FewTokensPlan, Grid, change_class
-from .launch import Program, likeness
+from .launch import OPTIONS, Program, likeness
 from .one_bit_kernels import _decode, _prepare
 from .prepack import ONE_BIT_TOKENS, ROWS, SLOTS, Prepacked
 
@@ -136,8 +136,8 @@ class Plan(FewTokensPlan):
         out = torch.empty(self.results, dtype=x.dtype, device=x.device)
         first, second = self.arguments(x, x.stride(0), scratch, bias, experts, out)
         if self.launches is None:
-            made = _prepare[self.prepare_grid](*first, num_warps=1)
-            decoded = _decode[self.decode_grid](*second, num_warps=self.warps, launch_pdl=self.overlap)
+            made = _prepare[self.prepare_grid](*first, num_warps=1, **OPTIONS)
+            decoded = _decode[self.decode_grid](*second, num_warps=self.warps, launch_pdl=self.overlap, **OPTIONS)
             self.launches = Program(made), Program(decoded)
             self.prepare_native(x.stride(0), bias, experts)
         else:
