@@ -86,13 +86,20 @@ class DiskActivations(Activations):
             return False  # they are computed again
         self._generation, self._current, self.state = kept["generation"], kept["batches"], kept
         self._open()
-        self.drop_stale()
-        return True
-
-    def drop_stale(self) -> None:
-        """Removes the files of other generations, once the manifest names the current one."""
         for path in self.directory.glob("*.hidden"):
             if path != self._path(self._generation):
+                path.unlink()
+        return True
+
+    def drop_stale(self, state: dict[str, Any]) -> None:
+        """Removes the files of generations before the one that the manifest names now. Of later ones, a thread may be
+        reading or writing meanwhile.
+
+        Args:
+            state: what the attribute was when the layer in the manifest was finished.
+        """
+        for path in self.directory.glob("*.hidden"):
+            if path.name < self._path(state["generation"]).name:
                 path.unlink()
 
     def clear(self) -> None:

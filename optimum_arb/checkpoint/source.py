@@ -141,13 +141,19 @@ class CheckpointSource:
                 empty[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
             module.register_parameter(key, empty[id(parameter)])
 
-    def fingerprint(self, part: str) -> str:
-        """SHA-256 of the names and bytes of a part's tensors in the files."""
+    def fingerprint(self, part: str, check: Callable[[], None] = lambda: None) -> str:
+        """SHA-256 of the names and bytes of a part's tensors in the files.
+
+        Args:
+            part: a layer's name, or `OUTSIDE`.
+            check: is called all along, and may raise.
+        """
         digest = hashlib.sha256()
         for key in sorted(self._keys[part]):
             place = self._places[key]
             digest.update(f"{key}\0{place.stop - place.start}\0".encode())
             for chunk in read_range(place.file, place.start, place.stop):
+                check()
                 digest.update(chunk)
         return digest.hexdigest()
 
