@@ -91,12 +91,12 @@ def in_order(
             return task(item)
 
     try:
-        yield from pooled(run, items, workers)
+        yield from _pooled(run, items, workers)
     finally:
         torch.set_num_threads(threads)  # what new threads begin with: setting it in one changes that
 
 
-def pooled(run: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
+def _pooled(run: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
     waiting: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="optimum_arb")
     try:
@@ -134,7 +134,7 @@ def _on_streams(
             idle.put(stream)
 
     _give_back(device)
-    results = deque(pooled(run, items, streams))
+    results = deque(_pooled(run, items, streams))
     _give_back(device)
     while results:
         yield results.popleft()

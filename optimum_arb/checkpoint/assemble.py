@@ -18,11 +18,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..calibration.memory import give_back_memory
 from ..calibration.weights import OUTSIDE
-from ..calibration.workers import pooled
 from .streamed import StreamedWeights
 
-# Parts that are copied into the files at once: a thread copies 1 to 2 GB a second, of 19 GB of a binarized 70B.
-WRITERS = 4
 # As `save_pretrained` has it.
 MAX_SHARD_SIZE = "50GB"
 
@@ -47,15 +44,16 @@ class _Shard:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
-        with open(path, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(self._start + end)
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by `close`)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self._start + end)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Several threads may write at once, a tensor each."""
-        with open(self.path, "r+b") as file:
-            file.seek(self._start + self.places[name])
-            file.write(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        self._file.seek(self._start + self.places[name])
+        self._file.write(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def check_shard_size(size: int | str) -> None:
@@ -97,25 +95,24 @@ def assemble(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=MAX_SHARD_SIZE if max_shard_size is None else max_shard_size,
     )
-    shards = {
-        file: _Shard(directory / file, {name: empty[name] for name in names}, metadata)
-        for file, names in split.filename_to_tensors.items()
-    }
-
-    def write(tensors: dict[str, torch.Tensor]) -> set[str]:
-        for name, tensor in tensors.items():
-            expected = empty[name]
-            assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype), name
-            shards[split.tensor_to_filename[name]].write(name, tensor)
-        return set(tensors)
-
-    written: set[str] = set()
-    parts = (_part(model, weights, part) for part in (OUTSIDE, *weights.source.layers))
-    for names in pooled(write, parts, WRITERS):
-        written |= names
-        give_back_memory()
-    if unwritten := set(empty) - written:
-        raise RuntimeError(f"{min(unwritten)} is in no part of the model.")
+    shards: dict[str, _Shard] = {}
+    try:
+        for file, names in split.filename_to_tensors.items():
+            shards[file] = _Shard(directory / file, {name: empty[name] for name in names}, metadata)
+        written: set[str] = set()
+        for part in (OUTSIDE, *weights.source.layers):
+            for name, tensor in _part(model, weights, part).items():
+                expected = empty[name]
+                assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype), name
+                shards[split.tensor_to_filename[name]].write(name, tensor)
+                written.add(name)
+                del tensor
+            give_back_memory()
+        if unwritten := set(empty) - written:
+            raise RuntimeError(f"{min(unwritten)} is in no part of the model.")
+    finally:
+        for shard in shards.values():
+            shard.close()
     if split.is_sharded:
         index = {
             "metadata": {"total_parameters": model.num_parameters(), **split.metadata},
