@@ -150,6 +150,7 @@ def quantize_checkpoint(
                 binarized = _binarize(model_class, name, config, dtype, run)
             except NotStreamable as error:
                 logger.warning("%s cannot be read layer by layer: %s. It is binarized in memory.", name, error)
+                run.close()
                 work.clear()
                 return _in_memory(
                     model_class, name, output, config, dtype, overwrite, device, max_shard_size, processor

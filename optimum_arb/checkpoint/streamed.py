@@ -251,9 +251,12 @@ class StreamedWeights(LayerWeights):
         """What `_write` leaves to a thread. The model is the walk's meanwhile, and so is everything of this object that
         changes."""
         sources = {name: self._digests.of(name) for name in used}
+        if self._activations is None or kept is None:
+            self.work.write_piece(part, tensors, records, sources)
+            return
+        self._activations.synchronize(kept)
         self.work.write_piece(part, tensors, records, sources, kept)
-        if self._activations is not None and kept is not None:
-            self._activations.drop_stale(kept)
+        self._activations.drop_stale(kept)
 
     def _settle(self) -> None:
         """Until the part that was written last is kept.
