@@ -329,6 +329,18 @@ def test_what_an_interruption_meets_while_it_is_written_is_kept(tmp_path, monkey
     assert_same_files(out, finished / "out")
 
 
+def test_interrupted_twice(tmp_path, monkeypatch, finished):
+    """The second time while the first one waits for what is being written, which is kept nevertheless."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        Interruption(patch, 10)
+        patch.setattr(StreamedWeights, "wait", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt, match="interrupted twice"):
+            quantize_checkpoint(finished / "float", out, config())
+    assert quantize_checkpoint(finished / "float", out, config(), resume=True).resumed_layers == 1
+    assert_same_files(out, finished / "out")
+
+
 def test_an_error_of_writing_that_another_error_overtakes_is_told(tmp_path, monkeypatch, finished, caplog):
     fit = calibrated.binarize_linear
 
