@@ -10,11 +10,12 @@ norms that make a hundredth of the channels 20 times as large. One layer's tenso
 depend on the values. Token ids follow Zipf's law. Every run prints one JSON line.
 
 `seconds` is all of `quantize_checkpoint`, `phases` where it went (time of a phase within another counts for the inner
-one alone), `layers` the seconds of each layer. The first layer pays for what is compiled and loaded once: so
-`seconds_of_32` (`_80` of a 70B) is what is outside the layers, plus the first layer, plus 31 times the median of the
-others. To tell phases apart the GPU is waited for wherever one begins or ends, also where processes send to each other
-while they compute: `--no-phases` leaves that out. `--profile` also prints, of the last layer, the kernels that took the
-GPU longest, how long it was busy, and the time in each phase; it slows that layer down.
+one alone, and what threads do beside counts where it is waited for), `layers` the seconds of each layer. The first
+layer pays for what is compiled and loaded once: so `seconds_of_32` (`_80` of a 70B) is what is outside the layers, plus
+the first layer, plus 31 times the median of the others. To tell phases apart the GPU is waited for wherever one begins
+or ends, also where processes send to each other while they compute: `--no-phases` leaves that out. `--cold` first drops
+the checkpoint from the page cache, which a disk allows and /dev/shm does not. `--profile` also prints, of the last
+layer, the kernels that took the GPU longest, how long it was busy, and the time in each phase, and slows it down.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -36,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from load_times import evict
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 
@@ -50,15 +53,18 @@ LAYERS = {"7B": 32, "70B": 80, "tiny": 32}  # of the models of these shapes
 VOCABULARY = 32000
 # What is timed: phase -> functions, as "module:Class.method" or "module:function", of `optimum_arb` or torch.
 PHASES = {
-    "reading": ["checkpoint.source:CheckpointSource.load"],
+    "reading": ["checkpoint.source:CheckpointSource.load"],  # the files are mapped: moving reads what is not cached
+    "moving": ["torch.nn.modules.module:Module.to"],  # a layer to the device and back
     "recording": ["calibration.walk:CalibrationWalk._record"],
     "propagate": ["calibration.walk:CalibrationWalk._turn"],  # a layer's time that no other phase takes
     "summing ranks": ["calibration.distributed:Ranks.sum_statistics"],
     "fit": ["calibration.fitting:Fitting.binarize"],
     "dividing": ["calibration.division:Division.work"],  # what several processes make for each other's fits
     "waiting for ranks": ["calibration.distributed:Ranks.exchange"],
-    "writing": ["checkpoint.streamed:StreamedWeights._write"],
-    "assembling": ["checkpoint.quantize:_write_model", "checkpoint.quantize:publish"],
+    "writing": ["checkpoint.streamed:StreamedWeights._write", "checkpoint.streamed:StreamedWeights.finish_all"],
+    "hashing the float files": ["loading.run_record:model_facts"],  # what was not hashed along the walk
+    "assembling": ["checkpoint.quantize:assemble"],
+    "publishing": ["checkpoint.quantize:_write_model", "checkpoint.quantize:publish"],
 }
 
 
@@ -76,10 +82,12 @@ class Phases:
         self._since = time.perf_counter()
 
     def wrap(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function whose time counts for a phase."""
+        """A function whose time counts for a phase where the main thread calls it."""
 
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
+            if threading.current_thread() is not threading.main_thread():
+                return function(*args, **kwargs)
             self.begin(phase)
             try:
                 with record_function(f"phase: {phase}"):
@@ -313,6 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="7B")
     parser.add_argument("--no-phases", action="store_true", help="time layers and the whole alone")
     parser.add_argument("--profile", action="store_true", help="profile the last layer")
+    parser.add_argument("--cold", action="store_true", help="drop the checkpoint from the page cache before each run")
     parser.add_argument("--keep", action="store_true", help="keep the binarized models")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -335,6 +344,8 @@ def main(argv: list[str] | None = None) -> None:
             command += ["--config", json.dumps(args.config), "--samples", args.samples, "--length", args.length]
             command += ["--device", args.device, "--shape", args.shape]
             command += ["--profile"] * args.profile + ["--no-phases"] * args.no_phases
+            if args.cold and not evict(source):
+                parser.error(f"{source} stays in the page cache: choose a directory on a disk.")
             subprocess.run(list(map(str, command)), check=True)
             if not args.keep:
                 shutil.rmtree(args.out / f"{args.method}-{count}", ignore_errors=True)

@@ -93,7 +93,7 @@ def publish(staged: Path, target: Path, stale: Collection[str] | None = None) ->
         OSError: it cannot be put there; the old model is whole, or, once the new one began to take its place, the new
             one is complete in the journal.
     """
-    _flush(staged)
+    flush(staged)
     if not target.exists():
         os.replace(staged, target)
         _flush_directory(target.parent)
@@ -109,7 +109,7 @@ def publish(staged: Path, target: Path, stale: Collection[str] | None = None) ->
             _flush_directory(target.parent)
             return
         (staged / _LIST).write_text(json.dumps(sorted(gone)))
-        _flush(staged)
+        flush(staged)
         os.replace(staged, target / JOURNAL)
         _flush_directory(target)
         finish_interrupted(target)
@@ -188,7 +188,7 @@ def _lock(directory: Path, wait: bool) -> Iterator[bool]:
         os.close(handle)
 
 
-def _flush(directory: Path) -> None:
+def flush(directory: Path) -> None:
     """Waits until all files of a directory are on the disk: a crash of the machine must not leave an empty file."""
     for folder, _, files in os.walk(directory):
         for name in files:

@@ -9,6 +9,7 @@ import platform
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -115,20 +116,26 @@ def gpu_names() -> list[str]:
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
-def model_facts(name: str, revision: str | None = None, directory: Path | None = None) -> dict[str, Any]:
+def model_facts(
+    name: str,
+    revision: str | None = None,
+    directory: Path | None = None,
+    digest: Callable[[Path], str] | None = None,
+) -> dict[str, Any]:
     """What identifies a model: its name, its revision on the Hub, and the fingerprint of its files.
 
     Args:
         name: directory or Hub name. Of a name, the files in the cache are looked at, nothing is downloaded.
         revision: the commit that was loaded.
         directory: where its files lie, if that is known: a subfolder of what is called `name`.
+        digest: as `model_fingerprint` takes it.
     """
     facts: dict[str, Any] = {"name": name}
     if revision is not None:
         facts["revision"] = revision
     directory = directory or model_directory(name, revision)
     if directory is not None:
-        facts["fingerprint"] = model_fingerprint(directory)
+        facts["fingerprint"] = model_fingerprint(directory, digest)
     return facts
 
 
@@ -149,31 +156,43 @@ def model_directory(name: str, revision: str | None = None) -> Path | None:
     return None if found is None else Path(found).parent
 
 
-def model_fingerprint(directory: str | Path) -> str:
+def model_fingerprint(directory: str | Path, digest: Callable[[Path], str] | None = None) -> str:
     """SHA-256 over the names and contents of a model's `config.json` and weights, as "sha256:...".
 
     Every byte counts. A file in the cache of the Hub carries the SHA-256 of its content in the name of its blob, which
     is taken as it is.
+
+    Args:
+        directory: of the model.
+        digest: gives the SHA-256 of a file, called from several threads; `content_digest` unless given.
     """
-    digest = hashlib.sha256()
+    total = hashlib.sha256()
     files = sorted(Path(directory).iterdir())
     files = [file for file in files if file.name == "config.json" or file.suffix in _WEIGHTS]
-    # a thread hashes 1 GB a second: 13 s for the files of a 7B, the last ones of its binarization
+    # a thread hashes 1 GB a second: 13 s for the files of a 7B
     with ThreadPoolExecutor(min(_HASHED_AT_ONCE, os.cpu_count() or 1)) as pool:
-        for file, found in zip(files, pool.map(_content_digest, files), strict=True):
-            digest.update(f"{file.name} {found}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
+        for file, found in zip(files, pool.map(digest or content_digest, files), strict=True):
+            total.update(f"{file.name} {found}\n".encode())
+    return f"sha256:{total.hexdigest()}"
 
 
-def _content_digest(file: Path) -> str:
-    blob = file.resolve()
-    if file.is_symlink() and blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
-        return blob.name
+def content_digest(file: Path) -> str:
+    """SHA-256 of the content of a file."""
+    if (known := recorded_digest(file)) is not None:
+        return known
     digest = hashlib.sha256()
-    with open(blob, "rb") as stream:
+    with open(file, "rb") as stream:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def recorded_digest(file: Path) -> str | None:
+    """What the cache of the Hub calls a file, the SHA-256 of its content; None of a file elsewhere."""
+    blob = file.resolve()
+    if file.is_symlink() and blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return blob.name
+    return None
 
 
 def text_fingerprint(content: str) -> str:

@@ -62,9 +62,9 @@ def stop_at(event: int, number: signal.Signals) -> None:
     left = [event]
 
     def act() -> None:
-        if left[0] == 0:
-            os.kill(os.getpid(), number)
         left[0] -= 1
+        if left[0] == -1:  # once, though the signal may raise here
+            os.kill(os.getpid(), number)
 
     on_events(act)
 

@@ -19,7 +19,6 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from ..calibration.memory import give_back_memory
 from ..calibration.weights import OUTSIDE
 from .streamed import StreamedWeights
-from .work import synchronize
 
 # As `save_pretrained` has it.
 MAX_SHARD_SIZE = "50GB"
@@ -55,7 +54,6 @@ class _Shard:
 
     def close(self) -> None:
         self._file.close()
-        synchronize(self.path)
 
 
 def check_shard_size(size: int | str) -> None:
@@ -79,7 +77,7 @@ def assemble(
 ) -> None:
     """Writes the safetensors files, their index, and the configurations of a model whose parts are all finished.
 
-    The files are those that `save_pretrained` would write of the model in memory.
+    The files are those that `save_pretrained` would write of the model in memory. They may not be on the disk yet.
 
     Args:
         model: the skeleton, with its binarized modules in place.

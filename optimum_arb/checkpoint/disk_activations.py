@@ -18,7 +18,8 @@ from .work import synchronize
 class DiskActivations(Activations):
     """As `Activations`, with one batch in memory at a time.
 
-    A generation is a file. It is synchronized before it is used, so that a run that was interrupted goes on with it.
+    A generation is a file. A run that was interrupted goes on with the one that the manifest names, which must be on
+    the disk before (`synchronize`). No generation is removed while the manifest names it.
 
     Args:
         directory: where the files are; it is made.
@@ -66,8 +67,6 @@ class DiskActivations(Activations):
         self._writer.close()
         self._writer = None
         self._generation += 1
-        synchronize(self._path(self._generation))
-        synchronize(self.directory)
         self._current, self._next = [self._next[batch] for batch in range(len(self._next))], {}
         self._open()
         self.state = {"layer": layer, "generation": self._generation, "batches": self._current}
@@ -86,13 +85,28 @@ class DiskActivations(Activations):
             return False  # they are computed again
         self._generation, self._current, self.state = kept["generation"], kept["batches"], kept
         self._open()
-        self.drop_stale()
-        return True
-
-    def drop_stale(self) -> None:
-        """Removes the files of other generations, once the manifest names the current one."""
         for path in self.directory.glob("*.hidden"):
             if path != self._path(self._generation):
+                path.unlink()
+        return True
+
+    def synchronize(self, state: dict[str, Any]) -> None:
+        """Waits until a generation is on the disk; a thread may, while the next one is written.
+
+        Args:
+            state: what the attribute was when this generation was the current one.
+        """
+        synchronize(self._path(state["generation"]), self.directory)
+
+    def drop_stale(self, state: dict[str, Any]) -> None:
+        """Removes the files of the generations before one, which the manifest names now. Later ones may be written
+        meanwhile.
+
+        Args:
+            state: as for `synchronize`.
+        """
+        for path in self.directory.glob("*.hidden"):
+            if path.name < self._path(state["generation"]).name:
                 path.unlink()
 
     def clear(self) -> None:

@@ -60,9 +60,9 @@ def streamed_memory(
 
     At its worst the quantizer holds one layer in float, the hidden states of all calibration tokens, the layer's
     calibration matrices and what the fits that run at once take (`fit_memory`), on a CPU as many as torch may use
-    threads now, at most `FITS`; or, at the end, what is in no layer. With error correction the hidden states are those
-    of two models, there is beside them what is kept of a layer, and the matrices are those of one step of the layer,
-    with the sum of what it corrects.
+    threads now, at most `FITS`, and the packed layer before, which is being written; or, at the end, what is in no
+    layer. With error correction the hidden states are those of two models, there is beside them what is kept of a
+    layer, and the matrices are those of one step of the layer, with the sum of what it corrects.
 
     Args:
         model: the skeleton.
@@ -87,6 +87,7 @@ def streamed_memory(
     twice = sum(parameter.numel() for name, parameter in model.named_parameters() if name in tied) * dtype.itemsize
     outside = sizes.pop(-1, 0) - twice
     layer = max(sizes.values(), default=0) + packed // max(1, len(prefixes))
+    written = packed // len(prefixes) if len(prefixes) > 1 else 0  # in memory, also where layers run on a GPU
     base = psutil.Process().memory_info().rss + RUNTIME
     workspace = max(_fits(one, device, tokens[0] > 0) for one in _by_layer(linears, prefixes))
     if not tokens[0]:
@@ -109,8 +110,8 @@ def streamed_memory(
         else:
             ram, on_device = hidden, layer + max(2 * statistics + activations, statistics + workspace)
     if device == "cpu":
-        return base + max(ram + on_device, outside), None
-    return base + max(ram + layer, outside), on_device
+        return base + max(written + ram + on_device, outside), None
+    return base + max(written + ram + layer, outside), on_device
 
 
 def _kept(linears: Sequence[Shape], width: int, column: int, device: str) -> int:

@@ -18,7 +18,7 @@ def interruptible(message: Callable[[], str]) -> Iterator[None]:
     """Gives an interruption in here a message, and makes one of SIGTERM.
 
     Args:
-        message: what it says; asked when it happens.
+        message: what it says; asked when it happens. It may wait, and be interrupted again.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C; `Terminated` on SIGTERM, where this is the main thread and SIGTERM would end it.
@@ -33,7 +33,11 @@ def interruptible(message: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        raise type(error)(message()) from None
+        try:
+            said = message()
+        except KeyboardInterrupt:
+            said = "interrupted twice. The same call with resume=True (--resume) goes on behind what is finished."
+        raise type(error)(said) from None
     finally:
         if ours:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -10,15 +10,25 @@ from ..publish import publish as put_in_place
 from .work import WorkDirectory, file_digest
 
 
-def publish(work: WorkDirectory, staging: Path, output: Path) -> None:
+def publish(staging: Path, output: Path) -> None:
     """Moves the files of a finished model to where it belongs, as `optimum_arb.publish` does it.
 
-    Done again after an interruption, it completes what was begun, or does nothing.
+    Args:
+        staging: where they are.
+        output: where they go. Files there that are no part of a model stay.
+    """
+    target = Path(os.path.realpath(output))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    put_in_place(staging, target)
+
+
+def publish_again(work: WorkDirectory, staging: Path, output: Path) -> None:
+    """Completes what an interrupted `publish` began, or does nothing.
 
     Args:
         work: the run, which says which files there are.
-        staging: where they are.
-        output: where they go. Files there that are no part of a model stay.
+        staging: where they were.
+        output: where they go.
 
     Raises:
         ValueError: they are neither here nor there.
@@ -32,8 +42,7 @@ def publish(work: WorkDirectory, staging: Path, output: Path) -> None:
                 f"{staging} and {output} do not hold the model that the interrupted run finished. Delete {work.path} "
                 "and begin anew."
             )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        put_in_place(staging, target)
+        publish(staging, output)
 
 
 def _holds(directory: Path, work: WorkDirectory) -> bool:

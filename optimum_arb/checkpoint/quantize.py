@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,18 @@ from ..hub.methods import finish_saved
 from ..hub.upload import visible_files
 from ..inspection import inspect_model, skeleton
 from ..modules import select_modules
+from ..publish import flush
 from ..report import ModelReport, ModuleReport, model_report
 from ..reproduce import model_facts
 from ..saving import check_named, check_not_source, check_output_directory, write_model
 from .assemble import assemble, check_shard_size
+from .behind import Behind
 from .interrupt import interruptible
-from .publish import publish
+from .publish import publish, publish_again
 from .run import StreamedRun, work_directory
 from .source import NotStreamable, skeleton_class
 from .streamed import StreamedWeights
-from .work import WorkDirectory, file_digest
+from .work import WorkDirectory, file_digest, synchronize
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +150,7 @@ def quantize_checkpoint(
                 binarized = _binarize(model_class, name, config, dtype, run)
             except NotStreamable as error:
                 logger.warning("%s cannot be read layer by layer: %s. It is binarized in memory.", name, error)
+                run.close()
                 work.clear()
                 return _in_memory(
                     model_class, name, output, config, dtype, overwrite, device, max_shard_size, processor
@@ -154,13 +158,12 @@ def quantize_checkpoint(
             assert run.weights is not None
             files: tuple[str, ...] = ()
             if ranks.is_first:
-                _write_model(binarized, run.weights, staging, output, name, max_shard_size, processor)
-                found = (file.relative_to(staging).as_posix() for file in staging.rglob("*") if file.is_file())
-                files = tuple(sorted(found))
-                work.publish({file: file_digest(staging / file) for file in files})
-                publish(work, staging, output)
+                digests = _write_model(binarized, run.weights, staging, output, name, max_shard_size, processor)
+                work.publish(digests)
+                publish(staging, output)
+                files = tuple(digests)
             files = ranks.exchange(files, "writing the model")[0]  # until then, all that is needed to resume is kept
-            run.weights.close()
+            run.close()
             run.remove_activations()
             work.clear()
         quantization: Any = binarized.config.quantization_config
@@ -171,6 +174,8 @@ def quantize_checkpoint(
             logger.warning("An error ended the run: %s", kept)
         raise
     finally:
+        if run is not None:
+            run.close()
         if not work.pieces and work.locked:
             work.clear()
         work.unlock()
@@ -204,18 +209,33 @@ def _write_model(
     name: str,
     max_shard_size: int | str | None,
     processor: Any,
-) -> None:
-    """Writes everything that goes into the output directory into another one."""
+) -> dict[str, str]:
+    """Writes everything that goes into the output directory into another one.
+
+    Returns:
+        The names of the files, sorted, with the digest of each. They are on the disk.
+    """
     if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
     assemble(model, weights, staging, max_shard_size)
-    processor = _processor(name) if processor is None else processor
-    if processor is not None:
-        processor.save_pretrained(staging)
-    finish_saved(staging, model, output.absolute().name)
-    if is_users_own(output / CARD):
-        shutil.copy2(output / CARD, staging / CARD)
+    behind = Behind()
+    try:
+        # the weights, while they are read twice for their checksums
+        behind.do(partial(synchronize, *staging.glob("*.safetensors")))
+        processor = _processor(name) if processor is None else processor
+        if processor is not None:
+            processor.save_pretrained(staging)
+        finish_saved(staging, model, output.absolute().name)
+        if is_users_own(output / CARD):
+            shutil.copy2(output / CARD, staging / CARD)
+        files = sorted(file.relative_to(staging).as_posix() for file in staging.rglob("*") if file.is_file())
+        digests = {file: file_digest(staging / file) for file in files}
+        behind.settle()
+    finally:
+        behind.close()
+    flush(staging)  # and what was written since
+    return digests
 
 
 def _processor(name: str) -> Any:
@@ -275,7 +295,7 @@ def _finished_before(
                     f"The interrupted run in {work.path} finished a model with other choices than these, or of another "
                     "float model. Delete that directory to begin anew."
                 )
-            publish(work, staging, output)
+            publish_again(work, staging, output)
             work.clear()
         finally:
             work.unlock()

@@ -22,6 +22,7 @@ from ..loading.calibrated import Task
 from ..loading.placement import calibration_device
 from ..publish import nothing_beside
 from ..version import __version__
+from .digests import SourceDigests
 from .disk_activations import DiskActivations, remove_activations
 from .source import CheckpointSource, NotStreamable
 from .streamed import StreamedWeights
@@ -55,6 +56,7 @@ class StreamedRun:
         self.device = _device(device)
         self.progress = progress
         self.weights: StreamedWeights | None = None
+        self._digests: SourceDigests | None = None
         self.resumed = 0
         self.layers: list[str] = []
         self._dtype = str(dtype).removeprefix("torch.")
@@ -97,7 +99,10 @@ class StreamedRun:
         self.resumed = sum(layer in self.work.pieces for layer in self.layers)
         if self._directory is not None:
             self._activations = DiskActivations(self._directory, self.work.activations)
-        self.weights = StreamedWeights(model, source, self.work, task.selection, task.records, self._activations)
+        self._digests = SourceDigests(source, self._files)
+        self.weights = StreamedWeights(
+            model, source, self.work, task.selection, task.records, self._digests, self._activations
+        )
         if changed := self.weights.changed_sources():
             raise ValueError(
                 f"The interrupted run in {self.work.path} cannot be continued: the float weights of "
@@ -108,6 +113,16 @@ class StreamedRun:
         yield {**options, "progress": self.progress}
         self.weights.finish_all()
 
+    def digest(self, file: Path) -> str:
+        """As `optimum_arb.loading.calibrated.Stream` says."""
+        assert self._digests is not None
+        return self._digests.of_file(file)
+
+    def close(self) -> None:
+        """Ends the threads: what was finished is kept then, or could not be."""
+        if self.weights is not None:
+            self.weights.close()
+
     def how_to_go_on(self) -> str:
         """What to tell a user who interrupts the run."""
         kept = self.what_is_kept()
@@ -115,6 +130,8 @@ class StreamedRun:
 
     def what_is_kept(self) -> str:
         """Where the finished layers are and how to go on, in a sentence; empty where there are none."""
+        if self.weights is not None:
+            self.weights.wait()
         done = sum(layer in self.work.pieces for layer in self.layers)
         if not done:
             return ""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,6 +25,8 @@ from ..modules import Selection, linear_shape
 from ..nn import ARBExperts, ARBLinear
 from ..stored.linears import StoredLinear, describe
 from ..stored.tensors import StoredTensor
+from .behind import Behind
+from .digests import SourceDigests
 from .disk_activations import DiskActivations
 from .source import CheckpointSource, NotStreamable, read_header
 from .work import WorkDirectory
@@ -33,12 +37,16 @@ logger = logging.getLogger(__name__)
 class StreamedWeights(LayerWeights):
     """Reads layers from a checkpoint, and from the pieces of a work directory once they are finished.
 
+    While a layer is at work, a thread reads the next one, for its checksum and into the page cache, and another one
+    writes the one before. An error of writing is raised when the next layer is finished.
+
     Args:
         model: the skeleton, on the meta device.
         source: the checkpoint.
         work: where finished parts are kept.
         selection: what is binarized.
         records: name of a binarized module -> what is known of it; finished parts' are added.
+        digests: of the checkpoint.
         activations: the hidden states on disk, if they are.
 
     Raises:
@@ -54,6 +62,7 @@ class StreamedWeights(LayerWeights):
         work: WorkDirectory,
         selection: Selection,
         records: dict[str, Record],
+        digests: SourceDigests,
         activations: DiskActivations | None = None,
     ):
         self.model = model
@@ -62,8 +71,10 @@ class StreamedWeights(LayerWeights):
         self.selection = selection
         self.records = records
         self._activations = activations
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="checksum")
-        self._digests: dict[str, Future[str]] = {}
+        self._digests = digests
+        self._used: list[str] = []  # parts whose tensors something was made of
+        self._behind = Behind()
+        self._writing: str | None = None
         self._loaded = 0
         for name in selection.modules():
             if name in source.layers:
@@ -75,9 +86,16 @@ class StreamedWeights(LayerWeights):
             self._adopt(part)
             records.update({name: Record(**values) for name, values in piece["records"].items()})
 
+    def wait(self) -> None:
+        """Until what was finished is kept, or could not be."""
+        self._behind.wait()
+
     def close(self) -> None:
-        """Ends the thread that computes checksums."""
-        self._hasher.shutdown(wait=False, cancel_futures=True)
+        """As `wait`, and ends the thread that computes checksums."""
+        try:
+            self._behind.close()
+        finally:
+            self._digests.close()
 
     def changed_sources(self) -> list[str]:
         """The parts whose float tensors are not what the finished pieces were made of."""
@@ -89,6 +107,8 @@ class StreamedWeights(LayerWeights):
     # What the walk asks
 
     def is_finished(self, layer: str) -> bool:
+        if layer == self._writing:
+            self._settle()
         return layer in self.work.pieces
 
     def load(self, layer: str) -> None:
@@ -98,6 +118,7 @@ class StreamedWeights(LayerWeights):
             self._load_piece(layer)
         else:
             self._note_source(layer)
+            self._read_ahead(layer)
             self.source.load(layer)
 
     def release(self, layer: str) -> None:
@@ -150,6 +171,7 @@ class StreamedWeights(LayerWeights):
             if not self.is_finished(layer):  # of a list that holds nothing to binarize
                 self.load(layer)
                 self.finish(layer)
+        self._settle()
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -194,19 +216,56 @@ class StreamedWeights(LayerWeights):
             self.release(OUTSIDE)
 
     def _note_source(self, part: str) -> None:
-        if part not in self._digests and part not in self.work.sources:
-            self._digests[part] = self._hasher.submit(self.source.fingerprint, part)
+        if part not in self._used and part not in self.work.sources:
+            self._used.append(part)
+            self._digests.begin(part)
+
+    def _read_ahead(self, layer: str) -> None:
+        """Has the layer behind this one read, and the files as far as that."""
+        layers = self.source.layers
+        behind = layers.index(layer) + 1
+        if behind < len(layers) and layers[behind] not in self.work.sources:
+            self._digests.begin(layers[behind])
+        self._digests.advance(behind / len(layers))
 
     def _write(self, part: str) -> None:
-        """Keeps a part: a layer as a whole, of the rest what is binarized."""
+        """Has a part kept: a layer as a whole, of the rest what is binarized."""
+        self._settle()
         names = self._binarized(part) if part == OUTSIDE else self.source.names(part)
         state = self.model.state_dict()
+        tensors = {name: state[name] for name in names}
         records = {name: asdict(self.records[name]) for name in self._targets(part) if name in self.records}
-        sources = {part: digest.result() for part, digest in self._digests.items() if part not in self.work.sources}
+        used = [part for part in self._used if part not in self.work.sources]
         kept = None if self._activations is None else self._activations.state
-        self.work.write_piece(part, {name: state[name] for name in names}, records, sources, kept)
-        if self._activations is not None:
-            self._activations.drop_stale()
+        self._behind.do(partial(self._keep, part, tensors, records, used, kept))
+        self._writing = part
+
+    def _keep(
+        self,
+        part: str,
+        tensors: dict[str, torch.Tensor],
+        records: dict[str, Any],
+        used: list[str],
+        kept: dict[str, Any] | None,
+    ) -> None:
+        """What `_write` leaves to a thread. The model is the walk's meanwhile, and so is everything of this object that
+        changes."""
+        sources = {name: self._digests.of(name) for name in used}
+        if self._activations is None or kept is None:
+            self.work.write_piece(part, tensors, records, sources)
+            return
+        self._activations.synchronize(kept)
+        self.work.write_piece(part, tensors, records, sources, kept)
+        self._activations.drop_stale(kept)
+
+    def _settle(self) -> None:
+        """Until the part that was written last is kept.
+
+        Raises:
+            OSError: it cannot be; and whatever else `WorkDirectory.write_piece` raises.
+        """
+        self._writing = None
+        self._behind.settle()
 
     def _targets(self, part: str) -> list[str]:
         return [name for name in self.selection.convert if self.source.part_of(name) == part]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +40,9 @@ class Stream(Protocol):
         self, model: PreTrainedModel, task: Task, calibration: dict[str, Any] | None
     ) -> AbstractContextManager[dict[str, Any]]:
         """The walk's options `weights`, `activations`, `device` and `progress`, for as long as it runs."""
+
+    def digest(self, file: Path) -> str:
+        """SHA-256 of the content of a file of the model, once the walk is over; several threads may ask at once."""
 
 
 @dataclass

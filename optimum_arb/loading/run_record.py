@@ -55,7 +55,8 @@ def record_run(
         if task.refinement is not None:
             config.calibration["refinement"] = task.refinement
         config.dataset = config.calibration["dataset"]
-    facts = model_facts(source.name_or_path, commit, directory) if source.name_or_path else {}
+    digest = None if task.stream is None else task.stream.digest
+    facts = model_facts(source.name_or_path, commit, directory, digest) if source.name_or_path else {}
     if facts and Path(facts["name"]).is_dir():
         facts["name"] = Path(facts["name"]).name  # a path of this machine says nothing to others
     return reproduce_block({"base": facts} if facts else None, None, config.seed, whole_paths=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_arb import ARBConfig, model_report, quantize_checkpoint
 from optimum_arb.calibration.fitting import Fitting
 from optimum_arb.checkpoint import source as source_module
+from optimum_arb.checkpoint.digests import SourceDigests
+from optimum_arb.checkpoint.work import WorkDirectory
 
 CALIBRATED = [
     "LlamaForCausalLM",
@@ -184,6 +188,54 @@ def test_each_layer_is_read_once(tmp_path, monkeypatch):
     quantize_checkpoint(tmp_path / "float", tmp_path / "out", ARBConfig(dataset=tokens(), block_size=64))
     layers = [part for part in parts if part]
     assert layers == [f"model.layers.{index}" for index in (0, 0, 1, 2)]
+
+
+def test_the_next_layer_is_read_and_the_last_one_written_while_one_is_at_work(tmp_path, monkeypatch):
+    """Writing waits for the next layer's first fit here: one after the other, the run would not end."""
+    save_tiny(tmp_path / "float", "LlamaForCausalLM", num_hidden_layers=3)
+    events, late = [], []
+    fitted = [threading.Event() for _ in range(3)]
+    fit, write, load = Fitting.binarize, WorkDirectory.write_piece, source_module.CheckpointSource.load
+    begin, fingerprint = SourceDigests.begin, source_module.CheckpointSource.fingerprint
+    names = [f"model.layers.{index}" for index in range(3)]
+
+    def fits(self, targets, *args):
+        fitted[int(targets[0].split(".")[2])].set()
+        return fit(self, targets, *args)
+
+    def writes(self, part, *args):
+        following = names.index(part) + 1
+        if following < 3 and not fitted[following].wait(60):
+            late.append(part)
+        write(self, part, *args)
+
+    patches = (
+        (Fitting, "binarize", fits),
+        (WorkDirectory, "write_piece", writes),
+        (SourceDigests, "begin", lambda self, part: (events.append(("read", part)), begin(self, part))[1]),
+        (
+            source_module.CheckpointSource,
+            "load",
+            lambda self, part, leave_out=(): (events.append(("load", part)), load(self, part, leave_out))[1],
+        ),
+        (
+            source_module.CheckpointSource,
+            "fingerprint",
+            lambda self, part, *check: (events.append(("hash", part)), fingerprint(self, part, *check))[1],
+        ),
+    )
+    with monkeypatch.context() as patch:
+        for owner, name, function in patches:
+            patch.setattr(owner, name, function)
+        config = ARBConfig(dataset=tokens(), block_size=64)
+        quantize_checkpoint(tmp_path / "float", tmp_path / "out", config)
+    assert late == []
+    for before, name in pairwise(names):
+        assert events.index(("read", name)) < events.index(("load", before))
+    hashed = [part for event, part in events if event == "hash"]
+    assert sorted(hashed) == ["", *names]  # each once
+    in_memory(tmp_path / "float", tmp_path / "memory", config, "LlamaForCausalLM")
+    assert_same_files(tmp_path / "out", tmp_path / "memory")
 
 
 def test_a_model_that_is_no_chain_says_so(tmp_path, caplog):

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ from tiny_models import save_tiny, tokens
 from optimum_arb import ARBConfig, quantize_checkpoint
 from optimum_arb.checkpoint import quantize as quantize_module
 from optimum_arb.checkpoint import run as run_module
+from optimum_arb.checkpoint.disk_activations import DiskActivations
 from optimum_arb.checkpoint.run import work_directory
+from optimum_arb.checkpoint.streamed import StreamedWeights
 from optimum_arb.checkpoint.work import WorkDirectory
 from optimum_arb.loading import calibrated
 
@@ -39,6 +42,13 @@ def finished(tmp_path_factory):
     save_tiny(folder / "float", "LlamaForCausalLM", num_hidden_layers=LAYERS)
     quantize_checkpoint(folder / "float", folder / "out", config())
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays():
+    """However a run ended."""
+    yield
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("optimum_arb")] == []
 
 
 class Interruption:
@@ -288,6 +298,108 @@ def test_a_full_disk_leaves_what_is_finished(tmp_path, monkeypatch, finished, er
     result = quantize_checkpoint(finished / "float", out, config(), resume=True)
     assert result.resumed_layers == 1
     assert_same_files(out, finished / "out")
+
+
+def test_what_an_interruption_meets_while_it_is_written_is_kept(tmp_path, monkeypatch, finished):
+    """The thread that writes is waited for, before anything is said or removed."""
+    out = tmp_path / "out"
+    fit, write, wait = calibrated.binarize_linear, WorkDirectory.write_piece, StreamedWeights.wait
+    interrupted = threading.Event()
+
+    def interrupt_second_layer(name, *args):
+        if name.startswith("model.layers.1."):
+            raise KeyboardInterrupt
+        return fit(name, *args)
+
+    def waits(self):
+        interrupted.set()
+        wait(self)
+
+    def writes(self, *args):
+        assert interrupted.wait(60)
+        write(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrated, "binarize_linear", interrupt_second_layer)
+        patch.setattr(StreamedWeights, "wait", waits)
+        patch.setattr(WorkDirectory, "write_piece", writes)
+        with pytest.raises(KeyboardInterrupt, match=f"1 of {LAYERS} layers are finished and kept in "):
+            quantize_checkpoint(finished / "float", out, config())
+    assert quantize_checkpoint(finished / "float", out, config(), resume=True).resumed_layers == 1
+    assert_same_files(out, finished / "out")
+
+
+def test_interrupted_twice(tmp_path, monkeypatch, finished):
+    """The second time while the first one waits for what is being written, which is kept nevertheless."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        Interruption(patch, 10)
+        patch.setattr(StreamedWeights, "wait", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt, match="interrupted twice"):
+            quantize_checkpoint(finished / "float", out, config())
+    assert quantize_checkpoint(finished / "float", out, config(), resume=True).resumed_layers == 1
+    assert_same_files(out, finished / "out")
+
+
+def test_an_error_of_writing_that_another_error_overtakes_is_told(tmp_path, monkeypatch, finished, caplog):
+    fit = calibrated.binarize_linear
+
+    def fail(self, *args):
+        raise OSError(28, "No space left on device")
+
+    def stop(name, *args):
+        if name.startswith("model.layers.1."):
+            raise ValueError("a weight holds NaN")
+        return fit(name, *args)
+
+    monkeypatch.setattr(calibrated, "binarize_linear", stop)
+    monkeypatch.setattr(WorkDirectory, "write_piece", fail)
+    with pytest.raises(ValueError, match="a weight holds NaN"):
+        quantize_checkpoint(finished / "float", tmp_path / "out", config())
+    assert "What was finished last could not be kept: [Errno 28] No space left on device" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_killed_between_a_layers_end_and_its_writing(tmp_path, monkeypatch, finished, on_disk):
+    """While the third layer is at work and the second one is not kept yet: what belongs to the first is all there."""
+    out = tmp_path / "out"
+    code = f"""
+import os, sys, threading
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+from test_resume import config
+from optimum_arb import quantize_checkpoint
+from optimum_arb.checkpoint.work import WorkDirectory
+from optimum_arb.loading import calibrated
+fit, write, writing = calibrated.binarize_linear, WorkDirectory.write_piece, threading.Event()
+def writes(self, part, *args):
+    if part == "model.layers.1":
+        writing.set()
+        threading.Event().wait()
+    write(self, part, *args)
+def fits(name, *args):
+    if name == "model.layers.2.mlp.down_proj":  # the layer's outputs are the last thing to come
+        assert writing.wait(60)
+        os._exit(9)
+    return fit(name, *args)
+WorkDirectory.write_piece, calibrated.binarize_linear = writes, fits
+quantize_checkpoint({str(finished / "float")!r}, {str(out)!r}, config(), activations_on_disk={on_disk})
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 9, run.stderr
+    restored = []
+    restore = DiskActivations.restore
+
+    def restores(self, layer):
+        restored.append(restore(self, layer))
+        return restored[-1]
+
+    monkeypatch.setattr(DiskActivations, "restore", restores)
+    result = quantize_checkpoint(finished / "float", out, config(), resume=True, activations_on_disk=on_disk)
+    assert result.resumed_layers == 1
+    assert restored == [True] * on_disk
+    assert_same_files(out, finished / "out")
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_the_previous_model_stays_until_the_new_one_is_whole(tmp_path, monkeypatch, finished):
