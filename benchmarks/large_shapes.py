@@ -63,8 +63,8 @@ PHASES = {
     "waiting for ranks": ["calibration.distributed:Ranks.exchange"],
     "writing": ["checkpoint.streamed:StreamedWeights._write", "checkpoint.streamed:StreamedWeights.finish_all"],
     "hashing the float files": ["loading.run_record:model_facts"],  # what was not hashed along the walk
-    "assembling": ["checkpoint.quantize:assemble"],
-    "publishing": ["checkpoint.quantize:_write_model", "checkpoint.quantize:publish"],
+    "assembling": ["checkpoint.finished:assemble"],
+    "publishing": ["checkpoint.quantize:write_finished", "checkpoint.quantize:publish"],
 }
 
 

@@ -6,40 +6,32 @@ import json
 import logging
 import math
 import os
-import shutil
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..calibration.distributed import current_ranks
 from ..calibration.memory import bounded_memory
 from ..calibration.progress import Progress
 from ..config import ARBConfig
-from ..hub.card import NAME as CARD
-from ..hub.card import is_users_own
-from ..hub.methods import finish_saved
 from ..hub.upload import visible_files
 from ..inspection import inspect_model, skeleton
 from ..modules import select_modules
-from ..publish import flush
 from ..report import ModelReport, ModuleReport, model_report
 from ..reproduce import model_facts
 from ..saving import check_named, check_not_source, check_output_directory, write_model
-from .assemble import assemble, check_shard_size
-from .behind import Behind
+from .assemble import check_shard_size
+from .finished import processor_of, write_finished
 from .interrupt import interruptible
 from .publish import publish, publish_again
 from .run import StreamedRun, work_directory
 from .source import NotStreamable, skeleton_class
-from .streamed import StreamedWeights
-from .work import WorkDirectory, file_digest, synchronize
+from .work import WorkDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +150,7 @@ def quantize_checkpoint(
             assert run.weights is not None
             files: tuple[str, ...] = ()
             if ranks.is_first:
-                digests = _write_model(binarized, run.weights, staging, output, name, max_shard_size, processor)
+                digests = write_finished(binarized, run.weights, staging, output, name, max_shard_size, processor)
                 work.publish(digests)
                 publish(staging, output)
                 files = tuple(digests)
@@ -201,57 +193,6 @@ def saved_class(config: Any) -> type[PreTrainedModel]:
     return found
 
 
-def _write_model(
-    model: PreTrainedModel,
-    weights: StreamedWeights,
-    staging: Path,
-    output: Path,
-    name: str,
-    max_shard_size: int | str | None,
-    processor: Any,
-) -> dict[str, str]:
-    """Writes everything that goes into the output directory into another one.
-
-    Returns:
-        The names of the files, sorted, with the digest of each. They are on the disk.
-    """
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
-    assemble(model, weights, staging, max_shard_size)
-    behind = Behind()
-    try:
-        # the weights, while they are read twice for their checksums
-        behind.do(partial(synchronize, *staging.glob("*.safetensors")))
-        processor = _processor(name) if processor is None else processor
-        if processor is not None:
-            processor.save_pretrained(staging)
-        finish_saved(staging, model, output.absolute().name)
-        if is_users_own(output / CARD):
-            shutil.copy2(output / CARD, staging / CARD)
-        files = sorted(file.relative_to(staging).as_posix() for file in staging.rglob("*") if file.is_file())
-        digests = {file: file_digest(staging / file) for file in files}
-        behind.settle()
-    finally:
-        behind.close()
-    flush(staging)  # and what was written since
-    return digests
-
-
-def _processor(name: str) -> Any:
-    """What lies with a model to read its inputs with, or None."""
-    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-
-    def has(file: str) -> bool:
-        return cached_file(name, file, **quietly) is not None
-
-    if has("processor_config.json") or has("preprocessor_config.json"):
-        return AutoProcessor.from_pretrained(name)
-    if has("tokenizer_config.json") or has("tokenizer.json"):
-        return AutoTokenizer.from_pretrained(name)
-    return None
-
-
 def _in_memory(
     model_class: type[PreTrainedModel],
     name: str,
@@ -269,7 +210,7 @@ def _in_memory(
     ranks = current_ranks()
     files: tuple[str, ...] = ()
     if ranks.is_first:
-        processor = _processor(name) if processor is None else processor
+        processor = processor_of(name) if processor is None else processor
         files = tuple(sorted(write_model(model, processor, output, overwrite, **options)))
     files = ranks.exchange(files, "writing the model")[0]
     quantization: Any = model.config.quantization_config

@@ -244,7 +244,7 @@ def _shown(value: Any) -> str:
 
 def file_digest(path: str | os.PathLike) -> str:
     """SHA-256 of the SHA-256s of a file's runs of 64 MB, of which several threads read one each: one thread hashes some
-    1 GB a second, and the files of a binarized 70B have 19."""
+    1 GB a second, and the files of a binarized 70B have 11."""
     size = os.path.getsize(path)
 
     def of_run(start: int) -> bytes:
