@@ -31,7 +31,7 @@ def taken(monkeypatch):
     from optimum_arb.ops.backends.triton import calls, native_launch, outputs
 
     if native_launch.load() is None:
-        pytest.skip("needs launch.c: python setup.py build_ext --inplace, and the Triton release that it knows")
+        pytest.skip("needs launch.c: python setup.py build_ext --inplace, and a Triton release that it knows")
     counts = [0]
 
     def count(name: str) -> None:

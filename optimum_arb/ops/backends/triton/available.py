@@ -181,6 +181,7 @@ def _digits_self_check(device: torch.device) -> float:
     """The larger error of one token of whole tiles, and of sixteen where the last one is narrow and sums have parts."""
     from . import digits
     from .gemm_config import GemmConfig
+    from .launch import tensor_class
 
     errors = []
     for tokens, columns, config in (
@@ -188,8 +189,10 @@ def _digits_self_check(device: torch.device) -> float:
         (16, 320, GemmConfig("digits", 16, 64, 4, 3, 2, 2)),
     ):
         packed, x, expected = _check_product(device, tokens, columns)
+        kind = tensor_class(x)
         with torch.cuda.device(device):
-            errors.append(_error(partial(digits.multiply, x, packed, None, torch.float32, config), expected))
+            plan = digits.DigitsPlan(packed, tokens, columns, kind, torch.float32, None, device, config)
+            errors.append(_error(partial(plan.run, x, None), expected))
     return float(torch.stack(errors).max())  # NaN where one is
 
 
