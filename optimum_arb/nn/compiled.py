@@ -1,16 +1,18 @@
 """Packed products in code that torch compiles.
 
 What such code reads of a layer torch looks at again before every call ("guards"): at each token of a compiled decoding
-step. Of a 7B's 735 microseconds a token there, 550 were this package's. So the functions here read little, and of the
-kinds that torch skips as a whole while the dicts that hold them are unchanged (plain values, tuples of them, tensors,
-and dicts of these): `Facts`, and a few attributes of the module. They call no method and no property of it, which torch
-would look up in all of its classes, and touch no object of another kind, of which one is enough for everything around
-it to be looked at piece by piece.
+step. Of a 7B's 735 microseconds a token there, 550 were this package's. So the functions here read little. Torch
+visits every module and every dict that is read; of what a dict holds it passes over numbers, strings, tensors and
+tuples of constants while the dict is unchanged, up to 2.11 of tensors too. So what is constant is one plain tuple of
+the module (`Facts`), tensors are read from the module's own dict of parameters, and what layers of one input have in
+common is one dict (`Group`). They call no method and no property of the module, which torch would look up in all of its
+classes, and touch no object of another kind: for one torch 2.11, which else passes over whole modules, looks at all
+that is around it piece by piece.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -24,8 +26,13 @@ if TYPE_CHECKING:
 DECODED = "decoded_"
 T = TypeVar("T")
 
+# The fields of a `Product` but its dicts: a plain tuple, of a named one torch would look at each field.
+Facts = tuple[str, int, int, int, int, int, tuple[str | None, ...], bool]
+# Of layers of one input, of each under the keys of `group_keys`: its facts, parameters and buffers.
+Group = dict[str, Any]
 
-class Facts(TypedDict):
+
+class Product(NamedTuple):
     """What compiled code reads of one packed product.
 
     Attributes:
@@ -37,8 +44,9 @@ class Facts(TypedDict):
         most_tokens: that the kernels for few tokens take.
         keys: of the tensors of `optimum_arb.format.packing.TENSOR_NAMES`, in this order, and of the bias; None for what
             there is not. Those that begin with `DECODED` are keys of buffers.
+        decoded: whether there are such buffers.
         parameters: the module's own dict, not a copy.
-        buffers: the same of its buffers.
+        buffers: the same of its buffers, empty where none is read: torch would look at that dict too.
     """
 
     layout: str
@@ -48,8 +56,14 @@ class Facts(TypedDict):
     hadamard: int
     most_tokens: int
     keys: tuple[str | None, ...]
+    decoded: bool
     parameters: dict[str, Any]
     buffers: dict[str, Any]
+
+
+def group_keys(index: int) -> tuple[str, str, str]:
+    """The keys of a `Group` for the layer of this number."""
+    return f"facts {index}", f"parameters {index}", f"buffers {index}"
 
 
 # Of groups of layers of one input: a tensor by which a group is known, the input, the backend and the results that were
@@ -61,13 +75,13 @@ _waiting: list[tuple[torch.Tensor | None, torch.Tensor, str, dict[int, torch.Ten
 
 def compiled_product(layer: ARBLinear, x: torch.Tensor) -> torch.Tensor:
     """`ARBLinear.forward` in code that is being compiled, for all backends of the operator."""
-    backend, index, out = layer.backend, layer._index, None
-    if index is not None and on_gpu(x):
-        out = _joined(layer, index, backend, x)
+    backend, place, out = layer.backend, layer._place, None
+    if place is not None and on_gpu(x):
+        out = _joined(layer, *place, backend, x)
     if out is None:
-        out = _alone(_known(layer._facts), backend, x)
+        out = _alone(_product(layer, _known(layer._facts)), backend, x)
     following = layer._following
-    return out if following is None else _alone(following, backend, out)
+    return out if following is None else _alone(_product(layer, following), backend, out)
 
 
 def on_gpu(x: torch.Tensor) -> bool:
@@ -75,14 +89,14 @@ def on_gpu(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
-def _joined(layer: ARBLinear, index: int, backend: str, x: torch.Tensor) -> torch.Tensor | None:
-    """The layer's part of what is computed for all layers of its input; None where it computes its own.
+def _joined(layer: ARBLinear, index: int, count: int, backend: str, x: torch.Tensor) -> torch.Tensor | None:
+    """The part of the layer of this number of what is computed for all of one input; None where it computes its own.
 
     Each thing is read where it is needed and once only: of two layers that hold the same dict torch would look at every
     call whether they still do. What it has to look at is that the layers for which results wait are of one group.
     """
     for place, (mark, source, of_backend, results) in enumerate(_waiting):
-        if mark is not _mark(_known(layer._group)):
+        if mark is not _mark(_members(_known(layer._group), count)):
             continue
         if source is x:
             out = results.pop(index, None)
@@ -95,25 +109,37 @@ def _joined(layer: ARBLinear, index: int, backend: str, x: torch.Tensor) -> torc
         if shared is not None:
             shared.end()
         return None
-    own = _known(layer._facts)
+    every = _members(_known(layer._group), count)
+    own = every[index]
     if not _few_tokens(own, backend, x):
         return None
-    group = _known(layer._group)
-    every = [own if i == index else group[i] for i in range(len(group))]
-    biases = [bias for bias in [_tensor(each, each["keys"][-1]) for each in every] if bias is not None]
+    biases = [bias for bias in [_tensor(each, each.keys[-1]) for each in every] if bias is not None]
     if len(biases) not in (0, len(every)) or (torch.is_grad_enabled() and any(bias.requires_grad for bias in biases)):
         return None
     out = _together(every, backend, x, torch.cat(biases) if biases else None, _transform(own, backend))
-    results = dict(enumerate(split_results(out, x.shape[:-1], [each["rows"] for each in every])))
+    results = dict(enumerate(split_results(out, x.shape[:-1], [each.rows for each in every])))
     out = results.pop(index)
-    _waiting.append((_mark(group), x, backend, results))
+    _waiting.append((_mark(every), x, backend, results))
     return out
 
 
-def _mark(group: dict[int, Facts]) -> torch.Tensor | None:
+def _members(group: Group, count: int) -> list[Product]:
+    """The products of a group of so many: asked for its length, torch would look at all dicts that a dict holds."""
+    every = []
+    for i in range(count):
+        its_facts, its_parameters, its_buffers = group_keys(i)
+        facts: Facts = group[its_facts]
+        every.append(Product(*facts, group[its_parameters], group[its_buffers] if facts[-1] else {}))
+    return every
+
+
+def _mark(every: list[Product]) -> torch.Tensor | None:
     """A tensor by which a group is known: torch 2.11 cannot compile a question whether two dicts are one."""
-    last = group[len(group) - 1]
-    return _tensor(last, last["keys"][0])
+    return _tensor(every[-1], every[-1].keys[0])
+
+
+def _product(layer: ARBLinear, facts: Facts) -> Product:
+    return Product(*facts, layer._parameters, layer._buffers if facts[-1] else {})
 
 
 def _known(value: T | None) -> T:
@@ -121,50 +147,50 @@ def _known(value: T | None) -> T:
     return value
 
 
-def _alone(facts: Facts, backend: str, x: torch.Tensor) -> torch.Tensor:
+def _alone(product: Product, backend: str, x: torch.Tensor) -> torch.Tensor:
     """One product, of a GPU's kernels for few tokens with what the input goes through first."""
-    change = _transform(facts, backend)
-    bias = _tensor(facts, facts["keys"][-1])
+    change = _transform(product, backend)
+    bias = _tensor(product, product.keys[-1])
     if change is not None:
         # the operator for one product alone has no transform
-        if on_gpu(x) and _few_tokens(facts, backend, x):
-            return _together([facts], backend, x, bias, change).view(*x.shape[:-1], facts["rows"])
+        if on_gpu(x) and _few_tokens(product, backend, x):
+            return _together([product], backend, x, bias, change).view(*x.shape[:-1], product.rows)
         x = change.apply(x)
-    operands = [_tensor(facts, key) for key in facts["keys"][:-1]]
-    return torch.ops.optimum_arb.linear(x, *operands, bias, facts["layout"], facts["block_size"], backend)
+    operands = [_tensor(product, key) for key in product.keys[:-1]]
+    return torch.ops.optimum_arb.linear(x, *operands, bias, product.layout, product.block_size, backend)
 
 
 def _together(
-    every: list[Facts], backend: str, x: torch.Tensor, bias: torch.Tensor | None, change: InputTransform | None
+    every: list[Product], backend: str, x: torch.Tensor, bias: torch.Tensor | None, change: InputTransform | None
 ) -> torch.Tensor:
     """The products one after another, a vector."""
-    tensors = [[_tensor(each, each["keys"][i]) for each in every] for i in range(len(TENSOR_NAMES))]
+    tensors = [[_tensor(each, each.keys[i]) for each in every] for i in range(len(TENSOR_NAMES))]
     present = [[tensor for tensor in kind if tensor is not None] for kind in tensors]
     transform = () if change is None else change[:3]
     return torch.ops.optimum_arb.shared_input_linear(
-        x, *present, bias, every[0]["layout"], every[0]["block_size"], backend, *transform
+        x, *present, bias, every[0].layout, every[0].block_size, backend, *transform
     )
 
 
-def _tensor(facts: Facts, key: str | None) -> torch.Tensor | None:
+def _tensor(product: Product, key: str | None) -> torch.Tensor | None:
     if key is None:
         return None
-    return facts["buffers"][key] if key.startswith(DECODED) else facts["parameters"].get(key)
+    return product.buffers[key] if key.startswith(DECODED) else product.parameters.get(key)
 
 
-def _transform(facts: Facts, backend: str) -> InputTransform | None:
-    if not facts["hadamard"]:
+def _transform(product: Product, backend: str) -> InputTransform | None:
+    if not product.hadamard:
         return None
-    order = facts["parameters"].get("weight_permutation")  # no operand of such a product
-    return InputTransform(order, facts["buffers"][f"{DECODED}input_signs"], facts["hadamard"], backend)
+    order = product.parameters.get("weight_permutation")  # no operand of such a product
+    return InputTransform(order, product.buffers[f"{DECODED}input_signs"], product.hadamard, backend)
 
 
-def _few_tokens(facts: Facts, backend: str, x: torch.Tensor) -> bool:
+def _few_tokens(product: Product, backend: str, x: torch.Tensor) -> bool:
     """Whether the kernels for few tokens may compute this: they have no gradient."""
-    if backend not in ("auto", "triton") or x.shape[-1] != facts["columns"]:
+    if backend not in ("auto", "triton") or x.shape[-1] != product.columns:
         return False
     if torch.is_grad_enabled():
-        bias = _tensor(facts, facts["keys"][-1])
+        bias = _tensor(product, product.keys[-1])
         if x.requires_grad or (bias is not None and bias.requires_grad):
             return False
-    return 0 < x.numel() <= facts["most_tokens"] * x.shape[-1] and x.dtype in (torch.float16, torch.bfloat16)
+    return 0 < x.numel() <= product.most_tokens * x.shape[-1] and x.dtype in (torch.float16, torch.bfloat16)

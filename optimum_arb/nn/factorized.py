@@ -48,10 +48,6 @@ class InnerProduct(PackedProduct):
         return self.layer
 
     @property
-    def facts(self) -> Facts:
-        return self.layer.facts_of_inner
-
-    @property
     def backend(self) -> str:  # type: ignore[override]
         return self.layer.backend
 
@@ -148,21 +144,11 @@ class ARBFactorizedLinear(ARBLinear):
     def operand(self, name: str) -> torch.Tensor | None:
         return self.taken(name) if name in OUTER else None
 
-    @property
-    def facts(self) -> Facts:
-        assert self._following is not None
-        return self._following
-
-    @property
-    def facts_of_inner(self) -> Facts:
-        """What compiled code reads of the first product."""
-        return super().facts
-
-    def _describe(self) -> None:
+    def _described(self) -> tuple[Facts, Facts | None]:
         if "_inner" not in self.__dict__:  # of a copy
             self._inner = InnerProduct(self)
-        self._facts = self._described(self._facts, self._inner, INNER, None)
-        self._following = self._described(self._following, self, {name: name for name in OUTER}, "bias")
+        outer = {name: name for name in OUTER}
+        return self._facts_of(self._inner, INNER, None), self._facts_of(self, outer, "bias")
 
     def _operands(self) -> list[torch.Tensor | None]:
         return PackedProduct._operands(self)  # not the linear's, which reads the parameters of one matrix

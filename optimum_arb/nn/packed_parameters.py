@@ -12,7 +12,7 @@ from ..format import packing, scales
 from ..format.layout import Layout
 from ..ops.streams import finish
 from .casting import keep_dtype
-from .compiled import DECODED, Facts
+from .compiled import DECODED, Facts, Group, group_keys
 from .plans import getter
 from .prepared_layers import MAX_TOKENS, is_offloaded
 from .product import PackedProduct
@@ -136,48 +136,49 @@ class PackedParameters(PackedProduct, nn.Module):
 
     def compute_alone(self) -> None:
         """Compiled code computes this layer by itself."""
-        self._group: dict[int, Facts] | None = None
-        self._index: int | None = None
+        self._group: Group | None = None
+        self._place: tuple[int, int] | None = None  # in it, and of how many
 
-    def compute_together(self, group: dict[int, Facts], index: int) -> None:
-        """Compiled code computes this layer with others of the same input."""
-        self._group, self._index = group, index  # as they were mostly: the module's dict stays unchanged then
+    def compute_together(self, group: Group, index: int, count: int) -> None:
+        """Compiled code computes this layer with others of the same input, which find it in the group."""
+        place = (index, count)
+        if self._group is not group or self._place != place:  # else the dict that torch looks at stays unchanged
+            self._group, self._place = group, place
+        for key, value in zip(group_keys(index), (self._facts, self._parameters, self._buffers), strict=True):
+            if group.get(key) is not value:
+                group[key] = value
 
     @property
     def module(self) -> PackedParameters:
         return self
 
-    @property
-    def facts(self) -> Facts:
-        assert self._facts is not None
-        return self._facts
+    def describe(self) -> None:
+        """Makes the facts as they are now, for this layer and those of its group."""
+        facts, following = self._described()
+        if (facts, following) != (self._facts, self._following):  # else the dicts that torch looks at stay unchanged
+            self._facts, self._following = facts, following
+        if self._group is not None and self._place is not None:
+            self.compute_together(self._group, *self._place)
 
-    def _describe(self) -> None:
-        """Makes the facts as they are now, in the dict that other layers may hold already."""
+    def _described(self) -> tuple[Facts, Facts | None]:
+        """The facts of the product that the input enters, and of one that its result enters."""
         names = {name: name for name in packing.TENSOR_NAMES if not (self.hadamard and name == "permutation")}
-        self._facts = self._described(self._facts, self, names, "bias")
+        return self._facts_of(self, names, "bias"), None
 
-    def _described(
-        self, facts: Facts | None, product: PackedProduct, names: Mapping[str, str], bias: str | None
-    ) -> Facts:
+    def _facts_of(self, product: PackedProduct, names: Mapping[str, str], bias: str | None) -> Facts:
         """The facts of a product whose tensors are stored by these names."""
         stored = [names.get(name) for name in packing.TENSOR_NAMES]
         keys = [*(name if name is None else self._key(name) for name in stored), bias]
-        new: Facts = {
-            "layout": product.layout.name,
-            "block_size": product.block_size,
-            "columns": product.columns,
-            "rows": product.out_features,
-            "hadamard": product.hadamard,
-            "most_tokens": MAX_TOKENS if facts is None else facts["most_tokens"],
-            "keys": tuple(key if self._has(key) else None for key in keys),
-            "parameters": self._parameters,
-            "buffers": self._buffers,
-        }
-        if facts is None:
-            return new
-        facts.update(new)
-        return facts
+        return (
+            product.layout.name,
+            product.block_size,
+            product.columns,
+            product.out_features,
+            product.hadamard,
+            product._most_tokens,
+            tuple(key if self._has(key) else None for key in keys),
+            bool(self._coded),
+        )
 
     def _has(self, key: str | None) -> bool:
         return key in self._parameters or key in self._buffers
@@ -185,7 +186,7 @@ class PackedParameters(PackedProduct, nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
         if self._facts is not None:
-            self._describe()
+            self.describe()
 
     def _key(self, name: str) -> str:
         return f"{DECODED}{name}" if name in self._coded else PARAMETERS[name]
@@ -246,7 +247,7 @@ class PackedParameters(PackedProduct, nn.Module):
                 self.register_buffer(f"{DECODED}{name}", values[name], persistent=False)
             finish(values[coded[0]].device)
         self._decoded_from = self._codes()
-        self._describe()
+        self.describe()
 
     def _codes(self) -> tuple[Any, ...]:
         """Changes when a tensor of codes, a grid or the order of a transform is replaced, moved or written."""
@@ -274,8 +275,9 @@ class PackedParameters(PackedProduct, nn.Module):
         self.decode_stored()
 
     def __getstate__(self) -> dict[str, Any]:
-        left_behind = {"shared_input": None, "_prepared": None, "_looked": False, "_plans": None, "_readers": None}
-        left_behind |= {"_facts": None, "_following": None, "_group": None, "_index": None}
+        left_behind = dict.fromkeys(("shared_input", "_prepared", "_plans", "_readers"))
+        left_behind |= dict.fromkeys(("_facts", "_following", "_group", "_place"))  # what compiled code reads
+        left_behind |= {"_looked": False, "_most_tokens": MAX_TOKENS}
         return {**self.__dict__, **left_behind}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -20,14 +20,13 @@ from .shared_input import SharedInput
 
 if TYPE_CHECKING:
     from ..ops.backends.triton.prepack import Prepacked
-    from .compiled import Facts
     from .packed_parameters import PackedParameters
 
 
 class PackedProduct(ABC):
     """What an `ARBLinear` does with its matrix, and each of the two matrices of an `ARBFactorizedLinear`.
 
-    Compiled code has a way of its own, `compiled_product`, and reads of this what `facts` holds.
+    Compiled code has a way of its own, `compiled_product`, and reads of this what the module's `describe` tells.
 
     Attributes:
         layout: of the matrix.
@@ -62,11 +61,6 @@ class PackedProduct(ABC):
     @abstractmethod
     def module(self) -> PackedParameters:
         """Whose parameters the tensors are."""
-
-    @property
-    @abstractmethod
-    def facts(self) -> Facts:
-        """What compiled code reads; the same dict for as long as this object lives."""
 
     @property
     @abstractmethod
@@ -228,5 +222,5 @@ class PackedProduct(ABC):
             self._most_tokens = self._prepared.most_tokens
         elif self.shared_input is not None and self.shared_input.enabled:
             self._most_tokens = self.shared_input.most_tokens
-        self.facts["most_tokens"] = self._most_tokens
+        self.module.describe()
         self._looked = True

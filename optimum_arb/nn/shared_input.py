@@ -21,7 +21,7 @@ from .shared_prompts import SharedPrompts
 
 if TYPE_CHECKING:
     from ..ops.backends.triton.prepack import Prepacked
-    from .compiled import Facts
+    from .compiled import Group
     from .input_transform import InputTransform
     from .product import PackedProduct
 
@@ -86,7 +86,7 @@ class SharedInput:
         self.joins_prompts = True
         self._prompts = SharedPrompts()
         self._wasted = 0  # calls in a row of which a result was left
-        self._facts: dict[int, Facts] = {}  # of the layers, for compiled code
+        self._group: Group = {}  # what compiled code reads of the layers
 
     @property
     def layers(self) -> list[PackedProduct]:
@@ -262,13 +262,11 @@ class SharedInput:
         layers = [layer for layer in self.layers if layer.shared_input is self]
         together = self.enabled and len(layers) == len(self._rows)
         together = together and (self._alike or not any(layer.hadamard for layer in layers))
-        if together and not self._facts:
-            self._facts.update(enumerate(layer.facts for layer in layers))
-        elif not together:  # facts hold the tensors of a layer that is gone
-            self._facts.clear()
+        if not together:  # it holds the tensors of a layer that is gone
+            self._group.clear()
         for index, layer in enumerate(layers):
             if together:
-                layer.module.compute_together(self._facts, index)
+                layer.module.compute_together(self._group, index, len(layers))
             else:
                 layer.module.compute_alone()
 

@@ -15,7 +15,8 @@ from torch._dynamo import guards
 from optimum_arb.format.hadamard import random_signs
 from optimum_arb.nn import ARBLinear, compiled, packed_linear, share_inputs
 
-SKIPPED = (nn.Module, dict, tuple, str, int, types.NoneType, torch.Tensor)  # kinds, while dicts are unchanged
+# kinds, while dicts are unchanged; torch 2.15 looks once at a class whose `forward` is one of its bases'
+SKIPPED = (nn.Module, dict, tuple, str, int, types.NoneType, torch.Tensor, type)
 
 
 class Block(Attention):
@@ -98,6 +99,9 @@ KINDS = {
 }
 
 
+SEVERAL_DICTS = ("codes", "hadamard", "factors")  # buffers, or parameters for each of two products
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_guards(kind, managers, compiled_on_a_gpu):
@@ -113,7 +117,10 @@ def test_guards(kind, managers, compiled_on_a_gpu):
     own = [node for node in nodes(managers[-1]) if "_proj" in node.get_source()]
     assert own
     assert not {node.get_source() for node in own if not issubclass(node.get_type_of_guarded_value(), SKIPPED)}
-    assert len(own) / 4 <= (23 if kind == "factors" else 19)
+    assert len(own) / 4 <= 15
+    # from torch 2.12 on it visits these, of which a float layer has three, and tensors, and passes over all else
+    visited = [node for node in own if issubclass(node.get_type_of_guarded_value(), (nn.Module, dict))]
+    assert len(visited) <= 3 * 4 + (7 if kind in SEVERAL_DICTS else 3)
 
 
 def negated(model: Block) -> None:
