@@ -170,8 +170,8 @@ class PackedProduct(ABC):
         key = (x.numel(), x.dtype)
         found = plans.get(key)
         if found is None:
-            if key in plans:
-                return None
+            if key in plans or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+                return None  # what is found in a capture is not for all times: kernels may not have been checked yet
             found = plans[key] = plan(x, self._operands(), bias, self.layout, self.block_size, backend)
         if found is None:
             return None

@@ -5,6 +5,7 @@ What is launched around them, and where it all lies in memory, is what a GPU has
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,19 @@ from optimum_arb.ops.backends.packed import PackedWeight
 from optimum_arb.ops.backends.triton import hopper
 
 
+class _EmulatedLaunch:
+    """What `launch.Launch` is without a GPU: nothing can be launched natively."""
+
+    def __init__(self, run: Callable[[tuple[Any, ...]], None]):
+        self._run = run
+
+    def __call__(self, args: tuple[Any, ...]) -> None:
+        self._run(args)
+
+    def ready(self, args: tuple[Any, ...]) -> None:
+        return None
+
+
 class EmulatedMultiply(hopper.Multiply):
     """Reads and writes what the kernel does."""
 
@@ -23,7 +37,7 @@ class EmulatedMultiply(hopper.Multiply):
         self.after_product = choices["after_product"]
         self._stored, self._split_k, self._out_stride = _stored(packed, scaled), split_k, out_stride
         self._bias, self._share = args[4], self.rest[6] * 128
-        self.launch = self._multiply
+        self.launch = _EmulatedLaunch(self._multiply)
 
     def _multiply(self, args: tuple[Any, ...]) -> None:
         x_desc, _, _, out, bias, *_ = args

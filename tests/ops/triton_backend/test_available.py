@@ -2,7 +2,9 @@
 
 import logging
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from optimum_arb.ops.backends.triton.available import (
     fuses_hadamard,
     has_digits_kernel,
     has_half_bits_kernel,
+    has_hopper_kernel,
     has_kernels,
     has_one_bit_kernel,
 )
@@ -34,6 +37,9 @@ def machine(monkeypatch):
     monkeypatch.setattr(available, "_half_self_check", lambda device: 3e-4)
     monkeypatch.setattr(available, "_transform_self_check", lambda device: 3e-4)
     monkeypatch.setattr(available, "_digits_self_check", lambda device: 3e-5)
+    monkeypatch.setattr(available, "_hopper_self_check", lambda device: 3e-3)
+    monkeypatch.setattr(available, "_found_hopper", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     checks = (has_kernels, has_one_bit_kernel, has_half_bits_kernel, fuses_hadamard, has_digits_kernel)
     for cached in checks:
         cached.cache_clear()
@@ -51,6 +57,7 @@ def test_a_good_machine(caplog):
     assert has_one_bit_kernel(DEVICE)
     assert has_half_bits_kernel(DEVICE)
     assert fuses_hadamard(DEVICE)
+    assert has_hopper_kernel(DEVICE)
     assert not warnings(caplog)
 
 
@@ -58,6 +65,7 @@ def test_no_kernels_for_the_cpu(caplog):
     for device in ("cpu", "meta"):
         assert not has_kernels(torch.device(device))
         assert not has_one_bit_kernel(torch.device(device))
+        assert not has_hopper_kernel(torch.device(device))
     assert not warnings(caplog)
 
 
@@ -198,6 +206,72 @@ def test_digits_where_the_one_bit_kernel_is_wrong(monkeypatch, caplog):
         "The one-bit tensor core kernel",
         "The 8-bit digits kernel",
     ]
+
+
+def test_the_fused_product_is_checked_once(monkeypatch, caplog):
+    asked = []
+    monkeypatch.setattr(available, "_hopper_self_check", lambda device: asked.append(device) or 3e-3)
+    other = torch.device("cuda", 1)
+    for device in (DEVICE, DEVICE, other, DEVICE, other):
+        assert has_hopper_kernel(device)
+    assert asked == [DEVICE, other]
+    assert not warnings(caplog)
+
+
+@pytest.mark.parametrize("error", [2e-2, float("nan"), float("inf"), RuntimeError("ptxas said no")])
+def test_a_fused_product_that_does_not_work(monkeypatch, caplog, error):
+    asked = []
+
+    def check(device):
+        asked.append(device)
+        if isinstance(error, Exception):
+            raise error
+        return error
+
+    monkeypatch.setattr(available, "_hopper_self_check", check)
+    for _ in range(3):
+        assert not has_hopper_kernel(DEVICE)
+    assert asked == [DEVICE]
+    assert has_half_bits_kernel(DEVICE)
+    (found,) = warnings(caplog)
+    assert found.startswith("The fused wgmma product kernel ")
+    assert "Another version of Triton or of the GPU's driver" in found
+    assert f"(Triton 3.6.0, torch {torch.__version__})" in found
+
+
+def test_nothing_is_checked_in_a_capture(monkeypatch, caplog):
+    """Nor is it kept that the fused product is not used there; what is known is."""
+    asked = []
+    monkeypatch.setattr(available, "_hopper_self_check", lambda device: asked.append(device) or 3e-3)
+    for capturing, works, count in ((True, False, 0), (False, True, 1), (True, True, 1)):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        assert has_hopper_kernel(DEVICE) == works
+        assert len(asked) == count
+    assert not warnings(caplog)
+
+
+@pytest.mark.parametrize(("capability", "triton"), [((8, 0), "3.6.0"), ((10, 0), "3.6.0"), ((9, 0), "3.5.1")])
+def test_no_fused_product_for_other_machines(monkeypatch, caplog, capability, triton):
+    """It is not written for them, of which nothing is said."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(sys.modules["triton"], "__version__", triton)
+    monkeypatch.setattr(available, "_hopper_self_check", lambda device: pytest.fail("asked"))
+    assert not has_hopper_kernel(DEVICE)
+    assert not warnings(caplog)
+
+
+def test_threads_that_ask_for_the_fused_product_at_once(monkeypatch):
+    asked = []
+
+    def check(device):
+        asked.append(device)
+        time.sleep(0.05)
+        return 3e-3
+
+    monkeypatch.setattr(available, "_hopper_self_check", check)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(has_hopper_kernel, [DEVICE] * 4))
+    assert asked == [DEVICE]
 
 
 def test_products_that_kernels_are_checked_with_do_not_depend_on_defaults_of_torch():

@@ -38,24 +38,9 @@ def test_float64_and_no_tokens():
         assert result.dtype == torch.float16
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_tables_made_with_a_newer_triton(monkeypatch, there):
-    """What they hold for a kernel that this Triton does not compile is not taken."""
-    config = {"kernel": "hopper", "block_m": 64, "block_n": 64, "warps": 4, "stages": 3, "split_k": 1}
-    monkeypatch.setattr(dispatch, "lookup", lambda *args: Entry(96, 256, 1, 64, "hopper", config, 1.0))
-    monkeypatch.setattr(dispatch, "has_hopper", lambda: there)
-    dispatch._tuned.cache_clear()
-    try:
-        found = dispatch._tuned(torch.device("cpu"), 96, 256, 1, 64)
-    finally:
-        dispatch._tuned.cache_clear()
-    assert (None if found is None else found.kernel) == ("hopper" if there else None)
-
-
 def test_where_the_last_round_begins_is_of_one_shape(monkeypatch):
     config = {"kernel": "hopper", "block_n": 128, "split_k": 4, "split_from": 4224}
     monkeypatch.setattr(dispatch, "lookup", lambda *args: Entry(5120, 5120, 1, 512, "hopper", config, 1.0))
-    monkeypatch.setattr(dispatch, "has_hopper", lambda: True)
     dispatch._tuned.cache_clear()
     try:
         found = [dispatch._tuned(torch.device("cpu"), *shape, 1, 512) for shape in ((5120, 5120), (4096, 5120))]

@@ -52,6 +52,7 @@ def table(monkeypatch):
     monkeypatch.setattr(module, "lookup", lookup)
     monkeypatch.setattr(module, "has_half_bits_kernel", lambda device: True)
     monkeypatch.setattr(module, "has_one_bit_kernel", lambda device: True)
+    monkeypatch.setattr(module, "has_hopper_kernel", lambda device: True)
     return times
 
 
@@ -75,6 +76,13 @@ def test_half_bits_where_it_is_the_fastest(table, monkeypatch):
     assert ready.half == {8: HalfConfig(2, 1), 16: HalfConfig(2, 1)}
     monkeypatch.setattr(module, "has_half_bits_kernel", lambda device: False)
     assert most_tokens(64) == 4
+
+
+def test_half_bits_where_the_faster_kernel_does_not_work(table, monkeypatch):
+    table[64, True], table[64, False] = (5.0, 6.0), (4.0, 5.0)
+    assert most_tokens(64) == 4
+    monkeypatch.setattr(module, "has_hopper_kernel", lambda device: False)
+    assert most_tokens(64) == 16
 
 
 def test_half_bits_of_shapes_that_nobody_measured(table):

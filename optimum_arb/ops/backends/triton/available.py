@@ -20,6 +20,7 @@ logger = logging.getLogger("optimum_arb")
 
 # the first with `gdc_wait` and Gluon; the kernels in Gluon need 3.5, which `_works` finds, and `hopper_decode.py` 3.6
 FIRST_TRITON = (3, 4)
+HOPPER_TRITON = (3, 6)
 # False: the Hadamard transform of few tokens is a launch of its own, as that of many
 FUSE_HADAMARD = True
 # mma with operands of one bit is an instruction of these; 10.0 and later emulate it slowly
@@ -110,6 +111,31 @@ def has_digits_kernel(device: torch.device) -> bool:
     return _works("8-bit digits", 1e-3, _digits_self_check, device)
 
 
+_found_hopper: dict[torch.device, bool] = {}
+_finding_hopper = threading.Lock()
+
+
+def has_hopper_kernel(device: torch.device) -> bool:
+    """Whether the fused product of sm_90 works on this device, found and told as `has_one_bit_kernel` is.
+
+    Asked at every product. While a CUDA graph is captured there is no room to find it out: what is not known counts as
+    False then, which is not kept.
+    """
+    found = _found_hopper.get(device)
+    if found is None:
+        written = has_kernels(device) and torch.version.hip is None and triton_version() >= HOPPER_TRITON
+        written = written and torch.cuda.get_device_capability(device)[0] == 9
+        if written and torch.cuda.is_current_stream_capturing():
+            return False
+        with _finding_hopper:
+            found = _found_hopper.get(device)  # another thread may have been here
+            if found is None:
+                # bfloat16 rounds scales, their sums and results: 4e-3
+                found = written and _works("fused wgmma product", 1e-2, _hopper_self_check, device)
+                _found_hopper[device] = found
+    return found
+
+
 def _works(name: str, most: float, check: Callable[[torch.device], float], device: torch.device) -> bool:
     # said only where it takes long enough to look like a hang, which is once: Triton keeps what it compiled on disk
     notice = threading.Timer(2, logger.warning, ["Compiling GPU kernels of packed layers; this takes seconds, once."])
@@ -118,14 +144,23 @@ def _works(name: str, most: float, check: Callable[[torch.device], float], devic
     try:
         error = check(device)
     except Exception as failure:  # a Triton without Gluon, or with another form of it, fails in many ways
-        logger.warning("The %s kernel does not compile here (%s); using the others.", name, failure)
+        logger.warning("The %s kernel does not compile here (%s); using the others%s", name, failure, _advice())
         return False
     finally:
         notice.cancel()
     if not error < most:
-        logger.warning("The %s kernel is wrong here (relative error %.1e); using the others.", name, error)
+        logger.warning("The %s kernel is wrong here (relative error %.1e); using the others%s", name, error, _advice())
         return False
     return True
+
+
+def _advice() -> str:
+    import triton
+
+    return (
+        ", which may be slower. Another version of Triton or of the GPU's driver may be right; please report these "
+        f"(Triton {triton.__version__}, torch {torch.__version__})."
+    )
 
 
 def _error(multiply: Callable[[], torch.Tensor], expected: torch.Tensor) -> torch.Tensor:
@@ -196,23 +231,55 @@ def _digits_self_check(device: torch.device) -> float:
     return float(torch.stack(errors).max())  # NaN where one is
 
 
+def _hopper_self_check(device: torch.device) -> float:
+    """The larger error of both kernels of `hopper_kernels.py`, each with a dtype and a number of planes of its own.
+
+    Cut as the table of an H200 has it most often, so that calls need the same programs: tiles at the edges are part of
+    the output, parts of K are not alike, and the ring of slots is filled more than once. Four are compiled.
+    """
+    from .gemm_config import GemmConfig
+    from .hopper_check import error
+
+    # the kernel whose warps share all roles: x in the weight's order, scaled before; parts, and the launch that adds
+    shared = GemmConfig("hopper", 16, 64, 4, 3, 2, 2)
+    packed, x, expected = _check_product(device, 23, 2176, rows=272, planes=1, dtype=torch.float16)
+    first = error(packed, x, expected, shared)
+    # the one with a warp that copies: x as it is, column scales in the kernel
+    split = GemmConfig("hopper", 256, 128, 8, 3)
+    packed, x, expected = _check_product(device, 300, 2176, rows=272, dtype=torch.bfloat16, permuted=False)
+    second = error(packed, x, expected, split)
+    return float(torch.stack([first, second]).max())  # NaN where one is
+
+
 def _check_product(
-    device: torch.device, tokens: int, columns: int = 320
+    device: torch.device,
+    tokens: int,
+    columns: int = 320,
+    *,
+    rows: int = 96,
+    planes: int = 2,
+    dtype: torch.dtype = torch.float32,
+    permuted: bool = True,
 ) -> tuple[PackedWeight, torch.Tensor, torch.Tensor]:
-    """A random weight, float32 inputs and their product in float64."""
-    rows, blocks = 96, -(-columns // 128)
+    """A random weight, inputs of this dtype and their product in float64.
+
+    The product is computed on the CPU: cuBLAS refuses it where torch was asked for deterministic algorithms.
+    """
+    blocks = -(-columns // 128)
     generator = torch.Generator().manual_seed(0)
     # whatever torch's defaults are: a model may be built under others, and the answer is kept for the process
     choices: dict[str, Any] = {"generator": generator, "device": "cpu"}
     floating: dict[str, Any] = {**choices, "dtype": torch.float32}
     weight = BinarizedWeight(
-        planes_layout(2, col_scale=True),
+        planes_layout(planes, col_scale=True),
         128,
-        torch.rand(2, rows, columns, **floating) < 0.5,
-        torch.rand(rows, blocks, 2, **floating) + 0.5,
-        torch.rand(2, columns, **floating) + 0.5,
-        torch.randperm(columns, **choices),
+        torch.rand(planes, rows, columns, **floating) < 0.5,
+        torch.rand(rows, blocks, planes, **floating) + 0.5,
+        torch.rand(planes, columns, **floating) + 0.5,
+        torch.randperm(columns, **choices) if permuted else None,
     )
-    packed = PackedWeight(weight.layout, 128, columns, **{k: v.to(device) for k, v in pack(weight).items()})
-    x = torch.randn(tokens, columns, **floating).to(device)
-    return packed, x, x.double() @ packed.unpack().dequantize(torch.float64).T
+    tensors = pack(weight)
+    x = torch.randn(tokens, columns, **floating).to(dtype)
+    dense = PackedWeight(weight.layout, 128, columns, **tensors).unpack().dequantize(torch.float64)
+    packed = PackedWeight(weight.layout, 128, columns, **{name: each.to(device) for name, each in tensors.items()})
+    return packed, x.to(device), (x.double() @ dense.T).to(device)

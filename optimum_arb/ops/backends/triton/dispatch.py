@@ -13,13 +13,13 @@ from .. import grouped, reference
 from ..grouped import PackedExperts
 from ..packed import PackedWeight
 from . import digits, prepack
-from .available import has_digits_kernel, has_one_bit_kernel
+from .available import has_digits_kernel, has_hopper_kernel, has_one_bit_kernel
 from .dequantize import dequantize
 from .few_tokens import decode_config, few_tokens
 from .gemm import gemm, gemm_input_grad
 from .gemm import plan as make_plan
 from .gemm import plan_group as make_group
-from .gemm_config import GemmConfig, default_config, fits_hopper, has_hopper, is_fusable
+from .gemm_config import GemmConfig, default_config, fits_hopper, is_fusable, suits_hopper
 from .hadamard import Transform
 from .table import bucket, lookup
 
@@ -163,8 +163,17 @@ def _config(device: torch.device, dtype: torch.dtype, tokens: int, packed: Packe
     shape = (device, packed.out_features, packed.in_features, packed.layout.planes)
     half = dtype in (torch.float16, torch.bfloat16)
     if tokens <= digits.MAX_TOKENS and half and is_fusable(packed) and _needs_digits(device):
-        return _tuned(*shape, bucket(tokens)) or digits.default_config(packed, tokens)
-    return _tuned(*shape, bucket(max(tokens, 8))) or default_config(packed, tokens, dtype)
+        return _working(_tuned(*shape, bucket(tokens)), packed, dtype) or digits.default_config(packed, tokens)
+    tuned = _tuned(*shape, bucket(max(tokens, 8)))
+    return _working(tuned, packed, dtype) or default_config(packed, tokens, dtype)
+
+
+def _working(config: GemmConfig | None, packed: PackedWeight, dtype: torch.dtype) -> GemmConfig | None:
+    """None for "hopper" that does not work here, of which `default_config` finds the next best; not kept, since in a
+    capture it may not be known yet."""
+    if config is None or config.kernel != "hopper" or not suits_hopper(packed, dtype):
+        return config
+    return config if has_hopper_kernel(packed.weight.device) else None
 
 
 _needing_digits: dict[torch.device, bool] = {}
@@ -189,6 +198,4 @@ def _tuned(device: torch.device, out_features: int, in_features: int, planes: in
     config = GemmConfig(**entry.config)
     if config.split_from and (entry.out_features, entry.in_features) != (out_features, in_features):
         config = replace(config, split_k=1, split_from=0)  # where the last round begins depends on the shape
-    # tables are made with a newer Triton; of what it has not, `default_config` finds the next best
-    there = has_hopper() if config.kernel == "hopper" else config.kernel != "digits" or has_digits_kernel(device)
-    return config if there else None
+    return None if config.kernel == "digits" and not has_digits_kernel(device) else config

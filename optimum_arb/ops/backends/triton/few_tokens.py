@@ -13,7 +13,7 @@ import torch
 
 from ..packed import PackedWeight
 from . import prepack
-from .available import fuses_hadamard, has_half_bits_kernel, has_one_bit_kernel
+from .available import fuses_hadamard, has_half_bits_kernel, has_hopper_kernel, has_one_bit_kernel
 from .few_tokens_plan import change_class
 from .hadamard import transform
 from .launch import current_device, hooked
@@ -194,8 +194,9 @@ def _half_config(
 def _stored_order_time(
     device: torch.device, out_features: int, in_features: int, planes: int, tokens: int
 ) -> float | None:
-    """Microseconds of the kernels that read the stored order, by the nearest shape and the number of weights."""
+    """Microseconds of the kernels that read the stored order, by the nearest shape and the number of weights; None
+    where nobody has measured it, or it was that of a kernel that does not work here."""
     entry = lookup(device, out_features, in_features, planes, tokens)
-    if entry is None:
+    if entry is None or (entry.kernel == "hopper" and not has_hopper_kernel(device)):
         return None
     return entry.microseconds * (out_features * in_features) / (entry.out_features * entry.in_features)

@@ -30,7 +30,7 @@ from .portable import multiply
 try:
     from .hopper_group import HopperGroup
     from .hopper_plan import HopperPlan
-except ImportError:  # a Triton without Gluon, or with another form of it
+except (ImportError, AttributeError):  # a Triton without Gluon, or with another form of it
     HopperPlan = HopperGroup = None  # type: ignore[assignment, misc]
 
 

@@ -9,12 +9,8 @@ import torch
 
 from ....format.packing import tile_width
 from ..packed import PackedWeight
+from .available import has_hopper_kernel
 from .launch import capability, cdiv, power_of_2
-
-try:
-    from . import hopper_kernels
-except ImportError:  # a Triton without Gluon, or with another form of it
-    hopper_kernels = None  # type: ignore[assignment]
 
 Kernel = Literal["hopper", "portable", "digits", "dequantize"]
 # Up to which several planes may be multiplied one after another: more tokens keep the tensor cores busy as it is.
@@ -58,16 +54,10 @@ def is_fusable(packed: PackedWeight) -> bool:
     return not packed.layout.salient
 
 
-def has_hopper() -> bool:
-    """Whether "hopper" is written for this version of Triton."""
-    return hopper_kernels is not None
-
-
-def fits_hopper(packed: PackedWeight, dtype: torch.dtype) -> bool:
-    """Whether "hopper" computes this weight for inputs of this dtype on the weight's device."""
+def suits_hopper(packed: PackedWeight, dtype: torch.dtype) -> bool:
+    """Whether "hopper" is written for this weight, inputs of this dtype and the weight's device."""
     return (
-        has_hopper()
-        and capability(packed.weight.device)[0] == 9
+        capability(packed.weight.device)[0] == 9
         and dtype in (torch.float16, torch.bfloat16)
         and packed.layout.name.startswith("planes-")
         and packed.block_size != 64
@@ -75,6 +65,11 @@ def fits_hopper(packed: PackedWeight, dtype: torch.dtype) -> bool:
         and packed.weight.data_ptr() % 16 == 0  # the copy engine wants that
         and packed.weight.stride(1) == 1
     )
+
+
+def fits_hopper(packed: PackedWeight, dtype: torch.dtype) -> bool:
+    """Whether "hopper" computes this weight for inputs of this dtype: where it is written for them, and works."""
+    return suits_hopper(packed, dtype) and has_hopper_kernel(packed.weight.device)
 
 
 def candidates(n: int, k: int, m: int, hopper: bool = True, processors: int = 132) -> list[GemmConfig]:

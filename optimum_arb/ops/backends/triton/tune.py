@@ -12,10 +12,9 @@ import torch
 from ....format.layout import planes_layout
 from ..packed import PackedWeight
 from . import digits, half_bits, one_bit, prepack
-from .available import has_digits_kernel, has_one_bit_kernel
+from .available import has_digits_kernel, has_hopper_kernel, has_one_bit_kernel
 from .gemm import gemm
-from .gemm_config import GemmConfig, candidates, has_hopper, scaled_candidates
-from .launch import capability
+from .gemm_config import GemmConfig, candidates, scaled_candidates
 from .table import TOKENS, Entry
 from .timing import copies_for, graph_time, random_weight
 
@@ -41,7 +40,7 @@ def _calls(tokens: int, shape: Shape, permuted: bool) -> list[tuple[str, Config]
     prepacked = has_one_bit_kernel(device)
     if prepacked and tokens <= one_bit.MAX_TOKENS:
         return [("one_bit", c) for c in one_bit_candidates(out_features, in_features)]
-    hopper = has_hopper() and capability(device)[0] == 9
+    hopper = has_hopper_kernel(device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     stored = candidates(out_features, in_features, tokens, hopper, processors)
     if hopper:
