@@ -193,6 +193,16 @@ def test_calls_end_with_what_they_were_made_of(ready):
         assert not is_ready(found, x)
 
 
+def test_no_plan_is_kept_of_a_capture(ready, monkeypatch):
+    """It may be of another kernel than later, when they have been checked; those that there are serve a capture."""
+    found = layer()
+    x = torch.randn(64, 256).half()
+    for capturing, planned in ((True, False), (False, True), (True, True)):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        assert (found._planned(x, None) is not None) == planned
+        assert bool(found._plans) == planned
+
+
 def test_new_launches_are_made_ready(ready):
     """As after column scales were written, which a copy was made of."""
     found = layer()

@@ -4,6 +4,8 @@ Triton's launcher is told of a GPU that is not there and stops short of the laun
 the calls of the package would run.
 """
 
+import contextlib
+import math
 import re
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver, jit
 
 from optimum_arb.format.layout import all_layouts, layout_from_name
-from optimum_arb.ops.backends.triton import columns, digits, gemm, launch, one_bit
+from optimum_arb.ops.backends.triton import available, columns, digits, gemm, launch, one_bit
 from optimum_arb.ops.backends.triton.dequantize import dequantize
 from optimum_arb.ops.backends.triton.gemm_config import GemmConfig
 from optimum_arb.ops.backends.triton.prepack import join, prepack
@@ -205,6 +207,14 @@ def main() -> None:
     CompiledKernel.__getitem__ = lambda self, grid: lambda *args, **options: None
     torch.cuda.current_device = lambda: None
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
+    if "check" in sys.argv:
+        # nothing is launched, and so nothing is written
+        torch.cuda.device = lambda device: contextlib.nullcontext()
+        assert math.isnan(available._hopper_self_check(torch.device("cpu")))
+        programs = {kernel.hash: (name, kernel) for name, kernel in compiled}
+        assert len(programs) == 4, [name for name, _ in programs.values()]
+        for name, kernel in programs.values():
+            assert not operands_overwritten(disassemble(kernel)), name
     if "one_bit" in sys.argv:
         few_tokens("planes-2-col", 1, True, (272,), one_bit.DecodeConfig())
         few_tokens("planes-1", 2, False, (42, 7, 64), one_bit.DecodeConfig(warps=4, prefetch=False))

@@ -45,6 +45,13 @@ def test_fused(tmp_path):
 
 
 @needs_fused
+def test_self_check_of_fused(tmp_path):
+    """What the first product compiles beside its own."""
+    out = compile_for_gpu("check", cache=tmp_path)
+    assert all(name in out for name in ("_shared_kernel", "_split_kernel", "_gather_kernel", "_sum_kernel"))
+
+
+@needs_fused
 def test_keys(tmp_path):
     """Calls that share a key of `Launcher` share what Triton compiles, and no number of tokens has its own."""
     assert "keys" in compile_for_gpu("keys", cache=tmp_path)
