@@ -28,6 +28,7 @@ def unknown(monkeypatch):
     if available.triton_version() < available.HOPPER_TRITON:
         pytest.skip("the fused product needs Triton 3.6")
     monkeypatch.setattr(available, "_found_hopper", {})
+    monkeypatch.setattr(available, "HOPPER_TESTED", frozenset())
 
 
 def warnings(caplog) -> list[str]:

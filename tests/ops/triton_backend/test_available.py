@@ -39,6 +39,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(available, "_digits_self_check", lambda device: 3e-5)
     monkeypatch.setattr(available, "_hopper_self_check", lambda device: 3e-3)
     monkeypatch.setattr(available, "_found_hopper", {})
+    monkeypatch.setattr(available, "HOPPER_TESTED", frozenset())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     checks = (has_kernels, has_one_bit_kernel, has_half_bits_kernel, fuses_hadamard, has_digits_kernel)
     for cached in checks:
@@ -67,6 +68,17 @@ def test_no_kernels_for_the_cpu(caplog):
         assert not has_one_bit_kernel(torch.device(device))
         assert not has_hopper_kernel(torch.device(device))
     assert not warnings(caplog)
+
+
+def test_a_release_that_was_tested_is_not_checked_again(monkeypatch):
+    """Neither outside of a capture nor in one."""
+    monkeypatch.setattr(available, "_hopper_self_check", lambda device: 1.0)
+    assert not has_hopper_kernel(DEVICE)
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        monkeypatch.setattr(available, "_found_hopper", {})
+        monkeypatch.setattr(available, "HOPPER_TESTED", frozenset({available.triton_version()}))
+        assert has_hopper_kernel(DEVICE)
 
 
 @pytest.mark.parametrize("version", ["3.3.1", "3.2.0+git1", "2.3"])

@@ -21,6 +21,9 @@ logger = logging.getLogger("optimum_arb")
 # the first with `gdc_wait` and Gluon; the kernels in Gluon need 3.5, which `_works` finds, and `hopper_decode.py` 3.6
 FIRST_TRITON = (3, 4)
 HOPPER_TRITON = (3, 6)
+# With these releases all GPU tests of the fused product passed, on an H200: nobody waits for its check, which compiles
+# four programs.
+HOPPER_TESTED = frozenset({(3, 6)})
 # False: the Hadamard transform of few tokens is a launch of its own, as that of many
 FUSE_HADAMARD = True
 # mma with operands of one bit is an instruction of these; 10.0 and later emulate it slowly
@@ -118,6 +121,8 @@ _finding_hopper = threading.Lock()
 def has_hopper_kernel(device: torch.device) -> bool:
     """Whether the fused product of sm_90 works on this device, found and told as `has_one_bit_kernel` is.
 
+    It does with a release of Triton that it was tested with (`HOPPER_TESTED`).
+
     Asked at every product. While a CUDA graph is captured there is no room to find it out: what is not known counts as
     False then, which is not kept.
     """
@@ -125,13 +130,14 @@ def has_hopper_kernel(device: torch.device) -> bool:
     if found is None:
         written = has_kernels(device) and torch.version.hip is None and triton_version() >= HOPPER_TRITON
         written = written and torch.cuda.get_device_capability(device)[0] == 9
-        if written and torch.cuda.is_current_stream_capturing():
+        tested = written and triton_version() in HOPPER_TESTED
+        if written and not tested and torch.cuda.is_current_stream_capturing():
             return False
         with _finding_hopper:
             found = _found_hopper.get(device)  # another thread may have been here
             if found is None:
                 # bfloat16 rounds scales, their sums and results: 4e-3
-                found = written and _works("fused wgmma product", 1e-2, _hopper_self_check, device)
+                found = tested or (written and _works("fused wgmma product", 1e-2, _hopper_self_check, device))
                 _found_hopper[device] = found
     return found
 
