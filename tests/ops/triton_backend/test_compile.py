@@ -57,9 +57,10 @@ def test_keys(tmp_path):
     assert "keys" in compile_for_gpu("keys", cache=tmp_path)
 
 
-def test_digits(tmp_path):
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_digits(tmp_path, arch):
     """Products of 8-bit integers, of signs of which four are made at once."""
-    out = compile_for_gpu("digits", cache=tmp_path)
+    out = compile_for_gpu("digits", arch, cache=tmp_path)
     assert "_multiply_kernel, _prepare_kernel, _sum_kernel" in out
 
 

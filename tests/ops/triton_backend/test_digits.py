@@ -90,6 +90,28 @@ def test_cuts(split_k, units):
         check(packed, random_input(2, columns), bias, GemmConfig("digits", 2, 32, 4, 3, split_k, units))
 
 
+@pytest.mark.parametrize("m", [1, 5, 16])
+def test_batch(monkeypatch, m):
+    """The rows as one product of matrices or as one for each warp, bit for bit."""
+    x = random_input(m, 300)
+    for packed in (random_packed(planes_layout(2, mean=True), 42, 300), random_packed(planes_layout(1), 70, 300, 64)):
+        config = GemmConfig("digits", m, 64, 4, 3, 2, 2)
+        found = []
+        for batch in (1, config.warps):
+            monkeypatch.setattr(digits, "_batch", lambda device, config, columns, batch=batch: batch)
+            found.append(check(packed, x, config=config))
+        assert torch.equal(*found)
+
+
+def test_where_products_are_batches(monkeypatch):
+    """On sm_90 where one product would have 8 columns, on newer GPUs always, where a warp has the rows of one."""
+    for major, batches in ((8, [1, 1, 1]), (9, [4, 1, 1]), (10, [4, 4, 1]), (0, [1, 1, 1])):
+        monkeypatch.setattr(digits, "capability", lambda device, major=major: (major, 0))
+        tried = [(64, 8), (64, 16), (32, 8)]
+        configs = [(GemmConfig("digits", 1, rows, 4, 3, 1, 4), columns) for rows, columns in tried]
+        assert [digits._batch(torch.device("cuda", 0), *given) for given in configs] == batches
+
+
 def test_a_row_does_not_depend_on_the_others():
     packed = random_packed(planes_layout(2, col_scale=True), 42, 300)
     x = random_input(16, 300)

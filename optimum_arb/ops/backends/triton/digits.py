@@ -20,7 +20,7 @@ from ..packed import PackedWeight
 from . import prepack
 from .digits_kernels import _multiply_kernel, _prepare_kernel
 from .gemm_config import GemmConfig
-from .launch import Launch, Launcher, Ready, cdiv, overlaps, power_of_2, size_class, tensor_class
+from .launch import Launch, Launcher, Ready, capability, cdiv, overlaps, power_of_2, size_class, tensor_class
 from .native_launch import EXTRA, OUT, SCRATCH, Slot, X
 from .outputs import Outputs, aligned
 from .ready_launches import ReadyProduct
@@ -103,6 +103,18 @@ def _least_columns(device: torch.device) -> int:
     if device.type != "cuda" or torch.version.hip is None:
         return 8
     return 16 if torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx9") else 8
+
+
+def _batch(device: torch.device, config: GemmConfig, columns: int) -> int:
+    """How many products of matrices the rows of a program are: one, or one for each warp.
+
+    One for all warps is `mma` with Triton 3.6 and 3.7, on sm_90 up to 8 columns. From 3.8 on it is `wgmma` there, and
+    on sm_100 `tcgen05`, whose operands go through tensor memory and which is waited for at every bit: 27 barriers a
+    step where there were 2. A batch is `mma` with all of them, of the instructions that 3.6 makes of one product.
+    """
+    major = capability(device)[0]
+    apart = major > 9 or (major == 9 and columns < 16)
+    return config.warps if apart and config.block_n >= 16 * config.warps else 1
 
 
 def multiply(
@@ -195,6 +207,7 @@ class DigitsPlan(ReadyProduct):
             power_of_2(tokens),
             config.block_n,
             units,
+            _batch(device, config, 2 * power_of_2(tokens) * units),
         )
         key = (
             out_dtype if split_k == 1 else torch.float32,

@@ -97,6 +97,18 @@ def _next_signs(q, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
+def _add_product(a, b, c, BATCH: tl.constexpr):
+    """a b + c of int8 and int32, of BATCH equal parts of the rows one by one."""
+    if BATCH == 1:
+        return tl.dot(a, b, c, out_dtype=tl.int32)
+    ROWS: tl.constexpr = a.shape[0] // BATCH
+    parts = tl.reshape(a, (BATCH, ROWS, a.shape[1]))
+    b = tl.broadcast_to(b[None, :, :], (BATCH, b.shape[0], b.shape[1]))
+    c = tl.dot(parts, b, tl.reshape(c, (BATCH, ROWS, c.shape[1])), out_dtype=tl.int32)
+    return tl.reshape(c, (a.shape[0], c.shape[2]))
+
+
+@triton.jit
 def _of_term(term, TERMS: tl.constexpr, FIELD: tl.constexpr):
     """The integer that stands at FIELD of each term of a tensor of their numbers."""
     found = tl.zeros_like(term) + TERMS[0][FIELD]
@@ -157,11 +169,13 @@ def _multiply_kernel(
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UNITS: tl.constexpr,
+    BATCH: tl.constexpr,
 ):
     """out[m, n] (or [split, m, n], summed later) of all tokens and BLOCK_N rows. Grid (rows / BLOCK_N, SPLIT_K).
 
     TERMS: (plane or -1, second plane or -1, row scale, input, factor) of each. PRODUCTS: whether a term has two
-    planes or none. EVEN: whether each step has UNITS units. NARROW: whether the last tile has fewer columns.
+    planes or none. EVEN: whether each step has UNITS units. NARROW: whether the last tile has fewer columns. BATCH: how
+    many products of matrices the rows are.
     """
     BYTES: tl.constexpr = TILE // 8
     NTERMS: tl.constexpr = len(TERMS)
@@ -229,7 +243,7 @@ def _multiply_kernel(
         for j in tl.static_range(8):
             x = tl.load(x_at + (7 - j) * (2 * BYTES * M), mask=x_there, other=0)
             signs, q = _next_signs(q, ASSEMBLY)
-            products = tl.dot(signs, tl.trans(x), products, out_dtype=tl.int32)
+            products = _add_product(signs, tl.trans(x), products, BATCH)
         high, low = tl.split(tl.reshape(products, (BLOCK_N, UNITS * TOKENS, 2)))
         # below 2^29, with 64 as a factor, and so a float32
         found = ((high << 8) + low).to(tl.float32)
