@@ -144,6 +144,7 @@ def quantize_checkpoint(
                 logger.warning("%s cannot be read layer by layer: %s. It is binarized in memory.", name, error)
                 run.close()
                 work.clear()
+                work.unlock()  # another process may begin there
                 return _in_memory(
                     model_class, name, output, config, dtype, overwrite, device, max_shard_size, processor
                 )

@@ -156,6 +156,22 @@ def test_outputs_of_one_name_share_no_hidden_states(tmp_path, monkeypatch, finis
     assert_same_files(tmp_path / "a" / "out", finished / "out")
 
 
+def test_layers_that_run_again_leave_one_generation_of_hidden_states(tmp_path, monkeypatch, finished):
+    """And not one each: 8.6 GB a layer of a 70B."""
+    out, found = tmp_path / "out", []
+    interrupt(monkeypatch, 15, finished / "float", out, config())
+    advance = DiskActivations.advance
+
+    def counted(self, layer):
+        found.append(len([*self.directory.glob("*.hidden")]))
+        advance(self, layer)
+
+    monkeypatch.setattr(DiskActivations, "advance", counted)
+    quantize_checkpoint(finished / "float", out, config(), resume=True, activations_on_disk=True)
+    assert found == [1, 2, 2]
+    assert_same_files(out, finished / "out")
+
+
 def test_damaged_hidden_states_are_computed_again(tmp_path, monkeypatch, finished):
     out = tmp_path / "out"
     interrupt(monkeypatch, 15, finished / "float", out, config(), activations_on_disk=True)
@@ -180,6 +196,9 @@ def test_an_interrupted_run_is_not_overrun(tmp_path, monkeypatch, finished):
         ({"planes": 2}, "config.planes was 1 and is 2 now"),
         ({"dataset": tokens(6, seed=1)}, "calibration.fingerprint was "),
         ({"dataset": None}, "calibration was {"),
+        # with these it is binarized in memory, and what is finished is of no use
+        ({"refine": "model"}, 'config.refine was not set and is "model" now'),
+        ({"target_bits_per_weight": 1.5}, "config.target_bits_per_weight was not set and is 1.5 now"),
     ],
 )
 def test_other_choices_are_refused(tmp_path, monkeypatch, finished, change, message):
@@ -298,6 +317,24 @@ def test_a_full_disk_leaves_what_is_finished(tmp_path, monkeypatch, finished, er
     result = quantize_checkpoint(finished / "float", out, config(), resume=True)
     assert result.resumed_layers == 1
     assert_same_files(out, finished / "out")
+
+
+def test_a_layer_that_the_manifest_does_not_name_does_not_count(tmp_path, monkeypatch, finished, caplog):
+    """Where the disk is full once its piece is written."""
+    out = tmp_path / "out"
+    write = WorkDirectory._write_manifest
+
+    def fill(self):
+        if len(self.pieces) == 2:
+            raise OSError(28, "No space left on device")
+        write(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkDirectory, "_write_manifest", fill)
+        with pytest.raises(OSError, match="No space left on device"):
+            quantize_checkpoint(finished / "float", out, config())
+    assert f"An error ended the run: 1 of {LAYERS} layers are finished" in caplog.text
+    assert quantize_checkpoint(finished / "float", out, config(), resume=True).resumed_layers == 1
 
 
 def test_what_an_interruption_meets_while_it_is_written_is_kept(tmp_path, monkeypatch, finished):
