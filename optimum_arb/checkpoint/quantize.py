@@ -167,11 +167,13 @@ def quantize_checkpoint(
             logger.warning("An error ended the run: %s", kept)
         raise
     finally:
-        if run is not None:
-            run.close()
-        if not work.pieces and work.locked:
-            work.clear()
-        work.unlock()
+        try:
+            if run is not None:
+                run.close()
+        finally:  # also when it is interrupted: in a notebook this process would be the one that is waited for
+            if not work.pieces and work.locked:
+                work.clear()
+            work.unlock()
 
 
 def _binarize(

@@ -21,6 +21,7 @@ from tiny_models import save_tiny, tokens
 from optimum_arb import ARBConfig, quantize_checkpoint
 from optimum_arb.checkpoint import quantize as quantize_module
 from optimum_arb.checkpoint import run as run_module
+from optimum_arb.checkpoint.behind import Behind
 from optimum_arb.checkpoint.disk_activations import DiskActivations
 from optimum_arb.checkpoint.run import work_directory
 from optimum_arb.checkpoint.streamed import StreamedWeights
@@ -374,6 +375,31 @@ def test_interrupted_twice(tmp_path, monkeypatch, finished):
         patch.setattr(StreamedWeights, "wait", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt, match="interrupted twice"):
             quantize_checkpoint(finished / "float", out, config())
+    assert quantize_checkpoint(finished / "float", out, config(), resume=True).resumed_layers == 1
+    assert_same_files(out, finished / "out")
+
+
+def test_interrupted_three_times(tmp_path, monkeypatch, finished):
+    """The third time while the end waits for it: then too nothing is locked and no thread writes when it is over."""
+    out, wait, interruptions = tmp_path / "out", Behind.wait, []
+
+    def second(self):
+        interruptions.append(2)
+        raise KeyboardInterrupt
+
+    def third(self):
+        if interruptions == [2]:
+            interruptions.append(3)
+            raise KeyboardInterrupt
+        wait(self)
+
+    with monkeypatch.context() as patch:
+        Interruption(patch, 10)
+        patch.setattr(StreamedWeights, "wait", second)
+        patch.setattr(Behind, "wait", third)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_checkpoint(finished / "float", out, config())
+    assert interruptions == [2, 3]
     assert quantize_checkpoint(finished / "float", out, config(), resume=True).resumed_layers == 1
     assert_same_files(out, finished / "out")
 
