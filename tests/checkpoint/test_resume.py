@@ -24,6 +24,7 @@ from optimum_arb.checkpoint import run as run_module
 from optimum_arb.checkpoint.behind import Behind
 from optimum_arb.checkpoint.disk_activations import DiskActivations
 from optimum_arb.checkpoint.run import work_directory
+from optimum_arb.checkpoint.source import CheckpointSource
 from optimum_arb.checkpoint.streamed import StreamedWeights
 from optimum_arb.checkpoint.work import WorkDirectory
 from optimum_arb.loading import calibrated
@@ -248,6 +249,41 @@ def test_another_input_is_refused(tmp_path, monkeypatch, tensor, part):
     stored[tensor][1, 2] += 1
     save_file(stored, tmp_path / "float" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=f"the float weights of {part} are not those that it began with"):
+        quantize_checkpoint(tmp_path / "float", tmp_path / "out", config(), resume=True)
+
+
+def test_a_source_that_changes_before_its_layer_is_loaded(tmp_path, monkeypatch):
+    """Its checksum is read ahead, and has to be that of what is loaded."""
+    from safetensors.torch import load_file, save_file
+
+    path = save_tiny(tmp_path / "float", "LlamaForCausalLM", num_hidden_layers=LAYERS) / "model.safetensors"
+    before, ahead = path.read_bytes(), threading.Event()
+    fingerprint, fit = CheckpointSource.fingerprint, calibrated.binarize_linear
+
+    def fingerprints(self, part, *args):
+        found = fingerprint(self, part, *args)
+        if part == "model.layers.1":
+            ahead.set()
+        return found
+
+    def fits(name, *args):
+        if name == "model.layers.0.mlp.down_proj":
+            assert ahead.wait(60)
+            stored = load_file(path)
+            stored["model.layers.1.mlp.up_proj.weight"][1, 2] += 1
+            save_file(stored, path.with_suffix(".new"), {"format": "pt"})
+            os.replace(path.with_suffix(".new"), path)
+        if name.startswith("model.layers.2."):
+            raise KeyboardInterrupt
+        return fit(name, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointSource, "fingerprint", fingerprints)
+        patch.setattr(calibrated, "binarize_linear", fits)
+        with pytest.raises(KeyboardInterrupt, match="2 of 3 layers"):
+            quantize_checkpoint(tmp_path / "float", tmp_path / "out", config())
+    path.write_bytes(before)
+    with pytest.raises(ValueError, match=r"the float weights of model\.layers\.1 are not those"):
         quantize_checkpoint(tmp_path / "float", tmp_path / "out", config(), resume=True)
 
 
