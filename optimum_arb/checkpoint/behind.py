@@ -67,8 +67,20 @@ class Behind:
             raise error
 
     def close(self) -> None:
-        """Until nothing is under way, at the end of a run that may have ended with an error of its own."""
-        self.wait()
+        """Until nothing is under way, at the end of a run that may have ended with an error of its own.
+
+        Raises:
+            KeyboardInterrupt: once the task has ended; what it writes must not meet the next run's.
+        """
+        interruption: KeyboardInterrupt | None = None
+        while True:
+            try:
+                self.wait()
+                break
+            except KeyboardInterrupt as another:
+                interruption = another
         error, self._error = self._error, None
         if error is not None:
             logger.warning("What was finished last could not be kept: %s", str(error) or type(error).__name__)
+        if interruption is not None:
+            raise interruption

@@ -36,7 +36,7 @@ class SourceDigests:
     def __init__(self, source: CheckpointSource, files: Iterable[str | os.PathLike] = ()):
         self._source = source
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="optimum_arb-digests")
-        self._parts: dict[str, Future[str]] = {}
+        self._parts: dict[str, tuple[Any, Future[str]]] = {}  # what its files were when it was asked for
         self._ended = False
         found = sorted({os.path.realpath(file) for file in files if recorded_digest(Path(file)) is None})
         self._left = [(file, os.path.getsize(file)) for file in found]
@@ -48,9 +48,11 @@ class SourceDigests:
         self._finishing = threading.Lock()
 
     def begin(self, part: str) -> None:
-        """Reads a part, unless that was asked for before."""
-        if part not in self._parts:
-            self._parts[part] = self._thread.submit(self._source.fingerprint, part, self._check)
+        """Reads a part, unless that was asked for before and its files are the same. To be asked again when it is
+        loaded: it is read ahead by minutes, and what is loaded counts."""
+        state = self._source.state(part)
+        if part not in self._parts or self._parts[part][0] != state:
+            self._parts[part] = state, self._thread.submit(self._source.fingerprint, part, self._check)
 
     def of(self, part: str) -> str:
         """Of the names and bytes of a part's tensors.
@@ -59,8 +61,9 @@ class SourceDigests:
             ValueError: a file was cut short.
             OSError: a file cannot be read.
         """
-        self.begin(part)
-        return self._parts[part].result()
+        if part not in self._parts:
+            self.begin(part)
+        return self._parts[part][1].result()
 
     def advance(self, share: float) -> None:
         """Goes on with the files, up to this share of their bytes. Left out while the thread has not come to the last

@@ -109,6 +109,11 @@ class DiskActivations(Activations):
             if path.name < self._path(state["generation"]).name:
                 path.unlink()
 
+    def drop_before(self, layer: str) -> None:
+        """As `drop_stale` of the current generation, if that is this layer's: of one that an earlier run finished."""
+        if self.state is not None and self.state["layer"] == layer:
+            self.drop_stale(self.state)
+
     def clear(self) -> None:
         for file in (self._reader, self._writer):
             if file is not None:

@@ -144,6 +144,7 @@ def quantize_checkpoint(
                 logger.warning("%s cannot be read layer by layer: %s. It is binarized in memory.", name, error)
                 run.close()
                 work.clear()
+                work.unlock()  # another process may begin there
                 return _in_memory(
                     model_class, name, output, config, dtype, overwrite, device, max_shard_size, processor
                 )
@@ -166,11 +167,13 @@ def quantize_checkpoint(
             logger.warning("An error ended the run: %s", kept)
         raise
     finally:
-        if run is not None:
-            run.close()
-        if not work.pieces and work.locked:
-            work.clear()
-        work.unlock()
+        try:
+            if run is not None:
+                run.close()
+        finally:  # also when it is interrupted: in a notebook this process would be the one that is waited for
+            if not work.pieces and work.locked:
+                work.clear()
+            work.unlock()
 
 
 def _binarize(

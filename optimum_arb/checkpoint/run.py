@@ -81,18 +81,19 @@ class StreamedRun:
         self, model: PreTrainedModel, task: Task, calibration: dict[str, Any] | None
     ) -> Iterator[dict[str, Any]]:
         """As `optimum_arb.loading.calibrated.Stream` says."""
-        if task.config.refine == "model":
-            raise NotStreamable("refine='model' tunes all of its layers at once")
-        if task.config.target_bits_per_weight is not None:
-            raise NotStreamable("target_bits_per_weight looks at the gradients of all of its layers at once")
-        self.layers = [layer for group in find_layers(model, task.selection.modules()) for layer in group.names]
-        source = CheckpointSource(model, self._files, self._load_config, self.layers)
+        # first: where the run of other choices cannot be streamed, what is finished here would be removed
         identity = self._identity(model, task, calibration)
         self.work.lock()
         if self.resume and self.work.exists:
             self.work.resume(identity)
         else:
             self.work.begin(identity)
+        if task.config.refine == "model":
+            raise NotStreamable("refine='model' tunes all of its layers at once")
+        if task.config.target_bits_per_weight is not None:
+            raise NotStreamable("target_bits_per_weight looks at the gradients of all of its layers at once")
+        self.layers = [layer for group in find_layers(model, task.selection.modules()) for layer in group.names]
+        source = CheckpointSource(model, self._files, self._load_config, self.layers)
         # of several ranks, one may have been killed before it kept the layer that another one kept last
         finished = current_ranks().exchange(list(self.work.pieces), "comparing what is finished")
         self.work.keep(set(finished[0]).intersection(*finished))

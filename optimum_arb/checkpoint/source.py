@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -144,6 +145,12 @@ class CheckpointSource:
                 data = torch.empty_like(parameter, device="meta")
                 empty[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
             module.register_parameter(key, empty[id(parameter)])
+
+    def state(self, part: str) -> list[tuple[Any, ...]]:
+        """Changes when a file of a part's tensors is replaced or written."""
+        files = sorted({self._places[key].file for key in self._keys[part]})
+        found = [(file, os.stat(file)) for file in files]
+        return [(file, stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in found]
 
     def fingerprint(self, part: str, check: Callable[[], None] = lambda: None) -> str:
         """SHA-256 of the names and bytes of a part's tensors in the files.

@@ -125,6 +125,8 @@ class StreamedWeights(LayerWeights):
         if not self.resident:
             self.source.release(layer)
             give_back_memory()
+        if self._activations is not None and self._writing is None and layer in self.work.pieces:
+            self._activations.drop_before(layer)  # it was run again: of 60 layers there would be 60 generations
 
     def finish(self, layer: str) -> None:
         if self.resident:

@@ -176,10 +176,15 @@ class WorkDirectory:
         synchronize(temporary)
         os.replace(temporary, self.path / name)
         synchronize(self.path)
-        self.pieces[part] = {"file": name, "digest": digest, "records": dict(records)}
-        self.sources.update(sources)
+        before = self.pieces, self.sources, self.activations
+        self.pieces = {**self.pieces, part: {"file": name, "digest": digest, "records": dict(records)}}
+        self.sources = {**self.sources, **sources}
         self.activations = activations
-        self._write_manifest()
+        try:
+            self._write_manifest()
+        except BaseException:
+            self.pieces, self.sources, self.activations = before
+            raise
 
     def publish(self, files: Mapping[str, str]) -> None:
         """Notes that the model is whole.

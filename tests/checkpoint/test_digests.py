@@ -18,6 +18,10 @@ class Source:
 
     def __init__(self):
         self.asked: list[str] = []
+        self.written = 0
+
+    def state(self, part):
+        return self.written
 
     def fingerprint(self, part, check):
         self.asked.append(part)
@@ -52,6 +56,18 @@ def test_each_part_is_read_once_in_the_order_of_asking():
         digests.of("broken")
     digests.close()
     assert threads() == []
+
+
+def test_a_part_whose_file_was_written_is_read_again_when_it_is_loaded():
+    source = Source()
+    digests = SourceDigests(source)
+    digests.begin("a")
+    source.written += 1
+    digests.begin("a")
+    source.written += 1  # behind its loading: nothing is read for that
+    assert digests.of("a") == "of a"
+    assert source.asked == ["a", "a"]
+    digests.close()
 
 
 @pytest.mark.parametrize("shares", [(), (0.1,), (0.5,), (0.2, 0.4, 0.9), (1.0,)])

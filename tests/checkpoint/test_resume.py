@@ -21,8 +21,10 @@ from tiny_models import save_tiny, tokens
 from optimum_arb import ARBConfig, quantize_checkpoint
 from optimum_arb.checkpoint import quantize as quantize_module
 from optimum_arb.checkpoint import run as run_module
+from optimum_arb.checkpoint.behind import Behind
 from optimum_arb.checkpoint.disk_activations import DiskActivations
 from optimum_arb.checkpoint.run import work_directory
+from optimum_arb.checkpoint.source import CheckpointSource
 from optimum_arb.checkpoint.streamed import StreamedWeights
 from optimum_arb.checkpoint.work import WorkDirectory
 from optimum_arb.loading import calibrated
@@ -156,6 +158,22 @@ def test_outputs_of_one_name_share_no_hidden_states(tmp_path, monkeypatch, finis
     assert_same_files(tmp_path / "a" / "out", finished / "out")
 
 
+def test_layers_that_run_again_leave_one_generation_of_hidden_states(tmp_path, monkeypatch, finished):
+    """And not one each: 8.6 GB a layer of a 70B."""
+    out, found = tmp_path / "out", []
+    interrupt(monkeypatch, 15, finished / "float", out, config())
+    advance = DiskActivations.advance
+
+    def counted(self, layer):
+        found.append(len([*self.directory.glob("*.hidden")]))
+        advance(self, layer)
+
+    monkeypatch.setattr(DiskActivations, "advance", counted)
+    quantize_checkpoint(finished / "float", out, config(), resume=True, activations_on_disk=True)
+    assert found == [1, 2, 2]
+    assert_same_files(out, finished / "out")
+
+
 def test_damaged_hidden_states_are_computed_again(tmp_path, monkeypatch, finished):
     out = tmp_path / "out"
     interrupt(monkeypatch, 15, finished / "float", out, config(), activations_on_disk=True)
@@ -180,6 +198,9 @@ def test_an_interrupted_run_is_not_overrun(tmp_path, monkeypatch, finished):
         ({"planes": 2}, "config.planes was 1 and is 2 now"),
         ({"dataset": tokens(6, seed=1)}, "calibration.fingerprint was "),
         ({"dataset": None}, "calibration was {"),
+        # with these it is binarized in memory, and what is finished is of no use
+        ({"refine": "model"}, 'config.refine was not set and is "model" now'),
+        ({"target_bits_per_weight": 1.5}, "config.target_bits_per_weight was not set and is 1.5 now"),
     ],
 )
 def test_other_choices_are_refused(tmp_path, monkeypatch, finished, change, message):
@@ -228,6 +249,41 @@ def test_another_input_is_refused(tmp_path, monkeypatch, tensor, part):
     stored[tensor][1, 2] += 1
     save_file(stored, tmp_path / "float" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=f"the float weights of {part} are not those that it began with"):
+        quantize_checkpoint(tmp_path / "float", tmp_path / "out", config(), resume=True)
+
+
+def test_a_source_that_changes_before_its_layer_is_loaded(tmp_path, monkeypatch):
+    """Its checksum is read ahead, and has to be that of what is loaded."""
+    from safetensors.torch import load_file, save_file
+
+    path = save_tiny(tmp_path / "float", "LlamaForCausalLM", num_hidden_layers=LAYERS) / "model.safetensors"
+    before, ahead = path.read_bytes(), threading.Event()
+    fingerprint, fit = CheckpointSource.fingerprint, calibrated.binarize_linear
+
+    def fingerprints(self, part, *args):
+        found = fingerprint(self, part, *args)
+        if part == "model.layers.1":
+            ahead.set()
+        return found
+
+    def fits(name, *args):
+        if name == "model.layers.0.mlp.down_proj":
+            assert ahead.wait(60)
+            stored = load_file(path)
+            stored["model.layers.1.mlp.up_proj.weight"][1, 2] += 1
+            save_file(stored, path.with_suffix(".new"), {"format": "pt"})
+            os.replace(path.with_suffix(".new"), path)
+        if name.startswith("model.layers.2."):
+            raise KeyboardInterrupt
+        return fit(name, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointSource, "fingerprint", fingerprints)
+        patch.setattr(calibrated, "binarize_linear", fits)
+        with pytest.raises(KeyboardInterrupt, match="2 of 3 layers"):
+            quantize_checkpoint(tmp_path / "float", tmp_path / "out", config())
+    path.write_bytes(before)
+    with pytest.raises(ValueError, match=r"the float weights of model\.layers\.1 are not those"):
         quantize_checkpoint(tmp_path / "float", tmp_path / "out", config(), resume=True)
 
 
@@ -300,6 +356,24 @@ def test_a_full_disk_leaves_what_is_finished(tmp_path, monkeypatch, finished, er
     assert_same_files(out, finished / "out")
 
 
+def test_a_layer_that_the_manifest_does_not_name_does_not_count(tmp_path, monkeypatch, finished, caplog):
+    """Where the disk is full once its piece is written."""
+    out = tmp_path / "out"
+    write = WorkDirectory._write_manifest
+
+    def fill(self):
+        if len(self.pieces) == 2:
+            raise OSError(28, "No space left on device")
+        write(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkDirectory, "_write_manifest", fill)
+        with pytest.raises(OSError, match="No space left on device"):
+            quantize_checkpoint(finished / "float", out, config())
+    assert f"An error ended the run: 1 of {LAYERS} layers are finished" in caplog.text
+    assert quantize_checkpoint(finished / "float", out, config(), resume=True).resumed_layers == 1
+
+
 def test_what_an_interruption_meets_while_it_is_written_is_kept(tmp_path, monkeypatch, finished):
     """The thread that writes is waited for, before anything is said or removed."""
     out = tmp_path / "out"
@@ -337,6 +411,31 @@ def test_interrupted_twice(tmp_path, monkeypatch, finished):
         patch.setattr(StreamedWeights, "wait", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt, match="interrupted twice"):
             quantize_checkpoint(finished / "float", out, config())
+    assert quantize_checkpoint(finished / "float", out, config(), resume=True).resumed_layers == 1
+    assert_same_files(out, finished / "out")
+
+
+def test_interrupted_three_times(tmp_path, monkeypatch, finished):
+    """The third time while the end waits for it: then too nothing is locked and no thread writes when it is over."""
+    out, wait, interruptions = tmp_path / "out", Behind.wait, []
+
+    def second(self):
+        interruptions.append(2)
+        raise KeyboardInterrupt
+
+    def third(self):
+        if interruptions == [2]:
+            interruptions.append(3)
+            raise KeyboardInterrupt
+        wait(self)
+
+    with monkeypatch.context() as patch:
+        Interruption(patch, 10)
+        patch.setattr(StreamedWeights, "wait", second)
+        patch.setattr(Behind, "wait", third)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_checkpoint(finished / "float", out, config())
+    assert interruptions == [2, 3]
     assert quantize_checkpoint(finished / "float", out, config(), resume=True).resumed_layers == 1
     assert_same_files(out, finished / "out")
 

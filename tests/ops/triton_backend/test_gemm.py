@@ -8,6 +8,7 @@ from packed_weights import random_packed
 
 from optimum_arb.format.layout import all_layouts, planes_layout
 from optimum_arb.ops.backends.triton.dense_plan import DensePlan
+from optimum_arb.ops.backends.triton.dispatch import linear
 from optimum_arb.ops.backends.triton.gemm import gemm, gemm_input_grad, plan
 from optimum_arb.ops.backends.triton.gemm_config import (
     GemmConfig,
@@ -195,6 +196,21 @@ def test_a_plan_by_the_dense_weight(name, permuted, dtype):
         packed.weight[0] ^= 255
         assert torch.equal(made.run(x, bias), gemm(x.view(6, 192), packed, bias, config=config).view(2, 3, 42))
         assert not torch.equal(made.run(x, bias), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_autocast_keeps_dtypes(dtype):
+    """A planned prompt had autocast's, and few tokens the input's."""
+    packed = random_packed(LAYOUTS["planes-2-col"], 42, 192)
+    x, bias, config = torch.randn(6, 192).to(dtype), torch.arange(42.0), GemmConfig("dequantize")
+    made = plan(x, packed, bias, config)
+    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    with torch.autocast("cpu", other):
+        found = made.run(x, bias)
+        assert found.dtype == dtype
+        assert torch.equal(found, gemm(x, packed, bias, config=config))
+        assert gemm_input_grad(found, packed).dtype == dtype
+        assert linear(x, packed, bias, batch_invariant=True).dtype == dtype
 
 
 def test_what_has_no_plan():

@@ -38,4 +38,5 @@ class DensePlan:
             weight = weight.T
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        return torch.nn.functional.linear(x, weight, bias)
+        # autocast gives it a dtype of its own
+        return torch.nn.functional.linear(x, weight, bias).to(x.dtype)

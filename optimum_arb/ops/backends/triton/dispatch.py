@@ -78,7 +78,7 @@ def _batch_invariant(rows: torch.Tensor, packed: PackedWeight, bias: torch.Tenso
     padded = rows.new_zeros(-(-len(rows) // BATCH_INVARIANT_ROWS) * BATCH_INVARIANT_ROWS, rows.shape[1])
     padded[: len(rows)] = rows
     out = [torch.nn.functional.linear(some, weight, bias) for some in padded.split(BATCH_INVARIANT_ROWS)]
-    return torch.cat(out)[: len(rows)]
+    return torch.cat(out)[: len(rows)].to(rows.dtype)  # autocast gives it a dtype of its own
 
 
 def input_grad(grad: torch.Tensor, packed: PackedWeight) -> torch.Tensor:

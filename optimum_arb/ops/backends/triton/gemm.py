@@ -86,7 +86,7 @@ def gemm_input_grad(grad: torch.Tensor, packed: PackedWeight, *, config: GemmCon
     if grad.is_cuda and torch.cuda.current_device() != grad.device.index:
         with torch.cuda.device(grad.device):
             return gemm_input_grad(grad, packed, config=config)
-    return torch.mm(grad, _dense(packed, grad.dtype))
+    return torch.mm(grad, _dense(packed, grad.dtype)).to(grad.dtype)  # autocast gives it a dtype of its own
 
 
 def _dense(packed: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
