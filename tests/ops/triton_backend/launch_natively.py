@@ -78,7 +78,7 @@ def start(folder: Path) -> ctypes.CDLL:
         module.current_stream = lambda device: 77
     for module in (launch_file, columns, sums, half_bits, hadamard, digits):
         module.overlaps = lambda device: True
-    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132, major=9, minor=0)
     torch.cuda.is_current_stream_capturing = lambda: False
     converted: dict = {}  # kept on a GPU alone
     hopper_file.column_scales = hopper_product.column_scales = lambda scale, dtype: converted.setdefault(
