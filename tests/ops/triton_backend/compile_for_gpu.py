@@ -1,4 +1,4 @@
-"""Compiles the kernels for sm_90 or sm_100 without a GPU and reads the machine code; `test_compile.py` runs this.
+"""Compiles the kernels for sm_80 to sm_100 without a GPU and reads the machine code; `test_compile.py` runs this.
 
 Triton's launcher is told of a GPU that is not there and stops short of the launch, so that what is compiled is what
 the calls of the package would run.
@@ -22,7 +22,17 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver, jit
 
 from optimum_arb.format.layout import all_layouts, layout_from_name
-from optimum_arb.ops.backends.triton import available, columns, digits, gemm, launch, one_bit
+from optimum_arb.ops.backends.triton import (
+    available,
+    columns,
+    digits,
+    gemm,
+    hadamard,
+    half_bits,
+    launch,
+    one_bit,
+    sums,
+)
 from optimum_arb.ops.backends.triton.dequantize import dequantize
 from optimum_arb.ops.backends.triton.gemm_config import GemmConfig
 from optimum_arb.ops.backends.triton.prepack import join, prepack
@@ -48,7 +58,7 @@ MORE = [
 class NoDevice:
     """As much of a driver as compiling asks for."""
 
-    arch = 100 if "sm_100" in sys.argv else 90
+    arch = next((int(word[3:]) for word in sys.argv if word.startswith("sm_")), 90)
 
     def get_current_device(self):
         return 0
@@ -99,14 +109,24 @@ def disassemble(kernel) -> str:
         return subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
 
 
-def few_tokens(layout: str, tokens: int, permuted: bool, rows: tuple[int, ...], config: one_bit.DecodeConfig) -> None:
-    """Asks for the one-bit kernels of a product, of weights joined where there are several."""
+def few_tokens(
+    layout: str,
+    tokens: int,
+    permuted: bool,
+    rows: tuple[int, ...],
+    config: one_bit.DecodeConfig | half_bits.HalfConfig,
+    block: int = 0,
+) -> None:
+    """Asks for the kernels of a product of few tokens, of weights joined where there are several, of inputs that go
+    through a Hadamard transform of so many columns first."""
     x = torch.zeros(tokens, 320, dtype=torch.bfloat16)
     parts = [prepack(random_packed(layout_from_name(layout), count, 320, permuted=permuted)) for count in rows]
     bias = None if permuted else torch.zeros(sum(rows), dtype=torch.bfloat16)
     weight = parts[0] if len(parts) == 1 else join(parts)
     assert weight is not None
-    out = one_bit.decode(x, weight, bias, config, rows if len(rows) > 1 else None)
+    change = None if not block else (None, torch.ones(320, dtype=torch.int8), block)
+    multiply = one_bit.decode if isinstance(config, one_bit.DecodeConfig) else half_bits.multiply
+    out = multiply(x, weight, bias, config, rows if len(rows) > 1 else None, change=change)
     assert out.shape == (tokens * sum(rows),)
 
 
@@ -194,8 +214,10 @@ def main() -> None:
     jit.JITFunction.run = compile_only
     driver.set_active(NoDevice())
     gemm.fits_hopper = lambda packed, dtype: True
-    columns.overlaps = digits.overlaps = digits.takes_assembly = lambda device: True
-    digits.capability = lambda device: (NoDevice.arch // 10, 0)
+    digits.takes_assembly = lambda device: True
+    digits.capability = lambda device: divmod(NoDevice.arch, 10)
+    for module in (columns, digits, half_bits, hadamard, one_bit, sums):
+        module.overlaps = lambda device: NoDevice.arch >= 90
     if "keys" in sys.argv:
         check_keys()
 
@@ -221,8 +243,19 @@ def main() -> None:
     if "one_bit" in sys.argv:
         few_tokens("planes-2-col", 1, True, (272,), one_bit.DecodeConfig())
         few_tokens("planes-1", 2, False, (42, 7, 64), one_bit.DecodeConfig(warps=4, prefetch=False))
-        for name, kernel in compiled[-4:]:
+        few_tokens("planes-2-col", 1, True, (272,), one_bit.DecodeConfig(), 64)
+        for name, kernel in compiled[-6:]:
             assert ("BMMA" in disassemble(kernel)) == (name == "_decode"), name
+            waits = kernel.asm["ptx"].count("griddepcontrol.wait")
+            assert bool(waits) == kernel.metadata.launch_pdl == (NoDevice.arch >= 90), name
+    if "half_bits" in sys.argv:
+        few_tokens("planes-2-col", 8, True, (272,), half_bits.HalfConfig())
+        few_tokens("planes-1", 16, False, (42, 7, 64), half_bits.HalfConfig())
+        few_tokens("planes-2-col", 5, True, (272,), half_bits.HalfConfig(), 64)
+        for name, kernel in compiled[-6:]:
+            assert ("HMMA" in disassemble(kernel)) == (name == "_multiply"), name
+            waits = kernel.asm["ptx"].count("griddepcontrol.wait")
+            assert bool(waits) == kernel.metadata.launch_pdl == (NoDevice.arch >= 90), name
     if "one_bit_layouts" in sys.argv:
         for layout in all_layouts():
             few_tokens(layout.name, 4, True, (272,), one_bit.DecodeConfig(warps=4))
@@ -236,7 +269,8 @@ def main() -> None:
             code = disassemble(next(kernel for name, kernel in reversed(compiled) if name == "_multiply_kernel"))
             # tcgen05, UTCIMMA, has 27 barriers in a step
             assert set(re.findall(r"\bU?[A-Z]*MMA\b", code)) == {product}, name
-            assert len(re.findall(r"\bBAR\.", code)) <= 6, name
+            barriers = len(re.findall(r"\bBAR\.", code))
+            assert barriers <= (6 if NoDevice.arch >= 90 else 9), f"{name}: {barriers} barriers"
             overwritten = operands_overwritten(code)
             assert not overwritten, f"{name} {config}: {overwritten[:4]}"
             if name != "groups-non-salient-mean":

@@ -76,7 +76,7 @@ def start(folder: Path) -> ctypes.CDLL:
     outputs._empty = lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
     for module in (hopper_group, few_tokens_plan, ready_launches):
         module.current_stream = lambda device: 77
-    for module in (launch_file, columns, sums, half_bits, hadamard, digits):
+    for module in (launch_file, columns, sums, half_bits, hadamard, digits, one_bit):
         module.overlaps = lambda device: True
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132, major=9, minor=0)
     torch.cuda.is_current_stream_capturing = lambda: False

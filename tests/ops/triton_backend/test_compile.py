@@ -64,10 +64,17 @@ def test_digits(tmp_path, arch):
     assert "_multiply_kernel, _prepare_kernel, _sum_kernel" in out
 
 
-def test_one_bit(tmp_path):
-    """The assembly is taken, and its products run on the tensor cores."""
-    out = compile_for_gpu("one_bit", cache=tmp_path)
-    assert out.startswith("4 kernels: _decode, _prepare")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])
+def test_few_tokens(tmp_path, arch):
+    """The assembly is taken, its products run on the tensor cores, and launches overlap where there is a wait."""
+    out = compile_for_gpu("one_bit", "half_bits", arch, cache=tmp_path)
+    assert out.startswith("12 kernels: _decode, _multiply, _prepare, _prepare_transformed")
+
+
+def test_before_hopper(tmp_path):
+    """The other kernels of GPUs that have no `wgmma`."""
+    out = compile_for_gpu("portable", "digits", "dequantize", "sm_80", cache=tmp_path)
+    assert "_dequantize_kernel, _gemm_kernel, _multiply_kernel" in out
 
 
 @pytest.mark.parametrize("what", ["quick", pytest.param("more", marks=pytest.mark.slow)])

@@ -1,7 +1,7 @@
 """Five to sixteen tokens: sign bits taken as float16 numbers by one logic operation for two of them.
 
-`fragments.half_multiply` says how. Two kernels, those of `half_bits_kernels.py`; the second is launched while the first
-still runs and fetches its first words before it waits.
+`fragments.half_multiply` says how. Two kernels, those of `half_bits_kernels.py`, launched as those of `one_bit.py`: the
+second fetches its first words before it waits for the first.
 
 A row of the result does not depend on the other rows, or on their number up to 8 and from 9 on.
 """
@@ -156,9 +156,8 @@ class Plan(FewTokensPlan):
             config.prefetch,
             overlap,
         )
-        self.options: dict[str, Any] = {**OPTIONS, "num_warps": row_warps * config.column_warps}
-        if overlap:
-            self.options["launch_pdl"] = True
+        self.options: dict[str, Any] = {**OPTIONS, "launch_pdl": overlap}
+        self.warps = row_warps * config.column_warps
 
     def run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`[M * N]`; the first run goes through Triton, which compiles."""
@@ -169,8 +168,8 @@ class Plan(FewTokensPlan):
         out = torch.empty(self.results, dtype=x.dtype, device=device)
         first, second = self.arguments(x, x.stride(0), scratch, bias, None, out)
         if self.launches is None:
-            made = self.prepare[self.prepare_grid](*first, num_warps=self.prepare_warps, **OPTIONS)
-            self.launches = Program(made), Program(_multiply[self.grid](*second, **self.options))
+            made = self.prepare[self.prepare_grid](*first, num_warps=self.prepare_warps, **self.options)
+            self.launches = Program(made), Program(_multiply[self.grid](*second, num_warps=self.warps, **self.options))
             self.prepare_native(x.stride(0), bias, None)
         else:
             stream = triton.runtime.driver.active.get_current_stream(device.index)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import fragments
 from .one_bit_kernels import _sign_word
@@ -44,7 +44,11 @@ def _prepare(
     INDEXED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """x [M, K] to words [PARTS * INPUTS, T, ceil(M / 8), 528]. Grid (T, ceil(M / 8), PARTS * INPUTS)."""
+    """x [M, K] to words [PARTS * INPUTS, T, ceil(M / 8), 528]. Grid (T, ceil(M / 8), PARTS * INPUTS).
+
+    OVERLAP: this is launched while what writes x still runs, and lets `_multiply` begin, which reads nothing but
+    weights until this has ended.
+    """
     if OVERLAP:
         gdc_launch_dependents()
     tile = tl.program_id(0)
@@ -62,6 +66,8 @@ def _prepare(
         column = tl.load(index_ptr + (source // INPUTS) * (T * 128) + at)
     scale = tl.load(scale_ptr + source * (T * 128) + at)
     there = (token < M) & (scale != 0)
+    if OVERLAP:
+        gdc_wait()
     x = tl.load(x_ptr + token.to(tl.int64) * x_stride + column, mask=there, other=0).to(tl.float32)
     x = tl.where(there, x * scale, 0.0)
     # magnitudes are ordered like their bits, and NaN is above infinity

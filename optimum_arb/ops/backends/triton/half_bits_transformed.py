@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .hadamard_inputs import transform_tile
+from .one_bit_kernels import _LAUNCH, _WAIT, _after
 from .prepack import SLOTS
 
 WARPS = 8  # one a token
@@ -17,7 +18,6 @@ WARPS = 8  # one a token
 _CHUNK = gl.constexpr(528)  # words of 8 tokens of a tile, as in `half_bits_kernels`
 _SLOTS = gl.constexpr(SLOTS)
 _WARPS = gl.constexpr(WARPS)
-_LAUNCH = gl.constexpr("{ griddepcontrol.launch_dependents; mov.b32 $0, $1; }")
 
 
 @gluon.jit(do_not_specialize=["T", "x_stride", "M", "K"])
@@ -40,12 +40,14 @@ def _prepare_transformed(
     TILE: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
-    """x [M, K] to words [PARTS * INPUTS, T, ceil(M / 8), 528]. Grid (T, ceil(M / 8), PARTS * INPUTS)."""
+    """x [M, K] to words [PARTS * INPUTS, T, ceil(M / 8), 528]. Grid (T, ceil(M / 8), PARTS * INPUTS).
+
+    OVERLAP: see `half_bits_kernels._prepare`.
+    """
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [_WARPS, 1], [1, 0])
     slot = gl.arange(0, _SLOTS, layout=gl.SliceLayout(0, layout))
     if OVERLAP:
-        slot = gl.inline_asm_elementwise(_LAUNCH, "=r,r", [slot], dtype=gl.int32, is_pure=False, pack=1)
-        slot = gl.max_contiguous(gl.multiple_of(slot, 128), 128)
+        slot = _after(slot, _LAUNCH)
     slot = gl.expand_dims(slot, 0)
     tile = gl.program_id(0)
     source = gl.program_id(2)
@@ -56,6 +58,11 @@ def _prepare_transformed(
     if INDEXED:
         column = gl.load(index_ptr + (source // INPUTS) * (T * _SLOTS) + at)
     scale = gl.load(scale_ptr + source * (T * _SLOTS) + at)
+    if OVERLAP:
+        late = _after(gl.arange(0, _SLOTS, layout=gl.SliceLayout(0, layout)), _WAIT)
+        late = gl.expand_dims(late, 0)
+        column = column + (late - slot) if INDEXED else tile * _SLOTS + late
+        slot = late
     # past the last token the last one again, whose numbers are then taken for zeros
     row = x_ptr + gl.expand_dims(gl.minimum(token, M - 1).to(gl.int64) * x_stride, 1)
     x = transform_tile(row, permutation_ptr, sign_ptr, column, slot, tile, K, LOG, PERMUTED, INDEXED, TILE)

@@ -1,7 +1,8 @@
 """One to four tokens: products of the packed sign words with 16-bit fixed-point inputs on the one-bit tensor cores.
 
-Two kernels, those of `one_bit_kernels.py`. The second is launched while the first still runs (programmatic dependent
-launch) and fetches its first weights before it waits: 0.7 us a call less on an H200.
+Two kernels, those of `one_bit_kernels.py`. From sm_90 on each is launched while the one before it still runs
+(programmatic dependent launch). The first waits before it reads x; the second fetches its first weights before it
+waits: 0.7 us a call less on an H200.
 
 Each token's sums are made in the same order whatever the number of tokens, so a row of the result does not depend on
 the other rows.
@@ -16,7 +17,7 @@ import torch
 import triton
 
 from .few_tokens_plan import Change, FewTokensPlan, Grid, change_class
-from .launch import OPTIONS, Program, likeness
+from .launch import OPTIONS, Program, likeness, overlaps
 from .one_bit_kernels import _decode, _prepare
 from .prepack import ONE_BIT_TOKENS, ROWS, SLOTS, Prepacked
 
@@ -98,15 +99,24 @@ class Plan(FewTokensPlan):
         for rows in parts:
             starts.append(starts[-1] + -(-rows // ROWS))
         programs = triton.cdiv(weight.groups, groups)
+        early = overlaps(x.device)
         # launching early takes room from what runs: it pays where few waves of programs cover the weight
-        overlap = (
+        overlap = early and (
             programs * (1 if experts is None else tokens)
             <= 4 * torch.cuda.get_device_properties(x.device).multi_processor_count
         )
         self.prepare_grid = (tiles, tokens, len(parts) * inputs)
         self.prepare_weights, constants = self.preparation(weight, change)
         self.prepare_sizes = (tokens, x.shape[1])
-        self.prepare_constants = (inputs, len(parts), weight.experts, weight.index is not None, *constants, overlap)
+        self.prepare_constants = (
+            inputs,
+            len(parts),
+            weight.experts,
+            weight.index is not None,
+            *constants,
+            early,
+            overlap,
+        )
         self.tiles = tiles
         self.decode_grid = (programs, 1 if experts is None else tokens, 1)
         self.decode_weights = (weight.words, weight.row_scale)
@@ -126,7 +136,7 @@ class Plan(FewTokensPlan):
             config.prefetch,
             overlap,
         )
-        self.warps, self.overlap = config.warps, overlap
+        self.warps, self.early, self.overlap = config.warps, early, overlap
 
     def run(self, x: torch.Tensor, bias: torch.Tensor | None, experts: torch.Tensor | None = None) -> torch.Tensor:
         """`[M * N]`; the first run goes through Triton, which compiles."""
@@ -136,7 +146,7 @@ class Plan(FewTokensPlan):
         out = torch.empty(self.results, dtype=x.dtype, device=x.device)
         first, second = self.arguments(x, x.stride(0), scratch, bias, experts, out)
         if self.launches is None:
-            made = _prepare[self.prepare_grid](*first, num_warps=1, **OPTIONS)
+            made = _prepare[self.prepare_grid](*first, num_warps=1, launch_pdl=self.early, **OPTIONS)
             decoded = _decode[self.decode_grid](*second, num_warps=self.warps, launch_pdl=self.overlap, **OPTIONS)
             self.launches = Program(made), Program(decoded)
             self.prepare_native(x.stride(0), bias, experts)

@@ -26,6 +26,13 @@ _WAIT = gl.constexpr("{ griddepcontrol.wait; mov.b32 $0, $1; }")
 _LAUNCH = gl.constexpr("{ griddepcontrol.launch_dependents; mov.b32 $0, $1; }")
 
 
+@gluon.jit
+def _after(slot, INSTRUCTION: gl.constexpr):
+    """The slots 0 to 127, four neighbours a lane; what is computed from them stays behind the instruction."""
+    slot = gl.inline_asm_elementwise(INSTRUCTION, "=r,r", [slot], dtype=gl.int32, is_pure=False, pack=1)
+    return gl.max_contiguous(gl.multiple_of(slot, 128), 128)
+
+
 @gluon.jit(do_not_specialize=["T", "x_stride", "M", "K"])
 def _prepare(
     x_ptr,
@@ -46,17 +53,21 @@ def _prepare(
     LOG: gl.constexpr,
     PERMUTED: gl.constexpr,
     TILE: gl.constexpr,
+    EARLY: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
     """x [M, K] to int32 [PARTS, INPUTS, M, T, 128]. Grid (T, M, PARTS * INPUTS), one warp.
 
-    With LOG x goes through a Hadamard transform of blocks of 2^LOG columns first, see `hadamard_inputs`.
+    With LOG x goes through a Hadamard transform of blocks of 2^LOG columns first, see `hadamard_inputs`. EARLY: this is
+    launched while what writes x still runs. OVERLAP: `_decode` may begin; it reads nothing but weights until this has
+    ended, but for the experts, which may be written as late as x.
     """
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     slot = gl.arange(0, _SLOTS, layout=layout)
+    if EARLY and EXPERTS:
+        slot = _after(slot, _WAIT)
     if OVERLAP:
-        slot = gl.inline_asm_elementwise(_LAUNCH, "=r,r", [slot], dtype=gl.int32, is_pure=False, pack=1)
-        slot = gl.max_contiguous(gl.multiple_of(slot, 128), 128)
+        slot = _after(slot, _LAUNCH)
     tile = gl.program_id(0)
     token = gl.program_id(1)
     source = gl.program_id(2)
@@ -69,6 +80,10 @@ def _prepare(
     else:
         column = at
     scale = gl.load(scale_ptr + (weight * (PARTS * INPUTS) + source) * (T * _SLOTS) + at)
+    if EARLY and not EXPERTS:
+        late = _after(slot, _WAIT)
+        column = column + (late - slot) if INDEXED else tile * _SLOTS + late
+        slot = late
     if LOG:
         row = x_ptr + token * x_stride
         x = transform_tile(row, permutation_ptr, sign_ptr, column, slot, tile, K, LOG, PERMUTED, INDEXED, TILE)
