@@ -26,7 +26,9 @@ from optimum_arb.ops.backends.triton import (
     available,
     columns,
     digits,
+    dispatch,
     gemm,
+    gemm_config,
     hadamard,
     half_bits,
     launch,
@@ -53,6 +55,10 @@ MORE = [
     ("planes-2-col", False, GemmConfig("hopper", 32, 128, 4, 4, 1, 1, True)),
     ("planes-3-col", False, GemmConfig("hopper", 64, 128, 8, 3, 1, 2, True)),
 ]
+
+
+# bytes that a program may have
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 
 class NoDevice:
@@ -208,6 +214,8 @@ def main() -> None:
 
     def compile_only(self, *args, grid, warmup, **options):
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        most = SHARED_MEMORY[NoDevice.arch]
+        assert kernel.metadata.shared <= most, f"{self.__name__}: {kernel.metadata.shared} bytes of {most}"
         compiled.append((self.__name__, kernel))
         return kernel
 
@@ -277,11 +285,15 @@ def main() -> None:
                 # four signs by an instruction or two, not one
                 assert len(re.findall(r"\bPRMT\b", code)) < 60, name
     if "portable" in sys.argv:
-        gemm.gemm(
-            x,
-            random_packed(layout_from_name("planes-2-col"), 272, 2048),
-            config=GemmConfig("portable", 64, 64, 4, 2),
-        )
+        packed = random_packed(layout_from_name("planes-2-col"), 272, 2048)
+        gemm_config.fits_hopper = lambda packed, dtype: False
+        there = SimpleNamespace(is_cuda=True)
+        there = SimpleNamespace(weight=there, layout=packed.layout, out_features=4096, in_features=4096)
+        for tokens in (16, 128):
+            defaults = gemm_config.default_config(there, tokens, x.dtype)
+            assert defaults.kernel == "portable", defaults
+            gemm.gemm(x[:tokens], packed, config=defaults)
+        gemm.gemm(x, packed, config=dispatch.BATCH_INVARIANT["portable"])
     if "dequantize" in sys.argv:
         for layout in all_layouts():
             dequantize(random_packed(layout, 6, 2048, permuted=True), torch.bfloat16, transposed=layout.planes == 2)

@@ -168,8 +168,9 @@ def default_config(packed: PackedWeight, m: int, dtype: torch.dtype) -> GemmConf
     if not fits_hopper(packed, dtype):
         if m > 128:
             return GemmConfig("dequantize")
-        block_m = max(16, power_of_2(m))
-        programs = cdiv(n, 128)
+        # tiles of 128 tokens take 100 KB of shared memory, of which an RTX 4090 has 99 for a program
+        block_m = min(max(16, power_of_2(m)), 64)
+        programs = cdiv(m, block_m) * cdiv(n, 128)
         split_k = 1
         while programs * split_k < 100 and split_k < 8 and tiles >= 8 * split_k:
             split_k *= 2
