@@ -1,4 +1,4 @@
-"""Compiles the kernels for sm_80 to sm_100 without a GPU and reads the machine code; `test_compile.py` runs this.
+"""Compiles the kernels for NVIDIA's and AMD's GPUs without one and reads the machine code; `test_compile.py` runs this.
 
 Triton's launcher is told of a GPU that is not there and stops short of the launch, so that what is compiled is what
 the calls of the package would run.
@@ -39,6 +39,9 @@ from optimum_arb.ops.backends.triton.dequantize import dequantize
 from optimum_arb.ops.backends.triton.gemm_config import GemmConfig
 from optimum_arb.ops.backends.triton.prepack import join, prepack
 
+# wavefronts of AMD's GPUs that can be asked for
+AMD = {"gfx942": 64, "gfx1100": 32}
+ASKED = next((name for name in AMD if name in sys.argv), None)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # layout, permuted, config
 QUICK = [
@@ -58,7 +61,14 @@ MORE = [
 
 
 # bytes that a program may have
-SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+SHARED_MEMORY: dict[int | str | None, int] = {"gfx942": 64 << 10, "gfx1100": 64 << 10} | {
+    80: 163 << 10,
+    86: 99 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    120: 99 << 10,
+}
 
 
 class NoDevice:
@@ -73,7 +83,7 @@ class NoDevice:
         return 0
 
     def get_current_target(self):
-        return GPUTarget("cuda", self.arch, 32)
+        return GPUTarget("cuda", self.arch, 32) if ASKED is None else GPUTarget("hip", ASKED, AMD[ASKED])
 
 
 def operands_overwritten(code: str) -> list[str]:
@@ -214,7 +224,7 @@ def main() -> None:
 
     def compile_only(self, *args, grid, warmup, **options):
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        most = SHARED_MEMORY[NoDevice.arch]
+        most = SHARED_MEMORY[ASKED or NoDevice.arch]
         assert kernel.metadata.shared <= most, f"{self.__name__}: {kernel.metadata.shared} bytes of {most}"
         compiled.append((self.__name__, kernel))
         return kernel
@@ -222,10 +232,11 @@ def main() -> None:
     jit.JITFunction.run = compile_only
     driver.set_active(NoDevice())
     gemm.fits_hopper = lambda packed, dtype: True
-    digits.takes_assembly = lambda device: True
-    digits.capability = lambda device: divmod(NoDevice.arch, 10)
+    torch.version.hip = ASKED  # not None on AMD's
+    digits.takes_assembly = lambda device: ASKED is None
+    digits.capability = lambda device: (0, 0) if ASKED else divmod(NoDevice.arch, 10)
     for module in (columns, digits, half_bits, hadamard, one_bit, sums):
-        module.overlaps = lambda device: NoDevice.arch >= 90
+        module.overlaps = lambda device: ASKED is None and NoDevice.arch >= 90
     if "keys" in sys.argv:
         check_keys()
 
@@ -293,7 +304,7 @@ def main() -> None:
             defaults = gemm_config.default_config(there, tokens, x.dtype)
             assert defaults.kernel == "portable", defaults
             gemm.gemm(x[:tokens], packed, config=defaults)
-        gemm.gemm(x, packed, config=dispatch.BATCH_INVARIANT["portable"])
+        gemm.gemm(x, packed, config=dispatch.batch_invariant_config("portable"))
     if "dequantize" in sys.argv:
         for layout in all_layouts():
             dequantize(random_packed(layout, 6, 2048, permuted=True), torch.bfloat16, transposed=layout.planes == 2)

@@ -85,6 +85,12 @@ def test_transformed_inputs(tmp_path, what):
     assert "_prepare_transformed " in out
 
 
+@pytest.mark.parametrize("name", ["gfx942", pytest.param("gfx1100", marks=pytest.mark.slow)])
+def test_amd(tmp_path, name):
+    """What is computed by default there fits the shared memory of a program."""
+    assert "_dequantize_kernel, _gemm_kernel" in compile_for_gpu("portable", "dequantize", name, cache=tmp_path)
+
+
 @pytest.mark.slow
 def test_one_bit_every_layout(tmp_path):
     assert "_decode, _prepare" in compile_for_gpu("one_bit_layouts", cache=tmp_path)

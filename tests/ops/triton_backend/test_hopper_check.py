@@ -153,7 +153,7 @@ def test_a_kernel_that_does_not_work(machine, caplog, spoil, message):
     exact = x.double() @ packed.unpack().dequantize(torch.float64).T
     for found, config in (
         (dispatch.linear(x, packed, None), GemmConfig("dequantize")),  # what a weight on the CPU has
-        (dispatch.linear(x, packed, None, batch_invariant=True), dispatch.BATCH_INVARIANT["portable"]),
+        (dispatch.linear(x, packed, None, batch_invariant=True), dispatch.batch_invariant_config("portable")),
         (gemm.gemm(x, packed, config=GemmConfig(**IN_A_TABLE)), GemmConfig("dequantize")),
     ):
         assert torch.equal(found, gemm.gemm(x, packed, config=config))

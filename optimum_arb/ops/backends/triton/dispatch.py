@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -19,7 +19,7 @@ from .few_tokens import decode_config, few_tokens
 from .gemm import gemm, gemm_input_grad
 from .gemm import plan as make_plan
 from .gemm import plan_group as make_group
-from .gemm_config import GemmConfig, default_config, fits_hopper, is_fusable, suits_hopper
+from .gemm_config import GemmConfig, default_config, fits_hopper, is_fusable, portable_program, suits_hopper
 from .hadamard import Transform
 from .table import bucket, lookup
 
@@ -32,11 +32,6 @@ if TYPE_CHECKING:
 # Rows of experts, each of which reads a whole weight: about 16 tokens with 4 experts each.
 MAX_EXPERT_ROWS = 64
 
-# Every row of a product of any number of tokens is computed alike with these: no sum is split by the number of tokens.
-BATCH_INVARIANT = {
-    "hopper": GemmConfig("hopper", 64, 128, 8, 4, 1),
-    "portable": GemmConfig("portable", 64, 128, 8, 2, 1),
-}
 BATCH_INVARIANT_ROWS = 64  # of a product by the vendor's library, which chooses its kernel by their number
 
 
@@ -67,12 +62,20 @@ def linear(
     return out.view(*x.shape[:-1], packed.out_features)
 
 
+@cache
+def batch_invariant_config(kernel: Literal["hopper", "portable"]) -> GemmConfig:
+    """With it every row of a product of any number of tokens is computed alike: no sum is split by their number."""
+    if kernel == "hopper":
+        return GemmConfig(kernel, 64, 128, 8, 4, 1)
+    return GemmConfig(kernel, 64, *portable_program(), 2, 1)
+
+
 def _batch_invariant(rows: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     half = rows.dtype in (torch.float16, torch.bfloat16)
     if half and fits_hopper(packed, rows.dtype):
-        return gemm(rows, packed, bias, config=BATCH_INVARIANT["hopper"])
+        return gemm(rows, packed, bias, config=batch_invariant_config("hopper"))
     if half and is_fusable(packed):
-        return gemm(rows, packed, bias, config=BATCH_INVARIANT["portable"])
+        return gemm(rows, packed, bias, config=batch_invariant_config("portable"))
     weight = dequantize(packed, rows.dtype)
     bias = None if bias is None else bias.to(rows.dtype)
     padded = rows.new_zeros(-(-len(rows) // BATCH_INVARIANT_ROWS) * BATCH_INVARIANT_ROWS, rows.shape[1])
