@@ -70,9 +70,23 @@ class Fitting:
         self._choices = choices
 
     def binarize(
-        self, names: list[str], statistics: LayerStatistics | None, keep: bool = False
+        self,
+        names: list[str],
+        statistics: LayerStatistics | None,
+        keep: bool = False,
+        beside: Callable[[], None] | None = None,
     ) -> dict[str, nn.Module]:
-        """Returns: if they are to be kept, name -> the float module that was binarized on this rank."""
+        """Binarizes modules of a layer, of those that run at once or in one step.
+
+        Args:
+            names: of the modules.
+            statistics: what they receive; None to binarize them from their weights alone.
+            keep: whether the float modules are asked for.
+            beside: what a rank does that has none of them to binarize.
+
+        Returns:
+            If they are to be kept, name -> the float module that was binarized on this rank.
+        """
         owners = self._ranks.owners({name: self.model.get_submodule(name) for name in names})
         shapes = {name: linear_shape(self.model.get_submodule(name)) for name in owners}
         division = Division(self._ranks, self._device, self._choices, owners, shapes)
@@ -101,6 +115,8 @@ class Fitting:
                 shared = {id(hessian): SharedWork(hessian) for hessian in several}
             shared |= division.work(statistics, self.error_correction)
             self._correct(linears, statistics)
+        if beside is not None and not own:
+            beside()
         largest = max((math.prod(shapes[name]) for name in linears), default=1)
         streams = min(FITS, len(linears), max(1, FITTED_WEIGHTS // largest))
         self._give_back()
