@@ -125,9 +125,7 @@ class Steps:
                 every.absorb(statistics)
         return fitted, every
 
-    def _plan(
-        self, name: str, steps: list[Step], modules: dict[str, nn.Module], hidden: Activations
-    ) -> Ahead | None:
+    def _plan(self, name: str, steps: list[Step], modules: dict[str, nn.Module], hidden: Activations) -> Ahead | None:
         some = hidden[0] if len(hidden) else None
         plan = make_plan(self.ranks, self.device, name, steps, modules, self.following, some)
         return None if plan is None or self.following is None else Ahead(self.ranks, self.device, plan, self.following)

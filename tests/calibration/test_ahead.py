@@ -222,6 +222,7 @@ def streamed(folder: str) -> None:
     with distributed():
         done = quantize_checkpoint(Path(folder) / LLAMA, out, config, resume=True)
     (Path(folder) / f"streamed{dist.get_rank()}.json").write_text(json.dumps([dict(calls), done.resumed_layers]))
+    dist.destroy_process_group()  # what the interrupted run had begun to send has ended by then
 
 
 def test_from_disk_to_disk_and_resumed(sources, alone):
@@ -244,8 +245,9 @@ def test_batches_go_to_ranks_that_wait_and_have_a_like_call():
     found = divided(offers, [1, 2])
     assert sorted(found) == [(0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1)]
     assert {found[0, 1], found[0, 2]} == {1, 2}
-    offers[0] = _Offer([None, None], 1, 100)
-    assert set(divided(offers, [1])) == {(1, 0), (1, 1)}
+    offers[0] = _Offer([None, None], 1, 100)  # nobody can tell whether its calls are like another's
+    assert sorted(divided(offers[:2], [1])) == [(1, 0), (1, 1)]
+    assert sorted(divided(offers[:2], [0])) == [(0, 0), (0, 1)]
 
 
 def test_batches_are_run_ahead_as_far_as_there_is_room():
