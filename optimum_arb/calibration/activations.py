@@ -153,6 +153,13 @@ def copying_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+class OnDevice(Activations):
+    """What stays on the device where it was computed; nothing may write to it."""
+
+    def put(self, batch: int, hidden: torch.Tensor) -> None:
+        self._batches[batch : batch + 1] = [hidden.detach()]
+
+
 class EveryOther(Activations):
     """The hidden states of the model that is binarized, behind those of the float model; only to be read.
 

@@ -15,6 +15,7 @@ from ..modules import linear_shape
 from .calls import Call
 from .correction import LAYER_INPUT, Step
 from .distributed import Ranks
+from .memory import free_on
 
 # Bytes that a rank may hold of the next layer, by the kind of device, and no more than half of what is free; none on
 # others. A 7B's 128 x 2048 tokens are 16.5 GB on the one of two ranks that waits, and 8.2 on the other. On a CPU memory
@@ -146,10 +147,7 @@ def _bytes(kept: Collection[Step], following: Following, hidden: torch.Tensor) -
 
 def _room(device: torch.device) -> int:
     most = MOST[device.type]
-    if device.type != "cuda":
-        return most
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(most, (torch.cuda.mem_get_info(device)[0] + cached) // 2)
+    return min(most, free_on(device) // 2) if device.type == "cuda" else most
 
 
 def _told(call: Call, known: dict[int, str]) -> str | None:
@@ -165,7 +163,7 @@ def _told(call: Call, known: dict[int, str]) -> str | None:
         if isinstance(leaf, torch.Tensor):
             if id(leaf) not in known:
                 values = leaf.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-                digest = hashlib.sha256(values.numpy()).hexdigest()
+                digest = hashlib.sha256(values.numpy().data).hexdigest()
                 known[id(leaf)] = f"{leaf.dtype} {tuple(leaf.shape)} {leaf.stride()} {digest}"
             said.append(known[id(leaf)])
         elif leaf is None or type(leaf) in (bool, int, float, str):

@@ -26,8 +26,7 @@ SAMPLES = 7  # batches; two ranks have 4 and 3
 CASES = {
     "llama": (LLAMA, {}, 1 << 30, 7),
     "divided": (LLAMA, {"planes": 2, "held_out_samples": 2}, 1 << 30, 7),
-    # a batch is 24 tokens of 2 * 96 + 96 + 96 + 96 + 160 numbers: the second rank has room for two of its own and two of
-    # the first's
+    # a batch is 24 tokens of 2 * 96 + 96 + 96 + 96 + 160 numbers: the second rank has room for two of each
     "little room": (LLAMA, {}, 4 * 24 * 640 * 4, 4),
     "wide heads": ("Qwen3ForCausalLM", {}, 1 << 30, 7),
     "parallel": ("PhiForCausalLM", {}, 1 << 30, 7),
