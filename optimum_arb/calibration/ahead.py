@@ -83,12 +83,14 @@ class Ahead:
             self._arrivals.pop(key).end()
 
     def run(self) -> None:
-        """This rank's part, while others fit."""
+        """This rank's part, before its device comes to a fit or while others fit."""
         rank, following = self._ranks.rank, self._following
-        mine = [key for key, runner in self._plan.runners.items() if runner == rank]
-        if not mine or following is None:
-            return
+        assert following is not None
+        # also on ranks that fit: their devices have the inverses to make, while the host has nothing to do
         following.load()
+        mine = [key for key, runner in self._plan.runners.items() if runner == rank]
+        if not mine:
+            return
         for key, arrival in self._arrivals.items():
             arrival.end()
             self._inputs[key] = arrival.take()

@@ -82,7 +82,7 @@ class Fitting:
             names: of the modules.
             statistics: what they receive; None to binarize them from their weights alone.
             keep: whether the float modules are asked for.
-            beside: what a rank does that has none of them to binarize.
+            beside: what a rank does before it fits its part of them, if it has any.
 
         Returns:
             If they are to be kept, name -> the float module that was binarized on this rank.
@@ -115,7 +115,7 @@ class Fitting:
                 shared = {id(hessian): SharedWork(hessian) for hessian in several}
             shared |= division.work(statistics, self.error_correction)
             self._correct(linears, statistics)
-        if beside is not None and not own:
+        if beside is not None:
             beside()
         largest = max((math.prod(shapes[name]) for name in linears), default=1)
         streams = min(FITS, len(linears), max(1, FITTED_WEIGHTS // largest))

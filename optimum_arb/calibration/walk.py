@@ -22,6 +22,7 @@ from .layers import Layers, find_layers, no_one_chain
 from .progress import Progress
 from .runs import ModelRuns
 from .steps import Steps
+from .to_device import ToDevice
 from .turn import AfterLayer, LayerTurn
 from .weights import OUTSIDE, LayerWeights
 from .workers import in_order, one_thread
@@ -107,7 +108,7 @@ class CalibrationWalk:
         self.chain: Layers | None = None  # with `follow_float`, the layers
         self.progress = progress or Progress()
         self.runs = ModelRuns(model, self.weights)
-        self._there: str | None = None  # a layer that was brought to the device before its turn
+        self._to_device = ToDevice(self.weights, self.device)
         self._ahead: Ahead | None = None
         noted = {} if records is None else records
         self.fitting = Fitting(
@@ -230,14 +231,9 @@ class CalibrationWalk:
         if index >= len(group.names) or finished[index] or not group.targets[index] or not hidden.in_memory:
             return None
         name, layer = group.names[index], group.modules[index]
-        return Following(name, layer, group.targets[index], calls[index], lambda: self._bring(name, layer))
-
-    def _bring(self, name: str, layer: nn.Module) -> None:
-        """A layer to the device."""
-        if self._there != name:
-            self.weights.load(name)
-        self._there = name
-        layer.to(self.device)
+        return Following(
+            name, layer, group.targets[index], calls[index], lambda: self._to_device.bring_beside(name, layer)
+        )
 
     def _turn(
         self,
@@ -250,7 +246,7 @@ class CalibrationWalk:
     ) -> None:
         """One layer: its calibration matrices, its binarized form, its outputs."""
         name, layer, names = group.names[index], group.modules[index], group.targets[index]
-        self._bring(name, layer)
+        self._to_device.bring(name, layer)
         inputs = EveryOther(hidden) if self.follow_float else hidden
         references: list[torch.Tensor] = []
         work = bool(names) and not finished

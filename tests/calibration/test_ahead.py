@@ -94,11 +94,12 @@ def worker(folder: str, *names: str) -> None:
 
 def fail(path: Path, failure: str, rank: int) -> None:
     """Binarizes a model; the rank that waits fails in what it does meanwhile, or the other one in the fit."""
-    from optimum_arb.calibration.walk import CalibrationWalk
+    from optimum_arb.calibration.to_device import ToDevice
     from optimum_arb.loading import calibrated
 
-    fit = calibrated.binarize_linear
-    bring = CalibrationWalk._bring
+    fit, bring = calibrated.binarize_linear, ToDevice.bring_beside
+
+    run = Ahead.run
 
     def broken(*args):
         raise ZeroDivisionError(f"no {failure}")
@@ -106,16 +107,16 @@ def fail(path: Path, failure: str, rank: int) -> None:
     def down(name, *args):
         return broken() if "down_proj" in name else fit(name, *args)
 
-    def second(walk, name, layer):
-        return broken() if name.endswith(".1") and rank else bring(walk, name, layer)
+    def second(to_device, name, layer):
+        return broken() if rank else bring(to_device, name, layer)
 
     with distributed(), pytest.MonkeyPatch.context() as patch:
         if failure == "running":
-            patch.setattr(Ahead, "run", broken)
+            patch.setattr(Ahead, "run", lambda ahead: broken() if rank else run(ahead))
         elif failure == "fitting":
             patch.setattr(calibrated, "binarize_linear", down)
         elif failure == "loading":
-            patch.setattr(CalibrationWalk, "_bring", second)
+            patch.setattr(ToDevice, "bring_beside", second)
         binarize(path)
 
 
