@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..algorithms.shared_work import SharedWork, sharing
+from ..algorithms import outputs_key
+from ..algorithms.shared_work import Part, SharedWork, sharing
 from ..config import ARBConfig
 from ..experts.matrices import is_experts
-from ..modules import linear_shape
+from ..modules import linear_shape, linear_weight
 from ..nn import ARBExperts, ARBLinear
 from .distributed import Ranks
 from .division import Division
@@ -103,7 +104,11 @@ class Fitting:
             module = sources[name] = self._to_fit(name, statistics)
             hessian = None if statistics is None else statistics.linears.hessian(name)
             tokens = 0 if statistics is None else statistics.linears.tokens(name)
-            with sharing(shared.get(id(hessian))):
+            work = shared.get(id(hessian))
+            if work is not None and hessian is not None and name in division.energies:
+                energy = division.energies[name]
+                work.put(Part(hessian, outputs_key(linear_weight(module)), lambda: energy), energy)
+            with sharing(work):
                 packed, error = self._linear(name, module, hessian, tokens)
             return packed, [] if error is None else [error], time.perf_counter() - start
 
