@@ -14,12 +14,14 @@ An error of a rank reaches the others where they meet next, as everywhere (`dist
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .ahead_plan import Following, Key, Plan
+from .ahead_plan import Following, Key, Pace, Plan
 from .calls import calling
 from .correction import LAYER_INPUT, Read, Reading, Step
 from .distributed import Ranks
@@ -45,6 +47,33 @@ class Made:
         return all(tensor is None or tensor.is_contiguous() for tensor in (*taken, self.output))
 
 
+class _Watch:
+    """Seconds between two marks in what a device is asked for."""
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        """Here; on a GPU, when it comes to this."""
+        if self._stream is None:
+            self._marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        self._marks.append(event)
+
+    def seconds(self) -> float | None:
+        """None if it has not begun or not ended."""
+        if len(self._marks) < 2:
+            return None
+        first, last = self._marks[:2]
+        if self._stream is None:
+            return float(last - first)
+        last.synchronize()
+        return float(first.elapsed_time(last)) / 1e3
+
+
 class Ahead:
     """The float run of the layer that is binarized next. All ranks call `hand_over`, `collect` and `settle`.
 
@@ -67,6 +96,8 @@ class Ahead:
         self._inputs: dict[Key, torch.Tensor] = {}
         self._arrivals: dict[Key, Arrival] = {}
         self._made: dict[Key, Made | None] = {}
+        self._watch = _Watch(device)
+        self._mine = [key for key, runner in plan.runners.items() if runner == ranks.rank]
 
     def give(self, batch: int, output: torch.Tensor) -> None:
         """What the float layer before put out for a batch of this rank, which is what the layer receives."""
@@ -88,8 +119,8 @@ class Ahead:
         assert following is not None
         # also on ranks that fit: their devices have the inverses to make, while the host has nothing to do
         following.load()
-        mine = [key for key, runner in self._plan.runners.items() if runner == rank]
-        if not mine:
+        self._watch.mark()
+        if not self._mine:
             return
         for key, arrival in self._arrivals.items():
             arrival.end()
@@ -114,8 +145,21 @@ class Ahead:
                 found = Made(reads, output)
                 return found if found.is_contiguous() else None
 
-            for key, found in zip(mine, in_order(made, mine, self._device), strict=True):
+            for key, found in zip(self._mine, in_order(made, self._mine, self._device), strict=True):
                 self._made[key] = found
+        self._watch.mark()
+
+    def fitted(self) -> None:
+        """This rank has fitted its part, if it had any."""
+        if not self._mine:
+            self._watch.mark()
+
+    def pace(self) -> Pace:
+        """What `run` or the fit took; a layer later, when it has ended."""
+        seconds = self._watch.seconds()
+        if seconds is None or not self._mine:
+            return Pace(fit=seconds)
+        return Pace(batch=seconds / len(self._mine))
 
     def collect(self) -> None:
         """What was made goes to the ranks that have the batches."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -17,10 +18,10 @@ from .correction import LAYER_INPUT, Step
 from .distributed import Ranks
 from .memory import free_on
 
-# Bytes that a rank may hold of the next layer, by the kind of device, and no more than half of what is free; none on
-# others. A 7B's 128 x 2048 tokens are 16.5 GB on the one of two ranks that waits, and 8.2 on the other. On a CPU memory
-# counts, and between hosts it would take longer to send than to compute: every rank runs its own there.
-MOST: dict[str, int] = {"cuda": 20 << 30}
+# Bytes that a rank may hold of the next layer, by the kind of device, and no more than a third of what is free; none on
+# others. Of 128 x 2048 tokens the one of two ranks that waits holds 16.5 GB of a 7B and 36.5 of a 70B, the other one
+# half of that. On a CPU memory counts, and between hosts it would take longer to send than to compute.
+MOST: dict[str, int] = {"cuda": 48 << 30}
 
 Key = tuple[int, int]  # the rank that has a batch, and the number of the batch there
 
@@ -61,6 +62,19 @@ class Plan:
     calls: list[list[str | None]]
 
 
+@dataclass(frozen=True)
+class Pace:
+    """What it took a rank the last time.
+
+    Attributes:
+        fit: seconds of its fits, if it had any.
+        batch: seconds of a batch that it ran meanwhile.
+    """
+
+    fit: float | None = None
+    batch: float | None = None
+
+
 @dataclass
 class _Offer:
     """What a rank says of its part: of its batches the calls and the bytes of each, and what it has room for."""
@@ -68,6 +82,7 @@ class _Offer:
     calls: list[str | None]
     size: int
     room: int
+    pace: Pace = field(default_factory=Pace)
 
 
 def make_plan(
@@ -78,6 +93,7 @@ def make_plan(
     modules: Mapping[str, nn.Module],
     following: Following | None,
     hidden: torch.Tensor | None,
+    pace: Pace,
 ) -> Plan | None:
     """What can be run ahead while the last step of a layer is fitted; None if nothing. All ranks call it.
 
@@ -89,6 +105,7 @@ def make_plan(
         modules: its modules by their names.
         following: the layer behind it, on all ranks or on none.
         hidden: hidden states of a batch of this rank, if it has any.
+        pace: of this rank, in the layer before.
     """
     if following is None or ranks.size == 1 or not ranks.one_host or not MOST.get(device.type) or len(steps) < 2:
         return None
@@ -102,9 +119,9 @@ def make_plan(
     kept = {number: step for number, step in enumerate(expected, 1) if _is_kept(number, step, following)}
     known: dict[int, str] = {}
     size = 0 if hidden is None else _bytes(kept.values(), following, hidden)
-    offer = _Offer([_told(call, known) for call in following.calls], size, _room(device))
+    offer = _Offer([_told(call, known) for call in following.calls], size, _room(device), pace)
     offers = ranks.exchange(offer, "planning to run a layer ahead")
-    runners = divided(offers, [rank for rank in range(ranks.size) if rank not in fitting])
+    runners = divided(offers, [rank for rank in range(ranks.size) if rank not in fitting], in_time(offers))
     return Plan(expected, kept, runners, [offer.calls for offer in offers]) if runners else None
 
 
@@ -147,7 +164,7 @@ def _bytes(kept: Collection[Step], following: Following, hidden: torch.Tensor) -
 
 def _room(device: torch.device) -> int:
     most = MOST[device.type]
-    return min(most, free_on(device) // 2) if device.type == "cuda" else most
+    return min(most, free_on(device) // 3) if device.type == "cuda" else most
 
 
 def _told(call: Call, known: dict[int, str]) -> str | None:
@@ -173,11 +190,26 @@ def _told(call: Call, known: dict[int, str]) -> str | None:
     return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 
-def divided(offers: Sequence[_Offer], waiting: Collection[int]) -> dict[Key, int]:
+def in_time(offers: Sequence[_Offer]) -> list[float]:
+    """How many batches each rank can run while others fit, one at least, as far as it is known.
+
+    What is run beyond that is waited for, and saves each of two ranks half of it. The bits do not depend on it.
+    """
+    fits = [offer.pace.fit for offer in offers if offer.pace.fit is not None]
+    each = [offer.pace.batch for offer in offers]
+    return [max(1.0, max(fits) // batch) if batch and fits else math.inf for batch in each]
+
+
+def divided(offers: Sequence[_Offer], waiting: Collection[int], most: Sequence[float]) -> dict[Key, int]:
     """Which of the ranks that wait runs which batch: its own, and of the others' those that it has a like call for.
 
-    As far as there is room, from the last batches on: what a layer keeps from one of its steps to the next are the
-    first ones (`Reuse.keep`).
+    As far as there is room and time, from the last batches on: what a layer keeps from one of its steps to the next are
+    the first ones (`Reuse.keep`).
+
+    Args:
+        offers: of all ranks.
+        waiting: the ranks that do.
+        most: how many batches each can run.
     """
     held, load = [0] * len(offers), [0] * len(offers)
     runners: dict[Key, int] = {}
@@ -189,12 +221,16 @@ def divided(offers: Sequence[_Offer], waiting: Collection[int]) -> dict[Key, int
             call = offer.calls[left[rank] - 1]
             able = [each for each in waiting if each == rank or (call is not None and call in offers[each].calls)]
             runner = rank if rank in able else min(able, key=load.__getitem__, default=None)
-            if runner is None or any(held[each] + offer.size > offers[each].room for each in {rank, runner}):
+            if (
+                runner is None
+                or load[runner] >= most[runner]
+                or any(held[each] + offer.size > offers[each].room for each in {rank, runner})
+            ):
                 left[rank] = 0
                 continue
             left[rank] -= 1
             runners[rank, left[rank]] = runner
-            load[runner] += offer.size
+            load[runner] += 1
             for each in {rank, runner}:
                 held[each] += offer.size
     return dict(sorted(runners.items()))

@@ -16,6 +16,7 @@ from ..config import ARBConfig
 from ..experts.matrices import is_experts
 from ..modules import linear_shape, linear_weight
 from ..nn import ARBExperts, ARBLinear
+from .ahead import Ahead
 from .distributed import Ranks
 from .division import Division
 from .experts import LayerStatistics, RoutedInputs
@@ -75,7 +76,7 @@ class Fitting:
         names: list[str],
         statistics: LayerStatistics | None,
         keep: bool = False,
-        beside: Callable[[], None] | None = None,
+        ahead: Ahead | None = None,
     ) -> dict[str, nn.Module]:
         """Binarizes modules of a layer, of those that run at once or in one step.
 
@@ -83,7 +84,7 @@ class Fitting:
             names: of the modules.
             statistics: what they receive; None to binarize them from their weights alone.
             keep: whether the float modules are asked for.
-            beside: what a rank does before it fits its part of them, if it has any.
+            ahead: what is run before a rank fits its part of them, if it has any.
 
         Returns:
             If they are to be kept, name -> the float module that was binarized on this rank.
@@ -120,8 +121,8 @@ class Fitting:
                 shared = {id(hessian): SharedWork(hessian) for hessian in several}
             shared |= division.work(statistics, self.error_correction)
             self._correct(linears, statistics)
-        if beside is not None:
-            beside()
+        if ahead is not None:
+            ahead.run()
         largest = max((math.prod(shapes[name]) for name in linears), default=1)
         streams = min(FITS, len(linears), max(1, FITTED_WEIGHTS // largest))
         self._give_back()
@@ -150,6 +151,8 @@ class Fitting:
             self.model.set_submodule(name, packed)
             self._progress.linear(name, seconds, errors)
         fits.close()
+        if ahead is not None:
+            ahead.fitted()
         shared.clear()
         division.finish()
         for name, module in share_modules(self._ranks, done, self._device, self._records).items():

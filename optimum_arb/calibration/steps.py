@@ -11,7 +11,7 @@ from torch import nn
 
 from .activations import Activations, CopiedAhead, EveryOther
 from .ahead import Ahead
-from .ahead_plan import Following, make_plan
+from .ahead_plan import Following, Pace, make_plan
 from .calls import Call, layer_runs
 from .correction import LAYER_INPUT, Corrections, Read, Reading, Step, find_steps, sharing_weights
 from .distributed import Ranks
@@ -115,11 +115,10 @@ class Steps:
                 self._gather(name, layer, of_float, number, step, statistics, hidden, calls, both, taking)
             if last:
                 self.ahead = following
-            if following is None:
-                fitted |= self.fitting.binarize(step.names, statistics, self.keep)
-            else:
+            if following is not None:
                 following.hand_over()
-                fitted |= self.fitting.binarize(step.names, statistics, self.keep, following.run)
+            fitted |= self.fitting.binarize(step.names, statistics, self.keep, following)
+            if following is not None:
                 following.collect()
             if self.keep:
                 every.absorb(statistics)
@@ -127,7 +126,8 @@ class Steps:
 
     def _plan(self, name: str, steps: list[Step], modules: dict[str, nn.Module], hidden: Activations) -> Ahead | None:
         some = hidden[0] if len(hidden) else None
-        plan = make_plan(self.ranks, self.device, name, steps, modules, self.following, some)
+        pace = Pace() if self.ahead is None else self.ahead.pace()
+        plan = make_plan(self.ranks, self.device, name, steps, modules, self.following, some, pace)
         return None if plan is None or self.following is None else Ahead(self.ranks, self.device, plan, self.following)
 
     @contextmanager

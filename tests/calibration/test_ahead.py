@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from optimum_arb import ARBConfig
 from optimum_arb.calibration import ahead_plan, division
 from optimum_arb.calibration.ahead import Ahead
-from optimum_arb.calibration.ahead_plan import _Offer, divided
+from optimum_arb.calibration.ahead_plan import Pace, _Offer, in_time
+from optimum_arb.calibration.ahead_plan import divided as divided_by
 from optimum_arb.calibration.distributed import OtherRankFailed, distributed
 
 LLAMA, MIXTRAL = "LlamaForCausalLM", "MixtralForCausalLM"
@@ -28,6 +31,7 @@ CASES = {
     "divided": (LLAMA, {"planes": 2, "held_out_samples": 2}, 1 << 30, 7),
     # a batch is 24 tokens of 2 * 96 + 96 + 96 + 96 + 160 numbers: the second rank has room for two of each
     "little room": (LLAMA, {}, 4 * 24 * 640 * 4, 4),
+    "in time": (LLAMA, {}, 1 << 30, None),
     "wide heads": ("Qwen3ForCausalLM", {}, 1 << 30, 7),
     "parallel": ("PhiForCausalLM", {}, 1 << 30, 7),
     "gpt2": ("GPT2LMHeadModel", {"act_order": True}, 1 << 30, 7),
@@ -73,10 +77,13 @@ def worker(folder: str, *names: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     counts = {}
+    timed = ahead_plan.in_time
     with distributed():
         for name in names or CASES:
             family, choices, room, _ = CASES[name]
             ahead_plan.MOST["cpu"] = room
+            # as many batches as there are, however long they take
+            ahead_plan.in_time = timed if name == "in time" else lambda offers: [math.inf] * len(offers)
             division.LEAST["cpu"] = 1 if name == "divided" else 1 << 30
             with pytest.MonkeyPatch.context() as patch:
                 calls = count(patch)
@@ -170,9 +177,13 @@ def check_bits(folder: Path, name: str, size: int, expected: dict[str, torch.Ten
 def test_two_processes_make_the_bits_of_one(two, alone, name):
     check_bits(two, name, 2, alone(name))
     first, second = counts(two, name, 2)
-    batches = 2 * CASES[name][3]
     assert first.get("run", 0) == 0
-    assert second.get("run", 0) == batches
+    if CASES[name][3] is None:
+        assert SAMPLES < second["run"] <= 2 * SAMPLES  # all of the second layer, one at least of the third
+        batches = second["run"]
+    else:
+        batches = 2 * CASES[name][3]
+        assert second.get("run", 0) == batches
     assert first.get("taken", 0) + second.get("taken", 0) == batches
 
 
@@ -239,6 +250,7 @@ def test_from_disk_to_disk_and_resumed(sources, alone):
 def test_batches_go_to_ranks_that_wait_and_have_a_like_call():
     short, long = ["a", "a", "b"], ["a", "a"]
     offers = [_Offer(short, 1, 100), _Offer(long, 1, 100), _Offer(long, 1, 100)]
+    divided = partial(divided_by, most=[math.inf] * 3)
     # the last batch of the first rank is like none of the others'; so none of that rank is run ahead
     assert divided(offers, [1, 2]) == {(1, 0): 1, (1, 1): 1, (2, 0): 2, (2, 1): 2}
     offers[0] = _Offer(["b", "a", "a"], 1, 100)
@@ -252,7 +264,18 @@ def test_batches_go_to_ranks_that_wait_and_have_a_like_call():
 
 def test_batches_are_run_ahead_as_far_as_there_is_room():
     offers = [_Offer(["a"] * 5, 10, 100), _Offer(["a"] * 5, 10, 45)]
+    divided = partial(divided_by, most=[math.inf] * 2)
     assert divided(offers, [1]) == {(0, 3): 1, (0, 4): 1, (1, 3): 1, (1, 4): 1}
     offers = [_Offer(["a"] * 5, 10, 15), _Offer(["a"] * 5, 10, 1000)]
     assert divided(offers, [1]) == {(0, 4): 1, **{(1, batch): 1 for batch in range(5)}}
     assert divided([_Offer([], 0, 100), _Offer(["a"], 10, 100)], [0]) == {}
+
+
+def test_batches_are_run_ahead_as_long_as_a_fit_takes():
+    offers = [_Offer(["a"] * 5, 1, 100) for _ in range(3)]
+    assert in_time(offers) == [math.inf] * 3
+    offers[0].pace, offers[1].pace, offers[2].pace = Pace(fit=0.4), Pace(batch=0.15), Pace(batch=1.0)
+    assert in_time(offers) == [math.inf, 2, 1]
+    assert divided_by(offers, [1, 2], in_time(offers)) == {(0, 4): 1, (1, 4): 1, (2, 4): 2}
+    offers[0].pace = Pace()
+    assert in_time(offers) == [math.inf] * 3
