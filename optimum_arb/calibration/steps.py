@@ -168,7 +168,7 @@ class Steps:
             ahead.settle()
         float_hidden = EveryOther(hidden, 0)
         streams = CopiedAhead(float_hidden, len(calls), self.device) if self.device.type == "cuda" else float_hidden
-        run_float = layer_runs(of_float, EveryOther(hidden, 0), calls, self.device)
+        run_float = layer_runs(of_float, float_hidden, calls, self.device)
         run = layer_runs(layer, EveryOther(hidden), calls, self.device)
         with (
             statistics,
