@@ -10,7 +10,8 @@ norms that make a hundredth of the channels 20 times as large. One layer's tenso
 depend on the values. Token ids follow Zipf's law. Every run prints one JSON line.
 
 `seconds` is all of `quantize_checkpoint`, `phases` where it went (time of a phase within another counts for the inner
-one alone, and what threads do beside counts where it is waited for), `layers` the seconds of each layer. The first
+one alone, and what threads do beside counts where it is waited for), `layers` the seconds of each layer,
+`phases_of_a_layer_ms` the phases of a layer behind the first, of each process. The first
 layer pays for what is compiled and loaded once: so `seconds_of_32` (`_80` of a 70B) is what is outside the layers, plus
 the first layer, plus 31 times the median of the others. To tell phases apart the GPU is waited for wherever one begins
 or ends, also where processes send to each other while they compute: `--no-phases` leaves that out. `--cold` first drops
@@ -60,6 +61,8 @@ PHASES = {
     "summing ranks": ["calibration.distributed:Ranks.sum_statistics"],
     "fit": ["calibration.fitting:Fitting.binarize"],
     "dividing": ["calibration.division:Division.work"],  # what several processes make for each other's fits
+    "ahead": ["calibration.ahead:Ahead.run"],  # the float model's next layer, by processes that wait for a fit
+    "handing over": ["calibration.ahead:Ahead.hand_over", "calibration.ahead:Ahead.collect"],
     "waiting for ranks": ["calibration.distributed:Ranks.exchange"],
     "writing": ["checkpoint.streamed:StreamedWeights._write", "checkpoint.streamed:StreamedWeights.finish_all"],
     "hashing the float files": ["loading.run_record:model_facts"],  # what was not hashed along the walk
@@ -147,13 +150,16 @@ class Layers(Progress):
     """Remembers when each layer was finished.
 
     Args:
+        phases: what is read when one begins and ends.
         profiled: the number of the layer to profile, or None.
     """
 
-    def __init__(self, profiled: int | None = None) -> None:
+    def __init__(self, phases: Phases, profiled: int | None = None) -> None:
         super().__init__()
         self.finished: list[float] = []
         self.profile: profile | None = None
+        self.phases: list[dict[str, float]] = []  # of each layer
+        self._phases = phases
         self._profiled = profiled
 
     def layer(self, name: str, targets: Any) -> Any:
@@ -167,9 +173,19 @@ class Layers(Progress):
 
     @contextmanager
     def _timed(self, inner: Any, profiled: Any) -> Iterator[None]:
+        before = dict(self._phases.seconds)
         with profiled, inner:
             yield
+        after = self._phases.seconds
+        self.phases.append({phase: seconds - before.get(phase, 0.0) for phase, seconds in after.items()})
         self.finished.append(time.perf_counter())
+
+    def usual_phases(self) -> dict[str, float]:
+        """Milliseconds of a layer behind the first one, the medians."""
+        some = self.phases[1:] or self.phases
+        names = {phase for found in some for phase in found}
+        usual = {phase: statistics.median(found.get(phase, 0.0) for found in some) for phase in names}
+        return {phase: round(1e3 * x, 1) for phase, x in sorted(usual.items(), key=lambda y: -y[1]) if x >= 1e-4}
 
     @property
     def seconds(self) -> list[float]:
@@ -245,7 +261,8 @@ def work(args: argparse.Namespace, source: Path, target: Path) -> None:
     config = ARBConfig(
         method=args.method, dataset=ids, num_samples=args.samples, sequence_length=args.length, **args.config
     )
-    phases, layers = Phases(args.device), Layers(args.layers - 1 if args.profile else None)
+    phases = Phases(args.device)
+    layers = Layers(phases, args.layers - 1 if args.profile else None)
     if not args.no_phases:
         phases.install(PHASES)
         phases.install_statistics()
@@ -261,7 +278,7 @@ def work(args: argparse.Namespace, source: Path, target: Path) -> None:
         gpu = torch.cuda.max_memory_allocated() if cuda else None
         reserved = torch.cuda.max_memory_reserved() if cuda else None
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        everyone = ranks.exchange((gpu, reserved, resident), "measuring")
+        everyone = ranks.exchange((gpu, reserved, resident, layers.usual_phases()), "measuring")
         if not ranks.is_first:
             return
     each = layers.seconds
@@ -281,6 +298,7 @@ def work(args: argparse.Namespace, source: Path, target: Path) -> None:
         f"seconds_of_{LAYERS[args.shape]}": round(outside + each[0] + (LAYERS[args.shape] - 1) * usual, 1),
         "layers": [round(value, 2) for value in each],
         "phases": {name: round(value, 2) for name, value in sorted(phases.seconds.items(), key=lambda x: -x[1])},
+        "phases_of_a_layer_ms": [one[3] for one in everyone],
         "gpu_bytes": max(one[0] for one in everyone) if cuda else None,
         "gpu_bytes_reserved": max(one[1] for one in everyone) if cuda else None,
         "resident_bytes": max(one[2] for one in everyone),

@@ -65,6 +65,12 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
 
 
+def linear_weight(module: nn.Module) -> torch.Tensor:
+    """The weight `[N, K]` of a linear, as a view."""
+    weight = module.get_parameter("weight").detach()
+    return weight.T if type(module) is Conv1D else weight
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of a linear; GPT-2's `Conv1D` stores its weight transposed."""
     weight = module.weight

@@ -180,9 +180,18 @@ def together(folder: str) -> None:
     """One rank of a joint calibration over NCCL."""
     from optimum_arb.algorithms import admm
     from optimum_arb.calibration import division
+    from optimum_arb.calibration.ahead import Ahead
     from optimum_arb.calibration.distributed import distributed
 
     made: list[None] = []
+    ahead: list[int] = []
+    run = Ahead.run
+
+    def counted(each: Ahead) -> None:
+        run(each)
+        ahead.append(len(each._made))
+
+    Ahead.run = counted  # type: ignore[method-assign]
     pull = admm._pull
     admm._pull = lambda *args: made.append(None) or pull(*args)  # type: ignore[assignment]
     default = division.LEAST["cuda"]
@@ -191,9 +200,11 @@ def together(folder: str) -> None:
         for name, (_, _, _, least) in TOGETHER.items():
             division.LEAST["cuda"] = least or default
             made.clear()
+            ahead.clear()
             model = binarize_together(Path(folder), name, "cuda")
             assert {p.device.index for p in model.parameters()} == {ranks.rank}
             counts[name] = len(made)
+            counts[f"{name} ahead"] = sum(ahead)
             if ranks.is_first:
                 model.save_pretrained(Path(folder) / name / "together")
     (Path(folder) / f"together{ranks.rank}.json").write_text(json.dumps(counts))
@@ -229,3 +240,14 @@ def test_two_gpus_divide_the_inverses(made_together, name):
     layers = {**BIG, **TOGETHER[name][1]}["num_hidden_layers"]
     assert sum(counts) == 4 * 5 * layers
     assert max(counts) <= 3 * 4 * layers
+
+
+@two_gpus
+@pytest.mark.parametrize("name", TOGETHER)
+def test_the_gpu_that_waits_runs_the_float_model_ahead(made_together, name):
+    """Eight batches in each layer but the first, while the other one fits the down projection."""
+    first, second = (json.loads((made_together / f"together{rank}.json").read_text()) for rank in (0, 1))
+    layers = {**BIG, **TOGETHER[name][1]}["num_hidden_layers"]
+    corrected = TOGETHER[name][2].get("error_correction", 1) and TOGETHER[name][2].get("method") != "arb-rc"
+    expected = 8 * (layers - 1) if corrected and "experts" not in name else 0
+    assert (first[f"{name} ahead"], second[f"{name} ahead"]) == (0, expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Hashable
 
 import torch
 
@@ -29,8 +30,9 @@ from .hessian import PreparedHessian, identity_hessian
 from .planes import PlanesFit, fit_planes
 from .preparation import prepared_part
 from .refinement import refine_blocks
+from .shared_work import made_elsewhere
 
-__all__ = ["binarize", "hadamard_gain", "output_error", "squared_errors"]
+__all__ = ["binarize", "hadamard_gain", "output_error", "outputs_energy", "outputs_key", "squared_errors"]
 
 GAIN_ROWS = 128  # of the fits that tell whether a Hadamard transform pays
 
@@ -149,15 +151,28 @@ def squared_errors(
     error = original - reconstruction.to(torch.float32)
     if hessian is None:
         return float(error.double().square().sum()), float(original.double().square().sum())
+    known = made_elsewhere(hessian, outputs_key(weight))
+    return _outputs(error, original, hessian), outputs_energy(original, hessian) if known is None else known
+
+
+def outputs_energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    """`tr(W H W^T)`, the denominator of `output_error`; arguments as there."""
+    original = weight.to(torch.float32)
+    return _outputs(original, original, hessian)
+
+
+def outputs_key(weight: torch.Tensor) -> Hashable:
+    """By which a fit knows the `outputs_energy` of its weight, a tensor that stays while it is fitted."""
+    return "outputs", weight.data_ptr(), tuple(weight.shape)
+
+
+def _outputs(part: torch.Tensor, original: torch.Tensor, hessian: torch.Tensor) -> float:
+    """`tr(P H P^T)` of a part of a weight."""
     # powers of two, so exact: products of three large or tiny numbers must not leave float32
     size, energy = _power_of_two(original), _power_of_two(hessian.diagonal())
     metric = (hessian / energy).to(torch.float32)
-
-    def outputs(part: torch.Tensor) -> float:
-        part = part / size
-        return float(((part @ metric) * part).sum(dtype=torch.float64)) * size * size * energy
-
-    return outputs(error), outputs(original)
+    part = part / size
+    return float(((part @ metric) * part).sum(dtype=torch.float64)) * size * size * energy
 
 
 def _power_of_two(values: torch.Tensor) -> float:

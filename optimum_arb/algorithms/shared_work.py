@@ -80,6 +80,12 @@ class SharedWork:
         self.share(part.matrix)
         self._entries[id(part.matrix), part.key] = _Entry((result, None), uses, arrived)
 
+    def take(self, matrix: torch.Tensor, key: Hashable) -> Any:
+        """What was put here for this key, taken away; None if nothing was."""
+        with self._lock:
+            entry = self._entries.pop((id(matrix), key), None)
+        return None if entry is None else entry.get(matrix.device, lambda: None)
+
     def share(self, matrix: torch.Tensor) -> None:
         """Results of this matrix, itself one that fits share, are shared too."""
         with self._lock:
@@ -127,6 +133,12 @@ def once(matrix: torch.Tensor, key: Hashable, make: Callable[[], Result]) -> Res
     """`make()`, by the first of the fits that share this matrix and ask for the same key. Nothing may write to it."""
     work: SharedWork | None = getattr(_of_this_thread, "work", None)
     return make() if work is None else work.get(matrix, key, make)
+
+
+def made_elsewhere(matrix: torch.Tensor, key: Hashable) -> Any:
+    """What another rank made of this matrix for this very fit; None where this one is to make it."""
+    work: SharedWork | None = getattr(_of_this_thread, "work", None)
+    return None if work is None else work.take(matrix, key)
 
 
 def also_elsewhere(task: Callable[[Item], Result]) -> Callable[[Item], Result]:

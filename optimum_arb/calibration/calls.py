@@ -99,20 +99,26 @@ def layer_runs(
     layer: nn.Module, inputs: Activations, calls: Sequence[Call], device: torch.device
 ) -> Callable[[int], torch.Tensor]:
     """A function that gives the layer's output for a batch, all on the device."""
+    call = calling(layer, calls, device)
+    hidden = CopiedAhead(inputs, len(calls), device) if device.type == "cuda" else None
+
+    def run(batch: int) -> torch.Tensor:
+        # a copy, also on the CPU: a layer may write into its input, and the next run of it reads that again
+        return call(batch, inputs[batch].to(device, copy=True) if hidden is None else hidden[batch])
+
+    return run
+
+
+def calling(
+    layer: nn.Module, calls: Sequence[Call], device: torch.device
+) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """A function that gives the layer's output for the arguments of a batch and hidden states, all on the device."""
     # what all calls have in common is copied to a GPU once: each copy makes the host wait for it
     moved: dict[int, torch.Tensor] = {}
     if calls and device.type != "cpu":
         first = [x for x in tree_leaves((calls[0].args, calls[0].kwargs)) if isinstance(x, torch.Tensor)]
         moved = {id(x): x.to(device) for x in first}
-
-    hidden = CopiedAhead(inputs, len(calls), device) if device.type == "cuda" else None
-
-    def run(batch: int) -> torch.Tensor:
-        # a copy, also on the CPU: a layer may write into its input, and the next run of it reads that again
-        given = inputs[batch].to(device, copy=True) if hidden is None else hidden[batch]
-        return calls[batch].run(layer, given, device, moved)
-
-    return run
+    return lambda batch, hidden: calls[batch].run(layer, hidden, device, moved)
 
 
 def version(tensor: torch.Tensor) -> int:

@@ -3,11 +3,13 @@
 Two of the four steps of a decoder layer hold one linear, which one rank fits, and the linears of the others share a
 matrix. Factorizing it is most of the work where it is large, and looks at no weight: preparing it, solving for the
 correction of the weights, and `rho (H + rho I)^-1` of five values of rho are one rank's each, and go to those that fit.
-They have the bits that a rank that fits would have made: the same calls on the same matrix.
+Who solves and fits nothing also measures the outputs of the weights that are fitted, which their errors are divided by.
+All have the bits that a rank that fits would have made: the same calls on the same matrix.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +18,12 @@ from typing import Any
 
 import torch
 
+from ..algorithms import outputs_energy
 from ..algorithms.hessian import PreparedHessian
 from ..algorithms.preparation import parts_of_damped, prepared_part
 from ..algorithms.shared_work import Part, SharedWork
 from ..config import ARBConfig
+from ..modules import linear_weight
 from .correction import Corrections
 from .distributed import Ranks
 from .experts import LayerStatistics
@@ -78,6 +82,8 @@ class Division:
         self._owners = owners
         self._columns = {name: shapes[name][1] for name in owners}
         self._arrivals: list[Arrival] = []
+        # name of a linear -> the energy of its outputs on the calibration text, where another rank has measured it
+        self.energies: dict[str, float] = {}
         fitted = [0] * ranks.size
         for name, rank in owners.items():
             fitted[rank] += math.prod(shapes[name])
@@ -121,7 +127,7 @@ class Division:
             self._invert(matrices, damped)
             if changes is not None and corrections is not None:
                 changes.end()
-                corrections.changes = changes.take() or {}
+                corrections.changes, self.energies = changes.take() or ({}, {})
         return {id(matrix.hessian): matrix.work for matrix in matrices}
 
     def finish(self) -> None:
@@ -154,7 +160,7 @@ class Division:
         made = _Round(self._ranks, self._device, self._order)
         if corrections is not None:
             (matrix,) = matrices  # with error correction, all share one input
-            solve = partial(corrections.solve, matrix.names, matrix.hessian, strength)
+            solve = partial(self._solve, corrections, matrix, strength)
             made.add(CHANGES, len(matrix.hessian), solve, self._order[:1], self._fitting(matrix.names))
         parts: dict[tuple[int, Hashable], Part[PreparedHessian]] = {}
         for place, matrix in enumerate(matrices):
@@ -176,6 +182,20 @@ class Division:
                 if prepared is not None:
                     matrices[key[0]].work.put(part, prepared)
         return arrivals.get(CHANGES), damped
+
+    def _solve(
+        self, corrections: Corrections, matrix: _Matrix, strength: float
+    ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """What is added to weights; and by their names the energies of their outputs, where this rank fits none: the
+        one that prepares the matrix takes longer."""
+        changes = corrections.solve(matrix.names, matrix.hessian, strength)
+        if self._ranks.rank in self._fitting(matrix.names):
+            return changes, {}
+        spare = copy.copy(corrections)
+        spare.changes = {name: change.clone() for name, change in changes.items()}
+        return changes, {
+            name: outputs_energy(linear_weight(spare.corrected(name)), matrix.hessian) for name in matrix.names
+        }
 
     def _invert(self, matrices: list[_Matrix], damped: dict[tuple[int, Hashable], torch.Tensor]) -> None:
         """What fits make of the damped matrices."""

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..algorithms.shared_work import SharedWork, sharing
+from ..algorithms import outputs_key
+from ..algorithms.shared_work import Part, SharedWork, sharing
 from ..config import ARBConfig
 from ..experts.matrices import is_experts
-from ..modules import linear_shape
+from ..modules import linear_shape, linear_weight
 from ..nn import ARBExperts, ARBLinear
+from .ahead import Ahead
 from .distributed import Ranks
 from .division import Division
 from .experts import LayerStatistics, RoutedInputs
@@ -70,9 +72,23 @@ class Fitting:
         self._choices = choices
 
     def binarize(
-        self, names: list[str], statistics: LayerStatistics | None, keep: bool = False
+        self,
+        names: list[str],
+        statistics: LayerStatistics | None,
+        keep: bool = False,
+        ahead: Ahead | None = None,
     ) -> dict[str, nn.Module]:
-        """Returns: if they are to be kept, name -> the float module that was binarized on this rank."""
+        """Binarizes modules of a layer, of those that run at once or in one step.
+
+        Args:
+            names: of the modules.
+            statistics: what they receive; None to binarize them from their weights alone.
+            keep: whether the float modules are asked for.
+            ahead: what is run before a rank fits its part of them, if it has any.
+
+        Returns:
+            If they are to be kept, name -> the float module that was binarized on this rank.
+        """
         owners = self._ranks.owners({name: self.model.get_submodule(name) for name in names})
         shapes = {name: linear_shape(self.model.get_submodule(name)) for name in owners}
         division = Division(self._ranks, self._device, self._choices, owners, shapes)
@@ -89,7 +105,11 @@ class Fitting:
             module = sources[name] = self._to_fit(name, statistics)
             hessian = None if statistics is None else statistics.linears.hessian(name)
             tokens = 0 if statistics is None else statistics.linears.tokens(name)
-            with sharing(shared.get(id(hessian))):
+            work = shared.get(id(hessian))
+            if work is not None and hessian is not None and name in division.energies:
+                energy = division.energies[name]
+                work.put(Part(hessian, outputs_key(linear_weight(module)), lambda: energy), energy)
+            with sharing(work):
                 packed, error = self._linear(name, module, hessian, tokens)
             return packed, [] if error is None else [error], time.perf_counter() - start
 
@@ -101,6 +121,8 @@ class Fitting:
                 shared = {id(hessian): SharedWork(hessian) for hessian in several}
             shared |= division.work(statistics, self.error_correction)
             self._correct(linears, statistics)
+        if ahead is not None:
+            ahead.run()
         largest = max((math.prod(shapes[name]) for name in linears), default=1)
         streams = min(FITS, len(linears), max(1, FITTED_WEIGHTS // largest))
         self._give_back()
@@ -129,6 +151,8 @@ class Fitting:
             self.model.set_submodule(name, packed)
             self._progress.linear(name, seconds, errors)
         fits.close()
+        if ahead is not None:
+            ahead.fitted()
         shared.clear()
         division.finish()
         for name, module in share_modules(self._ranks, done, self._device, self._records).items():

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+import torch
+
 _M_MMAP_THRESHOLD = -3
 # Bytes from which on a block has a mapping of its own inside `bounded_memory`.
 OWN_MAPPING = 32 << 20
@@ -51,3 +53,11 @@ def give_back_memory() -> None:
     library = _libc()
     if library is not None:
         library.malloc_trim(0)
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes of a GPU that are free, with what torch keeps of it unused."""
+    if not torch.cuda.is_available():
+        return 0
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused

@@ -21,16 +21,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from .activations import Activations, CopiedAhead
+from .activations import Activations, CopiedAhead, OnDevice
 from .calls import like, replaced_forwards
 from .correction import Step
+from .memory import free_on
 
 # What is kept of a layer takes at most this many times the memory of the hidden states. Attention's output is one of
 # them; the input of `o_proj` is larger where there are more heads than hidden features (1.6 times in Qwen3-4B).
 KEPT_HIDDEN = 2
-# Bytes of larger tensors that are kept all the same on a CPU: the input of `down_proj`, of which 32 x 1024 tokens of
-# SmolLM2-135M take 201 MB and 128 x 2048 of a 7B, 5.8 GB. A GPU computes them again sooner than it copies them.
+# Bytes of larger tensors that are kept all the same, on the device: the input of `down_proj`, of which 32 x 1024 tokens
+# of SmolLM2-135M take 201 MB and 128 x 2048 of a 7B, 5.8 GB, on each of two GPUs half of that. On a GPU no more than a
+# quarter of what is free: elsewhere they would be no sooner copied than computed again.
 LARGEST = 1 << 30
+LARGEST_ON_GPU = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Settled:
         bytes: of the larger of the linear's input and its output, in one batch.
         until: the last run, from 1, in which what is kept is used; the one for the next layer's inputs follows the
             last step's.
+        on_device: whether it is kept where it was computed, and not with the hidden states.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Settled:
     form: Any
     bytes: int
     until: int = 0
+    on_device: bool = False
 
 
 @dataclass
@@ -163,19 +168,27 @@ def worth_keeping(
     """
     chosen: list[Settled] = []
     left = KEPT_HIDDEN * hidden
-    large = LARGEST if device.type == "cpu" else 0
+    large = largest(device)
     for each in settled:
         until = min([runs, *(outer.last for outer in chosen if each.name.startswith(outer.name + "."))])
         if each.last + (1 if each.linear is not None else 2) > until:
             continue
-        if each.bytes <= left:
+        on_device = each.bytes > left
+        if not on_device:
             left -= each.bytes
         elif each.bytes * batches <= large:
             large -= each.bytes * batches
         else:
             continue
-        chosen.append(replace(each, until=until))
+        chosen.append(replace(each, until=until, on_device=on_device))
     return chosen
+
+
+def largest(device: torch.device) -> int:
+    """Bytes of all batches that may be kept on a device beside what takes no more than hidden states."""
+    if device.type == "cuda":
+        return min(LARGEST_ON_GPU, free_on(device) // 4)
+    return LARGEST if device.type == "cpu" else 0
 
 
 class Reuse:
@@ -191,7 +204,7 @@ class Reuse:
         self._layer = layer
         self._settled = settled
         self._device = device
-        self._kept = {each.name: Activations() for each in settled}
+        self._kept = {each.name: OnDevice() if each.on_device else Activations() for each in settled}
         # the batches of which there is the output, not the linear's input
         self._outputs: dict[str, set[int]] = {each.name: set() for each in settled}
         self._run = 0
@@ -242,7 +255,8 @@ class Reuse:
 
     def _forward(self, settled: Settled, forward: Callable[..., Any]) -> Callable[..., Any]:
         kept, outputs = self._kept[settled.name], self._outputs[settled.name]
-        ahead = CopiedAhead(kept, len(kept), self._device) if self._device.type == "cuda" else None
+        away = self._device.type == "cuda" and not settled.on_device
+        ahead = CopiedAhead(kept, len(kept), self._device) if away else None
         linear = None if settled.linear is None else self._layer.get_submodule(settled.linear)
         again = self._run < settled.until
 

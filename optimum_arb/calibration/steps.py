@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from .activations import Activations, EveryOther
+from .activations import Activations, CopiedAhead, EveryOther
+from .ahead import Ahead
+from .ahead_plan import Following, Pace, make_plan
 from .calls import Call, layer_runs
-from .correction import Corrections, Read, Reading, Step, find_steps, sharing_weights
+from .correction import LAYER_INPUT, Corrections, Read, Reading, Step, find_steps, sharing_weights
 from .distributed import Ranks
 from .experts import LayerStatistics, Taken
 from .fitting import Fitting
@@ -35,6 +37,8 @@ class Steps:
         fitted: how many batches something may be fitted to.
         keep: whether the statistics, and the modules with the weights that were fitted, are asked for.
         runs_on: whether `outputs` will be asked for, of the layer as `binarize` leaves it.
+        following: the layer behind this one, where several ranks may run it ahead.
+        ahead: what they made of this one; behind `binarize`, of the one that follows.
     """
 
     fitting: Fitting
@@ -43,6 +47,8 @@ class Steps:
     fitted: int
     keep: bool
     runs_on: bool
+    following: Following | None = None
+    ahead: Ahead | None = None
     _reuse: Reuse | None = field(default=None, init=False)
     _count: int = field(default=0, init=False)
 
@@ -80,6 +86,9 @@ class Steps:
         assert looked is not None  # the first rank has batches
         steps, settled = looked
         self._count = len(steps)
+        if self.ahead is not None and self.ahead.steps != steps:
+            self.ahead.settle()
+            self.ahead = None
 
         def reuse(form: nn.Module, runs: int) -> Reuse:
             size = hidden[0].nbytes if calls and settled else 0
@@ -93,12 +102,33 @@ class Steps:
             statistics = LayerStatistics({target: modules[target] for target in step.names})
             statistics.corrections = Corrections(step, modules, self.device)
             last = step is steps[-1]
+            following = self._plan(name, steps, modules, hidden) if last else None
+
+            def put_out(batch: int, output: torch.Tensor, following: Ahead | None = following) -> None:
+                if following is not None:
+                    following.give(batch, output)
+                assert take is not None
+                take(batch, output)
+
             with both[0].run(number), both[1].run(number):
-                self._gather(name, layer, of_float, step, statistics, hidden, calls, both, take if last else None)
-            fitted |= self.fitting.binarize(step.names, statistics, self.keep)
+                taking = None if take is None or not last else put_out
+                self._gather(name, layer, of_float, number, step, statistics, hidden, calls, both, taking)
+            if last:
+                self.ahead = following
+            if following is not None:
+                following.hand_over()
+            fitted |= self.fitting.binarize(step.names, statistics, self.keep, following)
+            if following is not None:
+                following.collect()
             if self.keep:
                 every.absorb(statistics)
         return fitted, every
+
+    def _plan(self, name: str, steps: list[Step], modules: dict[str, nn.Module], hidden: Activations) -> Ahead | None:
+        some = hidden[0] if len(hidden) else None
+        pace = Pace() if self.ahead is None else self.ahead.pace()
+        plan = make_plan(self.ranks, self.device, name, steps, modules, self.following, some, pace)
+        return None if plan is None or self.following is None else Ahead(self.ranks, self.device, plan, self.following)
 
     @contextmanager
     def outputs(
@@ -121,6 +151,7 @@ class Steps:
         name: str,
         layer: nn.Module,
         of_float: nn.Module,
+        number: int,
         step: Step,
         statistics: LayerStatistics,
         hidden: Activations,
@@ -132,7 +163,12 @@ class Steps:
         corrections = statistics.corrections
         assert corrections is not None
         reuse_float, reuse = both
-        run_float = layer_runs(of_float, EveryOther(hidden, 0), calls, self.device)
+        ahead = self.ahead if number > 1 else None  # up to the first step there is little to run
+        if ahead is not None:
+            ahead.settle()
+        float_hidden = EveryOther(hidden, 0)
+        streams = CopiedAhead(float_hidden, len(calls), self.device) if self.device.type == "cuda" else float_hidden
+        run_float = layer_runs(of_float, float_hidden, calls, self.device)
         run = layer_runs(layer, EveryOther(hidden), calls, self.device)
         with (
             statistics,
@@ -142,7 +178,14 @@ class Steps:
 
             def taken(batch: int) -> tuple[torch.Tensor | None, dict[str, torch.Tensor], Taken, list[Made]]:
                 output, wanted, made_float = None, Read(), {}
-                if take is not None or (corrections.sums and batch < self.fitted):
+                known = ahead is not None and ahead.has(batch)
+                if ahead is not None and known:
+                    wanted = ahead.read(number, batch)
+                    if LAYER_INPUT in step.residual.values():
+                        wanted.streams[LAYER_INPUT] = streams[batch]
+                    if take is not None:
+                        output = ahead.output(batch)
+                elif take is not None or (corrections.sums and batch < self.fitted):
                     with of_wanted.reading() as wanted, reuse_float.batch(batch) as made_float:
                         output = run_float(batch)
                 with of_given.reading() as given, statistics.taking() as found, reuse.batch(batch) as made:
@@ -151,7 +194,8 @@ class Steps:
                     first = found.inputs[0]
                     found.inputs[1:] = [replace(first, name=other) for other in step.names if other != first.name]
                 differences = corrections.differences(wanted, given) if batch < self.fitted else {}
-                return output, differences, found, [(made_float, wanted.input), (made, given.input)]
+                kept_float = None if known else wanted.input
+                return output, differences, found, [(made_float, kept_float), (made, given.input)]
 
             for batch, (output, differences, found, kept) in enumerate(in_order(taken, range(len(calls)), self.device)):
                 for form, (made, given) in zip(both, kept, strict=True):

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from ..config import ARBConfig
 from .activations import INPUTS, Activations, EveryOther
+from .ahead import Ahead
+from .ahead_plan import Following
 from .calls import Call, Stop, layer_runs
 from .distributed import Ranks
 from .experts import LayerStatistics, Taken
@@ -20,6 +22,7 @@ from .layers import Layers, find_layers, no_one_chain
 from .progress import Progress
 from .runs import ModelRuns
 from .steps import Steps
+from .to_device import ToDevice
 from .turn import AfterLayer, LayerTurn
 from .weights import OUTSIDE, LayerWeights
 from .workers import in_order, one_thread
@@ -105,6 +108,8 @@ class CalibrationWalk:
         self.chain: Layers | None = None  # with `follow_float`, the layers
         self.progress = progress or Progress()
         self.runs = ModelRuns(model, self.weights)
+        self._to_device = ToDevice(self.weights, self.device)
+        self._ahead: Ahead | None = None
         noted = {} if records is None else records
         self.fitting = Fitting(
             model,
@@ -197,7 +202,8 @@ class CalibrationWalk:
                 self.progress.already_done(name)
                 continue
             with self.progress.layer(name, [] if finished[index] else names):
-                self._turn(group, index, finished[index], hidden, calls[index])
+                following = self._following(group, index + 1, finished, hidden, calls)
+                self._turn(group, index, finished[index], hidden, calls[index], following)
             calls[index].clear()
         hidden.clear()
 
@@ -218,11 +224,29 @@ class CalibrationWalk:
         self.activations.advance(INPUTS)
         return calls
 
-    def _turn(self, group: Layers, index: int, finished: bool, hidden: Activations, calls: list[Call]) -> None:
+    def _following(
+        self, group: Layers, index: int, finished: list[bool], hidden: Activations, calls: list[list[Call]]
+    ) -> Following | None:
+        """The layer of this number, where it may be run ahead: float, its hidden states in memory."""
+        if index >= len(group.names) or finished[index] or not group.targets[index] or not hidden.in_memory:
+            return None
+        name, layer = group.names[index], group.modules[index]
+        return Following(
+            name, layer, group.targets[index], calls[index], lambda: self._to_device.bring_beside(name, layer)
+        )
+
+    def _turn(
+        self,
+        group: Layers,
+        index: int,
+        finished: bool,
+        hidden: Activations,
+        calls: list[Call],
+        following: Following | None,
+    ) -> None:
         """One layer: its calibration matrices, its binarized form, its outputs."""
         name, layer, names = group.names[index], group.modules[index], group.targets[index]
-        self.weights.load(name)
-        layer.to(self.device)
+        self._to_device.bring(name, layer)
         inputs = EveryOther(hidden) if self.follow_float else hidden
         references: list[torch.Tensor] = []
         work = bool(names) and not finished
@@ -250,8 +274,12 @@ class CalibrationWalk:
                 modules = {target: self.model.get_submodule(target) for target in names}
                 if self.error_correction:
                     kept = self.after_layer is not None
-                    steps = Steps(self.fitting, self.ranks, self.device, self.fitted, kept, on and not kept)
+                    once_more = on and not kept
+                    steps = Steps(
+                        self.fitting, self.ranks, self.device, self.fitted, kept, once_more, following, self._ahead
+                    )
                     found = steps.binarize(name, layer, modules, hidden, calls, take if wanted else None)
+                    self._ahead = steps.ahead
                 else:
                     kept = self.after_layer is not None and not self.follow_float
                     found = self._binarize_at_once(layer, modules, inputs, calls, references if kept else None)

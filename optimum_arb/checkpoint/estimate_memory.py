@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..calibration.fitting import FITS, FITTED_WEIGHTS
 from ..calibration.layers import find_layers
 from ..calibration.memory import OWN_MAPPING
-from ..calibration.reuse import KEPT_HIDDEN, LARGEST
+from ..calibration.reuse import KEPT_HIDDEN, LARGEST, LARGEST_ON_GPU
 from ..config import ARBConfig
 from .estimate_fit import fit_memory
 
@@ -107,6 +107,8 @@ def streamed_memory(
             kept = 0 if activations_on_disk else _kept(linears, width, tokens[0] * tokens[1] * dtype.itemsize, device)
             ram = (1 if activations_on_disk else 2) * hidden + kept
             on_device = layer + _step(_by_step(linears, prefixes), activations, device)
+            if not activations_on_disk and device != "cpu":
+                on_device += _kept_on_device(linears, width, tokens[0] * tokens[1] * dtype.itemsize)
         else:
             ram, on_device = hidden, layer + max(2 * statistics + activations, statistics + workspace)
     if device == "cpu":
@@ -129,6 +131,12 @@ def _kept(linears: Sequence[Shape], width: int, column: int, device: str) -> int
     widest = max((one.columns for one in linears if not one.experts), default=0)
     few = attention + widest <= KEPT_HIDDEN * width or (device == "cpu" and widest * column <= LARGEST)
     return column * (2 * attention + (widest if few else 0))
+
+
+def _kept_on_device(linears: Sequence[Shape], width: int, column: int) -> int:
+    """Bytes of the inputs of the MLP's last linear where a GPU keeps them; arguments as in `_kept`."""
+    widest = max((one.columns for one in linears if not one.experts), default=0)
+    return widest * column if KEPT_HIDDEN * width < width + widest and widest * column <= LARGEST_ON_GPU else 0
 
 
 def _step(steps: Sequence[Sequence[Shape]], activations: int, device: str) -> int:

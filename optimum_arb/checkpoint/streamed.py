@@ -237,10 +237,16 @@ class StreamedWeights(LayerWeights):
         state = self.model.state_dict()
         tensors = {name: state[name] for name in names}
         records = {name: asdict(self.records[name]) for name in self._targets(part) if name in self.records}
-        used = [part for part in self._used if part not in self.work.sources]
+        used = [one for one in self._used if one not in self.work.sources and self._is_past(one, part)]
         kept = None if self._activations is None else self._activations.state
         self._behind.do(partial(self._keep, part, tensors, records, used, kept))
         self._writing = part
+
+    def _is_past(self, other: str, part: str) -> bool:
+        """Whether something may have been made of another part by the time a part is written: a layer may be loaded
+        before its turn."""
+        layers = self.source.layers
+        return OUTSIDE in (other, part) or layers.index(other) <= layers.index(part)
 
     def _keep(
         self,

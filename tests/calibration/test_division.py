@@ -13,7 +13,7 @@ from tiny_experts import save_moe
 from tiny_models import save_tiny, tokens
 from transformers import AutoModelForCausalLM
 
-from optimum_arb import ARBConfig
+from optimum_arb import ARBConfig, algorithms, model_report
 from optimum_arb.algorithms import admm, preparation
 from optimum_arb.algorithms.admm import STAGES
 from optimum_arb.calibration import division
@@ -65,7 +65,13 @@ def count(patch: pytest.MonkeyPatch) -> Counter:
     patch.setattr(preparation, "prepare_hessian", counted("prepared", preparation.prepare_hessian))
     patch.setattr(admm, "_pull", counted("inverted", admm._pull))
     patch.setattr(Corrections, "solve", solved)
+    patch.setattr(algorithms, "outputs_energy", counted("measured by a fit", algorithms.outputs_energy))
+    patch.setattr(division, "outputs_energy", counted("measured for others", division.outputs_energy))
     return calls
+
+
+def errors_of(model) -> list[list]:
+    return [[each.name, each.weight_error, each.output_error] for each in model_report(model).modules]
 
 
 def worker(folder: str, *names: str) -> None:
@@ -75,20 +81,21 @@ def worker(folder: str, *names: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     division.LEAST["cpu"] = 1
-    counts = {}
+    counts, reports = {}, {}
     with distributed():
         for name in names or CASES:
             with pytest.MonkeyPatch.context() as patch:
                 calls = count(patch)
                 model = binarize(Path(folder) / CASES[name][0], **CASES[name][1])
                 counts[name] = dict(calls)
+                reports[name] = errors_of(model)
             torch.save(dict(model.state_dict()), Path(folder) / f"{name} {rank} of {dist.get_world_size()}.pt")
     errors = {}
     for failure in FAILURES if not names else ():
         with pytest.raises((OtherRankFailed, ValueError, ZeroDivisionError)) as raised:
             fail(Path(folder) / LLAMA, failure, rank)
         errors[failure] = (raised.type.__name__, str(raised.value))
-    found = {"counts": counts, "errors": errors}
+    found = {"counts": counts, "errors": errors, "reports": reports}
     (Path(folder) / f"{rank} of {dist.get_world_size()}.json").write_text(json.dumps(found))
 
 
@@ -139,21 +146,24 @@ def alone(sources):
     """What one process makes, by the name of the case."""
     made = {}
 
-    def state(name: str) -> dict[str, torch.Tensor]:
+    def model(name: str):
         if name not in made:
-            made[name] = binarize(sources / CASES[name][0], **CASES[name][1]).state_dict()
+            made[name] = binarize(sources / CASES[name][0], **CASES[name][1])
         return made[name]
 
-    return state
+    return model
 
 
-def check_case(folder: Path, name: str, size: int, expected: dict[str, torch.Tensor]) -> None:
+def check_case(folder: Path, name: str, size: int, alone) -> None:
     counts = []
+    expected, report = alone.state_dict(), errors_of(alone)
     for rank in range(size):
         found = torch.load(folder / f"{name} {rank} of {size}.pt")
         assert found.keys() == expected.keys()
         assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
-        counts.append(json.loads((folder / f"{rank} of {size}.json").read_text())["counts"][name])
+        said = json.loads((folder / f"{rank} of {size}.json").read_text())
+        assert said["reports"][name] == report
+        counts.append(said["counts"][name])
     for kind, wanted in zip(("prepared", "inverted", "solved"), CASES[name][2:], strict=True):
         if wanted is not None:
             assert sum(each.get(kind, 0) for each in counts) == wanted, kind
@@ -169,6 +179,14 @@ def test_two_processes_make_the_bits_of_one(two, alone, name):
 @pytest.mark.parametrize("name", OF_THREE)
 def test_three_processes_of_which_some_fit_nothing(three, alone, name):
     check_case(three, name, 3, alone(name))
+
+
+def test_who_waits_measures_the_outputs_of_a_weight(two):
+    """Of the output and the down projection of two layers, of seven linears each."""
+    first, second = (json.loads((two / f"{rank} of 2.json").read_text())["counts"]["1 plane"] for rank in (0, 1))
+    assert first.get("measured for others", 0) == 0
+    assert second["measured for others"] == 4
+    assert first["measured by a fit"] + second["measured by a fit"] == 2 * 7 - 4
 
 
 def errors(folder: Path, failure: str) -> list[list[str]]:

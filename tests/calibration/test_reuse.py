@@ -254,7 +254,8 @@ def test_nothing_is_kept_beside_hidden_states_in_files(tmp_path, monkeypatch):
     assert [each.name for each in seen[-1]] == ["self_attn", "mlp"]
 
 
-def test_memory_decides():
+def test_memory_decides(monkeypatch):
+    monkeypatch.setattr(reuse, "free_on", lambda device: 0)
     attention, mlp = Settled("attention", 2, "o", None, 100), Settled("mlp", 4, "down", None, 300)
     assert KEPT_HIDDEN * 100 < 300 < LARGEST // 10
 
@@ -267,6 +268,20 @@ def test_memory_decides():
     assert names([attention, mlp], batches=LARGEST // 300 + 1) == [("attention", 5)]
     assert names([attention, mlp], device=torch.device("cuda")) == [("attention", 5)]
     assert names([attention, mlp], hidden=200, device=torch.device("cuda")) == [("attention", 5), ("mlp", 5)]
+
+
+def test_a_gpu_keeps_large_inputs_where_they_are_as_far_as_there_is_room(monkeypatch):
+    attention, mlp = Settled("attention", 2, "o", None, 100), Settled("mlp", 4, "down", None, 300)
+
+    def on_device(free, batches=10):
+        monkeypatch.setattr(reuse, "free_on", lambda device: free)
+        found = worth_keeping([attention, mlp], 5, 100, batches, torch.device("cuda"))
+        return {each.name: each.on_device for each in found}
+
+    assert on_device(4 * 3000) == {"attention": False, "mlp": True}
+    assert on_device(4 * 3000 - 1) == {"attention": False}
+    assert on_device(1 << 60, reuse.LARGEST_ON_GPU // 300) == {"attention": False, "mlp": True}
+    assert on_device(1 << 60, reuse.LARGEST_ON_GPU // 300 + 1) == {"attention": False}
 
 
 def test_only_what_saves_a_run_is_kept():
