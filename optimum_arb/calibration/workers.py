@@ -91,18 +91,22 @@ def in_order(
             return task(item)
 
     try:
-        yield from _pooled(run, items, workers)
+        yield from _pooled(run, items, workers, workers + 1)
     finally:
         torch.set_num_threads(threads)  # what new threads begin with: setting it in one changes that
 
 
-def _pooled(run: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
+def _pooled(
+    run: Callable[[Item], Result], items: Iterable[Item], workers: int, most: int
+) -> Generator[Result, None, None]:
+    """By so many threads; at most `most` tasks are under way or wait, so that with one more than there are threads none
+    of these is idle while a result is used."""
     waiting: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="optimum_arb")
     try:
         for item in items:
             waiting.append(pool.submit(run, item))
-            if len(waiting) >= workers:
+            if len(waiting) >= most:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -134,7 +138,7 @@ def _on_streams(
             idle.put(stream)
 
     _give_back(device)
-    results = deque(_pooled(run, items, streams))
+    results = deque(_pooled(run, items, streams, streams))
     _give_back(device)
     while results:
         yield results.popleft()
