@@ -19,6 +19,7 @@ from ..format.factors import (
 )
 from ..format.hadamard import random_signs, rotate
 from ..format.packing import BinarizedWeight
+from ..spare_threads import product
 from .admm import admm_planes
 from .assembly import assemble_bitmap, assemble_planes
 from .bitmap import BitmapFit, fit_bitmap_block
@@ -155,7 +156,7 @@ def squared_errors(
 
     def outputs(part: torch.Tensor) -> float:
         part = part / size
-        return float(((part @ metric) * part).sum(dtype=torch.float64)) * size * size * energy
+        return float((product(part, metric) * part).sum(dtype=torch.float64)) * size * size * energy
 
     return outputs(error), outputs(original)
 

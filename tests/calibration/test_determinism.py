@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+import time
 
 import pytest
 import torch
@@ -135,10 +137,42 @@ def test_the_first_error_is_raised():
 def test_threads_that_too_few_tasks_leave_idle(threads, tasks, spare):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    begun = threading.Barrier(min(threads, tasks))
+
+    def task(index: int) -> int:
+        if index >= begun.parties:
+            return -1
+        begun.wait(10)
+        found = spare_now()
+        begun.wait(10)  # before one of them ends
+        return found
+
     try:
-        assert list(in_order(lambda _: spare_now(), list(range(tasks)), CPU)) == [spare] * tasks
+        assert list(in_order(task, list(range(tasks)), CPU))[: begun.parties] == [spare] * begun.parties
         assert list(in_order(lambda _: spare_now(), iter(range(tasks)), CPU)) == [0] * tasks  # how many is not known
         assert spare_now() == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_last_task_gets_the_threads_that_others_leave():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    ended = [threading.Event() for _ in range(4)]
+
+    def task(index: int) -> int:
+        if index < 3:
+            ended[index].set()
+            return -1
+        assert all(event.wait(10) for event in ended[:3])
+        for _ in range(1000):  # the others are about to end
+            if spare_now() == 2:
+                break
+            time.sleep(0.01)
+        return spare_now()
+
+    try:
+        assert list(in_order(task, list(range(4)), CPU))[3] == 2
     finally:
         torch.set_num_threads(before)
 
