@@ -14,6 +14,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_arb import ARBConfig, model_report
+from optimum_arb.algorithms import preparation
+from optimum_arb.algorithms.hessian import prepare_hessian
+from optimum_arb.calibration import fitting, statistics
 from optimum_arb.calibration.workers import in_order, one_thread
 from optimum_arb.config import METHODS
 from optimum_arb.spare_threads import spare_now
@@ -63,6 +66,26 @@ def test_threads_and_the_models_dtype(llama):
     once = binarize(llama, 1, torch.bfloat16)
     assert once == binarize(llama, 2, torch.bfloat16)
     assert once == binarize(llama, 3, torch.bfloat16)
+
+
+@pytest.mark.parametrize("choices", [{}, {"method": "arb-rc"}, {"method": "arb-dbf"}, {"hadamard": 64}], ids=str)
+def test_what_is_made_before_it_is_used(llama, choices, monkeypatch):
+    """Neither products that threads make ahead nor matrices that are prepared for several fits are other ones."""
+    prepared = []
+
+    def prepare(*args):
+        prepared.append(len(args[0]))
+        return prepare_hessian(*args)
+
+    monkeypatch.setattr(preparation, "prepare_hessian", prepare)
+    found = binarize(llama, 2, **choices)
+    once = len(prepared)
+    prepared.clear()
+    monkeypatch.setattr(statistics, "MADE_WHOLE", 0)
+    monkeypatch.setattr(fitting, "PREPARED_BEFORE", 0)
+    assert binarize(llama, 2, **choices) == found
+    if not choices or choices.get("method") == "arb-rc":  # seven linears of a layer have four matrices
+        assert 7 * once == 4 * len(prepared)
 
 
 @pytest.mark.parametrize("method", METHODS)
