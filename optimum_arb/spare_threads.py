@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -24,62 +23,91 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-@dataclass
-class _Spare:
-    count: int
-    pool: ThreadPoolExecutor | None = None  # made when it is first used
+class Spare:
+    """Threads that one or several tasks, each of one thread, may use beside their own.
+
+    Args:
+        most: how many there are.
+        now: how many of them a task may use at the moment; all unless given.
+    """
+
+    def __init__(self, most: int, now: Callable[[], int] | None = None):
+        self._most = most
+        self._now = now
+        self._pool: ThreadPoolExecutor | None = None  # made when it is first used
+        self._lock = threading.Lock()
+
+    def count(self) -> int:
+        """How many a task may use now."""
+        return self._most if self._now is None else max(0, min(self._most, self._now()))
+
+    def submit(self, task: Callable[[], Result]) -> Future[Result]:
+        with self._lock:
+            if self._pool is None:
+                # a thread's own setting, which a new thread has not
+                initializer = lambda: torch.set_num_threads(1)  # noqa: E731
+                self._pool = ThreadPoolExecutor(self._most, "optimum_arb_spare", initializer)
+            return self._pool.submit(task)
+
+    def close(self) -> None:
+        """Waits for what is under way."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 _of_this_thread = threading.local()
+_NONE = Spare(0)
 
 
-def _spare() -> _Spare:
-    return getattr(_of_this_thread, "spare", None) or _Spare(0)
+def _spare() -> Spare:
+    return getattr(_of_this_thread, "spare", _NONE)
 
 
 def spare_now() -> int:
     """How many more threads this one may use."""
-    return _spare().count
+    return _spare().count()
 
 
 @contextmanager
-def spare_threads(count: int) -> Iterator[None]:
-    """What this thread does within may use `count` more threads."""
-    before, spare = getattr(_of_this_thread, "spare", None), _Spare(count)
+def sharing_spare(spare: Spare) -> Iterator[None]:
+    """What this thread does within may use these threads, as others may."""
+    before = _spare()
     _of_this_thread.spare = spare
     try:
         yield
     finally:
         _of_this_thread.spare = before
-        if spare.pool is not None:
-            spare.pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def spare_threads(count: int) -> Iterator[None]:
+    """What this thread does within may use `count` more threads."""
+    spare = Spare(count)
+    try:
+        with sharing_spare(spare):
+            yield
+    finally:
+        spare.close()
 
 
 def _submit(task: Callable[[Item], Result], item: Item) -> Future[Result]:
-    spare = _spare()
-    if spare.pool is None:
-        # a thread's own setting, which a new thread has not
-        initializer = lambda: torch.set_num_threads(1)  # noqa: E731
-        spare.pool = ThreadPoolExecutor(spare.count, "optimum_arb_spare", initializer)
-
     def run() -> Result:
         with torch.no_grad():
             return task(item)
 
-    return spare.pool.submit(run)
+    return _spare().submit(run)
 
 
 def ahead(task: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """`task` of every item in order; with a spare thread, that of the next item is under way while the caller works
     with the last result. Without gradients."""
-    if not spare_now():
-        for item in items:
+    following = None
+    for item in items:
+        if following is None and not spare_now():
             with torch.no_grad():
                 result = task(item)
             yield result
-        return
-    following = None
-    for item in items:
+            continue
         last, following = following, _submit(task, item)
         if last is not None:
             yield last.result()
@@ -101,15 +129,22 @@ def in_parts(task: Callable[[Item], Result], items: Sequence[Item]) -> list[Resu
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`left @ right` of matrices; on the CPU by parts of its rows, each one thread's."""
+    parts = _parts(left, right)
+    if len(parts) == 1:
+        return left @ right
+    result = left.new_empty(len(left), right.shape[1])
+    in_parts(lambda part: torch.mm(left[part], right, out=result[part]), parts)
+    return result
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Adds `left @ right` to a matrix, by the same parts."""
+    in_parts(lambda part: total[part].addmm_(left[part], right), _parts(left, right))
+
+
+def _parts(left: torch.Tensor, right: torch.Tensor) -> list[slice]:
     rows = len(left)
     parts = rows // ROWS // 2 * 2
     if left.device.type != "cpu" or parts < 2 or left.numel() * right.shape[1] < LEAST:
-        return left @ right
-    result = left.new_empty(rows, right.shape[1])
-
-    def fill(index: int) -> None:
-        part = slice(index * rows // parts, (index + 1) * rows // parts)
-        torch.mm(left[part], right, out=result[part])
-
-    in_parts(fill, range(parts))
-    return result
+        return [slice(None)]
+    return [slice(index * rows // parts, (index + 1) * rows // parts) for index in range(parts)]

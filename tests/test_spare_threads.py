@@ -4,9 +4,19 @@ import pytest
 import torch
 
 from optimum_arb import spare_threads as module
+from optimum_arb.algorithms import sign_terms
 from optimum_arb.algorithms.admm import admm_planes
 from optimum_arb.algorithms.dbf import binarize_factors
-from optimum_arb.spare_threads import ahead, in_parts, product, spare_now, spare_threads
+from optimum_arb.spare_threads import (
+    Spare,
+    add_product,
+    ahead,
+    in_parts,
+    product,
+    sharing_spare,
+    spare_now,
+    spare_threads,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +109,36 @@ def test_products_are_the_same_with_spare_threads(shape, monkeypatch):
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
+    def added():
+        total = torch.ones(rows, columns)
+        add_product(total, left, right)
+        return total
+
+    found = with_spare((0, 1, 3), added)
+    torch.testing.assert_close(found[0], 1 + (left.double() @ right.double()).float(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_threads_that_several_tasks_share():
+    idle = [0]
+    spare = Spare(2, lambda: idle[0])
+    with sharing_spare(spare):
+        assert spare_now() == 0
+        steps = ahead(lambda i: (i, threading.current_thread().name), range(4))
+        first = [next(steps), next(steps)]
+        idle[0] = 5  # no more than there are
+        assert spare_now() == 2
+        rest = list(steps)
+        idle[0] = -1
+        assert spare_now() == 0
+    spare.close()
+    assert [i for i, _ in first + rest] == list(range(4))
+    here = threading.current_thread().name
+    assert {name for _, name in first} == {here}
+    assert all(name.startswith("optimum_arb_spare") for _, name in rest)
+    assert spare_now() == 0
+
 
 def test_factors_are_the_same_with_a_spare_thread(monkeypatch):
     monkeypatch.setattr(module, "ROWS", 16)
@@ -110,11 +150,15 @@ def test_factors_are_the_same_with_a_spare_thread(monkeypatch):
 
 @pytest.mark.parametrize("planes", [1, 2, 3])
 @pytest.mark.parametrize("col_scale", [True, False])
-def test_planes_are_the_same_with_a_spare_thread(planes, col_scale):
+def test_planes_are_the_same_with_spare_threads(planes, col_scale, monkeypatch):
+    monkeypatch.setattr(sign_terms, "CHUNK", 5 * 384)  # five rows of the 24
+    monkeypatch.setattr(module, "ROWS", 4)
+    monkeypatch.setattr(module, "LEAST", 0)
     weight, matrix = random_inputs(24, 320, 640)
     matrix = matrix / 640 + 0.01 * torch.eye(320)
-    found = with_spare((0, 1), lambda: admm_planes(weight, matrix, 128, planes, 9, col_scale))
-    for alone, helped in zip(*found, strict=True):
-        assert torch.equal(alone.signs, helped.signs)
-        assert torch.equal(alone.row, helped.row)
-        assert torch.equal(alone.col, helped.col)
+    found = with_spare((0, 1, 3), lambda: admm_planes(weight, matrix, 128, planes, 9, col_scale))
+    for alone, *helped in zip(*found, strict=True):
+        for other in helped:
+            assert torch.equal(alone.signs, other.signs)
+            assert torch.equal(alone.row, other.row)
+            assert torch.equal(alone.col, other.col)

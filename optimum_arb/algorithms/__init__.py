@@ -20,6 +20,7 @@ from ..format.factors import (
 )
 from ..format.hadamard import random_signs, rotate
 from ..format.packing import BinarizedWeight
+from ..spare_threads import product
 from .admm import admm_planes
 from .assembly import assemble_bitmap, assemble_planes
 from .bitmap import BitmapFit, fit_bitmap_block
@@ -172,7 +173,7 @@ def _outputs(part: torch.Tensor, original: torch.Tensor, hessian: torch.Tensor) 
     size, energy = _power_of_two(original), _power_of_two(hessian.diagonal())
     metric = (hessian / energy).to(torch.float32)
     part = part / size
-    return float(((part @ metric) * part).sum(dtype=torch.float64)) * size * size * energy
+    return float((product(part, metric) * part).sum(dtype=torch.float64)) * size * size * energy
 
 
 def _power_of_two(values: torch.Tensor) -> float:

@@ -19,6 +19,7 @@ import torch
 
 from ..format.packing import BinarizedWeight
 from ..format.scales import store_scale
+from ..spare_threads import product
 from .hessian import PreparedHessian, damped_hessian
 
 CHUNK = 1024  # rows measured at once: their copies must not weigh beside the fit
@@ -71,7 +72,7 @@ def row_errors(
         )
         error = target[rows] - part.dequantize()
         if hessian is not None:
-            error = torch.where(hessian.dead, 0.0, error) @ hessian.factor
+            error = product(torch.where(hessian.dead, 0.0, error), hessian.factor)
         yield error.square().sum(1, dtype=torch.float64)
 
 

@@ -7,16 +7,22 @@ one chunk. The last block is filled up to the width of the others with columns o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, product
+from typing import TypeVar
 
 import torch
 
+from ..spare_threads import add_product, in_parts, spare_now
 from .planes import PlanesFit
 from .products import product_float32
 
 # Weights in a chunk: five float32 tensors of this size are in the 2 MB cache of a core.
 CHUNK = 96 * 1024
+
+Result = TypeVar("Result")
 
 
 class SignTerms:
@@ -63,6 +69,7 @@ class SignTerms:
         self.col = self.col.view(planes, blocks, width)
         height = min(rows, max(1, CHUNK // (blocks * width))) if weight.device.type == "cpu" else rows
         scratch = weight.new_empty(4 + planes if planes > 1 else 2, height, blocks, width)
+        self._scratch = [scratch]
         self._chunks = []
         for first in range(0, rows, height):
             here = slice(first, min(first + height, rows))
@@ -90,8 +97,7 @@ class SignTerms:
 
     def leave(self) -> None:
         """`U = X + U - Z`, where X + U was what is wanted; `wanted` is then W + U."""
-        for chunk in self._chunks:
-            chunk.leave()
+        self._of_chunks(_Chunk.leave)
 
     def add_product(self, pull: torch.Tensor) -> None:
         """After `leave`, `wanted` becomes X + U, with `X = W - (W - Z + U) pull`.
@@ -100,7 +106,7 @@ class SignTerms:
             pull: `rho (H + rho I)^-1`, `[K, K]`, of `product_dtype`.
         """
         if pull.dtype == self.wanted.dtype:
-            self.wanted.addmm_(self._gap, pull)
+            add_product(self.wanted, self._gap, pull)
             return
         product = product_float32(self._gap, pull) if pull.is_cuda else self._gap @ pull
         for chunk, rows in zip(self._chunks, product.split(len(self._chunks[0].wanted)), strict=True):
@@ -108,18 +114,25 @@ class SignTerms:
 
     def project(self) -> None:
         """The nearest signs to `wanted` with the scales as they are, then each plane's scales in turn, as in ARB-RC."""
-        sums = []
-        for chunk in self._chunks:
-            chunk.choose_signs()
-            sums.append(chunk.rescale(0))
-        self._set_columns(0, sums)
+        self._set_columns(0, self._of_chunks(_Chunk.choose))
         for plane in range(1, len(self.row)):
-            sums = []
-            for chunk in self._chunks:
-                chunk.take_away(plane - 1)
-                chunk.put_back(plane)
-                sums.append(chunk.rescale(plane))
-            self._set_columns(plane, sums)
+            self._set_columns(plane, self._of_chunks(partial(_Chunk.choose_scales, plane=plane)))
+
+    def _of_chunks(self, step: Callable[[_Chunk], Result]) -> list[Result]:
+        """What a step gives of each chunk, in order. With spare threads each takes as many as the others: handing a
+        chunk over takes as long as half of a step."""
+        groups = min(spare_now() + 1, len(self._chunks))
+        while len(self._scratch) < groups:
+            self._scratch.append(torch.empty_like(self._scratch[0]))
+
+        def run(group: int) -> list[Result]:
+            results = []
+            for chunk in self._chunks[group * len(self._chunks) // groups : (group + 1) * len(self._chunks) // groups]:
+                chunk.scratch = self._scratch[group][:, : len(chunk.target)]
+                results.append(step(chunk))
+            return results
+
+        return [result for some in in_parts(run, range(groups)) for result in some]
 
     def _set_columns(self, plane: int, sums: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Column scales by least squares, from the sums over the rows of each chunk."""
@@ -164,7 +177,8 @@ class _Chunk:
         signs: `[P, n, blocks, width]`, +1 or -1; of one plane `wanted` itself, whose signs count.
         row: `[P, n, blocks]`.
         col: of all rows, `[P, blocks, width]`.
-        scratch: `[P + 4, n, blocks, width]`, of one plane `[2, n, blocks, width]`.
+        scratch: `[P + 4, n, blocks, width]`, of one plane `[2, n, blocks, width]`; the same of all
+            chunks that one thread goes over.
     """
 
     target: torch.Tensor
@@ -240,6 +254,17 @@ class _Chunk:
         self.residual.copy_(self.wanted)
         for size, signs in zip(sizes[1:], self.signs[1:], strict=True):
             self.residual.addcmul_(size, signs.mul_(self.signs[0]), value=-1)
+
+    def choose(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`choose_signs`, and the first plane's `rescale`."""
+        self.choose_signs()
+        return self.rescale(0)
+
+    def choose_scales(self, plane: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`rescale` of a plane after the one before it."""
+        self.take_away(plane - 1)
+        self.put_back(plane)
+        return self.rescale(plane)
 
     def rescale(self, plane: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Row scales by least squares; numerator `[blocks, width]` and denominator `[blocks]` of the column scales."""

@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from ..experts.matrices import is_experts
 from ..modules import linear_shape
 from .calls import Stop, version
-from .statistics import add_product
+from .statistics import Panel, add_product, product_ahead
 
 # of the mean diagonal of H; see docs/method.md
 DAMPING = 0.1
@@ -291,11 +291,22 @@ class Corrections:
                 result[name] += _off(wanted.streams[stream], found.streams[stream])
         return result
 
-    def add(self, differences: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> None:
-        """Adds the products of one batch with its `x` `[..., K]`."""
+    @staticmethod
+    def multiply(differences: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> dict[str, list[Panel] | None]:
+        """The products of one batch with its `x` `[..., K]`, by the same names; None where `add` makes it."""
+        rows = inputs.detach().flatten(0, -2)
+        return {name: product_ahead(each.flatten(0, -2), rows) for name, each in differences.items()}
+
+    def add(
+        self,
+        differences: Mapping[str, torch.Tensor],
+        inputs: torch.Tensor,
+        made: Mapping[str, list[Panel] | None] | None = None,
+    ) -> None:
+        """Adds the products of one batch with its `x` `[..., K]`, which may be made already."""
         rows = inputs.detach().flatten(0, -2)
         for name, difference in differences.items():
-            add_product(self.sums[name], difference.flatten(0, -2), rows)
+            add_product(self.sums[name], difference.flatten(0, -2), rows, None if made is None else made[name])
 
     @torch.no_grad()
     def solve(self, names: Collection[str], hessian: torch.Tensor, strength: float) -> dict[str, torch.Tensor]:

@@ -130,6 +130,10 @@ class LayerStatistics:
             finally:
                 del self._taking.taken
 
+    def multiply(self, taken: Taken) -> None:
+        """As `InputStatistics.multiply`."""
+        self.linears.multiply(taken.inputs)
+
     def add(self, taken: Taken) -> None:
         """Sums, or keeps, what one run took down."""
         for name, hidden_states, top_k_index in taken.routed:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..algorithms import outputs_key
+from ..algorithms.hessian import PreparedHessian
+from ..algorithms.preparation import prepared_part
 from ..algorithms.shared_work import Part, SharedWork, sharing
 from ..config import ARBConfig
 from ..experts.matrices import is_experts
@@ -30,6 +34,9 @@ from .workers import in_order, one_thread
 FITS = 4
 # Weights of all fits at once on a GPU, which takes 40 bytes for each: query, key and value projection of a 7B.
 FITTED_WEIGHTS = 1 << 26
+# Columns up to which a CPU prepares a calibration matrix, for all fits under it, beside solving for the correction of
+# their weights: each takes three float64 matrices of so many columns.
+PREPARED_BEFORE = 2048
 
 # (name, float module, calibration matrix or None, tokens) -> the binarized module and its output error
 Binarize = Callable[[str, nn.Module, "torch.Tensor | None", int], "tuple[ARBLinear, float | None]"]
@@ -120,7 +127,11 @@ class Fitting:
                 several = [one for one in found if one is not None and sum(one is other for other in found) > 1]
                 shared = {id(hessian): SharedWork(hessian) for hessian in several}
             shared |= division.work(statistics, self.error_correction)
-            self._correct(linears, statistics)
+            correct = partial(self._correct, linears, statistics)
+            if self._device.type == "cpu":
+                shared |= self._prepare(linears, statistics, correct, shared.keys())
+            else:
+                correct()
         if ahead is not None:
             ahead.run()
         largest = max((math.prod(shapes[name]) for name in linears), default=1)
@@ -165,6 +176,37 @@ class Fitting:
         time."""
         if self._device.type == "cpu":
             give_back_memory()
+
+    def _prepare(
+        self,
+        linears: list[str],
+        statistics: LayerStatistics,
+        correct: Callable[[], None],
+        known: Collection[int],
+    ) -> dict[int, SharedWork]:
+        """`correct`, and beside it what all fits begin with, on a CPU.
+
+        Returns:
+            that, by the id of a matrix; of those that are not `known`.
+        """
+        found: dict[int, SharedWork] = {}
+        parts: dict[Hashable, tuple[Part[PreparedHessian], list[str]]] = {}
+        for name in linears:
+            hessian, choices = statistics.linears.hessian(name), self._choices.get(name)
+            if hessian is None or id(hessian) in known or len(hessian) > PREPARED_BEFORE:
+                continue
+            if choices is not None and not choices.factorized and not choices.hadamard:
+                found.setdefault(id(hessian), SharedWork(hessian))
+                part = prepared_part(hessian, choices)
+                parts.setdefault((id(hessian), part.key), (part, []))[1].append(name)
+
+        def prepare(part: Part[PreparedHessian], names: list[str]) -> None:
+            with suppress(ValueError):  # a fit will fail as well, and say of which linear
+                found[id(part.matrix)].put(part, part.make(), len(names))
+
+        tasks: list[Callable[[], None]] = [correct, *(partial(prepare, *each) for each in parts.values())]
+        list(in_order(lambda task: task(), tasks, self._device, FITS))
+        return found
 
     def _correct(self, linears: list[str], statistics: LayerStatistics) -> None:
         reached = [name for name in linears if statistics.linears.hessian(name) is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,7 +21,16 @@ PANEL = 4096
 SQUARE_PANELS = 4
 
 
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+# Bytes of a product that the thread of a run makes whole: as many of them as there are threads wait for their turn.
+MADE_WHOLE = 16 << 20
+
+# where it belongs in a product, and a part of it
+Panel = tuple[tuple[slice, slice], torch.Tensor]
+
+
+def add_product(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, made: Iterable[Panel] | None = None
+) -> None:
     """Adds `left^T right` with sums in float32 to `total` `[M, K]`.
 
     On a GPU, factors in 16 bits go through its tensor cores as they are, their products exact; a left factor in float32
@@ -32,18 +41,33 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
         left: `[T, M]`, in float32 or the dtype of `right`. Where it is `right` itself, what stands left of the diagonal
             blocks of the panels is not added: `mirror` fills it in the end.
         right: `[T, K]`.
+        made: what `product_ahead` made of the same.
     """
+    with one_thread(right.device), torch.autocast(right.device.type, enabled=False):
+        for at, product in _product(left, right) if made is None else made:
+            total[at] += product
+
+
+def product_ahead(left: torch.Tensor, right: torch.Tensor) -> list[Panel] | None:
+    """The product of `add_product`, which adds it in its turn: a thread that ran a batch makes it beside others. None
+    where it would take more than `MADE_WHOLE`, and on a GPU."""
+    if right.device.type != "cpu" or 4 * left.shape[1] * right.shape[1] > MADE_WHOLE:
+        return None
+    with one_thread(right.device), torch.autocast(right.device.type, enabled=False):
+        return list(_product(left, right))
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> Iterator[Panel]:
     alike = left.dtype == right.dtype or right.dtype == torch.bfloat16  # float16 would lose what is small
     wide = not (MIXED and alike and right.is_cuda and right.dtype in (torch.bfloat16, torch.float16))
     dtype = torch.float32 if wide else right.dtype
     same = left is right
     right = right.to(dtype)
     left = right if same else left.to(dtype)
-    with one_thread(right.device), torch.autocast(right.device.type, enabled=False):
-        for start, stop in panels(left.shape[1], same):
-            panel, first = left[:, start:stop].T, start if same else 0
-            product = panel @ right[:, first:] if wide else product_float32(panel, right[:, first:])
-            total[start:stop, first:] += product
+    for start, stop in panels(left.shape[1], same):
+        panel, first = left[:, start:stop].T, start if same else 0
+        product = panel @ right[:, first:] if wide else product_float32(panel, right[:, first:])
+        yield (slice(start, stop), slice(first, None)), product
 
 
 def panels(columns: int, square: bool) -> list[tuple[int, int]]:
@@ -80,11 +104,11 @@ class Statistic:
         self.seen: tuple[torch.Tensor, int] | None = None
         self.held_out: Statistic | None = None
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """Adds inputs `[..., K]`."""
-        rows = inputs.detach().reshape(-1, inputs.shape[-1])
+    def add(self, inputs: torch.Tensor, made: Iterable[Panel] | None = None) -> None:
+        """Adds inputs `[..., K]`, whose product may be made already."""
+        rows = _rows(inputs)
         assert self._total is not None
-        add_product(self._total, rows, rows)
+        add_product(self._total, rows, rows, made)
         self.tokens += rows.shape[0]
 
     @property
@@ -105,11 +129,15 @@ class Statistic:
         """Whether the inputs of the batch that is running are these, in this version."""
         return self.seen is not None and self.seen[0] is inputs and self.seen[1] == number
 
-    def hold_out(self, inputs: torch.Tensor) -> None:
+    def hold_out(self, inputs: torch.Tensor, made: Iterable[Panel] | None = None) -> None:
         """Adds inputs to those that nothing is fitted to."""
         if self.held_out is None:
             self.held_out = Statistic(inputs.shape[-1], inputs.device)
-        self.held_out.add(inputs)
+        self.held_out.add(inputs, made)
+
+
+def _rows(inputs: torch.Tensor) -> torch.Tensor:
+    return inputs.detach().reshape(-1, inputs.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -132,12 +160,13 @@ class Sums:
 @dataclass
 class _Input:
     """What one linear received: the tensor itself and its version then, by which sharing is seen (it may be written
-    into before the next linear receives it), and a copy of it where it is kept."""
+    into before the next linear receives it), a copy of it where it is kept, and the product of that once it is made."""
 
     name: str
     inputs: torch.Tensor
     version: int
     copy: torch.Tensor
+    product: list[Panel] | None = None
 
     def same(self, inputs: torch.Tensor, number: int) -> bool:
         return self.inputs is inputs and self.version == number
@@ -148,7 +177,7 @@ class InputStatistics:
 
     Linears that receive the very same tensor (query, key and value; gate and up) share one matrix. Call `end_batch`
     after each run of the model: it lets go of the inputs. Where several threads run the model, each does so inside
-    `taking`, and one thread calls `add` with what each took, in the order of the batches.
+    `taking`, and then calls `multiply`; one thread calls `add` with what each took, in the order of the batches.
 
     Args:
         linears: name -> module, `nn.Linear` or `Conv1D`.
@@ -175,12 +204,22 @@ class InputStatistics:
         finally:
             del self._taking.taken
 
+    @staticmethod
+    def multiply(taken: list[_Input]) -> None:
+        """Makes the products of what one run took down, which is most of the work of `add`."""
+        made: dict[int, list[Panel] | None] = {}
+        for found in taken:
+            if id(found.copy) not in made:
+                rows = _rows(found.copy)
+                made[id(found.copy)] = product_ahead(rows, rows)
+            found.product = made[id(found.copy)]
+
     def add(self, taken: list[_Input]) -> None:
         """Sums what one run took down."""
         times = Counter(found.name for found in taken)
         for found in taken:
             # one that runs more than once shares no matrix: the others do not receive what it receives then
-            self._gather(found.name, found.inputs, found.version, found.copy, times[found.name] == 1)
+            self._gather(found.name, found.inputs, found.version, found.copy, times[found.name] == 1, found.product)
         self.end_batch()
 
     def __enter__(self) -> InputStatistics:
@@ -260,7 +299,15 @@ class InputStatistics:
 
         return gather
 
-    def _gather(self, name: str, inputs: torch.Tensor, number: int, values: torch.Tensor, shares: bool = True) -> None:
+    def _gather(
+        self,
+        name: str,
+        inputs: torch.Tensor,
+        number: int,
+        values: torch.Tensor,
+        shares: bool = True,
+        product: list[Panel] | None = None,
+    ) -> None:
         statistic = self._statistics.get(name)
         if statistic is None:
             shared = next((s for s in self._statistics.values() if shares and s.has_seen(inputs, number)), None)
@@ -268,7 +315,7 @@ class InputStatistics:
             self._statistics[name] = statistic
             self._leaders[name] = shared is None
         if self._leaders[name]:
-            (statistic.hold_out if self.holding_out else statistic.add)(values)
+            (statistic.hold_out if self.holding_out else statistic.add)(values, product)
             statistic.seen = (inputs, number) if shares else None
         elif not statistic.has_seen(inputs, number):
             raise RuntimeError(

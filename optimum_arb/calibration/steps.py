@@ -18,12 +18,15 @@ from .distributed import Ranks
 from .experts import LayerStatistics, Taken
 from .fitting import Fitting
 from .reuse import Outputs, Reuse, Settled, worth_keeping
+from .statistics import Panel
 from .workers import in_order
 
 # of a batch's number and the float layer's output for it
 TakeOutput = Callable[[int, torch.Tensor], None]
 # what a run came to that is to be kept, and the input of the step's linears
 Made = tuple[dict[str, torch.Tensor], "torch.Tensor | None"]
+# what a step's linears lack, and the products with their inputs
+Differences = tuple[dict[str, torch.Tensor], dict[str, "list[Panel] | None"]]
 
 
 @dataclass
@@ -176,7 +179,7 @@ class Steps:
             Reading(layer, name, step, whole=step.repeats) as of_given,
         ):
 
-            def taken(batch: int) -> tuple[torch.Tensor | None, dict[str, torch.Tensor], Taken, list[Made]]:
+            def taken(batch: int) -> tuple[torch.Tensor | None, Differences, Taken, list[Made]]:
                 output, wanted, made_float = None, Read(), {}
                 known = ahead is not None and ahead.has(batch)
                 if ahead is not None and known:
@@ -193,18 +196,21 @@ class Steps:
                 if found.inputs and not step.repeats:  # the run ended at the first of the linears that share this input
                     first = found.inputs[0]
                     found.inputs[1:] = [replace(first, name=other) for other in step.names if other != first.name]
+                statistics.multiply(found)
                 differences = corrections.differences(wanted, given) if batch < self.fitted else {}
+                products = corrections.multiply(differences, found.inputs[0].copy) if differences else {}
                 kept_float = None if known else wanted.input
-                return output, differences, found, [(made_float, kept_float), (made, given.input)]
+                return output, (differences, products), found, [(made_float, kept_float), (made, given.input)]
 
-            for batch, (output, differences, found, kept) in enumerate(in_order(taken, range(len(calls)), self.device)):
+            run_all = in_order(taken, range(len(calls)), self.device)
+            for batch, (output, (differences, products), found, kept) in enumerate(run_all):
                 for form, (made, given) in zip(both, kept, strict=True):
                     form.keep(batch, made, given)
                 statistics.hold_out(batch >= self.fitted)
                 if differences:
-                    corrections.add(differences, found.inputs[0].copy)
+                    corrections.add(differences, found.inputs[0].copy, products)
                 statistics.add(found)
                 if take is not None:
                     assert output is not None
                     take(batch, output)
-                del output, differences, found, kept, made, given
+                del output, differences, products, found, kept, made, given

@@ -326,7 +326,9 @@ class CalibrationWalk:
 
             def taken(batch: int) -> tuple[torch.Tensor, Taken]:
                 with statistics.taking() as found:
-                    return run(batch), found
+                    output = run(batch)
+                statistics.multiply(found)
+                return output, found
 
             for batch, (output, found) in enumerate(in_order(taken, range(len(calls)), self.device)):
                 statistics.hold_out(batch >= self.fitted)
@@ -368,6 +370,7 @@ class CalibrationWalk:
                 def taken(tokens: torch.Tensor | Mapping[str, Any]) -> Taken:
                     with statistics.taking() as found:
                         self.runs.run(tokens)
+                    statistics.multiply(found)
                     return found
 
                 # layers that come and go with a run are there for one run at a time

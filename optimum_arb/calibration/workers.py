@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import torch
 
-from ..spare_threads import spare_threads
+from ..spare_threads import Spare, sharing_spare
 
 # Bytes of a GPU that torch may keep for one stream, out of the reach of all others.
 MOST_IDLE = 1 << 29
@@ -53,9 +53,9 @@ def in_order(
 ) -> Generator[Result, None, None]:
     """`task` of every item, without gradients; the results in the order of the items.
 
-    On the CPU as many tasks run at once as torch may use threads, each with a single one, and with those that too few
-    tasks would leave idle to spare (`spare_threads`); on a GPU as many as `streams`, each on a stream of its own; on
-    other devices one after the other. The first error ends it, once the tasks under way have ended.
+    On the CPU as many tasks run at once as torch may use threads, each with a single one, and with those to spare that
+    too few tasks leave idle, or the last ones do (`spare_threads`); on a GPU as many as `streams`, each on a stream of
+    its own; on other devices one after the other. The first error ends it, once the tasks under way have ended.
 
     Args:
         task: is called from several threads at once.
@@ -82,27 +82,37 @@ def in_order(
         return
 
     threads = torch.get_num_threads()
-    spare = threads // max(len(items), 1) - 1 if isinstance(items, Sized) else 0
+    left = [None] * len(items) if isinstance(items, Sized) else None  # a list, which threads may shorten at once
+    spare = Spare(threads - 1, lambda: threads // max(len(left), 1) - 1 if left is not None else 0)
 
     def run(item: Item) -> Result:
         # a thread's own settings, which a new thread has not: no gradients, one thread
         torch.set_num_threads(1)
-        with torch.no_grad(), spare_threads(max(spare, 0)):
-            return task(item)
+        try:
+            with torch.no_grad(), sharing_spare(spare):
+                return task(item)
+        finally:
+            if left:
+                left.pop()
 
     try:
-        yield from _pooled(run, items, workers)
+        yield from _pooled(run, items, workers, workers + 1)
     finally:
+        spare.close()
         torch.set_num_threads(threads)  # what new threads begin with: setting it in one changes that
 
 
-def _pooled(run: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
+def _pooled(
+    run: Callable[[Item], Result], items: Iterable[Item], workers: int, most: int
+) -> Generator[Result, None, None]:
+    """By so many threads; at most `most` tasks are under way or wait, so that with one more than there are threads none
+    of these is idle while a result is used."""
     waiting: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="optimum_arb")
     try:
         for item in items:
             waiting.append(pool.submit(run, item))
-            if len(waiting) >= workers:
+            if len(waiting) >= most:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -134,7 +144,7 @@ def _on_streams(
             idle.put(stream)
 
     _give_back(device)
-    results = deque(_pooled(run, items, streams))
+    results = deque(_pooled(run, items, streams, streams))
     _give_back(device)
     while results:
         yield results.popleft()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+import time
 
 import pytest
 import torch
@@ -12,6 +14,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_arb import ARBConfig, model_report
+from optimum_arb.algorithms import preparation
+from optimum_arb.algorithms.hessian import prepare_hessian
+from optimum_arb.calibration import fitting, statistics
 from optimum_arb.calibration.workers import in_order, one_thread
 from optimum_arb.config import METHODS
 from optimum_arb.spare_threads import spare_now
@@ -61,6 +66,26 @@ def test_threads_and_the_models_dtype(llama):
     once = binarize(llama, 1, torch.bfloat16)
     assert once == binarize(llama, 2, torch.bfloat16)
     assert once == binarize(llama, 3, torch.bfloat16)
+
+
+@pytest.mark.parametrize("choices", [{}, {"method": "arb-rc"}, {"method": "arb-dbf"}, {"hadamard": 64}], ids=str)
+def test_what_is_made_before_it_is_used(llama, choices, monkeypatch):
+    """Neither products that threads make ahead nor matrices that are prepared for several fits are other ones."""
+    prepared = []
+
+    def prepare(*args):
+        prepared.append(len(args[0]))
+        return prepare_hessian(*args)
+
+    monkeypatch.setattr(preparation, "prepare_hessian", prepare)
+    found = binarize(llama, 2, **choices)
+    once = len(prepared)
+    prepared.clear()
+    monkeypatch.setattr(statistics, "MADE_WHOLE", 0)
+    monkeypatch.setattr(fitting, "PREPARED_BEFORE", 0)
+    assert binarize(llama, 2, **choices) == found
+    if not choices or choices.get("method") == "arb-rc":  # seven linears of a layer have four matrices
+        assert 7 * once == 4 * len(prepared)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -135,10 +160,42 @@ def test_the_first_error_is_raised():
 def test_threads_that_too_few_tasks_leave_idle(threads, tasks, spare):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    begun = threading.Barrier(min(threads, tasks))
+
+    def task(index: int) -> int:
+        if index >= begun.parties:
+            return -1
+        begun.wait(10)
+        found = spare_now()
+        begun.wait(10)  # before one of them ends
+        return found
+
     try:
-        assert list(in_order(lambda _: spare_now(), list(range(tasks)), CPU)) == [spare] * tasks
+        assert list(in_order(task, list(range(tasks)), CPU))[: begun.parties] == [spare] * begun.parties
         assert list(in_order(lambda _: spare_now(), iter(range(tasks)), CPU)) == [0] * tasks  # how many is not known
         assert spare_now() == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_last_task_gets_the_threads_that_others_leave():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    ended = [threading.Event() for _ in range(4)]
+
+    def task(index: int) -> int:
+        if index < 3:
+            ended[index].set()
+            return -1
+        assert all(event.wait(10) for event in ended[:3])
+        for _ in range(1000):  # the others are about to end
+            if spare_now() == 2:
+                break
+            time.sleep(0.01)
+        return spare_now()
+
+    try:
+        assert list(in_order(task, list(range(4)), CPU))[3] == 2
     finally:
         torch.set_num_threads(before)
 

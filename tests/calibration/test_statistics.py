@@ -6,7 +6,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from optimum_arb.calibration import InputStatistics
-from optimum_arb.calibration.statistics import Statistic
+from optimum_arb.calibration import statistics as statistics_module
+from optimum_arb.calibration.statistics import Statistic, add_product, product_ahead
 
 
 class Layer(nn.Module):
@@ -115,3 +116,32 @@ def test_the_half_that_is_not_computed_is_that_which_is(features):
     rows, quarter = batches.flatten(0, 1).double(), -(-features // 4)
     torch.testing.assert_close(statistic.hessian, (rows.T @ rows).float(), rtol=1e-5, atol=1e-4)
     assert torch.equal(statistic.hessian[:quarter, quarter:], statistic.hessian[quarter:, :quarter].T)
+
+
+@pytest.mark.parametrize("limit", [statistics_module.MADE_WHOLE, 0])
+def test_products_that_are_made_ahead_sum_to_the_same(layer, limit, monkeypatch):
+    monkeypatch.setattr(statistics_module, "MADE_WHOLE", limit)
+    batches = [torch.randn(2, 5, 6) for _ in range(3)]
+    expected = gather(layer, batches)
+    with torch.no_grad(), InputStatistics(dict(layer.named_children())) as statistics:
+        for batch in batches:
+            with statistics.taking() as taken:
+                layer(batch)
+            statistics.multiply(taken)
+            assert all((found.product is not None) == (limit > 0) for found in taken)
+            # one input, one product
+            assert taken[0].product is taken[1].product
+            statistics.add(taken)
+    for name in ("q", "k", "o", "conv"):
+        assert torch.equal(statistics.hessian(name), expected.hessian(name))
+        assert statistics.tokens(name) == expected.tokens(name)
+
+
+@pytest.mark.parametrize("rows", [3, 7])
+def test_a_product_made_ahead_is_what_is_added(rows):
+    left, right = torch.randn(11, rows), torch.randn(11, 7)
+    for one, other in ((left, right), (right, right)):
+        total, ahead = (torch.zeros(one.shape[1], 7, dtype=torch.float64) for _ in range(2))
+        add_product(total, one, other)
+        add_product(ahead, one, other, product_ahead(one, other))
+        assert torch.equal(total, ahead)
