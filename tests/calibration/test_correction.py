@@ -235,9 +235,8 @@ def test_a_stream_is_what_a_run_that_ends_at_the_step_reads():
     assert steps[1].residual == {"layer.second": "norm"}
     found = []
     for whole in (False, True):
-        with Reading(layer, "layer", steps[1], whole) as reading:
-            with torch.no_grad(), reading.reading() as read:
-                layer(given)
+        with Reading(layer, "layer", steps[1], whole) as reading, torch.no_grad(), reading.reading() as read:
+            layer(given)
         found.append(read)
     assert torch.equal(found[0].input, found[1].input)
     assert torch.equal(found[0].streams["norm"], found[1].streams["norm"])
