@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import Cache
 
 from .activations import Activations, CopiedAhead
 
 
 class Stop(Exception):
     """Ends a run of the model where nothing that follows is needed."""
+
+
+def _is_cache(value: Any) -> bool:
+    return isinstance(value, Cache)
 
 
 @dataclass
@@ -27,9 +32,14 @@ class Call:
 
     @classmethod
     def of(cls, args: tuple, kwargs: Mapping[str, Any]) -> Call:
-        """What is left of a layer's arguments without the hidden states; the containers are its own."""
+        """What is left of a layer's arguments without the hidden states; the containers are its own.
+
+        None stands for a cache, which Granite MoE makes unasked: a layer that runs again would attend to what its runs
+        before left there.
+        """
         rest = {key: value for key, value in kwargs.items() if args or key != "hidden_states"}
-        return cls(*tree_map(lambda x: x, ((None, *args[1:]) if args else (), rest)))
+        given = (None, *args[1:]) if args else (), rest
+        return cls(*tree_map(lambda x: None if _is_cache(x) else x, given, is_leaf=_is_cache))
 
     def has_tensors_of(self, other: Call) -> bool:
         """Whether the tensors among its arguments are equal to those of another call, one after the other."""

@@ -216,7 +216,9 @@ class Reading:
 
     def _stream(self, source: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            self._local.found.streams[source] = (args[0] if args else kwargs["hidden_states"]).detach()
+            found = self._local.found
+            if found.input is None:  # behind the step, a norm of several branches receives another stream
+                found.streams[source] = (args[0] if args else kwargs["hidden_states"]).detach()
 
         return hook
 

@@ -128,7 +128,7 @@ class Steps:
         return fitted, every
 
     def _plan(self, name: str, steps: list[Step], modules: dict[str, nn.Module], hidden: Activations) -> Ahead | None:
-        some = hidden[0] if len(hidden) else None
+        some = hidden[0] if self.following is not None and len(hidden) else None  # not in vain from a disk
         pace = Pace() if self.ahead is None else self.ahead.pace()
         plan = make_plan(self.ranks, self.device, name, steps, modules, self.following, some, pace)
         return None if plan is None or self.following is None else Ahead(self.ranks, self.device, plan, self.following)

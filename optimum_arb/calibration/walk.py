@@ -275,9 +275,9 @@ class CalibrationWalk:
                 if self.error_correction:
                     kept = self.after_layer is not None
                     once_more = on and not kept
-                    steps = Steps(
-                        self.fitting, self.ranks, self.device, self.fitted, kept, once_more, following, self._ahead
-                    )
+                    ahead, self._ahead = self._ahead, None  # what the steps have used of it is let go of there
+                    steps = Steps(self.fitting, self.ranks, self.device, self.fitted, kept, once_more, following, ahead)
+                    del ahead
                     found = steps.binarize(name, layer, modules, hidden, calls, take if wanted else None)
                     self._ahead = steps.ahead
                 else:

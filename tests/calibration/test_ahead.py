@@ -282,3 +282,42 @@ def test_batches_are_run_ahead_as_long_as_a_fit_takes():
     assert divided_by(offers, [1, 2], in_time(offers)) == {(0, 4): 1, (1, 4): 1, (2, 4): 2}
     offers[0].pace = Pace()
     assert in_time(offers) == [math.inf] * 3
+
+
+def released(folder: str) -> None:
+    """One rank that looks at what is there of a layer that was run ahead once its last step has been gathered."""
+    import gc
+    import weakref
+
+    import torch.distributed as dist
+
+    from optimum_arb.calibration.fitting import Fitting
+
+    dist.init_process_group("gloo")
+    ahead_plan.MOST["cpu"] = 1 << 30
+    made: list[weakref.ref] = []
+    found: list[list[int]] = []
+    run, fit = Ahead.run, Fitting.binarize
+
+    def noted(ahead: Ahead) -> None:
+        made.append(weakref.ref(ahead))
+        run(ahead)
+
+    def look(self, names, *args):
+        if "down_proj" in names[0]:
+            gc.collect()
+            found.append([len(ahead._made) for each in made if (ahead := each()) is not None])
+        return fit(self, names, *args)
+
+    with distributed(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ahead, "run", noted)
+        patch.setattr(Fitting, "binarize", look)
+        binarize(Path(folder) / LLAMA)
+    (Path(folder) / f"released{dist.get_rank()}.json").write_text(json.dumps(found))
+
+
+def test_nothing_of_a_layer_is_kept_behind_its_last_step(sources):
+    """The last layer's outputs, which nothing wants, lay beside the fit of its last linear."""
+    check(run_ranks(__file__, "released", sources))
+    for rank in (0, 1):
+        assert json.loads((sources / f"released{rank}.json").read_text()) == [[], [], []]

@@ -212,6 +212,36 @@ def test_reading_ends_where_the_step_begins():
     assert not hasattr(reading._local, "found")
 
 
+class OneNorm(nn.Module):
+    """A layer of three branches behind one and the same norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, hidden_states):
+        for branch in (self.first, self.second, self.third):
+            hidden_states = hidden_states + branch(self.norm(hidden_states))
+        return hidden_states
+
+
+def test_a_stream_is_what_a_run_that_ends_at_the_step_reads():
+    """Also where the module that receives it runs again behind the step, and the run goes on to there."""
+    torch.manual_seed(0)
+    layer, given = OneNorm(), torch.randn(1, 5, 8)
+    modules = {f"layer.{name}": getattr(layer, name) for name in ("first", "second", "third")}
+    steps = find_steps(layer, modules, lambda: layer(given))
+    assert steps[1].residual == {"layer.second": "norm"}
+    found = []
+    for whole in (False, True):
+        with Reading(layer, "layer", steps[1], whole) as reading, torch.no_grad(), reading.reading() as read:
+            layer(given)
+        found.append(read)
+    assert torch.equal(found[0].input, found[1].input)
+    assert torch.equal(found[0].streams["norm"], found[1].streams["norm"])
+
+
 def linear(rows, columns, kind=nn.Linear):
     module = kind(columns, rows) if kind is nn.Linear else Conv1D(rows, columns)
     with torch.no_grad():

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_experts import tiny_moe
 from tiny_models import CAUSAL, ENCODERS, tiny_model, tokens
 from torch import nn
 
 from optimum_arb import ARBConfig, ARBLinear
 from optimum_arb.calibration import CalibrationWalk, token_batches
+from optimum_arb.calibration.activations import Activations
+from optimum_arb.calibration.calls import layer_runs
 from optimum_arb.calibration.layers import find_layers
 from optimum_arb.calibration.runs import ModelRuns
+from optimum_arb.calibration.weights import LayerWeights
 from optimum_arb.conversion import binarize_linear
 from optimum_arb.modules import is_linear, select_modules
 
@@ -402,3 +406,18 @@ def test_after_layer_sees_each_binarized_layer_before_its_outputs_are_computed()
     embedded = model.model.layers[1].input_layernorm(model.model.embed_tokens(tokens(5, 24))).flatten(0, 1)
     found = dict(seen)["model.layers.1.self_attn.q_proj"]
     torch.testing.assert_close(found, (embedded.T @ embedded).detach(), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_layer_attends_to_nothing_that_its_runs_before_left():
+    """Granite MoE takes `use_cache` among what it only hands on, and makes a cache unless it is told not to."""
+    model = tiny_moe("GraniteMoeForCausalLM")
+    group = find_layers(model, list(select_modules(model, ARBConfig(dataset=None, block_size=64)).modules()))[0]
+    hidden, runs = Activations(), ModelRuns(model, LayerWeights())
+    runs.probe([group], tokens(1))
+    calls = runs.record(group, list(tokens(2).split(1)), hidden.put)
+    run = layer_runs(group.modules[1], hidden, calls[1], torch.device("cpu"))
+    expected = run(1)
+    run(0)
+    hidden.put(0, hidden[1].clone())
+    assert torch.equal(run(0), expected)
