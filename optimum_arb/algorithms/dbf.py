@@ -239,7 +239,19 @@ def _unit_diagonal(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _solve(gram: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
     """`X gram = pull`, positive definite by its shift."""
-    return torch.cholesky_solve(pull.T, torch.linalg.cholesky_ex(gram).L).T
+    lower = torch.linalg.cholesky_ex(gram).L
+    return _by_triangles(lower, pull) if gram.is_cuda else torch.cholesky_solve(pull.T, lower).T
+
+
+def _by_triangles(lower: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
+    """`X lower lower^T = pull`, two triangular systems.
+
+    On a GPU `cholesky_solve` takes cuSOLVER's own workspaces, and where CUBLAS_WORKSPACE_CONFIG is set, as it has to be
+    for torch's deterministic algorithms, its bits depended on the stream (384 rows, rank 152): the fits on streams
+    beside each other, or recorded as a graph, came out otherwise than alone. These take torch's workspaces.
+    """
+    half = torch.linalg.solve_triangular(lower, pull.T, upper=False)
+    return torch.linalg.solve_triangular(lower.T, half, upper=True).T
 
 
 def _sylvester(

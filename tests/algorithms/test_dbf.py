@@ -3,7 +3,7 @@ import torch
 
 from optimum_arb import ARBConfig
 from optimum_arb.algorithms import binarize, output_error
-from optimum_arb.algorithms.dbf import _Problem, _sylvester, _unit_diagonal, binarize_factors
+from optimum_arb.algorithms.dbf import _by_triangles, _Problem, _sylvester, _unit_diagonal, binarize_factors
 from optimum_arb.format.factors import stored_bits
 
 
@@ -86,6 +86,15 @@ def test_the_sylvester_equation_is_solved(weight, hessian, monkeypatch):
     _sylvester(gram, problem.values, 0.3, problem.to_basis(pull), solution)
     found = problem.from_basis(solution)
     torch.testing.assert_close(gram @ found @ problem.hessian + 0.3 * found, pull, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [1, 40, 152])
+def test_two_triangular_systems_are_one_of_cholesky(rank):
+    """What a GPU takes."""
+    root = torch.randn(rank, 2 * rank + 3, dtype=torch.float64)
+    gram, pull = root @ root.T + torch.eye(rank), torch.randn(7, rank, dtype=torch.float64)
+    found = _by_triangles(torch.linalg.cholesky(gram), pull)
+    torch.testing.assert_close(found @ gram, pull, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("bits", [0.5, 0.85, 1.18, 2.3])

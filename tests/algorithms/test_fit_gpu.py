@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -249,6 +253,35 @@ def test_fits_on_streams_of_their_own_make_the_same_bits(problem, choices):
     alone = list(in_order(fit, range(10), torch.device("cuda")))
     together = list(in_order(fit, range(10), torch.device("cuda"), streams=4))
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+OTHER_STREAMS = """
+import json, sys
+import torch
+from optimum_arb import ARBConfig
+from optimum_arb.algorithms import binarize
+
+generator = torch.Generator().manual_seed(0)
+weight = (torch.randn(384, 320, generator=generator) * torch.rand(320, generator=generator).mul(2).exp()).cuda()
+inputs = torch.randn(1024, 320, generator=generator) @ torch.randn(320, 320, generator=generator)
+hessian, config = (inputs.T @ inputs).cuda(), ARBConfig(**json.loads(sys.argv[1]))
+expected = binarize(weight, hessian, config).dequantize()
+torch.cuda.synchronize()
+for _ in range(4):
+    with torch.cuda.stream(torch.cuda.Stream()):
+        found = binarize(weight, hessian, config).dequantize()
+    torch.cuda.synchronize()
+    assert torch.equal(found, expected), "other bits on another stream"
+"""
+
+
+@pytest.mark.parametrize("choices", [{}, {"planes": 2}, {"method": "arb-rc"}, {"method": "arb-dbf"}], ids=str)
+def test_the_same_bits_on_all_streams_where_deterministic_algorithms_are_asked_for(choices):
+    """The variable counts from the first call of cuSOLVER in a process, which has a workspace for each stream then."""
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    command = [sys.executable, "-c", OTHER_STREAMS, json.dumps(choices)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("choices", [{}, {"planes": 2}, {"method": "arb-rc"}, {"method": "arb-dbf"}], ids=str)
