@@ -172,7 +172,7 @@ class Ranks:
         statistics.linears.finish()
 
     def _sum_linears(self, statistics: LayerStatistics, owning: Needing, needing: Needing, correcting: Needing) -> None:
-        linears = statistics.linears
+        linears, device = statistics.linears, statistics.device()
         everyone = self.exchange(linears.sums(), "gathering the statistics of a layer")
         found: dict[str, Sums] = {}
         for other in everyone:
@@ -185,20 +185,23 @@ class Ranks:
                         "one process."
                     )
                 found[name] = replace(known, tokens=known.tokens + own.tokens, held_out=known.held_out + own.held_out)
+        leaders = dict.fromkeys(each.leader for each in found.values())
+        totals = {leader: linears.statistic(leader) or Statistic(found[leader].features, device) for leader in leaders}
+        for leader in leaders:
+            if found[leader].held_out and totals[leader].held_out is None:
+                totals[leader].held_out = Statistic(found[leader].features, device)
+        self._all_have_room("gathering the statistics of a layer")
         sums: dict[str, Statistic] = {}
-        for leader in dict.fromkeys(each.leader for each in found.values()):
+        for leader, statistic in totals.items():
             members = [name for name, each in found.items() if each.leader == leader]
             needed = needing(members)
-            about = found[leader]
-            statistic = linears.statistic(leader) or Statistic(about.features, statistics.device())
             self._sum(statistic.total, needed, leader)
-            statistic.tokens = about.tokens
-            if about.held_out:
-                held_out = statistic.held_out or Statistic(about.features, statistics.device())
+            statistic.tokens = found[leader].tokens
+            if statistic.held_out is not None:
                 fitting = owning(members)
-                self._sum(held_out.total, fitting, leader)
-                held_out.tokens = about.held_out
-                statistic.held_out = held_out if self.rank in fitting else None
+                self._sum(statistic.held_out.total, fitting, leader)
+                statistic.held_out.tokens = found[leader].held_out
+                statistic.held_out = statistic.held_out if self.rank in fitting else None
             if self.rank in needed:
                 sums |= dict.fromkeys(members, statistic)
         linears.assign(sums)
@@ -221,18 +224,23 @@ class Ranks:
         """The inputs of experts of all ranks in the order of the batches, on every rank."""
         own = routed.gathered()
         shapes = self.exchange([(tuple(t.shape), t.dtype) for t in own] if own else None, "gathering inputs of experts")
+        everyone = [own if rank == self.rank else _empty(found or ()) for rank, found in enumerate(shapes)]
+        self._all_have_room("gathering inputs of experts")
         result = RoutedInputs(routed.experts)
-        for rank, described in enumerate(shapes):
-            if described is None:
+        for rank, tensors in enumerate(everyone):
+            if not tensors:
                 continue
-            tensors = own if rank == self.rank else [torch.empty(shape, dtype=dtype) for shape, dtype in described]
-            assert tensors is not None
             with self.answered("gathering the inputs of experts"):
                 for tensor in tensors:
                     if tensor.numel():  # as bytes: gloo does not know every dtype
                         dist.broadcast(tensor.view(-1).view(torch.uint8), rank, group=self._groups["cpu"])
             result.add(*tensors)
         return result
+
+    def _all_have_room(self, doing: str) -> None:
+        """Before tensors are exchanged: a rank without the memory for its part says so here. Behind this the others
+        would be in an exchange that it does not come to, where they hear of no error, for as long as they wait."""
+        self.exchange(None, doing)
 
     def _exchange(self, value: T, error: str | None, doing: str) -> list[T]:
         gathered: list[Any] = [None] * self.size
@@ -364,6 +372,11 @@ def model_fingerprint(model: nn.Module) -> str:
                 first = tensor.detach().reshape(-1)[:64].cpu().contiguous()
                 digest.update(first.view(torch.uint8).numpy().tobytes() if first.numel() else b"")
     return digest.hexdigest()
+
+
+def _empty(forms: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[torch.Tensor]:
+    """Memory for what another rank has, on the CPU."""
+    return [torch.empty(shape, dtype=dtype) for shape, dtype in forms]
 
 
 def _weights(module: nn.Module) -> int:

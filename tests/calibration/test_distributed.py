@@ -32,7 +32,7 @@ CASES = {
     "whole runs": ("T5ForConditionalGeneration", {"batch_size": 4}),
     "data-free": ("LlamaForCausalLM", {"dataset": None}),
 }
-FAILURES = ("start", "forward", "fit", "end", "seed", "tokens", "model")
+FAILURES = ("start", "forward", "fit", "sum", "inputs", "end", "seed", "tokens", "model")
 
 
 def config(**choices) -> ARBConfig:
@@ -67,7 +67,7 @@ def worker(folder: str) -> None:
     assert current_ranks().size == 1
     errors = {}
     for failure in FAILURES:
-        with pytest.raises((ValueError, OtherRankFailed, ZeroDivisionError)) as raised:
+        with pytest.raises((ValueError, OtherRankFailed, ZeroDivisionError, MemoryError)) as raised:
             fail(Path(folder) / "llama" / "float", failure, rank)
         errors[failure] = (raised.type.__name__, str(raised.value))
     dist.barrier()  # the ranks begin together what is about seconds
@@ -79,6 +79,7 @@ def worker(folder: str) -> None:
 
 def fail(path: Path, failure: str, rank: int) -> None:
     """Binarizes a model, and the second rank fails on the way, or differs."""
+    from optimum_arb.calibration import distributed as of_ranks
     from optimum_arb.loading import calibrated
 
     with distributed(), pytest.MonkeyPatch.context() as patch:
@@ -99,6 +100,16 @@ def fail(path: Path, failure: str, rank: int) -> None:
                 raise ValueError(f"{name} is broken")
 
             patch.setattr(calibrated, "binarize_linear", fit)
+        elif failure in ("sum", "inputs"):  # the second rank has no batch, and no memory for what it gets
+
+            def no_memory(*args, **kwargs):
+                raise MemoryError(f"no {failure}")
+
+            choices |= {"dataset": tokens(1, 24), "num_samples": 1}
+            if failure == "inputs":
+                path = path.parents[1] / "experts" / "float"
+            if rank:
+                patch.setattr(of_ranks, *(("Statistic", no_memory) if failure == "sum" else ("_empty", no_memory)))
         elif failure == "seed":
             choices["seed"] = rank
         elif failure == "tokens":
@@ -179,6 +190,8 @@ def test_two_processes_make_the_bits_of_one(folder, name):
         ("start", "ZeroDivisionError: no start"),
         ("forward", "ZeroDivisionError: no forward"),
         ("fit", "ValueError: model.layers.0."),
+        ("sum", "MemoryError: no sum"),
+        ("inputs", "MemoryError: no inputs"),
         ("end", "ZeroDivisionError: no end"),
     ],
 )
