@@ -9,11 +9,13 @@ that has the batch. The same operations get the same numbers: no bit of the resu
     a linear is fitted               they run the next layer: `Made` of each batch
     the rank that has the batch  <-  `Made`
 
-An error of a rank reaches the others where they meet next, as everywhere (`distributed`).
+An error of a rank reaches the others where they meet next, as everywhere (`distributed`). Too little memory on a GPU is
+none: what was to be run ahead is dropped, and the rank that has the batch runs it in its turn.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ from .distributed import Ranks
 from .sending import Arrival, spread
 from .workers import in_order
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Made:
@@ -35,11 +39,11 @@ class Made:
 
     Attributes:
         reads: number of a step, from 1 -> what it takes of the run, but for the layer's own input.
-        output: of the layer.
+        output: of the layer; None where nothing wants it.
     """
 
     reads: dict[int, Read]
-    output: torch.Tensor
+    output: torch.Tensor | None
 
     def is_contiguous(self) -> bool:
         """Tensors in another layout would not arrive in it, and what is multiplied by them may round otherwise."""
@@ -97,7 +101,7 @@ class Ahead:
         self._arrivals: dict[Key, Arrival] = {}
         self._made: dict[Key, Made | None] = {}
         self._watch = _Watch(device)
-        self._mine = [key for key, runner in plan.runners.items() if runner == ranks.rank]
+        self._mine: list[Key] = []
 
     def give(self, batch: int, output: torch.Tensor) -> None:
         """What the float layer before put out for a batch of this rank, which is what the layer receives."""
@@ -109,14 +113,29 @@ class Ahead:
         rank, runners = self._ranks.rank, self._plan.runners
         away = {key: self._inputs.pop(key) for key in list(self._inputs) if runners[key] != rank}
         doing = "handing over what the float model puts out"
-        self._arrivals = spread(self._ranks, away, self._device, doing, lambda key: runners[key] == rank)
-        for key in [key for key in self._arrivals if runners[key] != rank]:
+        mine = {key for key, runner in runners.items() if runner == rank}
+        self._arrivals = spread(self._ranks, away, self._device, doing, mine.__contains__, dispensable=True)
+        for key in self._arrivals.keys() - mine:
             self._arrivals.pop(key).end()
+        self._mine = [key for key in runners if key in mine and (key in self._inputs or key in self._arrivals)]
 
     def run(self) -> None:
         """This rank's part, before its device comes to a fit or while others fit."""
-        rank, following = self._ranks.rank, self._following
-        assert following is not None
+        assert self._following is not None
+        try:
+            self._run(self._following)
+            return
+        except torch.OutOfMemoryError as error:
+            logger.info("%s is not run ahead: %s", self._following.name, error)
+        for arrival in self._arrivals.values():
+            arrival.end()
+        self._mine = list(self._made)
+        self._watch.mark()
+        for held in (self._arrivals, self._inputs, self._made):
+            held.clear()
+        self._following.layer.to("cpu")  # as much of it as there was room for
+
+    def _run(self, following: Following) -> None:
         # also on ranks that fit: their devices have the inverses to make, while the host has nothing to do
         following.load()
         self._watch.mark()
@@ -126,23 +145,28 @@ class Ahead:
             arrival.end()
             self._inputs[key] = arrival.take()
         self._arrivals.clear()
+        rank, kept = self._ranks.rank, self._plan.kept
         call = calling(following.layer, following.calls, self._device)
         alike = {told: batch for batch, told in reversed(list(enumerate(self._plan.calls[rank])))}
         with ExitStack() as stack:
             readings = {
-                number: stack.enter_context(Reading(following.layer, following.name, step, whole=True))
-                for number, step in self._plan.kept.items()
+                # where nothing wants its output, the layer runs up to the last step that takes something of the run
+                number: stack.enter_context(
+                    Reading(following.layer, following.name, step, whole=following.to_end or number != max(kept))
+                )
+                for number, step in kept.items()
             }
 
             def made(key: Key) -> Made | None:
                 given = self._inputs.pop(key).clone()  # a layer may write into its input
                 batch = key[1] if key[0] == rank else alike[self._plan.calls[key[0]][key[1]]]
+                output = None
                 with ExitStack() as reading:
                     reads = {number: reading.enter_context(each.reading()) for number, each in readings.items()}
                     output = call(batch, given)
                 for read in reads.values():
                     read.streams.pop(LAYER_INPUT, None)
-                found = Made(reads, output)
+                found = Made(reads, output if following.to_end else None)
                 return found if found.is_contiguous() else None
 
             for key, found in zip(self._mine, in_order(made, self._mine, self._device), strict=True):
@@ -166,7 +190,7 @@ class Ahead:
         rank = self._ranks.rank
         away = {key: self._made.pop(key) for key in list(self._made) if key[0] != rank}
         doing = "handing back what the float model made"
-        self._arrivals = spread(self._ranks, away, self._device, doing, lambda key: key[0] == rank)
+        self._arrivals = spread(self._ranks, away, self._device, doing, lambda key: key[0] == rank, dispensable=True)
         self._following = None
 
     def settle(self) -> None:
@@ -189,7 +213,8 @@ class Ahead:
         return made.reads.pop(number, Read())
 
     def output(self, batch: int) -> torch.Tensor:
-        """What the layer put out; nothing of this batch is kept behind that."""
+        """What the layer put out, where that is wanted; nothing of this batch is kept behind that."""
         made = self._made.pop((self._ranks.rank, batch))
         assert made is not None
+        assert made.output is not None
         return made.output

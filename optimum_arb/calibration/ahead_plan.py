@@ -34,7 +34,8 @@ class Following:
         name: of the layer.
         layer: the layer, float.
         targets: names of what is to be binarized in it.
-        calls: its arguments, batch by batch.
+        calls: its arguments, batch by batch; of batches that it need not be run with, the last ones, not.
+        to_end: whether what it puts out is wanted.
         load: brings its weights to the device, where it did not do so before.
     """
 
@@ -42,6 +43,7 @@ class Following:
     layer: nn.Module
     targets: list[str]
     calls: list[Call]
+    to_end: bool
     load: Callable[[], None]
 
 
@@ -117,6 +119,8 @@ def make_plan(
     if expected is None:
         return None
     kept = {number: step for number, step in enumerate(expected, 1) if _is_kept(number, step, following)}
+    if not kept and not following.to_end:
+        return None
     known: dict[int, str] = {}
     size = 0 if hidden is None else _bytes(kept.values(), following, hidden)
     offer = _Offer([_told(call, known) for call in following.calls], size, _room(device), pace)
@@ -155,10 +159,12 @@ def _is_kept(number: int, step: Step, following: Following) -> bool:
 
 
 def _bytes(kept: Collection[Step], following: Following, hidden: torch.Tensor) -> int:
-    """Of a batch: its input, its output, the residual streams and the inputs of the steps."""
+    """Of a batch: its input, its output if it is wanted, the residual streams and the inputs of the steps."""
     width = hidden.shape[-1]
     streams = {source for step in kept for source in step.residual.values()} - {LAYER_INPUT}
-    features = (2 + len(streams)) * width + sum(linear_shape(_first(step, following))[1] for step in kept)
+    features = (1 + following.to_end + len(streams)) * width + sum(
+        linear_shape(_first(step, following))[1] for step in kept
+    )
     return hidden.nbytes // width * features
 
 

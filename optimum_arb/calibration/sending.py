@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -136,6 +136,7 @@ def spread(
     device: torch.device,
     doing: str,
     keep: Callable[[Key], bool] = lambda key: True,
+    dispensable: bool = False,
 ) -> dict[Key, Arrival]:
     """The objects of all ranks, by their keys, of which each has one rank. All ranks call this at the same place.
 
@@ -147,24 +148,23 @@ def spread(
         device: for tensors that are on another rank's device of that kind.
         doing: what this rank is doing, for the errors.
         keep: which of the others' this one wants. All ranks take part in all transfers.
+        dispensable: whether all do without, and get nothing, where one has too little memory on its device.
 
     Raises:
         OtherRankFailed: another rank has failed, or does not answer.
     """
     mine = {key: _apart(value) for key, value in own.items()}
     everyone = ranks.exchange({key: (data, forms) for key, (data, forms, _) in mine.items()}, doing)
-    unwanted: dict[_Form, torch.Tensor] = {}
-    memory: dict[tuple[int, Key], list[torch.Tensor]] = {}
-    for rank, sent in enumerate(everyone):
-        for key, (_, forms) in sent.items():
-            if rank == ranks.rank:
-                memory[rank, key] = mine[key][2]
-            elif keep(key):
-                memory[rank, key] = [form.empty(device) for form in forms]
-            else:
-                memory[rank, key] = [_shared(unwanted, form, device) for form in forms]
+    try:
+        memory = _memory(ranks, everyone, mine, device, keep)
+    except torch.OutOfMemoryError:
+        if not dispensable:
+            raise
+        memory = None
     # a rank without the memory says so here: the others would wait for its part of a transfer until they give up
-    ranks.exchange(None, doing)
+    all_have_room = all(ranks.exchange(memory is not None, doing))
+    if memory is None or not all_have_room:
+        return {}
     result = {}
     for rank, sent in enumerate(everyone):
         for key, (data, forms) in sent.items():
@@ -181,6 +181,27 @@ def spread(
                         values = one.view(-1).view(torch.uint8)
                         arrival._works.append(dist.broadcast(values, rank, group=group, async_op=True))
     return result
+
+
+def _memory(
+    ranks: Ranks,
+    everyone: Sequence[Mapping[Key, tuple[bytes, list[_Form]]]],
+    mine: Mapping[Key, tuple[bytes, list[_Form], list[torch.Tensor]]],
+    device: torch.device,
+    keep: Callable[[Key], bool],
+) -> dict[tuple[int, Key], list[torch.Tensor]]:
+    """Where the tensors of all ranks lie on this one, or will, by the rank and the key; arguments as in `spread`."""
+    unwanted: dict[_Form, torch.Tensor] = {}
+    memory = {}
+    for rank, sent in enumerate(everyone):
+        for key, (_, forms) in sent.items():
+            if rank == ranks.rank:
+                memory[rank, key] = mine[key][2]
+            elif keep(key):
+                memory[rank, key] = [form.empty(device) for form in forms]
+            else:
+                memory[rank, key] = [_shared(unwanted, form, device) for form in forms]
+    return memory
 
 
 def share_modules(

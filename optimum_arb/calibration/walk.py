@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -231,9 +232,11 @@ class CalibrationWalk:
         if index >= len(group.names) or finished[index] or not group.targets[index] or not hidden.in_memory:
             return None
         name, layer = group.names[index], group.modules[index]
-        return Following(
-            name, layer, group.targets[index], calls[index], lambda: self._to_device.bring_beside(name, layer)
-        )
+        to_end = index + 1 < len(group.names) or self._keeps_float
+        # up to a step of the last layer, what is held out runs in the binarized form alone
+        needed = calls[index] if to_end else calls[index][: max(0, self.fitted)]
+        load = partial(self._to_device.bring_beside, name, layer)
+        return Following(name, layer, group.targets[index], needed, to_end, load)
 
     def _turn(
         self,

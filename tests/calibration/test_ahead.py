@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rank_cases import binarize_cases, by_one, check_same, said, together
 from ranks import check, run_ranks
 from safetensors.torch import load_file
 from tiny_experts import save_moe
@@ -23,30 +24,45 @@ from optimum_arb.calibration.ahead_plan import Pace, _Offer, in_time
 from optimum_arb.calibration.ahead_plan import divided as divided_by
 from optimum_arb.calibration.distributed import OtherRankFailed, distributed
 
-LLAMA, MIXTRAL = "LlamaForCausalLM", "MixtralForCausalLM"
+LLAMA, MIXTRAL, DEEPSEEK = "LlamaForCausalLM", "MixtralForCausalLM", "DeepseekV3ForCausalLM"
 SAMPLES = 7  # batches; two ranks have 4 and 3
-# name -> (family, ARBConfig, bytes that a rank may hold, batches that are run ahead in each of two layers of three)
+
+
+def samples(count: int) -> dict:
+    return {"dataset": tokens(count, 24), "num_samples": count}
+
+
+# name -> (family, ARBConfig, bytes that a rank may hold, batches that are run ahead in the second and third layer)
 CASES = {
-    "llama": (LLAMA, {}, 1 << 30, 7),
-    "divided": (LLAMA, {"planes": 2, "held_out_samples": 2}, 1 << 30, 7),
-    # a batch is 24 tokens of 2 * 96 + 96 + 96 + 96 + 160 numbers: the second rank has room for two of each
-    "little room": (LLAMA, {}, 4 * 24 * 640 * 4, 4),
+    "llama": (LLAMA, {}, 1 << 30, 7 + 7),
+    # nothing of the last layer is wanted of what is held out
+    "divided": (LLAMA, {"planes": 2, "held_out_samples": 2}, 1 << 30, 7 + 5),
+    # a batch is 24 tokens of 2 * 96 + 96 + 96 + 96 + 160 numbers: the second rank has room for two of each; of the last
+    # layer, whose output nobody wants, too
+    "little room": (LLAMA, {}, 4 * 24 * 640 * 4, 4 + 4),
     "in time": (LLAMA, {}, 1 << 30, None),
-    "wide heads": ("Qwen3ForCausalLM", {}, 1 << 30, 7),
-    "parallel": ("PhiForCausalLM", {}, 1 << 30, 7),
-    "gpt2": ("GPT2LMHeadModel", {"act_order": True}, 1 << 30, 7),
-    "norms behind": ("Gemma2ForCausalLM", {}, 1 << 30, 7),
-    "factors": (LLAMA, {"method": "arb-dbf", "num_iterations": 2}, 1 << 30, 7),
+    "two batches": (LLAMA, samples(2), 1 << 30, 2 + 2),
+    # of the rank that fits, and the other one has no call like its
+    "fewer batches than ranks": (LLAMA, samples(1), 1 << 30, 0),
+    "wide heads": ("Qwen3ForCausalLM", {}, 1 << 30, 7 + 7),
+    "parallel": ("PhiForCausalLM", {}, 1 << 30, 7 + 7),
+    "gpt2": ("GPT2LMHeadModel", {"act_order": True}, 1 << 30, 7 + 7),
+    "norms behind": ("Gemma2ForCausalLM", {}, 1 << 30, 7 + 7),
+    "factors": (LLAMA, {"method": "arb-dbf", "num_iterations": 2}, 1 << 30, 7 + 7),
     # all ranks have experts to fit
     "experts": (MIXTRAL, {"block_size": 64}, 1 << 30, 0),
+    # the first layer is dense, and those behind it have experts, with a shared one behind them
+    "deepseek": (DEEPSEEK, {"block_size": 64}, 1 << 30, 0 + 7),
     "uncorrected": (LLAMA, {"error_correction": 0}, 1 << 30, 0),
 }
-OF_THREE = ("llama", "little room")
+OF_THREE = ("llama", "little room", "two batches")
 FAILURES = ("running", "fitting", "loading")
+# where a GPU is short of memory -> the batches that are run ahead of both layers, and those of which something is used
+SHORT = {"running": (0, 0), "handing over": (3 + 3, 3 + 3), "handing back": (7 + 7, 3 + 3), "loading": (0, 0)}
 
 
 def binarize(path: Path, **choices):
-    options = {"dataset": tokens(SAMPLES, 24), "num_samples": SAMPLES, "admm_iterations": 2, **choices}
+    options = {**samples(SAMPLES), "admm_iterations": 2, **choices}
     if options.get("method") == "arb-dbf":
         del options["admm_iterations"]
     return AutoModelForCausalLM.from_pretrained(path, quantization_config=ARBConfig(**options))
@@ -71,42 +87,28 @@ def count(patch: pytest.MonkeyPatch) -> Counter:
 
 
 def worker(folder: str, *names: str) -> None:
-    """One rank: binarizes the cases, then fails in every way."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    counts = {}
-    timed = ahead_plan.in_time
-    with distributed():
-        for name in names or CASES:
-            family, choices, room, _ = CASES[name]
-            ahead_plan.MOST["cpu"] = room
-            # as many batches as there are, however long they take
-            ahead_plan.in_time = timed if name == "in time" else lambda offers: [math.inf] * len(offers)
-            division.LEAST["cpu"] = 1 if name == "divided" else 1 << 30
-            with pytest.MonkeyPatch.context() as patch:
-                calls = count(patch)
-                model = binarize(Path(folder) / family, **choices)
-                counts[name] = dict(calls)
-            torch.save(dict(model.state_dict()), Path(folder) / f"{name} {rank} of {dist.get_world_size()}.pt")
-    errors = {}
-    for failure in FAILURES if not names else ():
-        with pytest.raises((OtherRankFailed, ZeroDivisionError)) as raised:
-            fail(Path(folder) / LLAMA, failure, rank)
-        errors[failure] = (raised.type.__name__, str(raised.value))
-    found = {"counts": counts, "errors": errors}
-    (Path(folder) / f"{rank} of {dist.get_world_size()}.json").write_text(json.dumps(found))
+    """One rank."""
+    path = Path(folder)
+    ways = () if names else FAILURES
+    binarize_cases(path, names or CASES, partial(binarize_case, path), count, ways, partial(fail, path / LLAMA))
 
 
-def fail(path: Path, failure: str, rank: int) -> None:
+def binarize_case(folder: Path, name: str):
+    family, choices, room, _ = CASES[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ahead_plan.MOST, "cpu", room)
+        if name != "in time":  # as many batches as there are, however long they take
+            patch.setattr(ahead_plan, "in_time", lambda offers: [math.inf] * len(offers))
+        patch.setitem(division.LEAST, "cpu", 1 if name == "divided" else 1 << 30)
+        return binarize(folder / family, **choices)
+
+
+def fail(path: Path, patch: pytest.MonkeyPatch, failure: str, rank: int) -> None:
     """Binarizes a model; the rank that waits fails in what it does meanwhile, or the other one in the fit."""
     from optimum_arb.calibration.to_device import ToDevice
     from optimum_arb.loading import calibrated
 
-    fit, bring = calibrated.binarize_linear, ToDevice.bring_beside
-
-    run = Ahead.run
+    fit, bring, run = calibrated.binarize_linear, ToDevice.bring_beside, Ahead.run
 
     def broken(*args):
         raise ZeroDivisionError(f"no {failure}")
@@ -117,14 +119,57 @@ def fail(path: Path, failure: str, rank: int) -> None:
     def second(to_device, name, layer):
         return broken() if rank else bring(to_device, name, layer)
 
-    with distributed(), pytest.MonkeyPatch.context() as patch:
-        if failure == "running":
-            patch.setattr(Ahead, "run", lambda ahead: broken() if rank else run(ahead))
-        elif failure == "fitting":
-            patch.setattr(calibrated, "binarize_linear", down)
-        elif failure == "loading":
-            patch.setattr(ToDevice, "bring_beside", second)
-        binarize(path)
+    patch.setitem(ahead_plan.MOST, "cpu", 1 << 30)
+    if failure == "running":
+        patch.setattr(Ahead, "run", lambda ahead: broken() if rank else run(ahead))
+    elif failure == "fitting":
+        patch.setattr(calibrated, "binarize_linear", down)
+    elif failure == "loading":
+        patch.setattr(ToDevice, "bring_beside", second)
+    binarize(path)
+
+
+def short(folder: str) -> None:
+    """One rank, which has too little memory for what is run ahead, or the other one has."""
+    import torch.distributed as dist
+
+    from optimum_arb.calibration import ahead, sending
+    from optimum_arb.calibration.to_device import ToDevice
+
+    bring, calling, form = ToDevice.bring_beside, ahead.calling, sending._Form.empty
+
+    def without(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def third(*args):
+        run = calling(*args)
+        return lambda batch, hidden: without() if batch == 2 else run(batch, hidden)
+
+    def binarize_short(name: str):
+        rank = dist.get_rank()
+        doing = []
+        spread = ahead.spread
+
+        def noted(ranks, own, device, what, *args, **kwargs):
+            doing[:] = [what]
+            try:
+                return spread(ranks, own, device, what, *args, **kwargs)
+            finally:
+                doing.clear()
+
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "running" and rank:
+                patch.setattr(ahead, "calling", third)
+            elif name == "loading":
+                # its weights are there, and not on the device
+                patch.setattr(ToDevice, "bring_beside", lambda *args: (bring(*args), without()))
+            elif name.startswith("handing") and rank == (name == "handing over"):
+                patch.setattr(ahead, "spread", noted)
+                empty = lambda *args: without() if doing and name in doing[0] else form(*args)  # noqa: E731
+                patch.setattr(sending._Form, "empty", empty)
+            return binarize_case(Path(folder), "llama")
+
+    binarize_cases(Path(folder) / "short", SHORT, binarize_short, count)
 
 
 @pytest.fixture(scope="module")
@@ -133,76 +178,60 @@ def sources(tmp_path_factory) -> Path:
     for family in {family for family, *_ in CASES.values()}:
         layers = "n_layer" if family.startswith("GPT2") else "num_hidden_layers"
         changes = {"layer_types": ["full_attention"] * 3} if family.startswith("Gemma") else {}
-        (save_moe if family == MIXTRAL else save_tiny)(folder / family, family, **{layers: 3, **changes})
+        (save_moe if family in (MIXTRAL, DEEPSEEK) else save_tiny)(folder / family, family, **{layers: 3, **changes})
     return folder
 
 
-@pytest.fixture(scope="module")
-def two(sources) -> Path:
-    check(run_ranks(__file__, "worker", sources))
-    return sources
-
-
-@pytest.fixture(scope="module")
-def three(sources) -> Path:
-    check(run_ranks(__file__, "worker", sources, *OF_THREE, ranks=3))
-    return sources
-
-
-@pytest.fixture(scope="module")
-def alone(sources):
-    """What one process makes, by the name of the case."""
-    made: dict[str, dict[str, torch.Tensor]] = {}
-
-    def state(name: str) -> dict[str, torch.Tensor]:
-        if name not in made:
-            made[name] = binarize(sources / CASES[name][0], **CASES[name][1]).state_dict()
-        return made[name]
-
-    return state
-
-
-def counts(folder: Path, name: str, size: int) -> list[dict[str, int]]:
-    return [json.loads((folder / f"{rank} of {size}.json").read_text())["counts"][name] for rank in range(size)]
-
-
-def check_bits(folder: Path, name: str, size: int, expected: dict[str, torch.Tensor]) -> None:
-    for rank in range(size):
-        found = torch.load(folder / f"{name} {rank} of {size}.pt")
-        assert found.keys() == expected.keys()
-        assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+two, three = together(__file__, 2), together(__file__, 3, *OF_THREE)
+alone = by_one(binarize_case)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_make_the_bits_of_one(two, alone, name):
-    check_bits(two, name, 2, alone(name))
-    first, second = counts(two, name, 2)
+    check_same(two, name, 2, alone(name))
+    first, second = said(two, "counts", name)
     assert first.get("run", 0) == 0
-    if CASES[name][3] is None:
+    batches = CASES[name][3]
+    if batches is None:
         assert SAMPLES < second["run"] <= 2 * SAMPLES  # all of the second layer, one at least of the third
         batches = second["run"]
-    else:
-        batches = 2 * CASES[name][3]
-        assert second.get("run", 0) == batches
+    assert second.get("run", 0) == batches
     assert first.get("taken", 0) + second.get("taken", 0) == batches
 
 
 @pytest.mark.parametrize("name", OF_THREE)
 def test_three_processes_of_which_two_wait(three, alone, name):
-    check_bits(three, name, 3, alone(name))
-    first, *others = counts(three, name, 3)
+    check_same(three, name, 3, alone(name))
+    first, *others = said(three, "counts", name, 3)
     assert first.get("run", 0) == 0
-    assert sum(each["taken"] for each in (first, *others)) == sum(each["run"] for each in others)
+    assert sum(each.get("taken", 0) for each in (first, *others)) == sum(each["run"] for each in others)
     if name == "llama":
         assert sorted(each["run"] for each in others) == [6, 8]  # of 3, 2 and 2 batches, in each of two layers
+    elif name == "two batches":  # the third rank has none, and so no call to run one with
+        assert [each["run"] for each in others] == [4, 0]
 
 
 @pytest.mark.parametrize(("failure", "rank"), [("running", 1), ("fitting", 0), ("loading", 1)])
 def test_an_error_beside_a_fit_or_in_it_ends_all(two, failure, rank):
-    found = [json.loads((two / f"{each} of 2.json").read_text())["errors"][failure] for each in (0, 1)]
+    found = said(two, "errors", failure)
     assert found[rank] == ["ZeroDivisionError", f"no {failure}"]
     assert found[1 - rank][0] == "OtherRankFailed"
     assert found[1 - rank][1] == f"Rank {rank} of 2 ended with an error: ZeroDivisionError: no {failure}"
+
+
+@pytest.fixture(scope="module")
+def short_of_memory(sources) -> Path:
+    (sources / "short").mkdir()
+    check(run_ranks(__file__, "short", sources))
+    return sources / "short"
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_what_there_is_no_memory_to_run_ahead_runs_in_its_turn(short_of_memory, alone, name):
+    check_same(short_of_memory, name, 2, alone("llama"))
+    counts = said(short_of_memory, "counts", name)
+    run, taken = (sum(each.get(kind, 0) for each in counts) for kind in ("run", "taken"))
+    assert (run, taken) == SHORT[name]
 
 
 def streamed(folder: str) -> None:
@@ -245,7 +274,7 @@ def test_from_disk_to_disk_and_resumed(sources, alone):
     assert first[1] == second[1] == 2
     assert second[0]["run"] >= SAMPLES
     found = load_file(sources / "streamed" / "model.safetensors")
-    expected = alone("llama")
+    expected = alone("llama").state_dict()
     assert found.keys() <= expected.keys()
     assert [key for key in found if not torch.equal(found[key], expected[key])] == []
 
