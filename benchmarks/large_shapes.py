@@ -56,8 +56,8 @@ VOCABULARY = 32000
 PHASES = {
     "reading": ["checkpoint.source:CheckpointSource.load"],  # the files are mapped: moving reads what is not cached
     "moving": ["torch.nn.modules.module:Module.to"],  # a layer to the device and back
-    "recording": ["calibration.walk:CalibrationWalk._record"],
-    "propagate": ["calibration.walk:CalibrationWalk._turn"],  # a layer's time that no other phase takes
+    "recording": ["calibration.chain:ChainWalk._record"],
+    "propagate": ["calibration.chain:ChainWalk._turn"],  # a layer's time that no other phase takes
     "summing ranks": ["calibration.distributed:Ranks.sum_statistics"],
     "fit": ["calibration.fitting:Fitting.binarize"],
     "dividing": ["calibration.division:Division.work"],  # what several processes make for each other's fits

@@ -33,7 +33,7 @@ from optimum_arb import ARBConfig
 from optimum_arb.calibration import CalibrationWalk, token_batches
 from optimum_arb.calibration.refine import Refinement, RefineSettings, refine_layer
 from optimum_arb.calibration.refine_model import refine_model
-from optimum_arb.calibration.walk import LayerTurn
+from optimum_arb.calibration.turn import LayerTurn
 from optimum_arb.data import bundled_text
 from optimum_arb.evaluate import perplexity
 from optimum_arb.modules import select_modules

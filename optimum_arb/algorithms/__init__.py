@@ -153,7 +153,7 @@ def squared_errors(
     if hessian is None:
         return float(error.double().square().sum()), float(original.double().square().sum())
     known = made_elsewhere(hessian, outputs_key(weight))
-    return _outputs(error, original, hessian), outputs_energy(original, hessian) if known is None else known
+    return _outputs(error, original, hessian), known[0] if known else outputs_energy(original, hessian)
 
 
 def outputs_energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
@@ -163,7 +163,8 @@ def outputs_energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
 
 
 def outputs_key(weight: torch.Tensor) -> Hashable:
-    """By which a fit knows the `outputs_energy` of its weight, a tensor that stays while it is fitted."""
+    """By which a fit finds the `outputs_energy` of its weight where another rank has measured it: with the weight
+    itself, which goes by its address."""
     return "outputs", weight.data_ptr(), tuple(weight.shape)
 
 

@@ -114,8 +114,8 @@ class Fitting:
             tokens = 0 if statistics is None else statistics.linears.tokens(name)
             work = shared.get(id(hessian))
             if work is not None and hessian is not None and name in division.energies:
-                energy = division.energies[name]
-                work.put(Part(hessian, outputs_key(linear_weight(module)), lambda: energy), energy)
+                found = division.energies[name], linear_weight(module)  # whose address is no other's while it is here
+                work.put(Part(hessian, outputs_key(found[1]), lambda: found), found)
             with sharing(work):
                 packed, error = self._linear(name, module, hessian, tokens)
             return packed, [] if error is None else [error], time.perf_counter() - start

@@ -18,7 +18,8 @@ from ..nn import ARBLinear
 from .layers import find_layers
 from .refine import Refinement, RefineSettings, float_weight, refine_layer, split_batches
 from .refine_model import logits, refine_model
-from .walk import CalibrationWalk, LayerTurn
+from .turn import LayerTurn
+from .walk import CalibrationWalk
 
 logger = logging.getLogger(__name__)
 

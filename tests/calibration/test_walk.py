@@ -314,7 +314,7 @@ def test_recorded_arguments_are_each_layers_own():
     with torch.no_grad():
         (group,) = find_layers(model, targets(model))
         walk.runs.probe([group], walk.batches[0])
-        calls = walk._record(group)
+        calls = walk.runs.record(group, walk.batches, lambda *_: None)
     masks = [layer[0].kwargs["attention_mask"] for layer in calls]
     assert masks[0].shape == masks[1].shape
     assert not torch.equal(masks[0], masks[1])
@@ -334,7 +334,7 @@ def test_what_layers_share_is_kept_once_and_compared_once_a_batch(monkeypatch):
             groups = find_layers(model, targets(model))
             walk.runs.probe(groups, walk.batches[0])
             compared.clear()
-            calls = walk._record(groups[0])
+            calls = walk.runs.record(groups[0], walk.batches, lambda *_: None)
         counts.append(len(compared))
         kept = {id(x) for each in calls for call in each for x in call.kwargs["position_embeddings"]}
         assert len(kept) == 2  # cos and sin, of all layers and batches
