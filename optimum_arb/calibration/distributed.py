@@ -115,6 +115,7 @@ class Ranks:
 
         Raises:
             OtherRankFailed: another rank has failed, or does not answer.
+            RuntimeError: another rank is at another place.
         """
         if self.size == 1:
             return [value]
@@ -245,12 +246,19 @@ class Ranks:
     def _exchange(self, value: T, error: str | None, doing: str) -> list[T]:
         gathered: list[Any] = [None] * self.size
         with self.answered(doing):
-            dist.all_gather_object(gathered, (value, error), group=self._groups["cpu"])
-        failed = {rank: said for rank, (_, said) in enumerate(gathered) if said is not None}
+            dist.all_gather_object(gathered, (value, error, doing), group=self._groups["cpu"])
+        failed = {rank: said for rank, (_, said, _) in enumerate(gathered) if said is not None}
         if failed and error is None:
             rank = min(failed)
             raise OtherRankFailed(f"Rank {rank} of {self.size} ended with an error: {failed[rank]}")
-        return [found for found, _ in gathered]
+        first = gathered[0][2]
+        elsewhere = {rank: said for rank, (_, _, said) in enumerate(gathered) if said != first}
+        if elsewhere and error is None:  # one was told to resume, say: what the others sent is not what it waits for
+            rank, said = next(iter(elsewhere.items()))
+            raise RuntimeError(
+                f"Rank {rank} was {said} while rank 0 was {first}. Start all ranks with the same command."
+            )
+        return [found for found, *_ in gathered]
 
     def group(self, device: torch.device) -> Any:
         """All ranks, as collectives on tensors of such a device have them. All ask for the first one together."""

@@ -220,6 +220,24 @@ def test_ranks_that_were_started_differently_are_refused(folder, failure, said):
         assert said in message
 
 
+def started(folder: str) -> None:
+    """One rank of a run that the first one is told to resume, and the second one to begin."""
+    import torch.distributed as dist
+
+    from optimum_arb.checkpoint.quantize import quantize_checkpoint
+
+    dist.init_process_group("gloo")
+    source, resume = Path(folder) / "llama" / "float", dist.get_rank() == 0
+    said = "Rank 1 was comparing .* while rank 0 was looking for a finished model. Start all ranks with the same"
+    with pytest.raises(RuntimeError, match=said), distributed():
+        quantize_checkpoint(source, Path(folder) / "one", config(), resume=resume)
+
+
+def test_ranks_that_were_told_to_do_different_things_are_refused(sources):
+    check(run_ranks(__file__, "started", sources))
+    assert not (sources / "one").exists()
+
+
 def test_a_rank_that_does_not_answer_ends_the_others(folder):
     kind, message = json.loads((folder / "rank0.json").read_text())["errors"]["timeout"]
     assert kind == "OtherRankFailed"
