@@ -53,7 +53,8 @@ def check_output_directory(path: str | os.PathLike, overwrite: bool = False) -> 
     finish_interrupted(path)
     if path.is_dir() and not overwrite and model_files(path):
         raise FileExistsError(
-            f"{path} already holds a model ({model_files(path)[0].name}). Choose another directory, or overwrite it."
+            f"{path} already holds a model ({model_files(path)[0].name}). Choose another directory, or replace it with "
+            "overwrite=True (--overwrite)."
         )
     return path
 
