@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from .hub.card import NAME as CARD
 from .hub.card import is_users_own, write_card
 from .hub.upload import push_directory
+from .output_files import name_full_disk
 from .publish import finish_interrupted, model_files, publish, staging
 
 
@@ -52,7 +53,8 @@ def check_output_directory(path: str | os.PathLike, overwrite: bool = False) -> 
     finish_interrupted(path)
     if path.is_dir() and not overwrite and model_files(path):
         raise FileExistsError(
-            f"{path} already holds a model ({model_files(path)[0].name}). Choose another directory, or overwrite it."
+            f"{path} already holds a model ({model_files(path)[0].name}). Choose another directory, or replace it with "
+            "overwrite=True (--overwrite)."
         )
     return path
 
@@ -136,6 +138,9 @@ def write_model(
                 shutil.copy2(target / CARD, staged / CARD)
         except SafetensorError as error:  # what its writer makes of an error of the system
             raise OSError(f"Cannot save a model in {path}: {error}. What was there is as it was.") from error
+        except OSError as error:
+            name_full_disk(error, path)
+            raise
         umask = os.umask(0)
         os.umask(umask)
         staged.chmod(0o777 & ~umask)  # mkdtemp's own are for this user alone

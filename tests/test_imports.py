@@ -16,7 +16,7 @@ BELOW = {
     "config": {"format", "custom_data", "patterns", "version"},
     "algorithms": {"format", "config", "spare_threads"},
     "nn": {"format", "ops", "experts"},
-    "export": {"format", "nn", "result", "version"},
+    "export": {"format", "nn", "output_files", "result", "version"},
     "stored": {"format", "config", "experts", "modules", "conversion", "report", "layer_warnings", "version"},
 }
 

@@ -1,12 +1,13 @@
-"""Whether a file can be written, asked before the work."""
+"""Files of results: asked for before the work, whole or as they were after it."""
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
 
-from optimum_arb.output_files import check_writable
+from optimum_arb.output_files import check_writable, whole
 
 
 def test_what_can_be_written(tmp_path, monkeypatch):
@@ -29,3 +30,21 @@ def test_what_cannot(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(PermissionError, match="is not writable"):
         check_writable(tmp_path / "new.json")
+
+
+def test_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "new" / "report.md"
+    for text in ("one", "two"):
+        with whole(path) as unfinished:
+            unfinished.write_text(text)
+        assert path.read_text() == text
+
+    def fill() -> None:
+        with whole(path) as unfinished:
+            unfinished.write_text("hal")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as Python raises it: it names no file
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*report\.md'$"):
+        fill()
+    assert path.read_text() == "two"
+    assert os.listdir(path.parent) == ["report.md"]

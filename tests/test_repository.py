@@ -82,6 +82,7 @@ def test_wheel_holds_data_and_the_command_of_optimum(tmp_path):
         "optimum_arb/data/wikitext-2/wiki.valid.tokens.txt",
         "optimum/commands/register/register_arb.py",
         "optimum_arb_autoload.py",
+        "optimum_arb_cli.py",
     } <= names
     (points,) = [name for name in names if name.endswith("/entry_points.txt")]
     declared = zipfile.ZipFile(wheel).read(points).decode()

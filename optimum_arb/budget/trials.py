@@ -88,6 +88,14 @@ def candidates(config: ARBConfig, rows: int, columns: int, target: float, kinds:
     return list(found.values())
 
 
+def allowed_forms(
+    options: Sequence[Candidate], weights: int, target: float, spread: Mapping[str, float] = SPREAD
+) -> list[Candidate]:
+    """The candidates of a linear whose bits are near enough to the target; the smallest one where none is."""
+    near = [form for form in options if target / spread[form.kind] <= form.bits / weights <= target * spread[form.kind]]
+    return near or [min(options, key=lambda form: form.bits)]
+
+
 @torch.no_grad()
 def measured(
     model: PreTrainedModel,
@@ -162,12 +170,8 @@ def divided(
             sorted({form.bits: damage for form, damage in tried}.items()), [int(target * weights[name])]
         )[0]
         scale = max(usual / weights[name], 1e-20) ** (temper - 1)
-        allowed = [
-            (form, damage)
-            for form, damage in curves
-            if target / spread[form.kind] <= form.bits / weights[name] <= target * spread[form.kind]
-        ] or [min(curves, key=lambda one: one[0].bits)]
-        choices[name] = [Choice(form.bits, damage * scale, dict(form.settings)) for form, damage in allowed]
+        allowed = allowed_forms(options, weights[name], target, spread)
+        choices[name] = [Choice(f.bits, damage * scale, dict(f.settings)) for f, damage in curves if f in allowed]
     return allocate(choices, budget)
 
 
@@ -234,6 +238,17 @@ def divide_budget(
         return {}
     kinds = [config.method] if config.method != AUTO else ["arb-hrc", "arb-dbf"]
     own = budget / sum(weights[name] for name in free)
+    least = 0
+    for name, choices in free.items():
+        options = candidates(choices, *shapes[name], own, kinds)
+        least += min(form.bits for form in allowed_forms(options, weights[name], own))
+    if least > budget:  # told before the trials, which take as long as binarizing the model
+        total = sum(weights.values())
+        needed = math.ceil(1e4 * (target + (least - budget) / total)) / 1e4
+        raise ValueError(
+            f"target_bits_per_weight={target} is less than the {needed:.4f} that the smallest choices of all modules "
+            "take together: raise it, or leave modules out with modules_to_not_convert."
+        )
     forms, damages, sizes = chosen(model, free, batches, device, own, kinds, config.seed)
     found = divided(forms, damages, sizes, budget)
     tell(found, sizes)

@@ -63,6 +63,9 @@ class Progress:
         yield
         self._done += 1
         seconds = time.perf_counter() - start
+        if not targets:  # no measure of those that are binarized: it takes a tenth of their time, or less
+            self._skipped += 1
+            self._started += seconds
         if self._bar is not None:
             self._bar.set_postfix(self._postfix(seconds), refresh=False)
             self._bar.update()
@@ -70,7 +73,9 @@ class Progress:
         parts.append(f"{seconds:.1f} s")
         if self._layer_errors:
             parts.append(f"output error {sum(self._layer_errors) / len(self._layer_errors):.4f}")
-        parts += [memory(), f"{_duration(self.seconds_left())} left"]
+        parts.append(memory())
+        if self._done > self._skipped:
+            parts.append(f"{_duration(self.seconds_left())} left")
         self._line(", ".join(parts))
 
     def already_done(self, name: str) -> None:
@@ -93,7 +98,7 @@ class Progress:
             self._line(f"  {name}: {seconds:.1f} s{error}")
 
     def seconds_left(self) -> float:
-        """By the mean time of the layers so far, those that were skipped left out."""
+        """By the mean time of the layers that were binarized: those that were skipped, or only ran, do not count."""
         worked = self._done - self._skipped
         elapsed = time.perf_counter() - self._started
         return elapsed / worked * (self._total - self._done) if worked else 0.0

@@ -22,6 +22,7 @@ from ..config import ARBConfig
 from ..hub.upload import visible_files
 from ..inspection import inspect_model, skeleton
 from ..modules import select_modules
+from ..output_files import name_full_disk
 from ..report import ModelReport, ModuleReport, model_report
 from ..reproduce import model_facts
 from ..saving import check_named, check_not_source, check_output_directory, write_model
@@ -103,6 +104,7 @@ def quantize_checkpoint(
 
     Raises:
         FileExistsError: `output` holds a model, or an interrupted run is there and `resume` is False.
+        RuntimeError: another process is binarizing into `output`.
         ValueError: what `from_pretrained` raises; or the interrupted run cannot be continued, with what differs; or
             `output` is empty, or the directory of `model`.
         KeyboardInterrupt: on Ctrl-C and SIGTERM; its message says how to go on.
@@ -118,6 +120,8 @@ def quantize_checkpoint(
     ranks = current_ranks()
     work = WorkDirectory(work_directory(output, ranks.rank))
     if work.exists and not resume:
+        work.lock()  # a run that is still at work there is not one to be deleted
+        work.unlock()
         raise FileExistsError(
             f"An interrupted run has left its finished layers in {work.path}. Go on with it by resume=True "
             "(--resume), or delete that directory to begin anew."
@@ -162,9 +166,14 @@ def quantize_checkpoint(
         quantization: Any = binarized.config.quantization_config
         seconds = time.perf_counter() - began
         return QuantizedCheckpoint(output, model_report(binarized), quantization, seconds, run.resumed, files)
-    except (OSError, MemoryError, RuntimeError):  # a full disk, too little memory: nothing is lost, but who knows that
+    except (
+        OSError,
+        MemoryError,
+        RuntimeError,
+    ) as error:  # a full disk, too little memory: nothing is lost, but who knows that
         if run is not None and work.locked and (kept := run.what_is_kept()):
             logger.warning("An error ended the run: %s", kept)
+        name_full_disk(error, work.path)
         raise
     finally:
         try:
@@ -251,6 +260,9 @@ def _finished_before(
         ModuleReport(m.name, m.method, m.layout, math.prod(m.shape), m.bits_per_weight, m.stored_bytes, None, None)
         for m in found.modules
     )
+    if found.report is not None:  # the errors, as the run that ended has measured them
+        measured = {module.name: module for module in found.report}
+        modules = tuple(measured[module.name] for module in modules)
     files = visible_files(output) if files is None else files  # of a run that ended, nothing says which it wrote
     packed = sum(module.stored_bytes for module in modules)
     report = ModelReport(modules, found.kept, found.bits_per_weight, packed, found.stored_bytes)

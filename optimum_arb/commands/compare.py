@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..evaluate.compare import Settings, compare
     from ..evaluate.plot import plot_comparison
+    from ..output_files import whole
     from .loading import check_loading, check_model, quantization_method
 
     if not args.out:  # a shell's unset variable, which would be the current directory
@@ -69,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         settings, names, args.out, progress=lambda line: print(line, file=sys.stderr, flush=True), bars=not args.json
     )
     out = Path(args.out)
-    (out / "compare.md").write_text(markdown(rows) + "\n", encoding="utf-8")
+    with whole(out / "compare.md") as unfinished:
+        unfinished.write_text(markdown(rows) + "\n", encoding="utf-8")
     plots = [] if args.no_plot else plot_comparison(rows, out, f"{Path(args.model).name}, {args.text}")
     failed = [name for name, row in rows.items() if "error" in row]
     if args.json:

@@ -35,18 +35,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..checkpoint.estimate import estimate
-    from .loading import check_model
+    from .loading import check_model, naming
 
     limits = {
         key: parse_size(getattr(args, key)) for key in ("memory_limit", "gpu_memory") if getattr(args, key) is not None
     }
     if args.device_map not in ("cpu", "cuda"):
         raise ValueError(f"--device-map {args.device_map!r} cannot be estimated: use cpu or cuda.")
+    if args.gpu_memory is not None and args.device_map == "cpu":
+        raise ValueError("--gpu-memory does nothing with --device-map cpu: give --device-map cuda.")
     config = build_config(args)
     check_model(args.model)
-    result = estimate(
-        args.model, config, args.dtype, args.device_map, None if args.no_probe else 20.0, args.activations_on_disk
-    )
+    budget = None if args.no_probe else 20.0
+    with naming(args.model):
+        result = estimate(args.model, config, args.dtype, args.device_map, budget, args.activations_on_disk)
     over = []
     if "memory_limit" in limits and result.peak_ram_bytes > limits["memory_limit"]:
         over.append("memory_limit")

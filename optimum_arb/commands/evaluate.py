@@ -223,11 +223,14 @@ def run_perplexity(args: argparse.Namespace) -> int:
     """The perplexity of one model."""
     from ..evaluate.perplexity import model_positions, perplexity, read_text
     from ..hub import record_perplexity
+    from ..output_files import check_writable
     from .loading import load_model, load_tokenizer, quantization_method
 
     (name,), text = args.model, (args.text or ["wikitext-2-test"])[0]
     if args.record and (not Path(name).is_dir() or quantization_method(name) != "arb"):
         raise ValueError(f"--record needs the directory of a binarized model, and {name} is none.")
+    if args.record:
+        check_writable(Path(name) / "config.json")  # told before hours of measuring
     read_text(text)  # a missing text is told before the model is loaded
     tokenizer = load_tokenizer(name)
     model = load_model(name, dtype=args.dtype, device_map=args.device_map, backend=args.backend)

@@ -32,14 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..inspection import inspect_model
-    from .loading import check_model
+    from .loading import check_model, naming
 
     check_model(args.model)
     if args.plot is not None:
         from ..evaluate.plot import check_plot_path
 
         check_plot_path(args.plot)
-    result = inspect_model(args.model)
+    with naming(args.model):
+        result = inspect_model(args.model)
     if args.plot is not None:
         from ..evaluate.plot import plot_layers
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,17 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+# What `from_pretrained` takes as a device_map besides the name of a device.
+PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
+
 
 def check_model(name: str) -> None:
     """Tells a mistyped directory apart from a Hub name, which may not be absolute or have more than one slash.
 
     Raises:
         FileNotFoundError: `name` can only be a directory and is none, or is one without a `config.json`.
+        NotADirectoryError: it is a file.
+        ValueError: its `config.json` is none.
     """
     if not name:  # a shell's unset variable, which would be the current directory
         raise FileNotFoundError("The model has an empty name.")
@@ -31,27 +39,53 @@ def check_model(name: str) -> None:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"The directory {name} holds no model: it has no config.json.")
+        try:
+            json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path / 'config.json'} is no JSON file, or is damaged: {error}.") from None
+    elif path.is_file():
+        raise NotADirectoryError(f"{name} is a file: give the directory of the model.")
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"There is no model directory {name}.")
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Has an error of finding a model name it: where the Hub cannot be reached, transformers tells that alone."""
+    try:
+        yield
+    except OSError as error:
+        if name in str(error) or Path(name).exists():
+            raise
+        raise OSError(f"There is no directory {name}, nor such a model in the cache of the Hub: {error}") from error
 
 
 def check_loading(dtype: str, device_map: str) -> None:
     """What transformers answers with an AttributeError and torch with an AssertionError, told as what it is.
 
     Raises:
-        ValueError: `dtype` is no float dtype of torch's, or `device_map` names a GPU and torch sees none.
+        ValueError: `dtype` is no float dtype of torch's, `device_map` is nothing that torch or accelerate knows, or it
+            names a GPU and torch sees none.
     """
     found = getattr(torch, dtype, None)
     floating = isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1
     if dtype != "auto" and not floating:
         raise ValueError(f"dtype={dtype!r} is unknown: use auto, float32, bfloat16 or float16.")
+    if device_map not in PLACEMENTS:
+        try:
+            torch.device(device_map)
+        except RuntimeError:
+            raise ValueError(
+                f"device_map={device_map!r} is unknown: use cpu, cuda, cuda:1 or {', '.join(PLACEMENTS)}."
+            ) from None
     if device_map.split(":")[0] == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device_map={device_map!r} needs a GPU, and torch sees none here.")
 
 
 def quantization_method(name: str) -> str | None:
     """How the model on disk or on the Hub is quantized: "arb", "gptq", ...; None where it is not."""
-    quantization = getattr(AutoConfig.from_pretrained(name), "quantization_config", None)
+    with naming(name):
+        quantization = getattr(AutoConfig.from_pretrained(name), "quantization_config", None)
     if quantization is None:
         return None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
@@ -89,7 +123,8 @@ def _tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         path = Path(name)
         if not path.is_dir() or any(any(path.glob(pattern)) for pattern in ("*token*", "vocab*", "*.model")):
-            raise
+            with naming(name):
+                raise
         raise FileNotFoundError(
             f"The directory {name} holds no tokenizer: save the model's own there too (tokenizer.save_pretrained)."
         ) from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -16,7 +18,8 @@ exit codes:
   0    done
   1    done, and a check that was asked for failed (a bound on the perplexity, a limit of memory, a row of a table)
   2    bad usage or input, or an environment that fails: one line on stderr says what
-  130  interrupted; what quantize has finished is kept, and it says how to go on"""
+  130  interrupted; what quantize has finished is kept, and it says how to go on
+  141  what reads stdout, such as head, has closed it"""
 # What bad input and a failing environment raise. Anything else is a defect of ours, which deserves its traceback.
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
 
@@ -55,16 +58,30 @@ def main(argv: Sequence[str] | None = None, prog: str = "optimum-arb") -> int:
     """
     args = build_parser(prog).parse_args(argv)
     try:
-        return args.run(args) or 0
+        code = args.run(args) or 0
+        sys.stdout.flush()  # what cannot be written is told here, and not when Python ends
+        return code
     except KeyboardInterrupt as error:
         if args.debug:
             raise
         print(f"{prog}: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
     except EXPECTED_ERRORS as error:
+        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+            return 141
         if args.debug:
             raise
         unnamed = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
         message = " ".join(str(error).split()) or unnamed
         print(f"{prog}: error: {message}", file=sys.stderr)
         return 2
+
+
+def _stdout_is_closed() -> bool:
+    """Whether nobody reads stdout any more; then nothing is written there when Python ends."""
+    poll = select.poll()  # POSIX has it, and elsewhere no BrokenPipeError is raised
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True

@@ -142,7 +142,7 @@ def build_config(args: argparse.Namespace) -> Any:
     if args.no_calibration:
         given = [
             name
-            for name in ("dataset", "num_samples", "held_out_samples", "sequence_length", "seed")
+            for name in ("dataset", "num_samples", "held_out_samples", "sequence_length", "batch_size", "seed")
             if name in choices
         ]
         if given:

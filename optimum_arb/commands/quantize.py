@@ -76,9 +76,10 @@ def run(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace, ranks: Ranks) -> None:
     from ..checkpoint.quantize import quantize_checkpoint
     from ..hub import check_access, push_directory
-    from ..saving import check_output_directory
+    from ..saving import check_not_source, check_output_directory
     from .loading import check_loading, check_model, load_processor, quantization_method
 
+    check_not_source(args.out, args.model)  # before it is told that --overwrite replaces a model
     if not args.resume:  # of a run that was interrupted at its very end, the model may be there already
         check_output_directory(args.out, overwrite=args.overwrite)
     config = build_config(args)

@@ -44,14 +44,15 @@ def run(args: argparse.Namespace) -> None:
     from ..report import model_report
     from ..requantize import changes, plan_again
     from ..saving import check_not_source, check_output_directory, save_model
-    from .loading import check_loading, check_model, load_processor, quantization_method
+    from .loading import check_loading, check_model, load_processor, naming, quantization_method
 
     check_model(args.model)
     if args.base is not None:
         check_model(args.base)
     check_loading(args.dtype, args.device_map)
     check_output_directory(args.out, overwrite=args.overwrite)
-    plan = plan_again(args.model, args.base, args.revision, args.dataset)
+    with naming(args.model):
+        plan = plan_again(args.model, args.base, args.revision, args.dataset)
     check_model(plan.base)
     check_not_source(args.out, plan.base)
     if quantization_method(plan.base) is not None:

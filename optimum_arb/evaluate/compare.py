@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..calibration.data import check_dataset
 from ..config import METHODS, ARBConfig
-from ..output_files import check_writable
+from ..output_files import check_writable, whole
 from ..report import model_report
 from ..version import __version__
 from .peers import quantize_hqq
@@ -283,6 +283,5 @@ class _Stored:
 
     def add(self, name: str, row: dict[str, Any]) -> None:
         self.rows[name] = row
-        unfinished = self.path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(self.content, indent=1), encoding="utf-8")
-        os.replace(unfinished, self.path)
+        with whole(self.path) as unfinished:
+            unfinished.write_text(json.dumps(self.content, indent=1), encoding="utf-8")

@@ -7,7 +7,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from ..output_files import whole
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,10 @@ def save_plain(figure: Any, path: str | os.PathLike[str]) -> None:
     """Writes a figure that was drawn in `PLAIN` into a file of its own (.svg, .png, .pdf), and closes it."""
     figure.patch.set_facecolor("white")
     figure.patch.set_alpha(1)
+    kind = Path(path).suffix.lower().removeprefix(".")
     try:
-        figure.savefig(path, dpi=160, metadata={"Date": None} if os.fspath(path).endswith(".svg") else None)
+        with whole(path) as unfinished:
+            figure.savefig(unfinished, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
     finally:
         _pyplot().close(figure)
 

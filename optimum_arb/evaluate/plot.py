@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..layer_warnings import layer_warnings
-from ..output_files import check_writable
+from ..output_files import check_writable, whole
 from ..report import ModuleReport
 from .drawing import save_plain
 from .figures import layer_figure
@@ -51,7 +51,6 @@ def plot_layers(modules: Sequence[ModuleReport], path: str | os.PathLike[str], t
     flagged = [warning.module for warning in layer_warnings(modules) if warning.rule != "overfit"]
     figure = layer_figure([asdict(module) for module in modules], flagged)
     figure.axes[0].set_title(title, loc="left", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_plain(figure, path)
     return path
 
@@ -114,7 +113,9 @@ def plot_comparison(rows: dict[str, dict[str, Any]], out: str | os.PathLike[str]
         axes.grid(True, which="major", color="0.9")
         paths = [Path(out) / f"compare.{kind}" for kind in FORMATS]
         for path in paths:
-            figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+            kind = path.suffix.removeprefix(".")
+            with whole(path) as unfinished:
+                figure.savefig(unfinished, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
     finally:
         pyplot.close(figure)
     return paths

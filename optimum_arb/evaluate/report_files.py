@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..output_files import check_writable
+from ..output_files import check_writable, whole
 from .drawing import check_matplotlib
 from .report_html import html_report
 from .report_markdown import markdown_report
@@ -59,7 +59,5 @@ def write_reports(
             text = markdown_report(report)
         else:
             text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
+        with whole(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")

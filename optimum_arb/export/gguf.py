@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from ..format.packing import unpack
 from ..nn import ARBFactorizedLinear, ARBLinear
+from ..output_files import name_full_disk
 from ..result import Result
 from ..version import __version__
 from .architecture import (
@@ -319,6 +320,9 @@ def _save(writer: Any, path: Path, check: Callable[[Path], None]) -> None:
         os.umask(umask)
         os.chmod(unfinished, 0o666 & ~umask)  # mkstemp's own are for this user alone
         os.replace(unfinished, path)
+    except OSError as error:
+        name_full_disk(error, path)
+        raise
     finally:
         Path(unfinished).unlink(missing_ok=True)
 

@@ -76,3 +76,18 @@ def test_time_left_is_by_the_layers_that_ran(monkeypatch):
         with progress.layer("c", ["c.x"]):
             now[0] += 3
         assert progress.seconds_left() == pytest.approx(21)
+
+
+def test_layers_that_only_run_again_say_nothing_of_the_time_left(monkeypatch):
+    """A resumed run: of 10 layers 5 run again, in a tenth of the time that binarizing one takes."""
+    now = [0.0]
+    monkeypatch.setattr(progress_module.time, "perf_counter", lambda: now[0])
+    progress = Progress(file := io.StringIO())
+    with progress.running(10):
+        for index in range(5):
+            with progress.layer(f"layers.{index}", []):
+                now[0] += 1
+        assert " left" not in file.getvalue()
+        with progress.layer("layers.5", ["layers.5.x"]):
+            now[0] += 10
+    assert file.getvalue().splitlines()[-1].endswith(" 40 s left")

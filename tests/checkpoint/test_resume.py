@@ -311,6 +311,8 @@ def test_two_processes_do_not_work_on_one(tmp_path, monkeypatch, finished):
     try:
         with pytest.raises(RuntimeError, match="Another process is binarizing into"):
             quantize_checkpoint(finished / "float", out, config(), resume=True)
+        with pytest.raises(RuntimeError, match="Another process is binarizing into"):  # not: delete that directory
+            quantize_checkpoint(finished / "float", out, config())
     finally:
         other.unlock()
     quantize_checkpoint(finished / "float", out, config(), resume=True)
@@ -320,7 +322,7 @@ def test_two_processes_do_not_work_on_one(tmp_path, monkeypatch, finished):
 @pytest.mark.parametrize(
     ("error", "raised"),
     [
-        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError(28, "No space left on device"), r"No space left on device: '.*\.out\.partial'$"),
         (
             SafetensorError("I/O error: No space left"),
             r"Cannot keep model\.layers\.1 in .*safetensors\.tmp: I/O error",

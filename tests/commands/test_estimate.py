@@ -36,6 +36,7 @@ def test_bad_input(fail, float_model, binarized_model):
     for dtype in ("int8", "nope"):
         assert f"dtype='{dtype}' is unknown" in fail("estimate", float_model, "--no-probe", "--dtype", dtype)
     assert "does nothing with --no-calibration" in fail("estimate", float_model, "--no-calibration", "--seed", 1)
+    assert "--gpu-memory does nothing with --device-map cpu" in fail("estimate", float_model, "--gpu-memory", "1GB")
 
 
 @pytest.mark.parametrize(

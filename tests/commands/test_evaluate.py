@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -86,3 +88,10 @@ def test_a_bound_on_the_perplexity_decides_the_exit_code(call, float_model, text
     assert "at most 1,000,000.00" in call(*options, "--max-perplexity", "1e6")
     assert main([*options, "--max-perplexity", "1"]) == 1
     assert "above 1.00" in capsys.readouterr().out
+
+
+def test_a_model_that_cannot_be_written_is_told_before_the_work(fail, binarized_model, text, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # a user of these tests may write everywhere
+    monkeypatch.setattr("optimum_arb.commands.loading.load_model", None)
+    message = fail("evaluate", binarized_model, "--text", text, "--record")
+    assert "config.json cannot be written" in message

@@ -53,8 +53,21 @@ def test_no_directory():
 
 
 def test_a_name_that_is_not_cached_is_told_by_transformers():
-    with pytest.raises(OSError, match="cached files"):
+    with pytest.raises(OSError, match=r"There is no directory me/absent, .*cached files"):
         load_processor("me/absent")
+
+
+@pytest.mark.parametrize("command", ["quantize", "inspect", "evaluate", "compare", "estimate", "export", "requantize"])
+def test_a_mistyped_directory_is_named(fail, tmp_path, monkeypatch, command):
+    """What transformers says without a network names no model."""
+    monkeypatch.chdir(tmp_path)
+    out = ["out.gguf"] if command in ("quantize", "requantize", "export") else []
+    assert "There is no directory smolm2, nor such a model" in fail(command, "smolm2", *out)
+    (tmp_path / "file").write_text("{}")
+    assert "file is a file: give the directory of the model" in fail(command, "file", *out)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    assert "config.json is no JSON file, or is damaged" in fail(command, "damaged", *out)
 
 
 @pytest.mark.parametrize("command", ["quantize", "requantize", "evaluate", "evaluate --measure generation", "compare"])

@@ -45,6 +45,31 @@ def test_too_little_memory_is_no_defect(monkeypatch, capsys, float_model, messag
     assert capsys.readouterr().err == f"optimum-arb: error: {message or 'out of memory'}\n"
 
 
+@pytest.mark.parametrize("seconds", [0.02, 0.5, 1.5])
+def test_interrupted_while_torch_is_imported(seconds):
+    """A line and the code 130: no traceback of an import, no abort in C++."""
+    code = (
+        "from optimum_arb_cli import main; import os, signal, threading;"
+        f"threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGINT)).start(); main(['inspect', '--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    if "usage" not in done.stdout:  # a machine that imports torch in less
+        assert (done.returncode, done.stderr) == (130, "optimum-arb: interrupted\n")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_nobody_reads_stdout(float_model, monkeypatch, unbuffered):
+    """`| head -1`: quiet, as other programs are."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    command = [sys.executable, "-m", "optimum_arb", "estimate", str(float_model), "--no-probe"]
+    for more, code, message in (([], 141, ""), (["--memory-limit", "lots"], 2, "is no size")):
+        with subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            process.stdout.close()
+            said = process.stderr.read()
+            assert process.wait(timeout=120) == code
+            assert said == message or (message and message in said)
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch, float_model):
     def defect(name: str) -> None:
         raise AssertionError("ours")

@@ -68,7 +68,8 @@ def test_the_float_model_is_not_replaced(fail, float_model, tmp_path):
     before = (source / "model.safetensors").read_bytes()
     (tmp_path / "link").symlink_to(source)
     for out in (source, tmp_path / "link"):
-        assert "holds the float model itself" in fail("quantize", source, out, "--no-calibration", "--overwrite")
+        for more in ([], ["--overwrite"]):
+            assert "holds the float model itself" in fail("quantize", source, out, "--no-calibration", *more)
     assert (source / "model.safetensors").read_bytes() == before
 
 
@@ -104,6 +105,8 @@ def test_overwrite(call, float_model, tmp_path):
         (("--max-shard-size", "0GB"), "max_shard_size='0GB' is no size of a file"),
         (("--method", "arb-dbf", "--rank", "100000"), "rank=100000 would take .* bits a weight"),
         (("--no-calibration", "--num-samples", "4"), "--num-samples does nothing with --no-calibration"),
+        (("--no-calibration", "--batch-size", "4"), "--batch-size does nothing with --no-calibration"),
+        (("--device-map", "gpu"), "device_map='gpu' is unknown: use cpu, cuda"),
     ],
 )
 def test_bad_options_write_nothing(fail, float_model, tmp_path, options, message):
@@ -115,6 +118,13 @@ def test_missing_model(fail, tmp_path):
     assert "There is no model directory" in fail("quantize", tmp_path / "missing", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in fail("quantize", tmp_path / "empty", tmp_path / "out")
+
+
+def test_a_finished_run_is_told_with_its_errors(call, float_model, tmp_path):
+    options = ("--num-samples", 2, "--sequence-length", 32, "--json")
+    one = call("quantize", float_model, tmp_path / "out", *options)
+    two = call("quantize", float_model, tmp_path / "out", *options, "--resume")
+    assert two["modules"] == one["modules"]
 
 
 def test_quantized_model_is_not_binarized(fail, binarized_model, float_model, tmp_path):

@@ -24,7 +24,7 @@ class ARBCommand(BaseOptimumCLICommand):
         parser.format_help = format_help  # type: ignore[method-assign]
 
     def run(self) -> None:
-        from optimum_arb.commands.main import main
+        from optimum_arb_cli import main
 
         raise SystemExit(main(self.args.arguments, prog="optimum-cli arb"))
 
