@@ -10,7 +10,7 @@ import torch
 from ..format.layout import Layout
 from ..format.packing import TENSOR_NAMES
 from ..ops.backends.packed import PackedWeight
-from ..ops.forward_ad import has_tangents
+from ..ops.forward_ad import is_transformed, is_watched
 from ..ops.hadamard import hadamard
 from ..ops.linear import Plan, linear, linear_without_grad, plan
 from .input_transform import InputTransform
@@ -114,8 +114,8 @@ class PackedProduct(ABC):
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., columns]` to `[..., rows]`, the bias added."""
-        if has_tangents():
-            return self._product_with_tangents(x)
+        if is_watched() or is_transformed():
+            return self._product_of_operators(x)
         shared = self.shared_input
         if not torch.is_grad_enabled():
             out = None if shared is None else shared.take(self, x)
@@ -143,7 +143,8 @@ class PackedProduct(ABC):
             x, *self._operands(), bias, self.layout.name, self.block_size, self.backend
         )  # fmt: skip
 
-    def _product_with_tangents(self, x: torch.Tensor) -> torch.Tensor:
+    def _product_of_operators(self, x: torch.Tensor) -> torch.Tensor:
+        """The product by nothing else, for values that no kernel reads by itself."""
         change = self.input_transform()
         if change is not None:
             x = hadamard(x, change.sign, change.permutation, block=change.block, backend=change.backend)
