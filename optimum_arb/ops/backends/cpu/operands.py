@@ -19,8 +19,9 @@ from ..packed import PackedWeight
 # The numbers of the dtypes in which the kernels read floats.
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # and the dtypes of all else
-_KINDS = dict.fromkeys(("weight", "salient_weight"), (torch.uint8,))
-_KINDS |= dict.fromkeys(("permutation", "salient_columns"), (torch.int16, torch.int32))
+_SIGNS, _INDICES = (torch.uint8,), (torch.int16, torch.int32)
+_KINDS: dict[str, tuple[torch.dtype, ...]] = {"weight": _SIGNS, "salient_weight": _SIGNS}
+_KINDS |= {"permutation": _INDICES, "salient_columns": _INDICES}
 
 
 @lru_cache(maxsize=1024)
