@@ -84,21 +84,17 @@ class Sources:
         bias: that one, which may be written; or None.
     """
 
-    __slots__ = ("_state", "_tensors", "_written")
+    __slots__ = ("_addresses", "_tensors", "_versions")
 
     def __init__(self, tensors: Sequence[torch.Tensor], bias: torch.Tensor | None):
-        self._tensors = [*tensors]
-        self._written = [tensor for tensor in tensors if tensor is not bias and not tensor.is_inference()]
-        self._state = self._now()
-
-    def _now(self) -> tuple[list[int], list[int]]:
-        return [*map(_ADDRESS, self._tensors)], [*map(_VERSION, self._written)]
+        # held, so that no other tensor comes to where they are
+        self._tensors = [tensor for tensor in tensors if tensor is not bias and not tensor.is_inference()]
+        self._addresses = [*map(_ADDRESS, tensors)]
+        self._versions = [*map(_VERSION, self._tensors)]
 
     def same(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether these are the same tensors, at the same places in memory and not written, as far as torch knows."""
-        if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
-            return False
-        return self._now() == self._state
+        """Whether these are at the same places in memory, which was not written, as far as torch knows."""
+        return [*map(_ADDRESS, tensors)] == self._addresses and [*map(_VERSION, self._tensors)] == self._versions
 
 
 def getter(keys: Sequence[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
