@@ -275,7 +275,7 @@ class PackedParameters(PackedProduct, nn.Module):
         self.decode_stored()
 
     def __getstate__(self) -> dict[str, Any]:
-        left_behind = dict.fromkeys(("shared_input", "_prepared", "_plans", "_readers"))
+        left_behind = dict.fromkeys(("shared_input", "_prepared", "_sources", "_plans", "_readers"))
         left_behind |= dict.fromkeys(("_facts", "_following", "_group", "_place"))  # what compiled code reads
         left_behind |= {"_looked": False, "_most_tokens": MAX_TOKENS}
         return {**self.__dict__, **left_behind}

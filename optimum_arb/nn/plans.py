@@ -15,6 +15,7 @@ MAX_SHAPES = 128
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 _ADDRESS = torch.Tensor.data_ptr
+_VERSION: Callable[[torch.Tensor], int] = torch.Tensor._version.__get__  # type: ignore[attr-defined]
 P = TypeVar("P")
 
 
@@ -73,6 +74,27 @@ class Plans(dict[tuple[Hashable, ...], "P | None"], Generic[P]):
         if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
             return False
         return [*map(_ADDRESS, tensors)] == self._addresses
+
+
+class Sources:
+    """Tensors that a copy was made of.
+
+    Args:
+        tensors: see above, and one that was not copied.
+        bias: that one, which may be written; or None.
+    """
+
+    __slots__ = ("_addresses", "_tensors", "_versions")
+
+    def __init__(self, tensors: Sequence[torch.Tensor], bias: torch.Tensor | None):
+        # held, so that no other tensor comes to where they are
+        self._tensors = [tensor for tensor in tensors if tensor is not bias and not tensor.is_inference()]
+        self._addresses = [*map(_ADDRESS, tensors)]
+        self._versions = [*map(_VERSION, self._tensors)]
+
+    def same(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these are at the same places in memory, which was not written, as far as torch knows."""
+        return [*map(_ADDRESS, tensors)] == self._addresses and [*map(_VERSION, self._tensors)] == self._versions
 
 
 def getter(keys: Sequence[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:

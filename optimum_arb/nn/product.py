@@ -10,11 +10,11 @@ import torch
 from ..format.layout import Layout
 from ..format.packing import TENSOR_NAMES
 from ..ops.backends.packed import PackedWeight
-from ..ops.forward_ad import has_tangents
+from ..ops.forward_ad import is_transformed, is_watched
 from ..ops.hadamard import hadamard
 from ..ops.linear import Plan, linear, linear_without_grad, plan
 from .input_transform import InputTransform
-from .plans import MAX_PLANS, Plans, current_device
+from .plans import MAX_PLANS, Plans, Sources, current_device
 from .prepared_layers import MAX_TOKENS, prepare_layer, run_prepared_layer
 from .shared_input import SharedInput
 
@@ -50,6 +50,7 @@ class PackedProduct(ABC):
     _prepared: Prepacked | None  # the matrix as the GPU kernel for few tokens reads it
     _looked: bool  # for it
     _most_tokens: int = MAX_TOKENS  # that it is read for
+    _sources: Sources | None = None  # what it was made of
     _plans: Plans[Plan] | None = None  # products that were made ready, for inputs of a kind
 
     @property
@@ -107,15 +108,15 @@ class PackedProduct(ABC):
 
     def forget(self) -> None:
         """Drops what was prepared and, of a group, computed: the matrix has changed."""
-        self._prepared, self._looked = None, False
+        self._prepared, self._sources, self._looked = None, None, False
         self._plans = None
         if self.shared_input is not None:
             self.shared_input.forget()
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., columns]` to `[..., rows]`, the bias added."""
-        if has_tangents():
-            return self._product_with_tangents(x)
+        if is_watched() or is_transformed():
+            return self._product_of_operators(x)
         shared = self.shared_input
         if not torch.is_grad_enabled():
             out = None if shared is None else shared.take(self, x)
@@ -143,7 +144,8 @@ class PackedProduct(ABC):
             x, *self._operands(), bias, self.layout.name, self.block_size, self.backend
         )  # fmt: skip
 
-    def _product_with_tangents(self, x: torch.Tensor) -> torch.Tensor:
+    def _product_of_operators(self, x: torch.Tensor) -> torch.Tensor:
+        """The product by nothing else, for values that no kernel reads by itself."""
         change = self.input_transform()
         if change is not None:
             x = hadamard(x, change.sign, change.permutation, block=change.block, backend=change.backend)
@@ -204,6 +206,8 @@ class PackedProduct(ABC):
             return False
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return False  # what follows has no gradient
+        if self._sources is not None and not self._sources.same(self._present()):
+            self.forget()  # the copy is that of other signs or scales
         if not self._looked:
             if torch.cuda.is_current_stream_capturing():
                 return False
@@ -215,7 +219,9 @@ class PackedProduct(ABC):
 
         A call does so by itself unless it is compiled: to be called before code that compiles the very first one.
         """
+        sources = Sources(self._present(), self._bias_now())
         self._prepared = prepare_layer(self)
+        self._sources = None if self._prepared is None else sources
         self._plans = None  # which few tokens may be among
         self._most_tokens = MAX_TOKENS
         if self._prepared is not None:

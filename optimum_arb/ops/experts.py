@@ -15,7 +15,7 @@ import torch
 from ..format.layout import layout_from_name
 from .backends import grouped
 from .backends.grouped import PackedExperts
-from .forward_ad import has_tangents, linear_map
+from .forward_ad import is_transformed, linear_map
 from .linear import _PACKED, BATCH_INVARIANT, _backend, compute
 
 torch.library.define(
@@ -136,7 +136,7 @@ def grouped_linear(
     """
     packed = (weight, row_scale, col_scale, permutation, salient_columns, salient_weight, salient_col_scale)
     operators, choices = torch.ops.optimum_arb, (layout, block_size, parts)
-    if has_tangents():
+    if is_transformed():
         columns = x.shape[-1]
         return linear_map(
             x,

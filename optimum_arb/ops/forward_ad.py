@@ -1,8 +1,9 @@
-"""Forward-mode derivatives of the operators: `torch.autograd.forward_ad`, `torch.func.jvp`, `jacfwd`, `hessian`.
+"""Forward-mode derivatives and transforms of the operators: `torch.autograd.forward_ad`, `torch.func`.
 
 An operator of a library has a formula for gradients and no place for one of tangents: where no input requires a
-gradient, torch hands its kernel the values alone, and tangents are gone without a word. All operators here are linear
-in their input, so that a tangent goes through the same product.
+gradient, torch hands its kernel the values alone, and tangents are gone without a word. Nor do the transforms of
+`torch.func` take such a formula. All operators here are linear in their input, so that a tangent goes through the same
+product, and many inputs of `vmap` are the rows of one.
 """
 
 from __future__ import annotations
@@ -12,19 +13,42 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
 
 Product = Callable[[torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 
 
-def has_tangents() -> bool:
-    """Whether tensors may have tangents now: within `dual_level` or a transform that computes forward."""
-    return forward_ad._current_level >= 0
+_innermost: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+
+
+def is_transformed() -> bool:
+    """Whether tensors may be more than their values now: within `dual_level` or a transform of `torch.func`."""
+    return forward_ad._current_level >= 0 or (not torch.compiler.is_compiling() and _innermost() is not None)
+
+
+def is_watched() -> bool:
+    """Whether operators are looked at, or replaced, on the way to kernels: by `FakeTensorMode`, `make_fx`, ..."""
+    return getattr(_python_dispatch, "_is_in_torch_dispatch_mode", False)
+
+
+def register_vmap(name: str) -> None:
+    """Tells torch how `vmap` calls an operator of this name, whose first argument is `[..., K]`, for many of these."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, int]:
+        operator = getattr(torch.ops.optimum_arb, name)
+        if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
+            return operator(x.movedim(in_dims[0], 0), *rest), 0
+        args = list(zip((x, *rest), in_dims, strict=True))
+        each = [[a if dim is None else a.select(dim, i) for a, dim in args] for i in range(info.batch_size)]
+        return torch.stack([operator(*one) for one in each]), 0
+
+    torch.library.register_vmap(f"optimum_arb::{name}", rule)
 
 
 def linear_map(
     x: torch.Tensor, product: Product, transposed: Product, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`product(x, bias)`, with tangents and gradients of x and bias.
+    """`product(x, bias)`, with tangents and gradients of x and bias, within all transforms.
 
     Args:
         x: `[..., K]`.

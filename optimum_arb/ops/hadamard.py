@@ -16,7 +16,7 @@ import torch
 
 from ..format.hadamard import hadamard_blocks, hadamard_matrix
 from .backends.triton.available import has_kernels
-from .forward_ad import has_tangents, linear_map
+from .forward_ad import is_transformed, linear_map, register_vmap
 
 torch.library.define(
     "optimum_arb::hadamard",
@@ -114,6 +114,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 torch.library.register_autograd("optimum_arb::hadamard", _backward, setup_context=_setup_context)
+register_vmap("hadamard")
 
 
 def hadamard(
@@ -127,7 +128,7 @@ def hadamard(
 ) -> torch.Tensor:
     """`Hadamard(sign * x[..., permutation])`, or its inverse; arguments as in `transform`, with a gradient for x."""
     operator = torch.ops.optimum_arb.hadamard
-    if has_tangents():  # orthogonal: its inverse is its transpose
+    if is_transformed():  # orthogonal: its inverse is its transpose
         return linear_map(
             x,
             lambda x, _: operator(x, permutation, sign, block, inverse, backend),

@@ -17,7 +17,7 @@ from ..format.layout import Layout, layout_from_name
 from .backends import cpu, reference
 from .backends.packed import PackedWeight
 from .backends.triton.available import has_kernels
-from .forward_ad import has_tangents, linear_map
+from .forward_ad import is_transformed, linear_map, register_vmap
 
 # Behind a backend's name: every row of x is computed the same way, whatever the number of rows. GPU kernels only.
 BATCH_INVARIANT = ":batch-invariant"
@@ -231,6 +231,8 @@ def _input_grad_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | N
 
 
 torch.library.register_autograd("optimum_arb::linear_input_grad", _input_grad_backward, setup_context=_setup_input_grad)
+register_vmap("linear")
+register_vmap("linear_input_grad")
 
 
 def linear(
@@ -274,7 +276,7 @@ def linear(
     """
     packed = (weight, row_scale, col_scale, permutation, salient_columns, salient_weight, salient_col_scale)
     operators, choices = torch.ops.optimum_arb, (layout, block_size)
-    if has_tangents():
+    if is_transformed():
         columns = x.shape[-1]
         return linear_map(
             x,

@@ -14,8 +14,10 @@ from accelerate.hooks import (
     remove_hook_from_module,
 )
 from shared_layers import layers, shared
+from torch import nn
 
 from optimum_arb.nn import prepared_layers as module
+from optimum_arb.nn import shared_input
 from optimum_arb.nn.prepared_layers import prepare_layer
 from optimum_arb.ops.backends import triton
 
@@ -111,4 +113,63 @@ def test_prepared_before_the_first_call(prepare):
     assert prepare == [[42]]
     with torch.no_grad():
         assert found._few_tokens(torch.randn(8, 300).half())
+    assert prepare == [[42]]
+
+
+CHANGES = {
+    "written": lambda layer: layer.weight_row_scale.mul_(2),
+    "signs": lambda layer: layer.weight.bitwise_not_(),
+    "data": lambda layer: setattr(layer.weight, "data", ~layer.weight.data),
+    "replaced": lambda layer: layer._parameters.update(weight=nn.Parameter(~layer.weight, requires_grad=False)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_weights_are_copied_anew(prepare, change):
+    """Few tokens went on with the signs and scales of before, prompts had the new ones."""
+    found = layers(rows=(42,), bias=True)[0]
+    x = torch.randn(1, 300).half()
+    for _ in range(2):
+        assert found._few_tokens(x)
+    found.bias.mul_(2)  # no part of the copy
+    assert found._few_tokens(x)
+    assert prepare == [[42]]
+    CHANGES[change](found)
+    for _ in range(2):
+        assert found._few_tokens(x)
+    assert prepare == [[42]] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_weights_of_a_group_are_copied_anew(prepare, change, monkeypatch):
+    """Of a layer that is not the first too, whose results the first computes."""
+    found = layers()
+    together = shared(found)
+    ran = []
+
+    def run(x, prepared, bias, rows, **rest):
+        ran.append(prepared)
+        return torch.zeros(len(x) * sum(rows))
+
+    monkeypatch.setattr(shared_input, "runner", lambda: run)
+    found[0].prepare()
+    for step in range(3):
+        x = torch.randn(1, 300)
+        if step == 1:
+            CHANGES[change](found[2])
+        for layer in found:
+            assert together.output(layer, x) is not None
+        assert prepare == [[42, 7, 16]] * (1 + (step >= 1))
+    assert len(ran) == 3
+
+
+@torch.no_grad()
+def test_inference_tensors_are_copied_once(prepare):
+    """Nothing tells that they were written."""
+    with torch.inference_mode():
+        found = layers(rows=(42,))[0]
+    for _ in range(2):
+        assert found._few_tokens(torch.randn(1, 300).half())
     assert prepare == [[42]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from packed_weights import random_packed
 
-from optimum_arb.format.layout import planes_layout
+from optimum_arb.format.layout import layout_from_name, planes_layout
 from optimum_arb.ops.backends.cpu import operands
 
 
@@ -40,6 +40,23 @@ def test_tensors_on_another_device(packed):
         operands.check(replace(packed, weight=packed.weight.to("meta")), None)
     with pytest.raises(ValueError, match="its bias is on meta"):
         operands.check(packed, torch.zeros(40, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "wanted"),
+    [
+        ("permutation", torch.int64, "torch.int16 or torch.int32"),
+        ("permutation", torch.uint8, "torch.int16 or torch.int32"),  # four bytes of each would be read
+        ("salient_columns", torch.int64, "torch.int16 or torch.int32"),
+        ("salient_weight", torch.int8, "torch.uint8"),
+        ("row_scale", torch.int16, "a floating dtype"),
+    ],
+)
+def test_dtypes_that_would_be_read_as_others(name, dtype, wanted):
+    packed = random_packed(layout_from_name("groups-all-salient-col"), 40, 300, permuted=True)
+    operands.check(packed, None)
+    with pytest.raises(ValueError, match=f"The {name} of a packed linear layer is {dtype}: it must be {wanted}"):
+        operands.check(replace(packed, **{name: getattr(packed, name).to(dtype)}), None)
 
 
 def test_what_the_kernels_read_is_handed_on_as_it_is(packed):

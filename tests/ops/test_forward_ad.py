@@ -1,4 +1,4 @@
-"""Forward-mode derivatives: tangents go through the same product, and none is lost without a word."""
+"""Forward-mode derivatives and transforms: tangents go through the same product, and none is lost without a word."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from packed_weights import random_binarized, random_factorized, relative_error
 from torch.autograd import forward_ad
 
 from optimum_arb.experts.packing import stack_experts
+from optimum_arb.format.hadamard import random_signs
 from optimum_arb.format.layout import layout_from_name, planes_layout
 from optimum_arb.format.packing import TENSOR_NAMES, pack
 from optimum_arb.nn import packed_linear
@@ -21,7 +22,9 @@ def layer(kind):
     bias = torch.nn.Parameter(torch.randn(40))
     if kind == "factors":
         return packed_linear(random_factorized(40, 300, 70), bias)
-    weight = random_binarized(planes_layout(2), 40, 300, permuted=kind == "permuted")
+    weight = random_binarized(planes_layout(2), 40, 300, permuted=kind in ("permuted", "hadamard"))
+    if kind == "hadamard":
+        weight.hadamard, weight.input_signs = 128, random_signs(300, 0)
     backend = kind if kind == "dequantize" else "auto"
     return packed_linear(weight, bias, backend, scale_bits=8 if kind == "8 bits" else 16)
 
@@ -71,13 +74,55 @@ def test_a_bias():
 
 
 @pytest.mark.parametrize("kind", ["planes-2", "factors"])
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_transforms(kind):
     module = layer(kind)
     weight, x = module.dequantize(), torch.randn(300)
     assert relative_error(torch.func.jacfwd(module)(x), weight) < 3e-6
     found = torch.func.hessian(lambda x: module(x).square().sum())(x)
     assert relative_error(found, 2 * weight.T @ weight) < 3e-5
+
+
+@pytest.mark.parametrize("kind", [*LAYER_KINDS, "hadamard"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+def test_vmap(kind, grad):
+    """One call for all, wherever the mapped dimension is."""
+    module = layer(kind)
+    x = torch.randn(4, 3, 300)
+    with torch.set_grad_enabled(grad):
+        expected = module(x)
+        for dim in range(3):
+            many = torch.func.vmap(module, in_dims=dim)(x.movedim(0, dim).contiguous())
+            assert relative_error(many, expected) < 3e-6
+
+
+def test_vmap_of_biases():
+    module, x, biases = layer("planes-2"), torch.randn(3, 300), torch.randn(5, 40)
+
+    def of_bias(bias):
+        return torch.func.functional_call(module, {"bias": bias}, x)
+
+    expected = torch.stack([of_bias(bias) for bias in biases])
+    assert relative_error(torch.func.vmap(of_bias)(biases), expected) < 3e-6
+
+
+@pytest.mark.parametrize("kind", [*LAYER_KINDS, "hadamard"])
+def test_gradients_of_transforms(kind):
+    module = layer(kind)
+    weight, x = module.dequantize(), torch.randn(5, 300)
+
+    def total(x):
+        return module(x).sum()
+
+    expected = weight.sum(0)
+    assert relative_error(torch.func.grad(total)(x[0]), expected) < 3e-6
+    assert relative_error(torch.func.jacrev(module)(x[0]), weight) < 3e-6
+    assert relative_error(torch.func.vmap(torch.func.grad(total))(x), expected.expand(5, 300)) < 3e-6
+
+    def detached(x):
+        with torch.no_grad():
+            return x.sum() + module(x).sum()
+
+    assert not torch.func.grad(detached)(x[0]).any()
 
 
 def test_gradients_of_tangents():

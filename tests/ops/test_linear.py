@@ -67,6 +67,19 @@ def test_batch_shapes(shape, backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("tokens", [1, 3, 100])
+def test_no_columns(tokens, backend):
+    """As of `nn.Linear(0, N)`: a kernel divided by their number."""
+    tensors = torch.zeros(5, 0, dtype=torch.uint8), torch.zeros(5, 0).half()
+    bias = torch.randn(5)
+    x = torch.randn(tokens, 0, requires_grad=True)
+    out = linear(x, *tensors, bias=bias, layout="planes-1", block_size=128, backend=backend)
+    assert torch.equal(out, bias.expand(tokens, 5))
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_strided_input(backend):
     """The native kernels sum in one order; a library takes another way through a transposed matrix, and its sums round
     otherwise on some processors (with AVX2 alone)."""

@@ -74,13 +74,25 @@ def test_batch_shapes(shape):
 
 
 @pytest.mark.parametrize("permuted", [False, True])
-@pytest.mark.parametrize("m", [2, 5])
+@pytest.mark.parametrize("m", [2, 5, 40, 300])
 def test_strided_input(m, permuted):
     packed = random_weight("planes-2-col", 160, 512, permuted=permuted)
     base = random_input(512, m, torch.float16)
     wide = random_input(m, 1024, torch.float16)
     for x in (base.T, wide[:, ::2], wide[:, :512], wide[:, 3:515], wide[:1, :512].expand(m, 512)):
         check(x, packed)
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("m", [3, 6])
+def test_rows_that_lie_far_apart(m, permuted):
+    """As the last tokens of long prompts: 2^31 elements from the first row to the last."""
+    packed = random_weight("planes-2-col", 160, 512, permuted=permuted)
+    apart = 2**31 // (m - 1)
+    memory = torch.empty((m - 1) * apart + 512, dtype=torch.float16, device=DEVICE)
+    x = memory.as_strided((m, 512), (apart, 1))
+    x.copy_(random_input(m, 512, torch.float16))
+    check(x, packed)
 
 
 def test_not_a_number_reaches_the_result():

@@ -21,7 +21,8 @@ from optimum_arb.ops.backends.triton import half_bits, one_bit
 from optimum_arb.ops.backends.triton.prepack import Prepacked, join, prepack
 
 # columns, block, block size of the weight, permuted, tokens, parts
-QUICK = [(576, 256, 128, True, 1, 1), (512, 128, 128, False, 6, 2)]
+FAR = (192, 64, 128, False, 3, 1)  # whose rows lie 2^31 elements from the first to the last
+QUICK = [(576, 256, 128, True, 1, 1), (512, 128, 128, False, 6, 2), FAR]
 MORE = [
     (64, 64, 64, True, 2, 1),
     (192, 128, 64, False, 3, 3),
@@ -91,15 +92,18 @@ def main() -> None:
     driver.set_active(NoDevice())
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
     one_bit.overlaps = half_bits.overlaps = lambda device: True
-    for columns, block, block_size, permuted, tokens, parts in MORE if "more" in sys.argv else QUICK:
+    for case in MORE if "more" in sys.argv else QUICK:
+        columns, block, block_size, permuted, tokens, parts = case
         layout = planes_layout(2 if columns < 600 else 1, col_scale=True)
         weights = [prepack(random_packed(layout, 40, columns, block_size, seed=seed)) for seed in range(parts)]
         weight = weights[0] if parts == 1 else join(weights)
         generator = torch.Generator().manual_seed(columns)
         order = torch.randperm(columns, generator=generator).to(torch.int16)[None] if permuted else None
         sign = random_signs(columns, 5).to(torch.int8) * 2 - 1
-        wide = torch.randn(tokens, columns + 16, generator=generator).bfloat16()
-        x = wide[:, :columns]
+        apart = 2**31 // (tokens - 1) if case is FAR else columns + 16
+        wide = torch.empty((tokens - 1) * apart + columns, dtype=torch.bfloat16)
+        x = wide.as_strided((tokens, columns), (apart, 1))
+        x.copy_(torch.randn(tokens, columns, generator=generator))
         expected = expected_slots(x, weight, order, sign, block, parts)
         for kind, config in ((one_bit, one_bit.DecodeConfig(warps=4)), (half_bits, half_bits.HalfConfig(1, 1, 4))):
             if kind is one_bit and tokens > one_bit.MAX_TOKENS:
@@ -109,7 +113,7 @@ def main() -> None:
             plan.run(x, None)
             name, kernel, grid = compiled[-1]
             scratch = torch.full((plan.scratch,), -1, dtype=torch.int32)
-            made, _ = plan.arguments(wide, wide.stride(0), scratch, None, None, None)
+            made, _ = plan.arguments(wide, apart, scratch, None, None, None)
             kinds = kernel.src.signature.values()
             given = [arg for of, arg in zip(kinds, made, strict=True) if of != "constexpr"]
             Kernel(kernel.asm["ptx"], grid, kernel.metadata.num_warps, [*given, 0, 0])

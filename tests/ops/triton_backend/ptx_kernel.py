@@ -11,7 +11,7 @@ import re
 import numpy as np
 import torch
 
-_BASE = 1 << 32  # address of the first tensor, and the distance from one to the next
+_BASE = 1 << 36  # address of the first tensor, and the distance from one to the next
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s{}]+")
 _WIDTH = {"8": 1, "16": 2, "32": 4, "64": 8}
 

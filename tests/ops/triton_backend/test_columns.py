@@ -7,7 +7,7 @@ import torch
 from packed_weights import random_packed
 
 from optimum_arb.format.layout import planes_layout
-from optimum_arb.ops.backends.triton.columns import gather_columns
+from optimum_arb.ops.backends.triton.columns import Gather, gather_columns
 from optimum_arb.ops.backends.triton.gemm_config import GemmConfig, columns_read, scales_input, split_of
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -77,3 +77,13 @@ def test_planes_side_by_side_are_one_plane_of_more_columns(planes, block_size):
     found = scaled.double() @ one.unpack().dequantize(torch.float64).T
     expected = x.double() @ packed.unpack().dequantize(torch.float64).T
     assert (found - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_more_tokens_than_a_grid_has_places():
+    """Of the programs along the tokens, which are 65535 at most."""
+    packed = random_packed(planes_layout(1, col_scale=True), 6, 256)
+    for tokens in (70, 600_000, 2**22):
+        gather = Gather([packed], [True], tokens, 256, (torch.float16, True), torch.device("cpu"))
+        grid = gather.launch._grid
+        assert grid[1] <= 65535
+        assert grid[1] * gather.constants[-2] >= tokens

@@ -7,6 +7,7 @@ import torch
 from packed_weights import random_packed
 
 from optimum_arb.format.layout import all_layouts, planes_layout
+from optimum_arb.ops.backends.triton import gemm as module
 from optimum_arb.ops.backends.triton.dense_plan import DensePlan
 from optimum_arb.ops.backends.triton.dispatch import linear
 from optimum_arb.ops.backends.triton.gemm import gemm, gemm_input_grad, plan
@@ -220,3 +221,30 @@ def test_what_has_no_plan():
     strided = replace(packed, row_scale=packed.row_scale.T.contiguous().T)
     assert not strided.row_scale.is_contiguous()
     assert plan(x, strided, None, GemmConfig("dequantize")) is None
+
+
+def test_rows_that_the_copy_engine_takes(monkeypatch):
+    """Of `hopper`: 16-byte rows apart from one another; all others are copied."""
+    seen = []
+
+    class Plan:
+        def __init__(self, packed, tokens, stride, *rest):
+            seen.append(stride)
+
+        def run(self, x, bias):
+            assert x.stride(0) == seen[-1]
+            return x
+
+    monkeypatch.setattr(module, "HopperPlan", Plan)
+    monkeypatch.setattr(module, "fits_hopper", lambda packed, dtype: True)
+    packed = random_packed(planes_layout(1), 6, 256)
+    wide = torch.randn(64, 520).half()
+    inputs = [
+        wide[:, :256],
+        wide[:, 1:257],
+        wide[:1, :256].expand(64, 256),
+        wide.view(-1)[: 63 * 8 + 256].unfold(0, 256, 8),
+    ]
+    for x in inputs:
+        assert torch.equal(gemm(x, packed, config=GemmConfig("hopper")), x)
+    assert seen == [520, 256, 256, 256]

@@ -46,7 +46,7 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> 
     Returns:
         `[..., N]`, of x's dtype.
     """
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not packed.in_features:
         return reference.linear(x, packed, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, packed.in_features)
     if native.load() is not None:
@@ -90,7 +90,7 @@ def plan(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> na
 
 def input_grad(grad: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
     """`grad W`, `[..., K]` from `[..., N]`, with the weight dequantized chunk by chunk; dtypes as in `linear`."""
-    if grad.dtype == torch.float64:
+    if grad.dtype == torch.float64 or not packed.in_features:
         return reference.input_grad(grad, packed)
     rows = grad.reshape(-1, packed.out_features).float()
     tiles = _tiles(packed)

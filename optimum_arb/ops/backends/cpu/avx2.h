@@ -11,13 +11,14 @@ ALWAYS_INLINE TARGET __m256i NAME(spread)(bytes_t bytes, int width) {
 /* signs[k]: 1 for +1 and 0 for -1, of columns 32 k to 32 k + 31 of the tile */
 ALWAYS_INLINE TARGET void NAME(expand)(__m256i bytes, int width, __m256i *signs) {
     const __m256i one = _mm256_set1_epi8(1);
+    const uint64_t ones = 0x0101010101010101ull;
     for (int k = 0; k < width / 32; k++) {
         __m256i bit;
         if (width == 128)
             bit = _mm256_set_m128i(_mm_set1_epi8((char)(2 << 2 * k)), _mm_set1_epi8((char)(1 << 2 * k)));
         else
-            bit = _mm256_set_epi64x(0x0101010101010101ll * 8 << 4 * k, 0x0101010101010101ll * 4 << 4 * k,
-                                    0x0101010101010101ll * 2 << 4 * k, 0x0101010101010101ll << 4 * k);
+            bit = _mm256_set_epi64x((int64_t)(ones * 8 << 4 * k), (int64_t)(ones * 4 << 4 * k),
+                                    (int64_t)(ones * 2 << 4 * k), (int64_t)(ones << 4 * k));
         signs[k] = _mm256_min_epu8(_mm256_and_si256(bytes, bit), one);
     }
 }

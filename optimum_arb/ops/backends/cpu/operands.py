@@ -18,6 +18,10 @@ from ..packed import PackedWeight
 
 # The numbers of the dtypes in which the kernels read floats.
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# and the dtypes of all else
+_SIGNS, _INDICES = (torch.uint8,), (torch.int16, torch.int32)
+_KINDS: dict[str, tuple[torch.dtype, ...]] = {"weight": _SIGNS, "salient_weight": _SIGNS}
+_KINDS |= {"permutation": _INDICES, "salient_columns": _INDICES}
 
 
 @lru_cache(maxsize=1024)
@@ -31,7 +35,8 @@ def check(packed: PackedWeight, bias: torch.Tensor | None) -> None:
     """Whether the kernels will read these tensors and nothing else.
 
     Raises:
-        ValueError: a tensor is on another device, or has another number of elements than this weight's.
+        ValueError: a tensor is on another device, has another number of elements than this weight's, or a dtype that
+            the kernels would read as another one.
     """
     salient = 0 if packed.salient_columns is None else packed.salient_columns.numel()
     sizes = _sizes(packed.layout.name, packed.block_size, packed.out_features, packed.in_features, salient)
@@ -51,6 +56,10 @@ def _check_tensor(name: str, tensor: torch.Tensor, size: int) -> None:
         )
     if tensor.numel() != size:
         raise ValueError(f"The {name} of a packed linear layer is {list(tensor.shape)}: it must have {size} elements.")
+    kinds = _KINDS.get(name)
+    if tensor.dtype not in kinds if kinds else not tensor.is_floating_point():
+        wanted = " or ".join(map(str, kinds or ("a floating dtype",)))
+        raise ValueError(f"The {name} of a packed linear layer is {tensor.dtype}: it must be {wanted}.")
 
 
 def ready_tensor(tensor: torch.Tensor | None) -> torch.Tensor | None:

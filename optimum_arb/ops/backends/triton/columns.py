@@ -22,6 +22,7 @@ ROWS, COLUMNS = 8, 512
 ROW_TOKENS = 64
 MAX_ROW = 2**15  # columns of a row: 64 KiB of shared memory
 MOST = 3  # weights of a launch
+MOST_PROGRAMS = 65535  # in a dimension of the grid that is not its first
 
 
 @triton.jit
@@ -202,7 +203,7 @@ class Gather:
             self.constants: tuple[bool | int, ...] = (*copies, overlap, rows, size)
             self.launch = Launch(_gather_rows, (key, rows), grid, device, num_warps=warps, **options)
         else:
-            rows = min(ROWS, power_of_2(tokens))
+            rows = max(min(ROWS, power_of_2(tokens)), power_of_2(cdiv(tokens, MOST_PROGRAMS)))
             grid = (cdiv(columns, COLUMNS), cdiv(tokens, rows), sum(planes))
             each_copy = zip(planes, permuted, multiplied, strict=True)
             copies = [each for copy in each_copy for each in copy] + [0, False, False] * absent

@@ -99,7 +99,8 @@ def _dense(packed: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
 def _hopper(
     x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, out_dtype: torch.dtype, config: GemmConfig
 ) -> torch.Tensor:
-    strided = x.stride(0) % 8 or x.data_ptr() % 16  # the copy engine wants 16-byte rows
+    # the copy engine wants 16-byte rows; nobody has tried it with rows that share memory
+    strided = x.stride(0) % 8 or x.data_ptr() % 16 or x.stride(0) < x.shape[1]
     if x.stride(1) != 1 or (packed.permutation is None and strided):
         x = x.clone(memory_format=torch.contiguous_format)
     found = HopperPlan(

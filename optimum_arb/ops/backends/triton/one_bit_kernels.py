@@ -84,11 +84,11 @@ def _prepare(
         late = _after(slot, _WAIT)
         column = column + (late - slot) if INDEXED else tile * _SLOTS + late
         slot = late
+    row = x_ptr + token.to(gl.int64) * x_stride
     if LOG:
-        row = x_ptr + token * x_stride
         x = transform_tile(row, permutation_ptr, sign_ptr, column, slot, tile, K, LOG, PERMUTED, INDEXED, TILE)
     else:
-        x = gl.load(x_ptr + token * x_stride + column).to(gl.float32)
+        x = gl.load(row + column).to(gl.float32)
     x = gl.where(scale != 0, x * scale, 0.0)
     words = gl.inline_asm_elementwise(_PREPARE, _PREPARE_CONSTRAINTS, [x], dtype=gl.int32, is_pure=False, pack=4)
     gl.store(out_ptr + ((source * M + token) * T) * _SLOTS + at, words)
