@@ -168,12 +168,13 @@ def outputs_key(weight: torch.Tensor) -> Hashable:
 
 
 def _outputs(part: torch.Tensor, original: torch.Tensor, hessian: torch.Tensor) -> float:
-    """`tr(P H P^T)` of a part of a weight."""
+    """`tr(P H P^T)` of a part of a weight; 0 where the rounding of H makes it negative."""
     # powers of two, so exact: products of three large or tiny numbers must not leave float32
     size, energy = _power_of_two(original), _power_of_two(hessian.diagonal())
     metric = (hessian / energy).to(torch.float32)
     part = part / size
-    return float((product(part, metric) * part).sum(dtype=torch.float64)) * size * size * energy
+    found = float((product(part, metric) * part).sum(dtype=torch.float64))
+    return (0.0 if found < 0 else found) * size * size * energy
 
 
 def _power_of_two(values: torch.Tensor) -> float:

@@ -140,8 +140,8 @@ def _nearest(values: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     first = torch.exp2(low)
     at = (torch.maximum(values, first / 2).log2() - low) / torch.where(step > 0, step, 1.0)
     codes = torch.where(values < first / 2, 0.0, at.round().clamp(0, CODES - 1) + 1).to(torch.uint8)
-    # By their logarithms; once rounded, the next code's value may be nearer: on a grid of 0.0011 octaves 0.99965 becomes
-    # 0.9995 and 1.0004 becomes 1, to which the former is the nearer one. A value of the grid must come out as it is.
+    # By their logarithms; once rounded, the next code's value may be nearer: in steps of 0.0011 octaves 0.99965 becomes
+    # 0.9995, and 1.0004 becomes 1, to which the former is the nearer one. A value of the grid must come out as it is.
     here = decode_scales(codes, grid)
     above, below = (codes + (codes < CODES)).to(torch.uint8), (codes - (codes > 1).to(torch.uint8)).to(torch.uint8)
     up, down = decode_scales(above, grid), decode_scales(below, grid)

@@ -173,3 +173,15 @@ def test_output_error(weight, hessian):
     assert output_error(weight, torch.zeros_like(weight), hessian) == pytest.approx(1.0)
     assert output_error(weight, weight * 0.5, None) == pytest.approx(0.25)
     assert output_error(torch.zeros(3, 4), torch.ones(3, 4), None) == 0.0
+
+
+def test_no_output_error_is_negative():
+    """The calibration matrix of inputs that all but share a direction, rounded to float32, is not positive definite."""
+    generator = torch.Generator().manual_seed(0)
+    direction = 1e4 * torch.randn(128, generator=generator)
+    inputs = torch.randn(512, 1, generator=generator) * direction + torch.randn(512, 128, generator=generator)
+    hessian = (inputs.double().T @ inputs.double()).float()
+    assert torch.linalg.eigvalsh(hessian.double())[0] < 0
+    lowest = torch.linalg.eigh(hessian.double())[1][:, :1].T.float()
+    error = output_error(direction[None], direction[None] - lowest, hessian)
+    assert 0 <= error < 1e-6

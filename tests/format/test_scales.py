@@ -74,8 +74,8 @@ def test_a_value_of_a_grid_is_nearest_to_itself(low, step):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_packing_what_was_unpacked_changes_nothing(seed):
-    """Column scales that hardly differ, as a Hadamard transform leaves them: the largest may get a code before the last, and
-    then other grids come of what was rounded."""
+    """Scales that hardly differ, as column scales after a Hadamard transform: the largest may get a code before the
+    last, and then other grids come of what was rounded."""
     generator = torch.Generator().manual_seed(seed)
     weight = random_binarized(planes_layout(1, col_scale=True), 200, 300, 64, permuted=False)
     for name in ("row_scale", "col_scale"):
