@@ -251,7 +251,7 @@ def pack(
     tile = tile_width(weight.block_size)
     tensors: dict[str, torch.Tensor] = {
         "weight": pack_bits(weight.signs, tile),
-        "row_scale": store_scale(weight.row_scale.flatten(1)),
+        "row_scale": store_scale(weight.row_scale.flatten(1), sums=not weight.layout.is_planes),
     }
     if weight.col_scale is not None:
         tensors["col_scale"] = store_scale(weight.col_scale)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from optimum_arb.algorithms import binarize, output_error
-from optimum_arb.config import ARBConfig
+from optimum_arb.config import BITMAP_METHODS, ARBConfig
 from optimum_arb.format.packing import pack, unpack
 
 BITMAP_FORMS = [
@@ -160,6 +160,21 @@ def test_float64_beyond_float32(weight, hessian):
         binarize(weight.double() * 1e39, None, ARBConfig(method="rtn"))
     expected = output_error(weight, weight * 0.9, hessian)
     assert output_error(weight, weight * 0.9, hessian.double() * 1e40) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", BITMAP_METHODS)
+def test_weights_of_any_usual_size_take_the_same_bits(method):
+    """Means and half differences are as often near zero as not, where float16 has subnormal numbers alone."""
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    config = ARBConfig(method=method, dataset=None, num_iterations=2)
+    errors = []
+    for size in (1.0, 0.02):
+        found = binarize(size * weight, None, config)
+        packed = pack(found)
+        assert {tensor.dtype for tensor in packed.values() if tensor.is_floating_point()} == {torch.float16}
+        stored = unpack(packed, found.layout, 512, found.block_size)
+        errors.append(output_error(size * weight, stored.dequantize(), None))
+    assert errors[1] == pytest.approx(errors[0], rel=1e-4)
 
 
 def test_half_precision_weights_are_computed_in_float32(weight, hessian):
