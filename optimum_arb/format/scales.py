@@ -28,12 +28,15 @@ CODES = 255
 MAX_OCTAVES = 11
 
 
-def encode_scales(scale: torch.Tensor, known: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
+def encode_scales(
+    scale: torch.Tensor, known: torch.Tensor | None = None, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The codes of scales, and their grid.
 
     Args:
         scale: float, of any shape, none negative.
         known: float32 `[2]`, a grid to take where no other has a lower error, as for scales that are on it.
+        importance: float, of the shape of `scale`, what the squared error of each counts; 1 unless given.
 
     Returns:
         uint8 of the same shape, and float32 `[2]`: `low` and `step`. None where float16 does not hold a grid for these
@@ -57,7 +60,8 @@ def encode_scales(scale: torch.Tensor, known: torch.Tensor | None = None) -> tup
     grids = [torch.tensor(each, dtype=torch.float32, device=scale.device) for each in ends]
     for grid in ([] if known is None else [known.to(scale.device)]) + grids:
         codes = _nearest(values, grid)
-        lost = float((decode_scales(codes, grid).double() - values).square().sum())
+        error = (decode_scales(codes, grid).double() - values).square()
+        lost = float((error if importance is None else error * importance).sum())
         if lost < least:
             best, least = (codes, grid), lost
     return best
