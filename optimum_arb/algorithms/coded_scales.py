@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from ..format.factors import FactorizedWeight
 from ..format.scales import decode_scales, encode_scales, nearest_on_grid
 from .hessian import PreparedHessian
 from .planes import PlanesFit, normalize
@@ -81,6 +82,23 @@ def code_scales(
         fit.row, fit.col = rounding.row(fit.row), rounding.col(fit.col)
     refine_blocks(weight, hessian, block_size, fits, SWEEPS, col_scale, rounding)
     return rounding.row_grid if rounding.col_grid is None else torch.cat([rounding.row_grid, rounding.col_grid])
+
+
+def code_columns(factors: FactorizedWeight, energy: torch.Tensor) -> FactorizedWeight:
+    """A product of two sign matrices with its column scales on a grid, where the one that they get when they are packed
+    would cost too much of the outputs; else as it is.
+
+    Args:
+        factors: the product.
+        energy: of the inputs, the diagonal of the calibration matrix, `[K]`.
+    """
+    size = factors.col_scale.abs()
+    usual, grids = encode_scales(size), _grids(size[None], (energy / energy.max()).to(size)[None])
+    if usual is None or grids is None or torch.equal(usual[1], grids[0]):
+        return factors
+    none = torch.zeros(2, 2, device=grids.device)
+    col_scale = _round(factors.col_scale[None], grids)[0]
+    return replace(factors, col_scale=col_scale, scale_grid=torch.cat([none, grids]))
 
 
 def _grids(scale: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor | None:

@@ -8,6 +8,7 @@ from optimum_arb.algorithms.hessian import prepare_hessian
 from optimum_arb.algorithms.planes import PlanesFit, normalize
 from optimum_arb.algorithms.refinement import refine_blocks
 from optimum_arb.config import ARBConfig
+from optimum_arb.format.factors import pack_factors, unpack_factors
 from optimum_arb.format.packing import pack, unpack
 from optimum_arb.format.scales import round_scales
 
@@ -80,6 +81,22 @@ def test_small_weights_of_massive_inputs_are_not_rounded_to_nothing(planes, size
         config = ARBConfig(planes=planes, scale_bits=bits)
         stored = unpack(pack(binarize(weight, hessian, config), bits), config.layout, 256, 128)
         errors.append(output_error(weight, stored.dequantize(), hessian))
+    assert errors[1] < 1.02 * errors[0]
+
+
+@pytest.mark.parametrize("unit", [1.0, 0.01])
+@pytest.mark.parametrize(("size", "activation"), [(1e-2, 1e3), (1e-2, 1e4), (1e-3, 1e4)])
+def test_nor_are_they_in_a_product_of_sign_matrices(unit, size, activation):
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(64, 256, generator=generator), torch.randn(1000, 256, generator=generator)
+    weight[:, 7] *= size
+    inputs[:, 7] *= activation
+    hessian = inputs.T @ inputs
+    errors = []
+    for bits in (16, 8):
+        config = ARBConfig(method="arb-dbf", rank=48, num_iterations=20, scale_bits=bits)
+        stored = unpack_factors(pack_factors(binarize(unit * weight, hessian, config), bits), 256)
+        errors.append(output_error(unit * weight, stored.dequantize(), hessian))
     assert errors[1] < 1.02 * errors[0]
 
 
