@@ -24,7 +24,7 @@ from ..spare_threads import product
 from .admm import admm_planes
 from .assembly import assemble_bitmap, assemble_planes
 from .bitmap import BitmapFit, fit_bitmap_block
-from .coded_scales import code_scales
+from .coded_scales import code_columns, code_scales
 from .compensation import binarize_blocks
 from .guard import no_worse_than_rounding, round_to_nearest, rounding_is_better
 from .hessian import PreparedHessian, identity_hessian
@@ -169,12 +169,13 @@ def outputs_key(weight: torch.Tensor) -> Hashable:
 
 
 def _outputs(part: torch.Tensor, original: torch.Tensor, hessian: torch.Tensor) -> float:
-    """`tr(P H P^T)` of a part of a weight."""
+    """`tr(P H P^T)` of a part of a weight; 0 where the rounding of H makes it negative."""
     # powers of two, so exact: products of three large or tiny numbers must not leave float32
     size, energy = _power_of_two(original), _power_of_two(hessian.diagonal())
     metric = (hessian / energy).to(torch.float32)
     part = part / size
-    return float((product(part, metric) * part).sum(dtype=torch.float64)) * size * size * energy
+    found = float((product(part, metric) * part).sum(dtype=torch.float64))
+    return (0.0 if found < 0 else found) * size * size * energy
 
 
 def _power_of_two(values: torch.Tensor) -> float:
@@ -233,6 +234,8 @@ def _factorize(
     rank, scale_bits = config.resolved_rank(rows, columns), config.resolved_scale_bits
     damping = config.resolved_damp_percent
     factors = binarize_factors(target, hessian, rank, damping, config.resolved_num_iterations, config.seed)
+    if scale_bits == 8 and hessian is not None:
+        factors = code_columns(factors, hessian.diagonal())
     if stored_bits(rows, columns, rank, scale_bits) < rounded_bits(rows, columns, scale_bits):
         return factors
     stored = unpack_factors(pack_factors(factors, scale_bits), columns)

@@ -4,6 +4,10 @@
 rows of the outer factor are independent of each other: its signs are flipped one column after the other in all rows at
 once. The entries of the inner factor all depend on each other, by `outer^T outer` along its columns and by H along its
 rows: many are flipped at once, those that would gain most alone, if that lowers the objective.
+
+All of it is of float32: under one direction of inputs that outweighs all others, and a damping of 1e-6, a step of the
+column scales raised an objective of 5e-6 of `tr(W H W^T)` by 1.5e-5 of it, the most that was seen in 1,000 fits. From a
+damping of 1e-4 on nothing was seen.
 """
 
 from __future__ import annotations

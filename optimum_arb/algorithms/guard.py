@@ -55,7 +55,7 @@ def row_errors(
         float64 `[n]`, of at most `CHUNK` rows, from the first to the last.
     """
     stored = {
-        name: store_scale(value).to(torch.float32)
+        name: store_scale(value, sums=name == "row_scale" and not fit.layout.is_planes).to(torch.float32)
         for name in ("row_scale", "col_scale", "salient_col_scale")
         if (value := getattr(fit, name)) is not None
     }

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import is_progress_bar_enabled
 
+from ..algorithms.partition import MAX_SALIENT
 from ..calibration.sensitivity import divergences
 from ..calibration.walk import CalibrationWalk
 from ..config import ARBConfig
@@ -61,9 +62,15 @@ class Candidate:
 
 
 def stored_bits(config: ARBConfig, rows: int, columns: int) -> int:
-    """All bits that a linear `[rows, columns]` stores with these choices, scales in the dtype that is asked for."""
-    sizes = {"scale": config.resolved_scale_bits, "scale_grid": 32, "permutation": 16 if columns <= 2**15 else 32}
-    shapes = config.stored_shapes(rows, columns, permuted=config.resolved_act_order)
+    """All bits that a linear `[rows, columns]` stores with these choices, scales in the dtype that is asked for; at
+    most, where salient columns are searched for."""
+    index = 16 if columns <= 2**15 else 32
+    sizes = {"scale": config.resolved_scale_bits, "scale_grid": 32, "permutation": index, "salient_columns": index}
+    width = columns if config.block_size == -1 else config.block_size
+    chosen = config.resolved_salient_columns
+    most = MAX_SALIENT if chosen == "search" else int(chosen)
+    salient = sum(min(most, min(width, columns - start) - 1) for start in range(0, columns, width))
+    shapes = config.stored_shapes(rows, columns, config.resolved_act_order, salient)
     return sum(r * c * sizes.get(n if n in sizes else n[n.find("scale") :], 8) for n, (r, c) in shapes.items())
 
 

@@ -49,6 +49,8 @@ class FactorizedWeight:
         row_scale: float `[N]`.
         rank_scale: float `[r]`.
         col_scale: float `[K]`.
+        scale_grid: grids of 8 bits that scales are on, as `pack_factors` takes them, rows of 0 for those on none; or
+            None.
     """
 
     outer_signs: torch.Tensor
@@ -56,6 +58,7 @@ class FactorizedWeight:
     row_scale: torch.Tensor
     rank_scale: torch.Tensor
     col_scale: torch.Tensor
+    scale_grid: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -116,7 +119,8 @@ def pack_factors(
     Args:
         weight: the weight.
         scale_bits: 16, or 8 for scales that are codes on the grids of `scale_grid`, see `optimum_arb.format.scales`.
-        scale_grid: grids to take where no others have a lower error, as for scales that are on them.
+        scale_grid: grids to take where no others have a lower error, as for scales that are on them; None for those of
+            the weight.
 
     | name | dtype | shape |
     |---|---|---|
@@ -130,6 +134,7 @@ def pack_factors(
     Raises:
         ValueError: a scale is NaN or Inf.
     """
+    scale_grid = weight.scale_grid if scale_grid is None else scale_grid
     before, weight = weight, weight.balanced()
     tensors = {"weight": pack_bits(weight.outer_signs[None]), "inner": pack_bits(weight.inner_signs[None])}
     scales = {

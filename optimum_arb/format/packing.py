@@ -251,7 +251,7 @@ def pack(
     tile = tile_width(weight.block_size)
     tensors: dict[str, torch.Tensor] = {
         "weight": pack_bits(weight.signs, tile),
-        "row_scale": store_scale(weight.row_scale.flatten(1)),
+        "row_scale": store_scale(weight.row_scale.flatten(1), sums=not weight.layout.is_planes),
     }
     if weight.col_scale is not None:
         tensors["col_scale"] = store_scale(weight.col_scale)
@@ -295,6 +295,7 @@ def unpack(
     if bool(hadamard) != ("input_signs" in tensors):
         raise ValueError(f"A weight with the tensors {', '.join(tensors)} cannot be unpacked with hadamard={hadamard}.")
     tile = tile_width(block_size)
+    grid = tensors.get("scale_grid")
     tensors = decoded(tensors, scale_grids(layout))
     rows = tensors["weight"].shape[0]
     blocks = block_count(in_features, block_size)
@@ -315,6 +316,7 @@ def unpack(
         salient_col_scale=tensors.get("salient_col_scale"),
         hadamard=hadamard,
         input_signs=unpack_bits(tensors["input_signs"], 1, in_features)[0, 0] if hadamard else None,
+        scale_grid=grid,
     )
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from optimum_arb.algorithms import binarize, output_error
-from optimum_arb.config import ARBConfig
+from optimum_arb.config import BITMAP_METHODS, ARBConfig
 from optimum_arb.format.packing import pack, unpack
 
 BITMAP_FORMS = [
@@ -162,6 +162,21 @@ def test_float64_beyond_float32(weight, hessian):
     assert output_error(weight, weight * 0.9, hessian.double() * 1e40) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("method", BITMAP_METHODS)
+def test_weights_of_any_usual_size_take_the_same_bits(method):
+    """Means and half differences are as often near zero as not, where float16 has subnormal numbers alone."""
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    config = ARBConfig(method=method, dataset=None, num_iterations=2)
+    errors = []
+    for size in (1.0, 0.02):
+        found = binarize(size * weight, None, config)
+        packed = pack(found)
+        assert {tensor.dtype for tensor in packed.values() if tensor.is_floating_point()} == {torch.float16}
+        stored = unpack(packed, found.layout, 512, found.block_size)
+        errors.append(output_error(size * weight, stored.dequantize(), None))
+    assert errors[1] == pytest.approx(errors[0], rel=1e-4)
+
+
 def test_half_precision_weights_are_computed_in_float32(weight, hessian):
     exact = binarize(weight.bfloat16().float(), hessian, ARBConfig())
     half = binarize(weight.bfloat16(), hessian, ARBConfig())
@@ -173,3 +188,15 @@ def test_output_error(weight, hessian):
     assert output_error(weight, torch.zeros_like(weight), hessian) == pytest.approx(1.0)
     assert output_error(weight, weight * 0.5, None) == pytest.approx(0.25)
     assert output_error(torch.zeros(3, 4), torch.ones(3, 4), None) == 0.0
+
+
+def test_no_output_error_is_negative():
+    """The calibration matrix of inputs that all but share a direction, rounded to float32, is not positive definite."""
+    generator = torch.Generator().manual_seed(0)
+    direction = 1e4 * torch.randn(128, generator=generator)
+    inputs = torch.randn(512, 1, generator=generator) * direction + torch.randn(512, 128, generator=generator)
+    hessian = (inputs.double().T @ inputs.double()).float()
+    assert torch.linalg.eigvalsh(hessian.double())[0] < 0
+    lowest = torch.linalg.eigh(hessian.double())[1][:, :1].T.float()
+    error = output_error(direction[None], direction[None] - lowest, hessian)
+    assert 0 <= error < 1e-6

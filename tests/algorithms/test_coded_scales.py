@@ -8,6 +8,7 @@ from optimum_arb.algorithms.hessian import prepare_hessian
 from optimum_arb.algorithms.planes import PlanesFit, normalize
 from optimum_arb.algorithms.refinement import refine_blocks
 from optimum_arb.config import ARBConfig
+from optimum_arb.format.factors import pack_factors, unpack_factors
 from optimum_arb.format.packing import pack, unpack
 from optimum_arb.format.scales import round_scales
 
@@ -64,6 +65,39 @@ def test_eight_bits_lose_nothing(weight, hessian, planes, block_size):
         stored.append(sum(tensor.nbytes for tensor in packed.values()))
     assert errors[1] < 1.01 * errors[0]
     assert stored[1] < stored[0]
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize(("size", "activation"), [(1e-2, 1e3), (1e-2, 1e4), (1e-3, 1e4)])
+def test_small_weights_of_massive_inputs_are_not_rounded_to_nothing(planes, size, activation):
+    """They carry as much of the outputs as all others, and their column scale is far below those."""
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(64, 256, generator=generator), torch.randn(1000, 256, generator=generator)
+    weight[:, 7] *= size
+    inputs[:, 7] *= activation
+    hessian = inputs.T @ inputs
+    errors = []
+    for bits in (16, 8):
+        config = ARBConfig(planes=planes, scale_bits=bits)
+        stored = unpack(pack(binarize(weight, hessian, config), bits), config.layout, 256, 128)
+        errors.append(output_error(weight, stored.dequantize(), hessian))
+    assert errors[1] < 1.02 * errors[0]
+
+
+@pytest.mark.parametrize("unit", [1.0, 0.01])
+@pytest.mark.parametrize(("size", "activation"), [(1e-2, 1e3), (1e-2, 1e4), (1e-3, 1e4)])
+def test_nor_are_they_in_a_product_of_sign_matrices(unit, size, activation):
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(64, 256, generator=generator), torch.randn(1000, 256, generator=generator)
+    weight[:, 7] *= size
+    inputs[:, 7] *= activation
+    hessian = inputs.T @ inputs
+    errors = []
+    for bits in (16, 8):
+        config = ARBConfig(method="arb-dbf", rank=48, num_iterations=20, scale_bits=bits)
+        stored = unpack_factors(pack_factors(binarize(unit * weight, hessian, config), bits), 256)
+        errors.append(output_error(unit * weight, stored.dequantize(), hessian))
+    assert errors[1] < 1.02 * errors[0]
 
 
 @pytest.mark.parametrize("hadamard", [0, 64])

@@ -146,6 +146,20 @@ def test_stored_bits_are_those_that_are_stored():
         assert form.bits == stored_bits(choices, 72, 160) == 8 * stored_bytes(packed.packed())
 
 
+@pytest.mark.parametrize("group_bitmap", ["none", "non-salient", "all"])
+@pytest.mark.parametrize("method", ["billm", "arb-rc"])
+def test_stored_bits_of_an_override_with_salient_columns(method, group_bitmap):
+    """They are in no budget but as overrides of some modules, which keep what they take."""
+    generator = torch.Generator().manual_seed(0)
+    module = torch.nn.Linear(160, 72, bias=False)
+    module.weight.data.normal_(generator=generator)
+    for columns in (5, 127, None):
+        choices = ARBConfig(method=method, num_iterations=1, group_bitmap=group_bitmap, salient_columns=columns)
+        packed, _ = binarize_linear("linear", module, choices, None)
+        bits = 8 * stored_bytes(packed.packed())
+        assert stored_bits(choices, 72, 160) == bits if columns else stored_bits(choices, 72, 160) >= bits
+
+
 def test_divergence_is_that_of_the_model_with_the_error():
     """Against the KL divergence itself, of small errors, where the second order is all there is."""
     model = tiny_model("LlamaForCausalLM")

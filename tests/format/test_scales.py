@@ -58,6 +58,36 @@ def test_rounding_again_changes_nothing(seed):
     assert torch.equal(round_scales(once * 2**-3), once * 2**-3)
 
 
+@pytest.mark.parametrize("step", [1e-4, 1.1e-3, 0.0011117, 0.003, 0.04])
+@pytest.mark.parametrize("low", [-0.2, -0.12502, -5.15294, -12.0])
+def test_a_value_of_a_grid_is_nearest_to_itself(low, step):
+    """Below a power of two float16 is twice as fine as above: there the code that is nearest by its logarithm may stand
+    for another value than the one that is rounded."""
+    grid = torch.tensor([[low, step]])
+    values = decode_scales(torch.arange(256, dtype=torch.uint8), grid[0]).float()[:, None]
+    between = (values * torch.linspace(0.999, 1.001, 801)).flatten()[:, None]
+    for rounded in (lambda scale: nearest_on_grid(scale, grid), Rounding(grid)):
+        assert torch.equal(rounded(values), values)
+        found = rounded(between)
+        assert torch.equal(rounded(found), found)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_packing_what_was_unpacked_changes_nothing(seed):
+    """Scales that hardly differ, as column scales after a Hadamard transform: the largest may get a code before the
+    last, and then other grids come of what was rounded."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = random_binarized(planes_layout(1, col_scale=True), 200, 300, 64, permuted=False)
+    for name in ("row_scale", "col_scale"):
+        scale = 2.0 ** (torch.rand(getattr(weight, name).shape, generator=generator) * 0.25 - 0.12)
+        setattr(weight, name, scale)
+    packed = pack(weight, 8)
+    found = unpack(packed, weight.layout, 300, 64)
+    again = unpack(pack(found, 8), weight.layout, 300, 64)
+    assert torch.equal(again.row_scale, found.row_scale)
+    assert torch.equal(again.col_scale, found.col_scale)
+
+
 @pytest.mark.parametrize("scale", [[1e5, 1.0], [1e-6, 2e-6]])
 def test_what_float16_does_not_hold(scale):
     assert encode_scales(torch.tensor(scale)) is None
