@@ -129,8 +129,8 @@ def check_target(config: Any, target: nn.Module, name: str, parameter: str | Non
     elif kind not in _READ_THE_WEIGHT:
         return
     raise ValueError(
-        f"{name}: {kind} needs the float weight of the layer, and this one is binarized: its weight is packed bits. Use "
-        "LoRA on linears (target_modules), or call model.dequantize() first and train on the float model."
+        f"{name}: {kind} needs the float weight of the layer, and this one is binarized: its weight is packed bits. "
+        "Use LoRA on linears (target_modules), or call model.dequantize() first and train on the float model."
     )
 
 
@@ -142,7 +142,7 @@ def packed_adapters(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
 
 
 def register() -> None:
-    """Makes PEFT use `PackedLoraLinear`, refuse adapters that read packed bits as a weight, and refuse to merge any into
+    """Makes PEFT use `PackedLoraLinear`, and refuse adapters that read packed bits as a weight and to merge any into
     them; once is enough."""
     plain = lora_model.dispatch_default
     if getattr(plain, "_optimum_arb", False):
@@ -167,7 +167,7 @@ def register() -> None:
             check_target(config, target, named["current_key"], named.get("parameter_name"))
             create(config, adapter_name, target, *more, **named)
 
-        self._create_and_replace = checked  # type: ignore[method-assign]
+        setattr(self, "_create_and_replace", checked)  # noqa: B010 (declared as a method)
         try:
             inject(self, *args, **kwargs)
         finally:

@@ -7,6 +7,8 @@ would write it into `config.json`, so that a model in float32 came back in half 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,7 +18,7 @@ from ..nn import ARBExperts, ARBLinear
 
 def wrap_dtype() -> None:
     """Makes `PreTrainedModel.dtype` pass over packed tensors; does nothing the second time."""
-    plain = PreTrainedModel.__dict__.get("dtype") or PreTrainedModel.dtype
+    plain: Any = PreTrainedModel.dtype  # a property of the class or of one before it
     get = plain.fget
     if hasattr(get, "_optimum_arb"):
         return
