@@ -126,7 +126,7 @@ def inspect_model(name: str | Path) -> Inspection:
     config = ARBConfig.from_dict(quantization)
     tensors, file_bytes = stored_tensors(name)
     model = skeleton(model_config)
-    selection = select_modules(model, config, strict=False)
+    selection = select_modules(model, config, strict=False, stored=True)
     names = KeyMap(model)
     experts = packed_experts(tensors, names, selection.experts)
     linears = {names.module(linear.key): linear for linear in packed_linears(tensors)}  # files may name them otherwise

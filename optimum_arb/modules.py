@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -18,11 +19,12 @@ from .config import ARBConfig
 from .experts.keys import unsupported_conversions
 from .experts.matrices import ExpertMatrix, expert_matrices, is_experts
 from .format.factors import stored_bits
+from .modalities import REASON as OTHER_MODALITY
+from .modalities import OtherModalities
 from .patterns import matches
 
 MAX_FACTOR_BITS = 16  # as of `factor_bits`
 ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
-_OTHER_MODALITY = re.compile(r"vision|visual|image|audio|speech|multi_modal|mm_")
 
 
 @dataclass
@@ -79,10 +81,10 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return (columns, rows) if type(module) is Conv1D else (rows, columns)
 
 
-def select_modules(model: PreTrainedModel, config: ARBConfig, strict: bool = True) -> Selection:
+def select_modules(model: PreTrainedModel, config: ARBConfig, strict: bool = True, stored: bool = False) -> Selection:
     """Divides the linears of a model into those to binarize and those that stay in float.
 
-    Output embeddings, tied weights, task heads, routers, towers of other modalities, modules that transformers keeps in
+    Output embeddings, tied weights, task heads, routers, parts for other modalities, modules that transformers keeps in
     float32 and modules whose weight is read by other code than their own forward stay in float, then what
     `modules_to_not_convert` and `overrides` say. A pattern matches the experts of a layer by their module's name or by
     a parameter's (`experts.down_proj`).
@@ -91,6 +93,7 @@ def select_modules(model: PreTrainedModel, config: ARBConfig, strict: bool = Tru
         model: the float model; its weights are not looked at and may be on the meta device.
         config: the choices.
         strict: raise where a pattern of the configuration matches no linear of the model.
+        stored: the configuration is that of a checkpoint that is binarized already.
 
     Raises:
         ValueError: such a pattern, or no linear is left to binarize, or experts whose method cannot binarize them, or
@@ -103,8 +106,9 @@ def select_modules(model: PreTrainedModel, config: ARBConfig, strict: bool = Tru
         selection.experts |= {f"{name}.{key}": matrix for key, matrix in expert_matrices(module).items()}
     if strict:
         _check_patterns(config, [*linears, *experts, *selection.experts])
-    structural = _structural_reasons(model, linears, config.other_modalities)
-    structural |= _structural_reasons_of_experts(model, selection.experts, config.other_modalities)
+    others: Container[str] = () if config.other_modalities else OtherModalities(model, stored)
+    structural = _structural_reasons(model, linears, others)
+    structural |= _structural_reasons_of_experts(model, selection.experts, others)
     for name, module in model.named_modules():
         if name in linears:
             choices = config.for_module(name)
@@ -204,7 +208,7 @@ def _user_reason(config: ARBConfig, choices: ARBConfig | None, *names: str) -> s
 
 
 def _structural_reasons(
-    model: PreTrainedModel, linears: dict[str, nn.Module], other_modalities: bool
+    model: PreTrainedModel, linears: dict[str, nn.Module], others: Container[str]
 ) -> dict[str, str]:
     """Why a linear stays in float whatever the user chose; the first reason found counts."""
     output = model.get_output_embeddings()
@@ -213,7 +217,6 @@ def _structural_reasons(
     uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     float32 = _kept_in_float32(model)
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
-    composite = _has_other_modality(model)
     merged = merged_weights(model)
     reasons = {}
     for name, module in linears.items():
@@ -229,8 +232,8 @@ def _structural_reasons(
             reasons[name] = "task head"
         elif any(part in ROUTER_NAMES for part in name.split(".")) or "Router" in owner.__name__:
             reasons[name] = "router of experts"
-        elif composite and not other_modalities and _OTHER_MODALITY.search(name):
-            reasons[name] = "vision or audio tower (other_modalities=True binarizes it)"
+        elif name in others:
+            reasons[name] = OTHER_MODALITY
         elif any(pattern.search(name) for pattern in float32):
             reasons[name] = "kept in float32 by transformers"
         elif reads_weight(owner, last) and not _bloom_without_slices(model):
@@ -243,7 +246,7 @@ def _structural_reasons(
 
 
 def _structural_reasons_of_experts(
-    model: PreTrainedModel, experts: dict[str, ExpertMatrix], other_modalities: bool
+    model: PreTrainedModel, experts: dict[str, ExpertMatrix], others: Container[str]
 ) -> dict[str, str]:
     """The same of the matrices of experts."""
     if not experts:
@@ -253,12 +256,11 @@ def _structural_reasons_of_experts(
         for name, operation in unsupported_conversions(model, experts).items()
     }
     float32 = _kept_in_float32(model)
-    composite = _has_other_modality(model)
     for name in experts:
         if any(pattern.search(name) for pattern in float32):
             reasons[name] = "kept in float32 by transformers"
-        elif composite and not other_modalities and _OTHER_MODALITY.search(name):
-            reasons[name] = "vision or audio tower (other_modalities=True binarizes it)"
+        elif name in others:
+            reasons[name] = OTHER_MODALITY
     return reasons
 
 
@@ -266,10 +268,6 @@ def _kept_in_float32(model: PreTrainedModel) -> list[re.Pattern]:
     """What matches the names that transformers keeps in float32."""
     parts = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
     return [re.compile(rf"(^|\.){part}($|\.)") for part in parts]
-
-
-def _has_other_modality(model: PreTrainedModel) -> bool:
-    return any("vision" in key or "audio" in key for key in getattr(model.config, "sub_configs", ()))
 
 
 def merged_weights(model: PreTrainedModel) -> set[str]:

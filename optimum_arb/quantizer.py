@@ -128,7 +128,7 @@ class ARBHfQuantizer(HfQuantizer):
         config = self.quantization_config
         if not self.pre_quantized:
             prepare(model, pre_quantized=False)
-        self.selection = select_modules(model, config, strict=not self.pre_quantized)
+        self.selection = select_modules(model, config, strict=not self.pre_quantized, stored=self.pre_quantized)
         self.kept = dict(self.selection.keep)
         if self.pre_quantized:
             self._stored = expect_stored(model, checkpoint_files, config, self.selection)

@@ -7,6 +7,7 @@ from transformers.quantizers import auto
 from .config import ARBConfig
 from .hub.methods import wrap_methods
 from .integrations.import_hook import after_import
+from .loading.model_dtype import wrap_dtype
 from .quantizer import ARBHfQuantizer
 
 
@@ -21,6 +22,7 @@ def register() -> None:
         types: tuple[type, ...] = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, ARBConfig)
         setattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", types)  # noqa: B010 (its declared type has a fixed length)
     wrap_methods()
+    wrap_dtype()
     # a submodule that PEFT always imports: many only ask whether there is a `peft`
     after_import("peft.tuners.lora.model", _register_with_peft)
 

@@ -88,6 +88,48 @@ def test_the_language_part_of_a_composite_model():
     assert set(reasons.values()) == {"vision or audio tower (other_modalities=True binarizes it)"}
 
 
+def test_what_joins_a_tower_to_the_language_model_is_no_part_of_it():
+    """SmolVLM's `connector` and the parts of Granite Speech have no name that says so."""
+    text = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "model_type": "llama", "pad_token_id": 0}  # fmt: skip
+    vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
+              "image_size": 16, "patch_size": 8}  # fmt: skip
+    config = transformers.SmolVLMConfig(text_config=text, vision_config=vision, scale_factor=1, image_token_id=95)
+    speech = transformers.GraniteSpeechConfig(
+        text_config=text,
+        encoder_config={"input_dim": 64, "num_layers": 1, "hidden_dim": 64, "num_heads": 4, "dim_head": 16},
+        projector_config={"model_type": "blip_2_qformer", "hidden_size": 64, "encoder_hidden_size": 64,
+                          "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96},
+    )  # fmt: skip
+    with torch.device("meta"):
+        models = [
+            transformers.SmolVLMForConditionalGeneration(config),
+            transformers.SmolVLMModel(config),
+            transformers.GraniteSpeechForConditionalGeneration(speech),
+        ]
+    for model, part in zip(models, ("connector", "connector", "encoder.layers.0"), strict=True):
+        selection = select(model)
+        assert len(selection.convert) == 7
+        assert all(".layers." in name and ("text_model" in name or "language" in name) for name in selection.convert)
+        reasons = {reason for name, reason in selection.keep.items() if part in name}
+        assert reasons == {"vision or audio tower (other_modalities=True binarizes it)"}
+        assert any(part in name for name in select(model, other_modalities=True).convert)
+        # a checkpoint of an older version, that has them packed and lists what it has not
+        assert any(part in name for name in select_modules(model, ARBConfig(dataset=None), stored=True).convert)
+
+
+def test_a_model_around_a_vision_language_model():
+    """ColPali holds the configuration of PaliGemma, and that the one of the tower."""
+    text = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "model_type": "gemma"}  # fmt: skip
+    vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
+              "image_size": 16, "patch_size": 8, "model_type": "siglip_vision_model"}  # fmt: skip
+    inner = transformers.PaliGemmaConfig(text_config=text, vision_config=vision, projection_dim=64)
+    with torch.device("meta"):
+        model = transformers.ColPaliForRetrieval(transformers.ColPaliConfig(vlm_config=inner))
+    assert all("language_model.layers" in name for name in select(model).convert)
+
+
 def test_subclasses_of_linear_stay():
     class Other(nn.Linear):
         def forward(self, x):

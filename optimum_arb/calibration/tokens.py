@@ -46,7 +46,10 @@ def model_tokens(
         longest = getattr(tokenizer, "model_max_length", None)
         max_length = min((length for length in (max_length, longest) if length), default=None)
     tokens = calibration_tokens(config, tokenizer, max_length)
-    embedding = model.get_input_embeddings().weight
+    try:
+        embedding = model.get_input_embeddings().weight
+    except NotImplementedError:  # a model of several embeddings does not say (FLAVA): what is wrong shows when it runs
+        return tokens
     assert isinstance(embedding, torch.Tensor)
     if int(tokens.max()) >= embedding.shape[0] or int(tokens.min()) < 0:
         raise ValueError(

@@ -2,11 +2,13 @@
 
 PEFT takes an `ARBLinear` for the `nn.Linear` that it is a subclass of. Everything that only adds to the layer's output
 works so; whatever reads or writes `base_layer.weight` would meet packed bits instead: at best an obscure error about
-shapes, at worst (IA3 multiplies the weight by a vector) a weight that is silently destroyed.
+shapes, at worst a weight that is silently destroyed (IA3 merged would multiply it by a vector) or an adapter that does
+nothing (Uni-LoRA keeps its scales in the weight's dtype, of packed bits whole numbers).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..nn import ARBLinear
+from ..nn import ARBExperts, ARBLinear
 
 MERGE_REMEDY = (
     "Use optimum_arb.integrations.peft: merge_dequantized(model) gives a float model with the adapter merged exactly, "
@@ -32,6 +34,25 @@ _VARIANTS = {
     "kasa_config": "KaSA",
     "velora_config": "VeLoRA",
 }
+# Adapters other than LoRA that read the base layer's weight, or make their own weights in its dtype (PEFT 0.21).
+_READ_THE_WEIGHT = (
+    "ADAMSS",
+    "DEFT",
+    "DELORA",
+    "FROD",
+    "GLORA",
+    "HIRA",
+    "HRA",
+    "LOHA",
+    "LOKR",
+    "OSF",
+    "PEANUT",
+    "PSOFT",
+    "SHIRA",
+    "SUPERTUNING",
+    "TINYLORA",
+    "UNILORA",
+)
 
 
 class PackedLoraLinear(lora_layer.Linear):
@@ -87,6 +108,32 @@ def check_lora_config(config: Any, module: str = "") -> None:
         )
 
 
+def check_target(config: Any, target: nn.Module, name: str, parameter: str | None = None) -> None:
+    """Whether an adapter can be added to a module, as far as it is packed.
+
+    Args:
+        config: a `PeftConfig`.
+        target: the module, or PEFT's layer around it.
+        name: the module's name, for the error.
+        parameter: of `target_parameters`, the parameter that the adapter is for.
+
+    Raises:
+        ValueError: it needs the float weight.
+    """
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if not isinstance(base, (ARBLinear, ARBExperts)):
+        return
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if parameter is not None:
+        kind = "an adapter of a parameter (target_parameters)"
+    elif kind not in _READ_THE_WEIGHT:
+        return
+    raise ValueError(
+        f"{name}: {kind} needs the float weight of the layer, and this one is binarized: its weight is packed bits. "
+        "Use LoRA on linears (target_modules), or call model.dequantize() first and train on the float model."
+    )
+
+
 def packed_adapters(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
     """The adapter layers of a model whose base layer is packed, with their names."""
     for name, module in model.named_modules():
@@ -95,7 +142,8 @@ def packed_adapters(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
 
 
 def register() -> None:
-    """Makes PEFT use `PackedLoraLinear`, and refuse to merge any adapter into packed bits; once is enough."""
+    """Makes PEFT use `PackedLoraLinear`, and refuse adapters that read packed bits as a weight and to merge any into
+    them; once is enough."""
     plain = lora_model.dispatch_default
     if getattr(plain, "_optimum_arb", False):
         return
@@ -109,6 +157,22 @@ def register() -> None:
         return plain(target, adapter_name, config=config, parameter_name=parameter_name, **kwargs)
 
     dispatch._optimum_arb = True  # type: ignore[attr-defined]
+    inject = BaseTuner.inject_adapter
+
+    @functools.wraps(inject)
+    def inject_adapter(self: BaseTuner, *args: Any, **kwargs: Any) -> None:
+        create: Any = self._create_and_replace  # each kind of adapter has its own
+
+        def checked(config: Any, adapter_name: str, target: nn.Module, *more: Any, **named: Any) -> None:
+            check_target(config, target, named["current_key"], named.get("parameter_name"))
+            create(config, adapter_name, target, *more, **named)
+
+        setattr(self, "_create_and_replace", checked)  # noqa: B010 (declared as a method)
+        try:
+            inject(self, *args, **kwargs)
+        finally:
+            del self._create_and_replace
+
     allowed = BaseTuner._check_merge_allowed
 
     def check_merge_allowed(self: BaseTuner) -> None:
@@ -120,4 +184,5 @@ def register() -> None:
             )
 
     lora_model.dispatch_default = dispatch
+    BaseTuner.inject_adapter = inject_adapter  # type: ignore[method-assign]
     BaseTuner._check_merge_allowed = check_merge_allowed  # type: ignore[method-assign]

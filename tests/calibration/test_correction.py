@@ -405,3 +405,23 @@ def test_resumed_behind_a_finished_layer(tmp_path, monkeypatch):
     assert quantize_checkpoint(tmp_path / "float", tmp_path / "resumed", config, resume=True).resumed_layers == 1
     whole, resumed = (tmp_path / name / "model.safetensors" for name in ("whole", "resumed"))
     assert whole.read_bytes() == resumed.read_bytes()
+
+
+def test_linears_that_run_on_no_tokens_add_to_no_stream():
+    """Higgs Audio's second MLP gets the tokens of sound alone: of text, an empty tensor, which equals any other."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.act, self.up = nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8)
+            self.down = nn.Linear(8, 8)
+
+        def forward(self, x):
+            of_sound = x[torch.zeros(x.shape[:-1], dtype=torch.bool)]
+            return x + self.down(self.act(self.gate(of_sound)) * self.up(of_sound)).sum()
+
+    layer = Layer()
+    linears = {name: module for name, module in layer.named_children() if isinstance(module, nn.Linear)}
+    steps = find_steps(layer, linears, lambda: layer(torch.randn(2, 4, 8)))
+    assert [step.names for step in steps] == [["gate", "up"], ["down"]]
+    assert not any(step.residual for step in steps)

@@ -29,3 +29,10 @@ def packed_llama(tmp_path_factory):
     """One whose first linear is a float one."""
     config = ARBConfig(dataset=None, block_size=64, modules_to_not_convert=["layers.0.self_attn.q_proj"])
     return save_packed(tmp_path_factory.mktemp("llama"), "LlamaForCausalLM", config)
+
+
+@pytest.fixture(scope="session")
+def packed_whole(tmp_path_factory):
+    """One without calibration, all of whose linears are packed."""
+    folder = tmp_path_factory.mktemp("whole")
+    return save_packed(folder, "LlamaForCausalLM", ARBConfig(dataset=None, block_size=64))

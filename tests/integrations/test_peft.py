@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
@@ -9,17 +10,19 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tiny_experts import save_moe
 from tiny_models import outputs, save_tiny, tokens
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from optimum_arb import ARBLinear
+from optimum_arb import ARBConfig, ARBLinear
 
 peft = pytest.importorskip("peft")
 
 from adapters import IDS, load, lora, packed_tensors, randomize  # noqa: E402
 
 from optimum_arb.integrations.peft import prepare_for_training  # noqa: E402
+from optimum_arb.integrations.peft_lora import _READ_THE_WEIGHT  # noqa: E402
 
 
 def checkpointed(model) -> bool:
@@ -196,6 +199,61 @@ def test_what_needs_the_float_weight_is_refused(packed_family, changes, message,
         peft.get_peft_model(model, lora(**changes)) if how == "get_peft_model" else model.add_adapter(lora(**changes))
     if how == "get_peft_model":
         assert not any(isinstance(m, peft.tuners.lora.LoraLayer) for m in model.modules())
+
+
+# Adapters that take part without arguments of the user's own, or with these.
+CHOICES = {
+    "ADALORA": {"total_step": 10},
+    "BOFT": {"boft_block_size": 16},
+    "C3A": {"block_size": 32},
+    "FOURIERFT": {"n_frequency": 50},
+    "IA3": {"feedforward_modules": ["down_proj"]},
+    "LN_TUNING": {"target_modules": ["norm"]},
+    "OFT": {"oft_block_size": 16},
+    "ROAD": {"group_size": 32},
+    "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": [int(IDS[0, 0])]},
+    "VBLORA": {"num_vectors": 8, "vector_length": 32},
+}
+# LoRA is tested above, AdaMSS needs scikit-learn, the others are no layers around linears or LoRA's own.
+OTHERS = {"ADAMSS", "LORA", "ADAPTION_PROMPT", "CPT", "POLY", "SHADOW", "XLORA"}
+CONFIGS = {kind.value: config for kind, config in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+KINDS = sorted(k for k, c in CONFIGS.items() if "target_modules" in inspect.signature(c).parameters and k not in OTHERS)
+
+
+def adapted(model, kind: str):
+    """With adapters of a kind, all of them changed."""
+    choices = CHOICES.get(kind, {})
+    config = CONFIGS[kind](**{"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM", **choices})
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, config).eval()
+    generator = torch.Generator().manual_seed(1)
+    for _, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_does_what_it_does_on_the_float_model_or_is_refused(packed_whole, kind):
+    if kind in _READ_THE_WEIGHT:
+        with pytest.raises(ValueError, match=rf"(q|down)_proj: {kind} needs the float weight.*model\.dequantize\(\)"):
+            adapted(load(packed_whole), kind)
+        return
+    model = adapted(load(packed_whole), kind)
+    found, base = outputs(model, IDS), outputs(load(packed_whole), IDS)
+    assert (found - base).abs().max() > 1e-4
+    expected = outputs(adapted(load(packed_whole).dequantize(), kind), IDS)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_of_packed_parameters_are_refused(packed_llama, tmp_path):
+    config = {"target_modules": [], "task_type": "CAUSAL_LM"}
+    with pytest.raises(ValueError, match=r"down_proj.weight: .*target_parameters.*model\.dequantize\(\)"):
+        peft.get_peft_model(load(packed_llama), peft.LoraConfig(target_parameters=["down_proj.weight"], **config))
+    source = save_moe(tmp_path, "MixtralForCausalLM")
+    model = load(source, quantization_config=ARBConfig(dataset=None, block_size=64))
+    with pytest.raises(ValueError, match=r"experts.down_proj: .*target_parameters.*model\.dequantize\(\)"):
+        peft.get_peft_model(model, peft.LoraConfig(target_parameters=["experts.down_proj"], **config))
 
 
 def test_dora_works_on_the_dequantized_model(packed_llama):

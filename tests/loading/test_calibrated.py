@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from binarized_models import binarize
 from tiny_models import outputs, text, tokens
-from transformers import LlamaForCausalLM
+from transformers import BioGptConfig, BioGptForSequenceClassification, LlamaForCausalLM
+
+from optimum_arb import ARBConfig, model_report
 
 
 def test_calibration_text_is_tokenized_with_the_models_tokenizer(llama):
@@ -34,3 +36,16 @@ def test_calibration_lowers_the_output_error(llama):
         for choices in ({}, {"dataset": tokens(16, 32), "num_samples": 16})
     ]
     assert errors[1] < errors[0]
+
+
+def test_a_classifier_that_can_be_asked_for_few_logits_needs_all(tmp_path):
+    """BioGPT's looks for the last token that is no padding among the logits that are left."""
+    config = BioGptConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    BioGptForSequenceClassification(config).save_pretrained(tmp_path)
+    model = BioGptForSequenceClassification.from_pretrained(
+        tmp_path, quantization_config=ARBConfig(dataset=tokens(), num_samples=4, block_size=64)
+    )
+    assert all(module.output_error is not None for module in model_report(model).modules)
