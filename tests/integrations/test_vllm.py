@@ -56,6 +56,13 @@ VARIETY = {
     r"re:.*layers\.1\.self_attn\.o_proj": {"method": "billm", "block_size": 64, "salient_columns": 5},
     r"re:.*layers\.1\.mlp\.down_proj": {"planes": 2},
 }
+# Products of two sign matrices, with scales of 16 and of 8 bits, of whole and of divided columns (384 are no whole
+# blocks for two ranks), beside planes and a float part in one fused layer.
+FACTORS = {
+    r"re:.*layers\.0\.self_attn\.k_proj": {"method": "arb-hrc"},
+    r"re:.*layers\.0\.self_attn\.v_proj": {"skip": True},
+    r"re:.*layers\.1\..*": {"scale_bits": 8},
+}
 CALIBRATED: dict[str, Any] = {"dataset": tokens(4, 32), "sequence_length": 32, "num_samples": 4}
 
 
@@ -69,6 +76,11 @@ def models(tmp_path_factory) -> dict[str, Path]:
             "OPTForCausalLM",
             {"hidden_size": 256, "ffn_dim": 512, "num_attention_heads": 4, "max_position_embeddings": 128},
             ARBConfig(**CALIBRATED),
+        ),
+        "factors": (
+            "LlamaForCausalLM",
+            {**SIZES, "intermediate_size": 384},
+            ARBConfig(method="arb-dbf", factor_bits=1.5, overrides=FACTORS, **CALIBRATED),
         ),
         "float-experts": (
             "MixtralForCausalLM",
@@ -144,7 +156,13 @@ def served(models, tmp_path_factory) -> dict[str, dict[str, Any]]:
     return dict(zip(models, found, strict=True))
 
 
-@pytest.mark.parametrize("name", ["variety", "biases", "float-experts"])
+def test_factors_are_stored(models):
+    """Of all but two of 14 layers, so that what is compared below is not of their other form, one plane."""
+    keys = load_file(models["factors"] / "model.safetensors")
+    assert len([key for key in keys if key.endswith("weight_inner")]) == 12
+
+
+@pytest.mark.parametrize("name", ["variety", "biases", "factors", "float-experts"])
 def test_equal_to_transformers(name, models, served):
     expected = reference(models[name])
     assert difference(served[name], expected) < 1e-4
@@ -157,7 +175,7 @@ def test_swapped_scales_are_seen(served):
 
 
 def test_two_ranks_equal_one(models, served, tmp_path):
-    names = ["variety", "biases"]
+    names = ["variety", "biases", "factors"]
     config = json.loads((models["variety"] / "config.json").read_text())
     assert config["num_key_value_heads"] == 1
     divisions = row_parallel_divisions(models["variety"])
@@ -181,16 +199,18 @@ def row_parallel_divisions(model: Path) -> list[bool]:
     return found
 
 
-def test_compiled(models, tmp_path):
-    (result,) = run(tmp_path, [models["variety"]], compile=True)
-    expected = reference(models["variety"])
+@pytest.mark.parametrize("name", ["variety", "factors"])
+def test_compiled(name, models, tmp_path):
+    (result,) = run(tmp_path, [models[name]], compile=True)
+    expected = reference(models[name])
     assert difference(result, expected) < 1e-4
     assert result["tokens"] == expected["tokens"]
 
 
-def test_lora(models, tmp_path):
+@pytest.mark.parametrize("name", ["variety", "factors"])
+def test_lora(name, models, tmp_path):
     """An adapter on packed layers is the same as its product added to the dequantized weights."""
-    plain = AutoModelForCausalLM.from_pretrained(models["variety"], dtype=torch.float32).dequantize()
+    plain = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32).dequantize()
     targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
     generator = torch.Generator().manual_seed(0)
     adapter = {}
@@ -206,9 +226,9 @@ def test_lora(models, tmp_path):
     save_file(adapter, tmp_path / "adapter" / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": targets}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    (result,) = run(tmp_path, [models["variety"]], lora=str(tmp_path / "adapter"))
+    (result,) = run(tmp_path, [models[name]], lora=str(tmp_path / "adapter"))
     assert result["tokens"] == reference(tmp_path / "merged")["tokens"]
-    assert result["tokens"] != reference(models["variety"])["tokens"]
+    assert result["tokens"] != reference(models[name])["tokens"]
 
 
 def test_server(models, served, tmp_path):

@@ -55,7 +55,7 @@ class ARBServingConfig(QuantizationConfig):
         """How a layer runs: packed, in float, or, for what is no linear layer, as vLLM pleases (None).
 
         Raises:
-            ValueError: the layer holds binarized experts, or products of two sign matrices.
+            ValueError: the layer holds binarized experts.
         """
         # here and not above: they bring in vLLM's kernels, which a process that only reads configurations never needs
         from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -71,12 +71,6 @@ class ARBServingConfig(QuantizationConfig):
         parts = {name: self.module_config(name) for name in self.part_names(prefix)}
         if all(config is None for config in parts.values()):
             return UnquantizedLinearMethod()
-        for name, part in parts.items():
-            if part is not None and part.factorized:
-                raise ValueError(
-                    f"{name}: method={part.method!r} makes products of two sign matrices, which the vLLM plug-in does "
-                    "not run yet. Run the model with transformers, or binarize it with method='arb-hrc'."
-                )
         return ARBLinearMethod(prefix, list(parts.items()))
 
     def part_names(self, prefix: str) -> list[str]:
