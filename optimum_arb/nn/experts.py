@@ -10,6 +10,7 @@ from torch import nn
 
 from ..experts.matrices import expert_matrices, first_matrix
 from ..experts.packing import PackedForm, expert_dequantized, expert_part
+from ..experts.routing import Routed, route, weighted_sum
 from ..format import packing
 from ..format.packing import BinarizedWeight
 from ..ops import grouped_linear
@@ -151,40 +152,30 @@ class ARBExperts(nn.Module):
             if torch.is_grad_enabled():
                 trained = {key: p.to(hidden_states.dtype) for key, p in self._parameters.items() if _is_trained(p)}
             return torch.func.functional_call(module, trained, inputs) if trained else module(*inputs)
-        tokens, k = top_k_index.shape
-        experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
-        numbers = torch.arange(self.num_experts, device=experts.device, dtype=experts.dtype)
-        offsets = torch.searchsorted(experts, numbers, right=True)
-        none = (experts >= self.num_experts)[:, None]
-        owner = experts.clamp(max=self.num_experts - 1)
-        out = self._project(first_matrix(self), hidden_states[order // k], offsets, owner, none)
+        routed = route(top_k_index, self.num_experts)
+        out = self._project(first_matrix(self), hidden_states[routed.rows], routed)
         out = self.float_class._apply_gate(self, out) if self.has_gate else self.act_fn(out)
-        out = self._project("down_proj", out, offsets, owner, none)
+        out = self._project("down_proj", out, routed)
         if getattr(self, "has_post_expert_norm", False):
             out = self.post_expert_norm(out)
-        weights = top_k_weights.reshape(-1)[order][:, None].masked_fill(none, 0.0)
-        # back to the order of the tokens, and a sum in a fixed order
-        out = (out * weights)[order.argsort()].view(tokens, k, out.shape[-1]).sum(1)
-        return out.to(hidden_states.dtype)
+        return weighted_sum(out, routed, top_k_weights).to(hidden_states.dtype)
 
-    def _project(
-        self, name: str, x: torch.Tensor, offsets: torch.Tensor, owner: torch.Tensor, none: torch.Tensor
-    ) -> torch.Tensor:
+    def _project(self, name: str, x: torch.Tensor, routed: Routed) -> torch.Tensor:
         """Rows of x, sorted by expert, times the matrices of their experts, plus their biases."""
         form = self.forms.get(name)
         if form is None:
             from transformers.integrations.moe import _grouped_linear
 
             weights = self.get_parameter(name)
-            out = _grouped_linear(x, weights, offsets.to(torch.int32), is_transposed=self.is_transposed)
-            out = out.masked_fill(none, 0.0).to(x.dtype)  # it leaves the rows of no expert uninitialized
+            out = _grouped_linear(x, weights, routed.offsets.to(torch.int32), is_transposed=self.is_transposed)
+            out = out.masked_fill(routed.none, 0.0).to(x.dtype)  # it leaves the rows of no expert uninitialized
         else:
             tensors: dict[str, Any] = {
                 key: self._parameters.get(_parameter_name(name, key)) for key in packing.TENSOR_NAMES
             }
             out = grouped_linear(
                 x,
-                offsets,
+                routed.offsets,
                 **tensors,
                 layout=form.layout.name,
                 block_size=form.block_size,
@@ -192,7 +183,7 @@ class ARBExperts(nn.Module):
                 backend=self.backend,
             )
         bias = self._parameters.get(f"{name}_bias")
-        return out if bias is None else out + bias[owner].to(out.dtype)
+        return out if bias is None else out + bias[routed.owner].to(out.dtype)
 
     # The float module, for `dequantize()` and for backend="dequantize"
 

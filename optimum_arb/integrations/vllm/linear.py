@@ -32,23 +32,12 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.parameter import ChannelQuantScaleParameter
 
 from ...config import ARBConfig
-from ...format.packing import TENSOR_NAMES
-from ...format.scales import decoded, scale_grids
-from ...format.slicing import column_obstacle, slice_columns, slice_rows
+from ...format.packing import STORED_NAMES
 from ...nn import ARBLinear
-from ...stored.linears import StoredLinear, describe
-from ...stored.tensors import StoredTensor
+from .packed_part import PackedPart, parameter
 
 logger = init_logger(f"vllm.{__name__}")
 
-_HEADER_DTYPES = {
-    torch.uint8: "U8",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.int16: "I16",
-    torch.int32: "I32",
-}
-_NAMES = (*TENSOR_NAMES, "scale_grid", "input_signs")  # scales of 8 bits are run in float16
 _QKV = ("q", "k", "v")
 
 
@@ -61,7 +50,7 @@ class _Loading:
         out_features: N of this rank, all parts.
         dtype: of the weights that are in float.
         loader: vLLM's own loader of the layer's parameters, `(parameter, tensor, shard id)`.
-        parts: shard id (None: the whole layer) -> the tensors of the checkpoint by `packing.TENSOR_NAMES`.
+        parts: shard id (None: the whole layer) -> the tensors of the checkpoint by `packing.STORED_NAMES`.
     """
 
     in_features: int
@@ -107,10 +96,10 @@ class ARBLinearMethod(LinearMethodBase):
         """
         loading = _Loading(input_size, sum(output_partition_sizes), params_dtype, extra_weight_attrs["weight_loader"])
         layer.arb_loading = loading
-        for name in _NAMES:
+        for name in STORED_NAMES:
             param = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
             param.weight_loader = partial(loading.take, name)  # type: ignore[attr-defined]
-            layer.register_parameter(_key(name), param)
+            layer.register_parameter(parameter(name), param)
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Replaces the parameters by this rank's parts.
@@ -120,8 +109,8 @@ class ARBLinearMethod(LinearMethodBase):
         """
         loading: _Loading = layer.arb_loading
         device = layer.weight.device
-        for name in _NAMES:
-            delattr(layer, _key(name))
+        for name in STORED_NAMES:
+            delattr(layer, parameter(name))
         placed: list[tuple[int, nn.Linear]] = []
         layer.arb_gathered = None
         for shard, tensors in loading.parts.items():
@@ -158,27 +147,18 @@ class ARBLinearMethod(LinearMethodBase):
             )
         if config is None or weight.is_floating_point():
             return self._float_part(layer, loading, shard, name, config, tensors)
-        headers = {
-            key: StoredTensor(tuple(tensor.shape), _HEADER_DTYPES.get(tensor.dtype, str(tensor.dtype)))
-            for key, tensor in tensors.items()
-        }
-        described = describe(StoredLinear(name, headers), config, weight.shape[0], loading.in_features)
-        tensors = decoded(tensors, scale_grids(described["layout"]))
-        choices = {key: described[key] for key in ("layout", "block_size", "backend", "hadamard")}
+        packed = PackedPart.of(name, tensors, config, loading.in_features)
         rows, start = self._rows(layer, loading, shard, name, weight.shape[0])
-        tensors = slice_rows(tensors, rows)
-        columns = loading.in_features
+        packed = packed.rows(rows)
         if isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
-            obstacle = column_obstacle(tensors, columns, config.block_size, layer.tp_size)
+            obstacle = packed.column_obstacle(layer.tp_size)
             if obstacle is None:
-                share = columns // layer.tp_size
-                begin = layer.tp_rank * share
-                tensors = slice_columns(tensors, config.layout, columns, config.block_size, begin, begin + share)
-                columns = share
+                share = loading.in_features // layer.tp_size
+                packed = packed.columns(layer.tp_rank * share, (layer.tp_rank + 1) * share)
             else:
                 logger.info_once("%s is divided by outputs and gathers its input: %s.", name, obstacle)
-                tensors = slice_rows(tensors, self._share_of_outputs(layer, loading))
-        return _packed_linear(tensors, columns, **choices), start
+                packed = packed.rows(self._share_of_outputs(layer, loading))
+        return packed.linear(), start
 
     def _float_part(
         self,
@@ -269,24 +249,3 @@ class ARBLinearMethod(LinearMethodBase):
                 f"{self.prefix}: the checkpoint holds only {sum(p.out_features for _, p in placed)} "
                 f"of the {loading.out_features} outputs of {names}. Save or download the model again."
             )
-
-
-def _packed_linear(tensors: dict[str, torch.Tensor], in_features: int, **choices: Any) -> ARBLinear:
-    """The layer of these packed tensors."""
-    salient = tensors.get("salient_columns")
-    part = ARBLinear(
-        in_features,
-        tensors["weight"].shape[0],
-        bias=False,
-        permuted="permutation" in tensors,
-        salient=0 if salient is None else salient.shape[1],
-        device="meta",
-        **choices,
-    )
-    part.load_state_dict({_key(name): tensor.contiguous() for name, tensor in tensors.items()}, assign=True)
-    return part
-
-
-def _key(name: str) -> str:
-    """The name of a packed tensor's parameter, and of its key in a checkpoint."""
-    return name if name == "weight" else f"weight_{name}"
