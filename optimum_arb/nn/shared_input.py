@@ -7,6 +7,7 @@ all, and the others take their part when they are called with the same tensor.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -69,10 +70,10 @@ class SharedInput:
         # Python's collector of cycles runs next
         end = weakref.WeakMethod(self.end)
 
-        def ended(_: object) -> None:
+        def ended(_: object, finishing: Callable[[], bool] = sys.is_finalizing) -> None:
             """What is ready for the layers would keep the tensors of the one that is gone."""
             method = end()
-            if method is not None:
+            if method is not None and not finishing():  # Python takes modules apart then, torch's too
                 method()
 
         self._layers = [weakref.ref(layer, ended) for layer in layers]

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from fresh_process import python
 from shared_layers import layers, shared
 from torch import nn
 
@@ -161,3 +162,20 @@ def test_changed_tensors_are_forgotten():
     assert torch.equal(together.output(found[1], x), found[1](x))
     found[2].to(torch.bfloat16)
     assert not together._waiting
+
+
+def test_the_end_of_a_process_says_nothing():
+    """Layers that end once Python has taken torch's modules apart, as those of a model that something keeps."""
+    code = """
+import torch
+from optimum_arb.format.layout import planes_layout
+from optimum_arb.nn import ARBLinear
+from optimum_arb.nn.shared_input import SharedInput
+layers = [ARBLinear(256, 8, planes_layout(1), 128, bias=False, permuted=False) for _ in range(2)]
+shared = SharedInput(layers)
+for index, layer in enumerate(layers):
+    layer.share(shared, index)
+torch.nn.held = layers
+"""
+    done = python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
