@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from operator import is_, itemgetter
 from typing import Any, Generic, TypeVar
 
@@ -15,7 +15,6 @@ MAX_SHAPES = 128
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 _ADDRESS = torch.Tensor.data_ptr
-_VERSION: Callable[[torch.Tensor], int] = torch.Tensor._version.__get__  # type: ignore[attr-defined]
 P = TypeVar("P")
 
 
@@ -77,24 +76,33 @@ class Plans(dict[tuple[Hashable, ...], "P | None"], Generic[P]):
 
 
 class Sources:
-    """Tensors that a copy was made of.
+    """The tensors that a copy was made of, and where they stand.
 
     Args:
-        tensors: see above, and one that was not copied.
-        bias: that one, which may be written; or None.
+        places: dicts and keys where tensors stand, or None.
+        bias: one of them that was not copied, and may be written or replaced.
     """
 
-    __slots__ = ("_addresses", "_tensors", "_versions")
+    __slots__ = ("_known",)
 
-    def __init__(self, tensors: Sequence[torch.Tensor], bias: torch.Tensor | None):
-        # held, so that no other tensor comes to where they are
-        self._tensors = [tensor for tensor in tensors if tensor is not bias and not tensor.is_inference()]
-        self._addresses = [*map(_ADDRESS, tensors)]
-        self._versions = [*map(_VERSION, self._tensors)]
+    def __init__(self, places: Iterable[tuple[dict[str, Any], str]], bias: torch.Tensor | None):
+        # the tensors are held, so that no other one comes to where they are
+        self._known: list[tuple[dict[str, Any], str, torch.Tensor, int | None, int]] = []
+        for values, key in places:
+            tensor = values[key]
+            if tensor is not None and tensor is not bias:
+                version = None if tensor.is_inference() else tensor._version
+                self._known.append((values, key, tensor, version, tensor.data_ptr()))
 
-    def same(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether these are at the same places in memory, which was not written, as far as torch knows."""
-        return [*map(_ADDRESS, tensors)] == self._addresses and [*map(_VERSION, self._tensors)] == self._versions
+    def same(self) -> bool:
+        """Whether the tensors are still there, at the same places in memory, which was not written, as far as torch
+        knows. Asked at every call for few tokens, so one loop: half the time of comparing lists."""
+        for values, key, tensor, version, address in self._known:
+            if values.get(key) is not tensor or tensor.data_ptr() != address:
+                return False
+            if version is not None and tensor._version != version:
+                return False
+        return True
 
 
 def getter(keys: Sequence[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:

@@ -10,7 +10,7 @@ import torch
 from ..format.layout import Layout
 from ..format.packing import TENSOR_NAMES
 from ..ops.backends.packed import PackedWeight
-from ..ops.forward_ad import is_transformed, is_watched
+from ..ops.forward_ad import is_more_than_values
 from ..ops.hadamard import hadamard
 from ..ops.linear import Plan, linear, linear_without_grad, plan
 from .input_transform import InputTransform
@@ -115,7 +115,7 @@ class PackedProduct(ABC):
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., columns]` to `[..., rows]`, the bias added."""
-        if is_watched() or is_transformed():
+        if is_more_than_values():
             return self._product_of_operators(x)
         shared = self.shared_input
         if not torch.is_grad_enabled():
@@ -206,7 +206,7 @@ class PackedProduct(ABC):
             return False
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return False  # what follows has no gradient
-        if self._sources is not None and not self._sources.same(self._present()):
+        if self._sources is not None and not self._sources.same():
             self.forget()  # the copy is that of other signs or scales
         if not self._looked:
             if torch.cuda.is_current_stream_capturing():
@@ -219,7 +219,7 @@ class PackedProduct(ABC):
 
         A call does so by itself unless it is compiled: to be called before code that compiles the very first one.
         """
-        sources = Sources(self._present(), self._bias_now())
+        sources = Sources(self._watched(), self._bias_now())
         self._prepared = prepare_layer(self)
         self._sources = None if self._prepared is None else sources
         self._plans = None  # which few tokens may be among

@@ -158,7 +158,7 @@ class SharedInput:
         return part
 
     def _few_tokens(self, x: torch.Tensor, layers: list[PackedProduct]) -> list[torch.Tensor | None]:
-        if not all(of.same(layer._present()) for of, layer in zip(self._sources, layers, strict=False)):
+        if not all(each.same() for each in self._sources):
             layers[0].forget()  # the copy is that of other signs or scales
             if not torch.cuda.is_current_stream_capturing():
                 layers[0].prepare()
@@ -245,7 +245,7 @@ class SharedInput:
         elif not whole or any(layer.is_offloaded for layer in layers) or len({w.weight.device for w in weights}) > 1:
             self.enabled = False
         else:
-            sources = [Sources(layer._present(), layer._bias_now()) for layer in layers]
+            sources = [Sources(layer._watched(), layer._bias_now()) for layer in layers]
             self._prepared = prepare(weights)
             self._sources = [] if self._prepared is None else sources
             self.enabled = self._prepared is not None

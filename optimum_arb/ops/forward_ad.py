@@ -26,9 +26,18 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or (not torch.compiler.is_compiling() and _innermost() is not None)
 
 
-def is_watched() -> bool:
-    """Whether operators are looked at, or replaced, on the way to kernels: by `FakeTensorMode`, `make_fx`, ..."""
-    return getattr(_python_dispatch, "_is_in_torch_dispatch_mode", False)
+# whether a dispatch mode is active is a plain attribute, which an older torch may not have
+_WATCHES = hasattr(_python_dispatch, "_is_in_torch_dispatch_mode")
+
+
+def is_more_than_values() -> bool:
+    """Whether an operator must be called and not its kernel, outside of compiled code: tensors may be transformed, or
+    operators are looked at, or replaced, on the way to kernels (`FakeTensorMode`, `make_fx`, ...)."""
+    return (
+        (_WATCHES and _python_dispatch._is_in_torch_dispatch_mode)
+        or _innermost() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def register_vmap(name: str) -> None:
