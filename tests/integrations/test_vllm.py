@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_experts import MOE, save_moe
 from tiny_models import save_tiny, tiny_tokenizer, tokens
 from transformers import AutoModelForCausalLM
 from vllm_generate import ALWAYS
@@ -99,7 +100,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
         ),
     }
     for name, (family, sizes, config) in made.items():
-        dense = save_tiny(root / f"{name}-dense", family, **sizes)
+        dense = (save_moe if family in MOE else save_tiny)(root / f"{name}-dense", family, **sizes)
         model = AutoModelForCausalLM.from_pretrained(dense)
         generator = torch.Generator().manual_seed(0)
         for key, parameter in model.named_parameters():
@@ -324,7 +325,7 @@ def test_what_does_not_fit_is_refused(models, tmp_path):
 
 
 def test_experts_of_which_one_matrix_is_float_are_refused(tmp_path):
-    save_tiny(tmp_path / "dense", "MixtralForCausalLM", **SIZES)
+    save_moe(tmp_path / "dense", "MixtralForCausalLM", **SIZES)
     config = ARBConfig(method="rtn", dataset=None, modules_to_not_convert=["experts.down_proj"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
     save_model(model, tiny_tokenizer(), tmp_path / "experts")
