@@ -55,7 +55,7 @@ VARIETY = {
     r"re:.*layers\.0\.mlp\.down_proj": {"method": "arb-rc", "num_iterations": 2},
     r"re:.*layers\.1\.self_attn\.q_proj": {"method": "arb", "group_bitmap": "none", "num_iterations": 2},
     r"re:.*layers\.1\.self_attn\.o_proj": {"method": "billm", "block_size": 64, "salient_columns": 5},
-    r"re:.*layers\.1\.mlp\.down_proj": {"planes": 2},
+    r"re:.*layers\.1\.mlp\.down_proj": {"planes": 2, "act_order": True},
 }
 # Products of two sign matrices, with scales of 16 and of 8 bits, of whole and of divided columns (384 are no whole
 # blocks for two ranks), beside planes and a float part in one fused layer.
@@ -218,10 +218,10 @@ def test_compiled(name, models, tmp_path):
     assert result["tokens"] == expected["tokens"]
 
 
-@pytest.mark.parametrize("name", ["variety", "factors"])
-def test_lora(name, models, tmp_path):
+@pytest.mark.parametrize("model", ["variety", "factors"])
+def test_lora(model, models, tmp_path):
     """An adapter on packed layers is the same as its product added to the dequantized weights."""
-    plain = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32).dequantize()
+    plain = AutoModelForCausalLM.from_pretrained(models[model], dtype=torch.float32).dequantize()
     targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
     generator = torch.Generator().manual_seed(0)
     adapter = {}
@@ -237,9 +237,9 @@ def test_lora(name, models, tmp_path):
     save_file(adapter, tmp_path / "adapter" / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": targets}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    (result,) = run(tmp_path, [models[name]], lora=str(tmp_path / "adapter"))
+    (result,) = run(tmp_path, [models[model]], lora=str(tmp_path / "adapter"))
     assert result["tokens"] == reference(tmp_path / "merged")["tokens"]
-    assert result["tokens"] != reference(models[name])["tokens"]
+    assert result["tokens"] != reference(models[model])["tokens"]
 
 
 def test_server(models, served, tmp_path):

@@ -157,7 +157,7 @@ class ARBExpertsMethod(FusedMoEMethodBase):
                 tensors = layer.arb_loading.get((expert, shard), {})
                 name = f"{self.prefix}.{expert}.{shard}"
                 if "weight" not in tensors or tensors["weight"].is_floating_point():
-                    found = "in float" if tensors else "missing"
+                    found = "in float" if "weight" in tensors else "missing"
                     raise ValueError(
                         f"{name}: its weight is {found} in the checkpoint, but the quantization_config says that it is "
                         "binarized. One of the two was changed, or the vLLM plug-in does not know how this "
