@@ -219,7 +219,7 @@ class PackedProduct(ABC):
 
         A call does so by itself unless it is compiled: to be called before code that compiles the very first one.
         """
-        sources = Sources(self._watched(), self._bias_now())
+        sources = Sources((self._watched(), self._bias_now()))
         self._prepared = prepare_layer(self)
         self._sources = None if self._prepared is None else sources
         self._plans = None  # which few tokens may be among

@@ -80,7 +80,7 @@ class SharedInput:
         self.enabled = True
         self._rows = tuple(layer.out_features for layer in layers)
         self._prepared: Prepacked | None = None
-        self._sources: list[Sources] = []  # what it was made of, of each layer
+        self._sources: Sources | None = None  # what it was made of
         # of each thread what it computed and its layers have not taken yet
         self._waiting: dict[int, _Waiting] = {}
         # thread -> the input that was transformed, its `_state`, what it became, how many layers have not taken it yet
@@ -158,7 +158,7 @@ class SharedInput:
         return part
 
     def _few_tokens(self, x: torch.Tensor, layers: list[PackedProduct]) -> list[torch.Tensor | None]:
-        if not all(each.same() for each in self._sources):
+        if self._sources is not None and not self._sources.same():
             layers[0].forget()  # the copy is that of other signs or scales
             if not torch.cuda.is_current_stream_capturing():
                 layers[0].prepare()
@@ -245,16 +245,16 @@ class SharedInput:
         elif not whole or any(layer.is_offloaded for layer in layers) or len({w.weight.device for w in weights}) > 1:
             self.enabled = False
         else:
-            sources = [Sources(layer._watched(), layer._bias_now()) for layer in layers]
+            sources = Sources(*[(layer._watched(), layer._bias_now()) for layer in layers])
             self._prepared = prepare(weights)
-            self._sources = [] if self._prepared is None else sources
+            self._sources = None if self._prepared is None else sources
             self.enabled = self._prepared is not None
         self.tell_compiled_code()
         return self.enabled
 
     def forget(self) -> None:
         """Drops what was computed and prepared: a layer's tensors have changed."""
-        self._prepared, self._sources = None, []
+        self._prepared, self._sources = None, None
         self._waiting.clear()
         self._transformed.clear()
         self._prompts.forget()
