@@ -78,25 +78,28 @@ class Plans(dict[tuple[Hashable, ...], "P | None"], Generic[P]):
 class Sources:
     """The tensors that a copy was made of.
 
-    Asked at every call for few tokens, where an H200 waits for the host: comparing all places, addresses and versions
-    made an eager token of a 7B 8 % longer. So of each layer the place and the address of the signs are looked at, which
-    are replaced with the rest, and of all tensors the versions.
+    Asked at every call for few tokens, where a GPU waits for the host. So places and addresses are looked at of the
+    signs alone, which are replaced with the rest, and of all tensors the versions.
 
     Args:
-        layers: of each, dicts and keys where its tensors stand, the signs' first; and its bias, or None, which was not
-            copied, and may be written or replaced.
+        layers: of each, dicts and keys where its tensors stand; and its bias, or None, which was not copied, and may be
+            written or replaced.
     """
 
     __slots__ = ("_signs", "_versions")
 
     def __init__(self, *layers: tuple[Sequence[tuple[dict[str, Any], str]], torch.Tensor | None]):
-        # the tensors are held, so that no other one comes to where they are
-        self._signs = [
-            (values, key, values[key], values[key].data_ptr()) for places, _ in layers for values, key in places[:1]
-        ]
-        tensors = [(values[key], bias) for places, bias in layers for values, key in places]
-        copied = [tensor for tensor, bias in tensors if tensor is not None and tensor is not bias]
-        self._versions = [(tensor, tensor._version) for tensor in copied if not tensor.is_inference()]
+        self._signs: list[tuple[dict[str, Any], str, torch.Tensor, int]] = []
+        self._versions: list[tuple[torch.Tensor, int]] = []  # held, so that no other tensor comes to where they are
+        for places, bias in layers:
+            for values, key in places:
+                tensor = values[key]
+                if tensor is None or tensor is bias:
+                    continue
+                if tensor.dtype == torch.uint8:
+                    self._signs.append((values, key, tensor, tensor.data_ptr()))
+                if not tensor.is_inference():
+                    self._versions.append((tensor, tensor._version))
 
     def same(self) -> bool:
         """Whether the tensors are still there, and were not written, as far as torch knows."""
