@@ -116,7 +116,7 @@ def test_a_row_does_not_depend_on_the_others(name, dtype):
         pytest.skip("no one-bit kernel on this device")
     weight = prepack.prepack(random_weight(name, 160, 512, prepared=False))
     x = random_input(4, 512, dtype)
-    for config in (one_bit.DecodeConfig(), one_bit.DecodeConfig(groups=2, warps=4, prefetch=False)):
+    for config in (one_bit.DecodeConfig(), one_bit.DecodeConfig(groups=2, warps=4, ahead=1)):
         whole = one_bit.decode(x, weight, None, config).view(4, 160)
         for m in (1, 2, 3):
             for start in range(5 - m):

@@ -132,15 +132,16 @@ def few_tokens(
     rows: tuple[int, ...],
     config: one_bit.DecodeConfig | half_bits.HalfConfig,
     block: int = 0,
+    columns: int = 320,
 ) -> None:
     """Asks for the kernels of a product of few tokens, of weights joined where there are several, of inputs that go
     through a Hadamard transform of so many columns first."""
-    x = torch.zeros(tokens, 320, dtype=torch.bfloat16)
-    parts = [prepack(random_packed(layout_from_name(layout), count, 320, permuted=permuted)) for count in rows]
+    x = torch.zeros(tokens, columns, dtype=torch.bfloat16)
+    parts = [prepack(random_packed(layout_from_name(layout), count, columns, permuted=permuted)) for count in rows]
     bias = None if permuted else torch.zeros(sum(rows), dtype=torch.bfloat16)
     weight = parts[0] if len(parts) == 1 else join(parts)
     assert weight is not None
-    change = None if not block else (None, torch.ones(320, dtype=torch.int8), block)
+    change = None if not block else (None, torch.ones(columns, dtype=torch.int8), block)
     multiply = one_bit.decode if isinstance(config, one_bit.DecodeConfig) else half_bits.multiply
     out = multiply(x, weight, bias, config, rows if len(rows) > 1 else None, change=change)
     assert out.shape == (tokens * sum(rows),)
@@ -261,7 +262,8 @@ def main() -> None:
             assert not operands_overwritten(disassemble(kernel)), name
     if "one_bit" in sys.argv:
         few_tokens("planes-2-col", 1, True, (272,), one_bit.DecodeConfig())
-        few_tokens("planes-1", 2, False, (42, 7, 64), one_bit.DecodeConfig(warps=4, prefetch=False))
+        # two rounds of two tiles a warp
+        few_tokens("planes-1", 2, False, (42, 7, 64), one_bit.DecodeConfig(warps=4, ahead=2), columns=1920)
         few_tokens("planes-2-col", 1, True, (272,), one_bit.DecodeConfig(), 64)
         for name, kernel in compiled[-6:]:
             assert ("BMMA" in disassemble(kernel)) == (name == "_decode"), name
@@ -269,7 +271,7 @@ def main() -> None:
             assert bool(waits) == kernel.metadata.launch_pdl == (NoDevice.arch >= 90), name
     if "half_bits" in sys.argv:
         few_tokens("planes-2-col", 8, True, (272,), half_bits.HalfConfig())
-        few_tokens("planes-1", 16, False, (42, 7, 64), half_bits.HalfConfig())
+        few_tokens("planes-1", 16, False, (42, 7, 64), half_bits.HalfConfig(), columns=1920)
         few_tokens("planes-2-col", 5, True, (272,), half_bits.HalfConfig(), 64)
         for name, kernel in compiled[-6:]:
             assert ("HMMA" in disassemble(kernel)) == (name == "_multiply"), name

@@ -32,13 +32,13 @@ class HalfConfig:
         groups: groups of 32 rows of a warp, 1, 2 or 4.
         row_warps: warps of a program beside each other along the rows; they read the same inputs.
         column_warps: warps beside each other along the columns; each takes every `column_warps`-th tile.
-        prefetch: whether the next tile's words are loaded before this one's are used.
+        ahead: tiles of a warp whose words and row scales are loaded before they are used.
     """
 
     groups: int = 1
     row_warps: int = 2
     column_warps: int = 4
-    prefetch: bool = True
+    ahead: int = 2
 
 
 def candidates(out_features: int, in_features: int, tokens: int) -> list[HalfConfig]:
@@ -61,7 +61,8 @@ def candidates(out_features: int, in_features: int, tokens: int) -> list[HalfCon
                     continue
                 if programs < 64 and groups * row_warps > 1:
                     continue
-                found.append(HalfConfig(groups, row_warps, column_warps))
+                steps = cdiv(cdiv(in_features, 128), column_warps)
+                found += [HalfConfig(groups, row_warps, column_warps, ahead) for ahead in (1, 2, 4) if ahead <= steps]
     return found
 
 
@@ -133,6 +134,8 @@ class Plan(FewTokensPlan):
             self.prepare, self.prepare_warps = _prepare_transformed, TRANSFORMED_WARPS
             self.prepare_weights, self.prepare_sizes = tensors, (tokens, x.shape[1])
             self.prepare_constants = (*common, *constants, overlap)
+        steps = cdiv(tiles, config.column_warps)
+        ahead = cdiv(steps, cdiv(steps, config.ahead))  # which leaves the fewest steps without a tile
         self.tiles = tiles
         self.grid = (cdiv(weight.groups, groups * row_warps), 1, 1)
         self.weights = (weight.words, weight.row_scale)
@@ -153,7 +156,8 @@ class Plan(FewTokensPlan):
             groups,
             row_warps,
             config.column_warps,
-            config.prefetch,
+            ahead,
+            ahead >= steps,
             overlap,
         )
         self.options: dict[str, Any] = {**OPTIONS, "launch_pdl": overlap}

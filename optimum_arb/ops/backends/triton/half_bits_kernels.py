@@ -5,7 +5,7 @@ and writes it in the order of the tensor cores' operand; `_multiply` reads every
 `prepack`, for all tokens. The row scales multiply the sums of each tile in float32.
 """
 
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment, misc"
 # ruff: noqa: RUF005
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import fragments
-from .one_bit_kernels import _sign_word
 from .prepack import ROWS, SLOTS
+from .prepacked_tiles import first_scale, load_tile, row_scale, scale_values, sign_word
 
 _CHUNK = gl.constexpr(528)  # words of 8 tokens of a tile: 1024 halves, and scale and correction of each token
 _SLOTS = gl.constexpr(SLOTS)
@@ -89,18 +89,6 @@ def _prepare(
 
 
 @gluon.jit
-def _load_words(at, there, PLANES: gl.constexpr):
-    word0 = gl.load(at, mask=there, other=0)
-    word1 = word0
-    word2 = word0
-    if PLANES > 1:
-        word1 = gl.load(at + _SLOTS, mask=there, other=0)
-    if PLANES > 2:
-        word2 = gl.load(at + 2 * _SLOTS, mask=there, other=0)
-    return word0, word1, word2
-
-
-@gluon.jit
 def _load_inputs(at, factor_at, there, TOKEN_TILES: gl.constexpr):
     """The 4 or 8 quads of an input's operand of a tile, and the 1 or 2 of scales and corrections."""
     x = ()
@@ -129,6 +117,37 @@ def _add(args, MEAN: gl.constexpr, TOKEN_TILES: gl.constexpr):
             pack=4,
         )
     return found
+
+
+@gluon.jit
+def _add_tile(
+    sums, loaded, x, input_at, factor_at, step, warp, T,
+    LAST: gl.constexpr, SCALE: gl.constexpr, INPUTS: gl.constexpr, TERMS: gl.constexpr, TOKEN_TILES: gl.constexpr,
+    COLUMN_WARPS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """The sums with the terms of a tile; and x, the operand of its first input, for the next tile, unless LAST.
+
+    Each operand is loaded while the one before it is multiplied.
+    """
+    words, scales = loaded
+    for i in gl.static_range(INPUTS):
+        operand, factors = x
+        if i + 1 < INPUTS:
+            shift = ((i + 1) * T + step * COLUMN_WARPS) * (TOKEN_TILES * _CHUNK)
+            x = _load_inputs(input_at + shift, factor_at + shift, step * COLUMN_WARPS + warp < T, TOKEN_TILES)
+        elif not LAST:
+            shift = (step + 1) * (COLUMN_WARPS * TOKEN_TILES * _CHUNK)
+            x = _load_inputs(input_at + shift, factor_at + shift, (step + 1) * COLUMN_WARPS + warp < T, TOKEN_TILES)
+        for j in gl.static_range(len(TERMS)):
+            if TERMS[j][2] == i:
+                scale = row_scale(scales[TERMS[j][1]], SCALE, TERMS[j][3], LAYOUT)
+                if TERMS[j][0] == 0:
+                    sums = _add(factors + (scale,) + sums, True, TOKEN_TILES)
+                else:
+                    sums = _add(
+                        (sign_word(words, TERMS[j][0]),) + operand + factors + (scale,) + sums, False, TOKEN_TILES
+                    )
+    return sums, x
 
 
 @gluon.jit
@@ -176,7 +195,8 @@ def _multiply(
     GROUPS: gl.constexpr,
     ROW_WARPS: gl.constexpr,
     COLUMN_WARPS: gl.constexpr,
-    PREFETCH: gl.constexpr,
+    AHEAD: gl.constexpr,
+    ONE_ROUND: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
     """One program: GROUPS * ROW_WARPS * 32 rows of all tiles. Parts are those of `one_bit`."""
@@ -209,14 +229,27 @@ def _multiply(
     row_group = gl.expand_dims(gl.minimum(first + group, G - 1), 1)
     blocks = gl.cdiv(T, TILES_PER_BLOCK)
     words_at = words_ptr + row_group * (T * (PLANES * _SLOTS)) + gl.expand_dims(warp * (PLANES * _SLOTS) + slot, 0)
-    scale_slot = gl.max_contiguous(gl.multiple_of(slot // 16 * 4 + lane % 4, 4), 4)
-    scale_at = scale_ptr + row_group * (blocks * (ROW_SCALES * _ROWS)) + gl.expand_dims(scale_slot, 0)
+    SCALE: gl.constexpr = scale_ptr.dtype.element_ty
+    VALUES: gl.constexpr = scale_values(SCALE)
+    scale_layout: gl.constexpr = gl.BlockedLayout([GROUPS, VALUES], [1, 32], [ROW_WARPS, COLUMN_WARPS], [1, 0])
+    scale_lane = gl.arange(0, COLUMN_WARPS * (32 * VALUES), layout=gl.SliceLayout(0, scale_layout))
+    scale_warp = scale_lane // (32 * VALUES)
+    scale_group = gl.arange(0, ALL, layout=gl.SliceLayout(1, scale_layout))
+    scale_group = gl.expand_dims(gl.minimum(first + scale_group, G - 1), 1)
+    scale_at = first_scale(scale_ptr, scale_group, scale_lane, blocks, ROW_SCALES)
     zeros = gl.full([ALL, LANES], 0.0, gl.float32, layout=layout)
     sums = (zeros, zeros)
     if TOKEN_TILES == 2:
         sums = (zeros, zeros, zeros, zeros)
 
-    following = _load_words(words_at, gl.expand_dims(warp < T, 0), PLANES)
+    ahead = ()
+    for d in gl.static_range(AHEAD):
+        ahead = ahead + (
+            load_tile(
+                words_at + d * (COLUMN_WARPS * PLANES * _SLOTS), scale_at, warp + d * COLUMN_WARPS,
+                scale_warp + d * COLUMN_WARPS, T, TILES_PER_BLOCK, PLANES, ROW_SCALES, VALUES,
+            ),
+        )  # fmt: skip
     input_slot = slot
     if OVERLAP:
         zero = gl.inline_asm_elementwise(_WAIT, "=r,r", [lane * 0], dtype=gl.int32, is_pure=False, pack=1)
@@ -226,31 +259,28 @@ def _multiply(
     factor_at = input_at + (512 + factor_slot)
     input_at += input_slot
 
-    for step in range(gl.cdiv(T, COLUMN_WARPS)):
-        tile = step * COLUMN_WARPS + warp
-        there = tile < T
-        if PREFETCH:
-            words = following
-            next_at = words_at + (step + 1) * (COLUMN_WARPS * PLANES * _SLOTS)
-            following = _load_words(next_at, gl.expand_dims(tile + COLUMN_WARPS < T, 0), PLANES)
-        else:
-            words = _load_words(words_at + step * (COLUMN_WARPS * PLANES * _SLOTS), gl.expand_dims(there, 0), PLANES)
-        row_scale_at = scale_at + gl.expand_dims(tile // TILES_PER_BLOCK * (ROW_SCALES * _ROWS), 0)
-        for i in gl.static_range(INPUTS):
-            shift = (i * T + step * COLUMN_WARPS) * (TOKEN_TILES * _CHUNK)
-            x, factors = _load_inputs(input_at + shift, factor_at + shift, there, TOKEN_TILES)
-            for j in gl.static_range(len(TERMS)):
-                if TERMS[j][2] == i:
-                    row_scale = gl.load(
-                        row_scale_at + TERMS[j][1] * _ROWS, mask=gl.expand_dims(there, 0), other=0.0
-                    ).to(gl.float32)
-                    if TERMS[j][3] != 1.0:
-                        row_scale = row_scale * TERMS[j][3]
-                    if TERMS[j][0] == 0:
-                        sums = _add(factors + (row_scale,) + sums, True, TOKEN_TILES)
-                    else:
-                        word = _sign_word(words, TERMS[j][0])
-                        sums = _add((word,) + x + factors + (row_scale,) + sums, False, TOKEN_TILES)
+    x = _load_inputs(input_at, factor_at, warp < T, TOKEN_TILES)
+    if ONE_ROUND:
+        for d in gl.static_range(AHEAD):
+            sums, x = _add_tile(
+                sums, ahead[d], x, input_at, factor_at, d, warp, T,
+                d + 1 == AHEAD, SCALE, INPUTS, TERMS, TOKEN_TILES, COLUMN_WARPS, layout,
+            )  # fmt: skip
+    else:
+        # as many steps as tiles are ahead, as in `one_bit_kernels`
+        for first_step in range(0, gl.cdiv(T, COLUMN_WARPS), AHEAD):
+            for d in gl.static_range(AHEAD):
+                sums, x = _add_tile(
+                    sums, ahead[0], x, input_at, factor_at, first_step + d, warp, T,
+                    False, SCALE, INPUTS, TERMS, TOKEN_TILES, COLUMN_WARPS, layout,
+                )  # fmt: skip
+                following = (first_step + d + AHEAD) * COLUMN_WARPS
+                ahead = ahead[1:] + (
+                    load_tile(
+                        words_at + following * (PLANES * _SLOTS), scale_at, following + warp, following + scale_warp, T,
+                        TILES_PER_BLOCK, PLANES, ROW_SCALES, VALUES,
+                    ),
+                )  # fmt: skip
     out_layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, ROW_WARPS * COLUMN_WARPS], [1, 0])
     row = (first - first_group) * _ROWS + start + gl.arange(0, ALL * _ROWS, layout=gl.SliceLayout(0, out_layout))
     for tile in gl.static_range(TOKEN_TILES):

@@ -4,6 +4,9 @@
 less than rounding them to float16) and writes their bit planes; `_decode` reads every sign word once.
 """
 
+# mypy: disable-error-code="assignment, misc"
+# ruff: noqa: RUF005
+
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -12,6 +15,7 @@ from triton.experimental.gluon import language as gl
 from . import fragments
 from .hadamard_inputs import transform_tile
 from .prepack import ROWS, SLOTS
+from .prepacked_tiles import first_scale, load_tile, row_scale, scale_values, sign_word
 
 _PREPARE = gl.constexpr(fragments.prepare())
 _PREPARE_CONSTRAINTS = gl.constexpr(fragments.PREPARE_CONSTRAINTS)
@@ -95,25 +99,39 @@ def _prepare(
 
 
 @gluon.jit
-def _sign_word(words, MASK: gl.constexpr):
-    """The product of the planes in MASK: equal signs give +1, so XNOR, and XOR of three."""
-    found = words[0]
-    count: gl.constexpr = (MASK & 1) + (MASK >> 1 & 1) + (MASK >> 2 & 1)
-    if count == 1:
-        if MASK == 2:
-            found = words[1]
-        if MASK == 4:
-            found = words[2]
-    else:
-        if MASK & 1:
-            found = words[0] ^ (words[1] if MASK & 2 else words[2])
-        else:
-            found = words[1] ^ words[2]
-        if count == 3:
-            found = found ^ words[2]
-        else:
-            found = found ^ -1
+def _load_inputs(at, tile, T, distance, INPUTS: gl.constexpr):
+    """The operands of each input of a warp's tile, `distance` apart."""
+    there = gl.expand_dims(tile < T, 0)
+    found = ()
+    for i in gl.static_range(INPUTS):
+        found = found + (gl.load(at + i * distance, mask=there, other=0),)
     return found
+
+
+@gluon.jit
+def _add_tile(sums, loaded, inputs, relative, SCALE: gl.constexpr, TERMS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The sums with the terms of a tile, whose words and row scales (of dtype SCALE) and inputs were loaded."""
+    words, scales = loaded
+    for i in gl.static_range(len(inputs)):
+        x = gl.expand_dims(inputs[i], 1)
+        for j in gl.static_range(len(TERMS)):
+            if TERMS[j][2] == i:
+                scale = gl.expand_dims(row_scale(scales[TERMS[j][1]], SCALE, TERMS[j][3], LAYOUT), 0)
+                if TERMS[j][0] == 0:
+                    sums = gl.inline_asm_elementwise(
+                        _ADD_SUM, _ADD_SUM_CONSTRAINTS, [x, scale, sums], dtype=gl.float32, is_pure=True, pack=4
+                    )
+                else:
+                    word = gl.expand_dims(sign_word(words, TERMS[j][0]), 0)
+                    sums = gl.inline_asm_elementwise(
+                        _MULTIPLY,
+                        _MULTIPLY_CONSTRAINTS,
+                        [word, x, scale, sums, relative],
+                        dtype=gl.float32,
+                        is_pure=True,
+                        pack=4,
+                    )
+    return sums
 
 
 @gluon.jit(do_not_specialize=["T", "G", "M", "end0", "end1", "end2", "group1", "group2", "out_rows"])
@@ -144,7 +162,9 @@ def _decode(
     TOKENS: gl.constexpr,
     GROUPS: gl.constexpr,
     WARPS: gl.constexpr,
-    PREFETCH: gl.constexpr,
+    AHEAD: gl.constexpr,
+    INPUTS_AHEAD: gl.constexpr,
+    ONE_ROUND: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
     """One program: GROUPS * 32 rows of all tiles, every warp the tiles w, w + WARPS, ...
@@ -190,20 +210,25 @@ def _decode(
         words_ptr += weight * (G * T * (PLANES * _SLOTS))
         scale_ptr += weight * (G * blocks * (ROW_SCALES * _ROWS))
     words_at = words_ptr + row_group * (T * (PLANES * _SLOTS)) + gl.expand_dims(warp * (PLANES * _SLOTS) + slot, 0)
-    scale_slot = gl.max_contiguous(gl.multiple_of(slot // 16 * 4 + lane % 4, 4), 4)
-    scale_at = scale_ptr + row_group * (blocks * (ROW_SCALES * _ROWS)) + gl.expand_dims(scale_slot, 0)
+    SCALE: gl.constexpr = scale_ptr.dtype.element_ty
+    VALUES: gl.constexpr = scale_values(SCALE)
+    scale_layout: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([GROUPS, VALUES], [1, 32], [1, WARPS], [1, 0]))
+    scale_lane = gl.arange(0, WARPS * (32 * VALUES), layout=scale_layout)
+    scale_warp = scale_lane // (32 * VALUES)
+    scale_group = gl.arange(0, GROUPS, layout=gl.SliceLayout(1, scale_layout.parent))
+    scale_group = gl.expand_dims(gl.minimum(first + scale_group, G - 1), 1)
+    scale_at = first_scale(scale_ptr, scale_group, scale_lane, blocks, ROW_SCALES)
     relative = gl.expand_dims(gl.expand_dims(gl.where(t == 3, -2, 2), 0), 0)
     sums = gl.full([TOKENS, GROUPS, LANES], 0.0, gl.float32, layout=layout)
 
-    there = gl.expand_dims(warp < T, 0)
-    if PREFETCH:
-        next0 = gl.load(words_at, mask=there, other=0)
-        next1 = next0
-        next2 = next0
-        if PLANES > 1:
-            next1 = gl.load(words_at + _SLOTS, mask=there, other=0)
-        if PLANES > 2:
-            next2 = gl.load(words_at + 2 * _SLOTS, mask=there, other=0)
+    ahead = ()
+    for d in gl.static_range(AHEAD):
+        ahead = ahead + (
+            load_tile(
+                words_at + d * (WARPS * PLANES * _SLOTS), scale_at, warp + d * WARPS, scale_warp + d * WARPS, T,
+                TILES_PER_BLOCK, PLANES, ROW_SCALES, VALUES,
+            ),
+        )  # fmt: skip
     input_slot = input_lane
     if OVERLAP:
         zero = gl.inline_asm_elementwise(_WAIT, "=r,r", [input_lane * 0], dtype=gl.int32, is_pure=False, pack=1)
@@ -213,60 +238,45 @@ def _decode(
         token += gl.program_id(1)
     input_at += gl.expand_dims(gl.minimum(token, M - 1) * (T * _SLOTS), 1) + gl.expand_dims(input_slot, 0)
 
-    for step in range(gl.cdiv(T, WARPS)):
-        tile = step * WARPS + warp
-        there = gl.expand_dims(tile < T, 0)
-        if PREFETCH:
-            words = (next0, next1, next2)
-            following = gl.expand_dims(tile + WARPS < T, 0)
-            at = words_at + (step + 1) * (WARPS * PLANES * _SLOTS)
-            next0 = gl.load(at, mask=following, other=0)
-            next1 = next0
-            next2 = next0
-            if PLANES > 1:
-                next1 = gl.load(at + _SLOTS, mask=following, other=0)
-            if PLANES > 2:
-                next2 = gl.load(at + 2 * _SLOTS, mask=following, other=0)
-        else:
-            at = words_at + step * (WARPS * PLANES * _SLOTS)
-            word0 = gl.load(at, mask=there, other=0)
-            word1 = word0
-            word2 = word0
-            if PLANES > 1:
-                word1 = gl.load(at + _SLOTS, mask=there, other=0)
-            if PLANES > 2:
-                word2 = gl.load(at + 2 * _SLOTS, mask=there, other=0)
-            words = (word0, word1, word2)
-        row_scale_at = scale_at + gl.expand_dims(tile // TILES_PER_BLOCK * (ROW_SCALES * _ROWS), 0)
-        input_there = gl.expand_dims(step * WARPS + input_lane // _SLOTS < T, 0)
-        for i in gl.static_range(INPUTS):
-            x = gl.load(input_at + (i * M * T + step * WARPS) * _SLOTS, mask=input_there, other=0)
-            x = gl.expand_dims(x, 1)
-            for j in gl.static_range(len(TERMS)):
-                if TERMS[j][2] == i:
-                    row_scale = gl.load(row_scale_at + TERMS[j][1] * _ROWS, mask=there, other=0.0).to(gl.float32)
-                    if TERMS[j][3] != 1.0:
-                        row_scale = row_scale * TERMS[j][3]
-                    row_scale = gl.expand_dims(row_scale, 0)
-                    if TERMS[j][0] == 0:
-                        sums = gl.inline_asm_elementwise(
-                            _ADD_SUM, _ADD_SUM_CONSTRAINTS, [x, row_scale, sums], dtype=gl.float32, is_pure=True, pack=4
-                        )
-                    else:
-                        word = gl.expand_dims(_sign_word(words, TERMS[j][0]), 0)
-                        sums = gl.inline_asm_elementwise(
-                            _MULTIPLY,
-                            _MULTIPLY_CONSTRAINTS,
-                            [word, x, row_scale, sums, relative],
-                            dtype=gl.float32,
-                            is_pure=True,
-                            pack=4,
-                        )
+    input_warp = input_lane // _SLOTS
+    distance = M * T * _SLOTS
+    inputs_ahead = ()
+    for d in gl.static_range(INPUTS_AHEAD):
+        inputs_ahead = inputs_ahead + (
+            _load_inputs(input_at + d * (WARPS * _SLOTS), input_warp + d * WARPS, T, distance, INPUTS),
+        )
+    if ONE_ROUND:
+        for d in gl.static_range(AHEAD):
+            sums = _add_tile(sums, ahead[d], inputs_ahead[0], relative, SCALE, TERMS, weight_layout)
+            inputs_ahead = inputs_ahead[1:]
+            if d + INPUTS_AHEAD < AHEAD:
+                following = (d + INPUTS_AHEAD) * WARPS
+                inputs_ahead = inputs_ahead + (
+                    _load_inputs(input_at + following * _SLOTS, following + input_warp, T, distance, INPUTS),
+                )
+    else:
+        # a round is as many steps as tiles are ahead, so that each of these keeps its registers: to move one is to wait
+        for first_step in range(0, gl.cdiv(T, WARPS), AHEAD):
+            for d in gl.static_range(AHEAD):
+                sums = _add_tile(sums, ahead[0], inputs_ahead[0], relative, SCALE, TERMS, weight_layout)
+                following = (first_step + d + AHEAD) * WARPS
+                ahead = ahead[1:] + (
+                    load_tile(
+                        words_at + following * (PLANES * _SLOTS), scale_at, following + warp, following + scale_warp, T,
+                        TILES_PER_BLOCK, PLANES, ROW_SCALES, VALUES,
+                    ),
+                )  # fmt: skip
+                following = (first_step + d + INPUTS_AHEAD) * WARPS
+                inputs_ahead = inputs_ahead[1:] + (
+                    _load_inputs(input_at + following * _SLOTS, following + input_warp, T, distance, INPUTS),
+                )
     sums = sums * gl.expand_dims(gl.expand_dims((1 << (2 * t)).to(gl.float32), 0), 0)
     sums = gl.reshape(sums, [TOKENS, GROUPS, WARPS, 8, 4, 4])
-    sums = gl.permute(gl.sum(gl.sum(sums, 4), 2), (0, 1, 3, 2))  # [TOKENS, GROUPS, row / 8, row % 8]
-    out_layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, WARPS], [1, 0])
-    out = gl.convert_layout(gl.reshape(sums, [TOKENS, GROUPS * _ROWS]), out_layout)
+    sums = gl.permute(gl.sum(sums, 4), (0, 1, 4, 3, 2))  # [TOKENS, GROUPS, row / 8, row % 8, WARPS]
+    # a row's sums of all warps come to one thread: one exchange through shared memory
+    rows_layout: gl.constexpr = gl.BlockedLayout([1, 1, WARPS], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
+    out_layout: gl.constexpr = gl.SliceLayout(2, rows_layout)
+    out = gl.sum(gl.convert_layout(gl.reshape(sums, [TOKENS, GROUPS * _ROWS, WARPS]), rows_layout), 2)
     row = (first - first_group) * _ROWS + start + gl.arange(0, GROUPS * _ROWS, layout=gl.SliceLayout(0, out_layout))
     out_token = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, out_layout))
     if BIAS:

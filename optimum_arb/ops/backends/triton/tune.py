@@ -28,9 +28,13 @@ def one_bit_candidates(out_features: int, in_features: int) -> list[one_bit.Deco
     for groups in (1, 2):
         for warps in (4, 8, 16):
             programs = -(-out_features // (prepack.ROWS * groups))
-            if warps > max(4, in_features // prepack.SLOTS) or (groups > 1 and programs < 100):
+            tiles = -(-in_features // prepack.SLOTS)
+            if warps > max(4, tiles) or (groups > 1 and programs < 100):
                 continue
-            found += [one_bit.DecodeConfig(groups, warps, prefetch) for prefetch in (True, False)]
+            steps = -(-tiles // warps)
+            # what is loaded ahead is spread evenly over the rounds: 8 and 4 of six steps are 6 and 3
+            ahead = dict.fromkeys(-(-steps // -(-steps // count)) for count in (1, 2, 4, 8))
+            found += [one_bit.DecodeConfig(groups, warps, count) for count in ahead]
     return found
 
 
