@@ -133,11 +133,13 @@ def few_tokens(
     config: one_bit.DecodeConfig | half_bits.HalfConfig,
     block: int = 0,
     columns: int = 320,
+    scales: torch.dtype = torch.float16,
 ) -> None:
     """Asks for the kernels of a product of few tokens, of weights joined where there are several, of inputs that go
     through a Hadamard transform of so many columns first."""
     x = torch.zeros(tokens, columns, dtype=torch.bfloat16)
-    parts = [prepack(random_packed(layout_from_name(layout), count, columns, permuted=permuted)) for count in rows]
+    packed = [random_packed(layout_from_name(layout), count, columns, permuted=permuted) for count in rows]
+    parts = [prepack(replace(each, row_scale=each.row_scale.to(scales))) for each in packed]
     bias = None if permuted else torch.zeros(sum(rows), dtype=torch.bfloat16)
     weight = parts[0] if len(parts) == 1 else join(parts)
     assert weight is not None
@@ -264,16 +266,18 @@ def main() -> None:
         few_tokens("planes-2-col", 1, True, (272,), one_bit.DecodeConfig())
         # two rounds of two tiles a warp
         few_tokens("planes-1", 2, False, (42, 7, 64), one_bit.DecodeConfig(warps=4, ahead=2), columns=1920)
+        few_tokens("planes-2-col", 4, False, (64,), one_bit.DecodeConfig(), scales=torch.float32)
         few_tokens("planes-2-col", 1, True, (272,), one_bit.DecodeConfig(), 64)
-        for name, kernel in compiled[-6:]:
+        for name, kernel in compiled[-8:]:
             assert ("BMMA" in disassemble(kernel)) == (name == "_decode"), name
             waits = kernel.asm["ptx"].count("griddepcontrol.wait")
             assert bool(waits) == kernel.metadata.launch_pdl == (NoDevice.arch >= 90), name
     if "half_bits" in sys.argv:
         few_tokens("planes-2-col", 8, True, (272,), half_bits.HalfConfig())
         few_tokens("planes-1", 16, False, (42, 7, 64), half_bits.HalfConfig(), columns=1920)
+        few_tokens("planes-1", 16, False, (64,), half_bits.HalfConfig(), scales=torch.float32)
         few_tokens("planes-2-col", 5, True, (272,), half_bits.HalfConfig(), 64)
-        for name, kernel in compiled[-6:]:
+        for name, kernel in compiled[-8:]:
             assert ("HMMA" in disassemble(kernel)) == (name == "_multiply"), name
             waits = kernel.asm["ptx"].count("griddepcontrol.wait")
             assert bool(waits) == kernel.metadata.launch_pdl == (NoDevice.arch >= 90), name

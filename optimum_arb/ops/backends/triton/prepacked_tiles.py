@@ -73,8 +73,7 @@ def row_scale(loaded, DTYPE: gl.constexpr, FACTOR: gl.constexpr, LAYOUT: gl.cons
         low = (loaded & 0xFFFF).to(gl.int16).to(DTYPE, bitcast=True)
         high = (loaded >> 16).to(gl.int16).to(DTYPE, bitcast=True)
         found = gl.reshape(gl.join(low, high), [loaded.shape[0], 2 * loaded.shape[1]])
-        found = gl.convert_layout(found, LAYOUT, assert_trivial=True)
-    found = found.to(gl.float32)
+    found = gl.convert_layout(found, LAYOUT, assert_trivial=True).to(gl.float32)
     if FACTOR != 1.0:
         found = found * FACTOR
     return found
