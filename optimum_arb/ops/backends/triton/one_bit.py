@@ -27,8 +27,9 @@ from .prepack import ONE_BIT_TOKENS, ROWS, SLOTS, Prepacked
 
 MAX_TOKENS = ONE_BIT_TOKENS  # the operands of more take more registers than a lane has to spare
 # Told of no limit, the compiler loads late to need few registers, for the sake of more programs on a multiprocessor: of
-# two tiles' inputs the second one behind the first one's products.
+# two tiles' inputs the second one behind the first one's products. Layouts that need more get what there is.
 REGISTERS = 128
+MOST_REGISTERS = 248
 LOADED = 120  # of them, for what was loaded and is not used yet
 
 
@@ -133,6 +134,9 @@ class Plan(FewTokensPlan):
         ahead = max(min(config.ahead, (LOADED - of_input) // of_weight), 1)
         ahead = triton.cdiv(steps, triton.cdiv(steps, ahead))  # which leaves the fewest steps without a tile
         inputs_ahead = ahead if ahead * (of_weight + of_input) <= LOADED else 1
+        # the inputs of a tile, and of the next one, take half of them
+        heavy = of_input > REGISTERS // 4
+        self.registers = min(65536 // (32 * config.warps), MOST_REGISTERS) if heavy else REGISTERS
         self.tiles = tiles
         self.decode_grid = (programs, 1 if experts is None else tokens, 1)
         self.decode_weights = (weight.words, weight.row_scale)
@@ -165,7 +169,7 @@ class Plan(FewTokensPlan):
         first, second = self.arguments(x, x.stride(0), scratch, bias, experts, out)
         if self.launches is None:
             made = _prepare[self.prepare_grid](*first, num_warps=1, launch_pdl=self.early, **OPTIONS)
-            options = {"num_warps": self.warps, "launch_pdl": self.overlap, "maxnreg": REGISTERS, **OPTIONS}
+            options = {"num_warps": self.warps, "launch_pdl": self.overlap, "maxnreg": self.registers, **OPTIONS}
             decoded = _decode[self.decode_grid](*second, **options)
             self.launches = Program(made), Program(decoded)
             self.prepare_native(x.stride(0), bias, experts)
