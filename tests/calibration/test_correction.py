@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from stacked_layers import Stack
 from tiny_experts import tiny_moe
 from tiny_models import save_tiny, tiny_model, tokens
 from torch import nn
@@ -117,24 +118,9 @@ class Repeating(nn.Module):
         return hidden + self.behind(self.twice(hidden.cos()))
 
 
-class Repeats(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(96, 8)
-        self.layers = nn.ModuleList(Repeating() for _ in range(2))
-        self.config = type("Config", (), {"is_encoder_decoder": False})()
-
-    def forward(self, input_ids):
-        hidden = self.embed(input_ids)
-        for layer in self.layers:
-            hidden = layer(hidden)
-        return hidden
-
-
 def test_a_linear_that_runs_twice_counts_with_both_runs_and_is_not_corrected():
     """The run of the layer ended where it ran first: the matrix knew nothing of the second."""
-    model, batches = Repeats(), token_batches(tokens(6, 8), 2)
+    model, batches = Stack(Repeating, 2), token_batches(tokens(6, 8), 2)
     first = model.layers[0]
     steps = find_steps(first, dict(first.named_children()), lambda: first(torch.randn(2, 4, 8)))
     assert steps == [Step(["before"]), Step(["twice"], repeats=True), Step(["behind"])]
