@@ -25,8 +25,8 @@ import torch
 
 from .ahead_plan import Following, Key, Pace, Plan
 from .calls import calling
-from .correction import LAYER_INPUT, Read, Reading, Step
 from .ranks import Ranks
+from .reading import LAYER_INPUT, Read, Reading, Step
 from .sending import Arrival, spread
 from .workers import in_order
 

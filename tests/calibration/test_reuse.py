@@ -14,7 +14,7 @@ from torch import nn
 
 from optimum_arb import ARBConfig, quantize_checkpoint
 from optimum_arb.calibration import CalibrationWalk, reuse, steps, token_batches
-from optimum_arb.calibration.correction import LAYER_INPUT, Step
+from optimum_arb.calibration.reading import LAYER_INPUT, Step
 from optimum_arb.calibration.reuse import KEPT_HIDDEN, LARGEST, Outputs, Reuse, Settled, worth_keeping
 from optimum_arb.conversion import binarize_linear
 from optimum_arb.modules import select_modules
