@@ -58,12 +58,12 @@ PHASES = {
     "moving": ["torch.nn.modules.module:Module.to"],  # a layer to the device and back
     "recording": ["calibration.chain:ChainWalk._record"],
     "propagate": ["calibration.chain:ChainWalk._turn"],  # a layer's time that no other phase takes
-    "summing ranks": ["calibration.distributed:Ranks.sum_statistics"],
+    "summing ranks": ["calibration.fitting:sum_statistics"],
     "fit": ["calibration.fitting:Fitting.binarize"],
     "dividing": ["calibration.division:Division.work"],  # what several processes make for each other's fits
     "ahead": ["calibration.ahead:Ahead.run"],  # the float model's next layer, by processes that wait for a fit
     "handing over": ["calibration.ahead:Ahead.hand_over", "calibration.ahead:Ahead.collect"],
-    "waiting for ranks": ["calibration.distributed:Ranks.exchange"],
+    "waiting for ranks": ["calibration.ranks:Ranks.exchange"],
     "writing": ["checkpoint.streamed:StreamedWeights._write", "checkpoint.streamed:StreamedWeights.finish_all"],
     "hashing the float files": ["loading.run_record:model_facts"],  # what was not hashed along the walk
     "assembling": ["checkpoint.finished:assemble"],

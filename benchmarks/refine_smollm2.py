@@ -31,8 +31,9 @@ from walked import binarizer, make_dense
 
 from optimum_arb import ARBConfig
 from optimum_arb.calibration import CalibrationWalk, token_batches
-from optimum_arb.calibration.refine import Refinement, RefineSettings, refine_layer
+from optimum_arb.calibration.refine import refine_layer
 from optimum_arb.calibration.refine_model import refine_model
+from optimum_arb.calibration.tuning import Refinement, RefineSettings
 from optimum_arb.calibration.turn import LayerTurn
 from optimum_arb.data import bundled_text
 from optimum_arb.evaluate import perplexity

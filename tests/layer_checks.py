@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import torch
 from packed_weights import relative_error
 from torch import nn
@@ -13,6 +16,14 @@ def dense(module: ARBLinear, x: torch.Tensor) -> torch.Tensor:
     """What the layer must put out, in float64, from its dequantized weight."""
     bias = None if module.bias is None else module.bias.double()
     return nn.functional.linear(x.double(), module.dequantize(torch.float64), bias)
+
+
+def copies(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A deep copy, and one that was saved and loaded."""
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return copy.deepcopy(module), torch.load(buffer, weights_only=False)
 
 
 def gradient_reaches_input_and_bias_alone(module: ARBLinear, tolerance: float) -> None:

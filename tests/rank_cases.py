@@ -17,7 +17,8 @@ import torch
 from ranks import check, run_ranks
 
 from optimum_arb import model_report
-from optimum_arb.calibration.distributed import OtherRankFailed, distributed
+from optimum_arb.calibration.distributed import distributed
+from optimum_arb.calibration.ranks import OtherRankFailed
 
 Patch = pytest.MonkeyPatch
 

@@ -9,7 +9,7 @@ that has the batch. The same operations get the same numbers: no bit of the resu
     a linear is fitted               they run the next layer: `Made` of each batch
     the rank that has the batch  <-  `Made`
 
-An error of a rank reaches the others where they meet next, as everywhere (`distributed`). Too little memory on a GPU is
+An error of a rank reaches the others where they meet next, as everywhere (`ranks`). Too little memory on a GPU is
 none: what was to be run ahead is dropped, and the rank that has the batch runs it in its turn.
 """
 
@@ -25,8 +25,8 @@ import torch
 
 from .ahead_plan import Following, Key, Pace, Plan
 from .calls import calling
-from .correction import LAYER_INPUT, Read, Reading, Step
-from .distributed import Ranks
+from .ranks import Ranks
+from .reading import LAYER_INPUT, Read, Reading, Step
 from .sending import Arrival, spread
 from .workers import in_order
 

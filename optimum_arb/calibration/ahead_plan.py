@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_flatten
 from ..experts.matrices import is_experts
 from ..modules import linear_shape
 from .calls import Call
-from .correction import LAYER_INPUT, Step
-from .distributed import Ranks
 from .memory import free_on
+from .ranks import Ranks
+from .reading import LAYER_INPUT, Step
 
 # Bytes that a rank may hold of the next layer, by the kind of device, and no more than a third of what is free; none on
 # others. Of 128 x 2048 tokens the one of two ranks that waits holds 16.5 GB of a 7B and 36.5 of a 70B, the other one

@@ -15,11 +15,11 @@ from .activations import INPUTS, Activations, EveryOther
 from .ahead import Ahead
 from .ahead_plan import Following
 from .calls import Call, layer_runs
-from .distributed import Ranks
 from .experts import LayerStatistics, Taken
 from .fitting import Fitting
 from .layers import Layers
 from .progress import Progress
+from .ranks import Ranks
 from .runs import ModelRuns
 from .steps import Steps
 from .to_device import ToDevice

@@ -25,8 +25,8 @@ from ..algorithms.shared_work import Part, SharedWork
 from ..config import ARBConfig
 from ..modules import linear_weight
 from .correction import Corrections
-from .distributed import Ranks
 from .experts import LayerStatistics
+from .ranks import Ranks
 from .sending import Arrival, spread
 from .workers import in_order
 

@@ -21,11 +21,12 @@ from ..experts.matrices import is_experts
 from ..modules import linear_shape, linear_weight
 from ..nn import ARBExperts, ARBLinear
 from .ahead import Ahead
-from .distributed import Ranks
 from .division import Division
 from .experts import LayerStatistics, RoutedInputs
+from .gathering import sum_statistics
 from .memory import give_back_memory
 from .progress import Progress
+from .ranks import Ranks
 from .sending import share_modules
 from .workers import in_order, one_thread
 
@@ -100,7 +101,7 @@ class Fitting:
         shapes = {name: linear_shape(self.model.get_submodule(name)) for name in owners}
         division = Division(self._ranks, self._device, self._choices, owners, shapes)
         if statistics is not None:
-            self._ranks.sum_statistics(statistics, owners, division.needing, division.correcting)
+            sum_statistics(self._ranks, statistics, owners, division.needing, division.correcting)
         self._give_back()
         done: dict[str, nn.Module] = {}
         sources: dict[str, nn.Module] = {}

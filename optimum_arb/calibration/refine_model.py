@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from .calls import hidden_states, like, replaced_forwards
 from .layers import Layers
-from .refine import Refinement, RefineSettings, computing_in_float32, split_batches, swapped, tune
+from .tuning import Refinement, RefineSettings, computing_in_float32, split_batches, swapped, tune
 
 
 def refine_model(

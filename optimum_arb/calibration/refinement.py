@@ -16,8 +16,9 @@ from ..config import ARBConfig
 from ..conversion import Record
 from ..nn import ARBLinear
 from .layers import find_layers
-from .refine import Refinement, RefineSettings, float_weight, refine_layer, split_batches
+from .refine import float_weight, refine_layer
 from .refine_model import logits, refine_model
+from .tuning import Refinement, RefineSettings, split_batches
 from .turn import LayerTurn
 from .walk import CalibrationWalk
 

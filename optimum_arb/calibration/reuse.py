@@ -23,8 +23,8 @@ from torch import nn
 
 from .activations import Activations, CopiedAhead, OnDevice
 from .calls import like, replaced_forwards
-from .correction import Step
 from .memory import free_on
+from .reading import Step
 
 # What is kept of a layer takes at most this many times the memory of the hidden states. Attention's output is one of
 # them; the input of `o_proj` is larger where there are more heads than hidden features (1.6 times in Qwen3-4B).

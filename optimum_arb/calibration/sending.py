@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .distributed import Ranks
+from .ranks import Ranks
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -88,7 +88,7 @@ class Statistic:
     The product of each batch has sums in float32 (of inputs in 16 bits, which are not widened on a GPU, the products
     themselves are exact), and their sum is of float64, which is exact while no batch's part of an entry
     is below 2^-29 of the sum. So, rounded to float32, it does not depend on the order of the batches: several processes
-    that sum some each come to what one comes to (`calibration/distributed.py`).
+    that sum some each come to what one comes to (`calibration/gathering.py`).
 
     Attributes:
         tokens: how many inputs were summed.

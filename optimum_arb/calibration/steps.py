@@ -13,10 +13,11 @@ from .activations import Activations, CopiedAhead, EveryOther
 from .ahead import Ahead
 from .ahead_plan import Following, Pace, make_plan
 from .calls import Call, layer_runs
-from .correction import LAYER_INPUT, Corrections, Read, Reading, Step, find_steps, sharing_weights
-from .distributed import Ranks
+from .correction import Corrections
 from .experts import LayerStatistics, Taken
 from .fitting import Fitting
+from .ranks import Ranks
+from .reading import LAYER_INPUT, Read, Reading, Step, find_steps, sharing_weights
 from .reuse import Outputs, Reuse, Settled, worth_keeping
 from .statistics import Panel
 from .workers import in_order

@@ -13,11 +13,11 @@ from ..config import ARBConfig
 from .activations import Activations
 from .calls import Stop
 from .chain import ChainWalk
-from .distributed import Ranks
 from .experts import LayerStatistics, Taken
 from .fitting import Binarize, BinarizeExperts, Fitting, Measure
 from .layers import Layers, find_layers, no_one_chain
 from .progress import Progress
+from .ranks import Ranks
 from .runs import ModelRuns
 from .turn import AfterLayer
 from .weights import OUTSIDE, LayerWeights

@@ -15,8 +15,9 @@ import transformers
 from torch import nn
 
 from ..algorithms.hessian import prepare_hessian
-from ..calibration.correction import Corrections, Step
+from ..calibration.correction import Corrections
 from ..calibration.data import TOKENS_PER_BATCH
+from ..calibration.reading import Step
 from ..calibration.reuse import LARGEST
 from ..calibration.statistics import InputStatistics
 from ..config import ARBConfig

@@ -15,7 +15,7 @@ from .method_options import add_method_arguments, build_config
 from .printing import fields, ratio, size, table
 
 if TYPE_CHECKING:
-    from ..calibration.distributed import Ranks
+    from ..calibration.ranks import Ranks
     from ..report import ModelReport
 
 # Errors of a module -> the heads of their columns.

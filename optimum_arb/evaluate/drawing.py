@@ -45,7 +45,7 @@ PAGE = Colors("#010101", "#010102", "#010103", tuple(f"#0102{index:02x}" for ind
 WIDTH = 5.0
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
     """matplotlib's drawing functions, for files alone.
 
     Raises:
@@ -67,11 +67,11 @@ def check_matplotlib() -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    _pyplot()
+    load_pyplot()
 
 
 def new_axes(height: float, colors: Colors, width: float = WIDTH, panels: int = 1) -> tuple[Any, Any]:
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(1, panels, figsize=(width, height), layout="constrained", squeeze=False)
     figure.patch.set_alpha(0)
     for one in axes[0]:
@@ -134,7 +134,7 @@ def save_plain(figure: Any, path: str | os.PathLike[str]) -> None:
         with whole(path) as unfinished:
             figure.savefig(unfinished, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
     finally:
-        _pyplot().close(figure)
+        load_pyplot().close(figure)
 
 
 def inline_svg(figure: Any, name: str, description: str) -> str:
@@ -150,7 +150,7 @@ def inline_svg(figure: Any, name: str, description: str) -> str:
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    _pyplot().close(figure)
+    load_pyplot().close(figure)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -12,7 +12,7 @@ from typing import Any
 from ..layer_warnings import layer_warnings
 from ..output_files import check_writable, whole
 from ..report import ModuleReport
-from .drawing import save_plain
+from .drawing import load_pyplot, save_plain
 from .figures import layer_figure
 
 FORMATS = ("png", "svg")
@@ -71,12 +71,7 @@ def plot_comparison(rows: dict[str, dict[str, Any]], out: str | os.PathLike[str]
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError("The plot needs matplotlib: pip install 'optimum-arb[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = load_pyplot()
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     points = {

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..algorithms import binarize, squared_errors
-from ..calibration.distributed import Ranks
 from ..calibration.experts import ROWS, LayerStatistics, RoutedInputs
+from ..calibration.ranks import Ranks
 from ..config import ARBConfig
 from ..conversion import Record, linear_output_error
 from ..format.packing import BinarizedWeight, block_count, pack, unpack

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from ..budget.trials import divide_budget
 from ..calibration import CalibrationWalk
 from ..calibration.data import calibration_batch_size, calibration_record, split_batches
-from ..calibration.distributed import Ranks, current_ranks, model_fingerprint
+from ..calibration.distributed import current_ranks, model_fingerprint
 from ..calibration.experts import LayerStatistics, RoutedInputs
+from ..calibration.ranks import Ranks
 from ..calibration.refinement import Refiner
 from ..config import ARBConfig
 from ..config.choices import AUTO

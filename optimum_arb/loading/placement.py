@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..calibration.distributed import Ranks, local_device
+from ..calibration.distributed import local_device
+from ..calibration.ranks import Ranks
 
 
 def check_no_disk(device_map: Any) -> None:

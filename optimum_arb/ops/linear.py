@@ -137,21 +137,8 @@ def plan(
 
 
 @torch.library.impl("optimum_arb::linear", "CompositeExplicitAutograd")
-def _linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    row_scale: torch.Tensor,
-    col_scale: torch.Tensor | None,
-    permutation: torch.Tensor | None,
-    salient_columns: torch.Tensor | None,
-    salient_weight: torch.Tensor | None,
-    salient_col_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    layout: str,
-    block_size: int,
-    backend: str,
-) -> torch.Tensor:
-    tensors = (weight, row_scale, col_scale, permutation, salient_columns, salient_weight, salient_col_scale)
+def _linear(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    *tensors, bias, layout, block_size, backend = rest
     # `.data`: backends reshape their result at the end, and autograd lets nobody write in place into a view that an
     # operator returned (PEFT adds its adapters so where a batch mixes several)
     return linear_without_grad(x, tensors, bias, layout_from_name(layout), block_size, backend).data
@@ -163,32 +150,9 @@ def _linear_fake(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Ten
 
 
 @torch.library.impl("optimum_arb::linear_input_grad", "CompositeExplicitAutograd")
-def _input_grad(
-    grad: torch.Tensor,
-    weight: torch.Tensor,
-    row_scale: torch.Tensor,
-    col_scale: torch.Tensor | None,
-    permutation: torch.Tensor | None,
-    salient_columns: torch.Tensor | None,
-    salient_weight: torch.Tensor | None,
-    salient_col_scale: torch.Tensor | None,
-    layout: str,
-    block_size: int,
-    in_features: int,
-    backend: str,
-) -> torch.Tensor:
-    packed = PackedWeight(
-        layout_from_name(layout),
-        block_size,
-        in_features,
-        weight,
-        row_scale,
-        col_scale,
-        permutation,
-        salient_columns,
-        salient_weight,
-        salient_col_scale,
-    )
+def _input_grad(grad: torch.Tensor, *rest: Any) -> torch.Tensor:
+    *tensors, layout, block_size, in_features, backend = rest
+    packed = PackedWeight(layout_from_name(layout), block_size, in_features, *tensors)
     return _backend(backend, grad.device).input_grad(grad, packed)
 
 

@@ -67,15 +67,24 @@ def test_eight_bits_lose_nothing(weight, hessian, planes, block_size):
     assert stored[1] < stored[0]
 
 
-@pytest.mark.parametrize("planes", [1, 2])
-@pytest.mark.parametrize(("size", "activation"), [(1e-2, 1e3), (1e-2, 1e4), (1e-3, 1e4)])
-def test_small_weights_of_massive_inputs_are_not_rounded_to_nothing(planes, size, activation):
-    """They carry as much of the outputs as all others, and their column scale is far below those."""
+# factors of a column of the weight, and of its inputs
+MASSIVE = [(1e-2, 1e3), (1e-2, 1e4), (1e-3, 1e4)]
+
+
+def with_massive_inputs(size: float, activation: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight `[64, 256]` and its calibration matrix."""
     generator = torch.Generator().manual_seed(0)
     weight, inputs = torch.randn(64, 256, generator=generator), torch.randn(1000, 256, generator=generator)
     weight[:, 7] *= size
     inputs[:, 7] *= activation
-    hessian = inputs.T @ inputs
+    return weight, inputs.T @ inputs
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize(("size", "activation"), MASSIVE)
+def test_small_weights_of_massive_inputs_are_not_rounded_to_nothing(planes, size, activation):
+    """They carry as much of the outputs as all others, and their column scale is far below those."""
+    weight, hessian = with_massive_inputs(size, activation)
     errors = []
     for bits in (16, 8):
         config = ARBConfig(planes=planes, scale_bits=bits)
@@ -85,13 +94,9 @@ def test_small_weights_of_massive_inputs_are_not_rounded_to_nothing(planes, size
 
 
 @pytest.mark.parametrize("unit", [1.0, 0.01])
-@pytest.mark.parametrize(("size", "activation"), [(1e-2, 1e3), (1e-2, 1e4), (1e-3, 1e4)])
+@pytest.mark.parametrize(("size", "activation"), MASSIVE)
 def test_nor_are_they_in_a_product_of_sign_matrices(unit, size, activation):
-    generator = torch.Generator().manual_seed(0)
-    weight, inputs = torch.randn(64, 256, generator=generator), torch.randn(1000, 256, generator=generator)
-    weight[:, 7] *= size
-    inputs[:, 7] *= activation
-    hessian = inputs.T @ inputs
+    weight, hessian = with_massive_inputs(size, activation)
     errors = []
     for bits in (16, 8):
         config = ARBConfig(method="arb-dbf", rank=48, num_iterations=20, scale_bits=bits)

@@ -18,7 +18,8 @@ from optimum_arb.algorithms.cuda_graph import Replayed
 from optimum_arb.algorithms.partition import large_weights, salient_columns
 from optimum_arb.algorithms.shared_work import SharedWork, sharing
 from optimum_arb.calibration.activations import INPUTS, Activations, CopiedAhead
-from optimum_arb.calibration.correction import Corrections, Read, Step
+from optimum_arb.calibration.correction import Corrections
+from optimum_arb.calibration.reading import Read, Step
 from optimum_arb.calibration.statistics import Statistic, add_product
 from optimum_arb.calibration.workers import in_order
 

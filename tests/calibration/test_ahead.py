@@ -22,7 +22,8 @@ from optimum_arb.calibration import ahead_plan, division
 from optimum_arb.calibration.ahead import Ahead
 from optimum_arb.calibration.ahead_plan import Pace, _Offer, in_time
 from optimum_arb.calibration.ahead_plan import divided as divided_by
-from optimum_arb.calibration.distributed import OtherRankFailed, distributed
+from optimum_arb.calibration.distributed import distributed
+from optimum_arb.calibration.ranks import OtherRankFailed
 
 LLAMA, MIXTRAL, DEEPSEEK = "LlamaForCausalLM", "MixtralForCausalLM", "DeepseekV3ForCausalLM"
 SAMPLES = 7  # batches; two ranks have 4 and 3

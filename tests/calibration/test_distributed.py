@@ -18,7 +18,8 @@ from tiny_models import save_tiny, text, tokens
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from optimum_arb import ARBConfig, model_report
-from optimum_arb.calibration.distributed import OtherRankFailed, current_ranks, distributed
+from optimum_arb.calibration.distributed import current_ranks, distributed
+from optimum_arb.calibration.ranks import OtherRankFailed
 
 # name -> (family, ARBConfig); 8 sequences
 CASES = {
@@ -79,7 +80,7 @@ def worker(folder: str) -> None:
 
 def fail(path: Path, failure: str, rank: int) -> None:
     """Binarizes a model, and the second rank fails on the way, or differs."""
-    from optimum_arb.calibration import distributed as of_ranks
+    from optimum_arb.calibration import gathering
     from optimum_arb.loading import calibrated
 
     with distributed(), pytest.MonkeyPatch.context() as patch:
@@ -109,7 +110,7 @@ def fail(path: Path, failure: str, rank: int) -> None:
             if failure == "inputs":
                 path = path.parents[1] / "experts" / "float"
             if rank:
-                patch.setattr(of_ranks, *(("Statistic", no_memory) if failure == "sum" else ("_empty", no_memory)))
+                patch.setattr(gathering, *(("Statistic", no_memory) if failure == "sum" else ("_empty", no_memory)))
         elif failure == "seed":
             choices["seed"] = rank
         elif failure == "tokens":

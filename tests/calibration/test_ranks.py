@@ -7,12 +7,8 @@ import torch
 from tiny_models import tiny_model
 from torch import nn
 
-from optimum_arb.calibration.distributed import (
-    Ranks,
-    distributed,
-    local_device,
-    model_fingerprint,
-)
+from optimum_arb.calibration.distributed import distributed, local_device, model_fingerprint
+from optimum_arb.calibration.ranks import Ranks
 from optimum_arb.calibration.statistics import Statistic
 
 

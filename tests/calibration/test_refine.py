@@ -9,14 +9,9 @@ import torch
 from tiny_models import tiny_model, tokens
 
 from optimum_arb import ARBConfig, ARBLinear
-from optimum_arb.calibration import CalibrationWalk, refine, token_batches
-from optimum_arb.calibration.refine import (
-    Objective,
-    RefineSettings,
-    computing_in_float32,
-    refine_layer,
-    split_batches,
-)
+from optimum_arb.calibration import CalibrationWalk, token_batches, tuning
+from optimum_arb.calibration.refine import Objective, refine_layer
+from optimum_arb.calibration.tuning import RefineSettings, split_batches
 from optimum_arb.conversion import binarize_linear
 from optimum_arb.experts.conversion import binarize_experts
 from optimum_arb.modules import select_modules
@@ -143,9 +138,9 @@ def test_steps_are_relative_to_what_they_change():
 def test_rates_fall_where_the_usual_ones_spoil_it(monkeypatch):
     """A rate that gains nothing at first, and that may fall until it does: in seven draws to 0.7 to 4.1 % less."""
     settings = RefineSettings(steps=60, evaluations=30, patience=2, learning_rate=0.3, sign_learning_rate=0.0)
-    monkeypatch.setattr(refine, "LEAST_RATE", 1e-3)
+    monkeypatch.setattr(tuning, "LEAST_RATE", 1e-3)
     mended = refined(settings=settings, samples=32)[1]["model.layers.0"]
-    monkeypatch.setattr(refine, "LEAST_RATE", 1.0)
+    monkeypatch.setattr(tuning, "LEAST_RATE", 1.0)
     given_up = refined(settings=settings, samples=32)[1]["model.layers.0"]
     assert mended.after < given_up.after == given_up.before == mended.before
     assert given_up.steps < mended.steps
@@ -200,22 +195,6 @@ def test_bfloat16_layers_are_tuned_in_float32_and_stored_in_bfloat16():
     assert norm.dtype == torch.bfloat16
     assert not norm.equal(tiny_model("LlamaForCausalLM").to(torch.bfloat16).model.layers[0].input_layernorm.weight)
     assert model.model.layers[0].self_attn.q_proj.weight_row_scale.dtype == torch.float16
-
-
-def test_float32_inside_and_the_own_dtypes_behind_even_after_an_error():
-    layer = torch.nn.Sequential(torch.nn.Linear(4, 4, dtype=torch.bfloat16), torch.nn.LayerNorm(4))
-    weight = layer[0].weight.detach().clone()
-
-    def fail():
-        with computing_in_float32(layer) as stored:
-            assert all(p.dtype == torch.float32 for p in layer.parameters())
-            assert set(stored.values()) == {torch.bfloat16}
-            raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"):
-        fail()
-    assert layer[0].weight.dtype == torch.bfloat16
-    assert layer[0].weight.equal(weight)
 
 
 def test_outputs_that_are_not_finite_are_named():
@@ -288,13 +267,6 @@ def test_models_of_another_form_are_refused():
     walk = CalibrationWalk(model, names, lambda *given: pytest.fail("binarized"), [tokens(2)], follow_float=True)
     with pytest.raises(ValueError, match="T5ForConditionalGeneration cannot be refined"):
         walk.run()
-
-
-def test_a_part_of_the_batches_is_held_out():
-    assert split_batches(16, 0.125) == ([b for b in range(16) if b not in (4, 12)], [4, 12])
-    assert split_batches(2, 0.01) == ([0], [1])
-    with pytest.raises(ValueError, match="at least two calibration batches"):
-        split_batches(1, 0.125)
 
 
 def test_the_objective_by_its_definition():

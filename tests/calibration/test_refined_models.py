@@ -15,8 +15,8 @@ from optimum_arb import ARBConfig, ARBLinear, quantize_checkpoint
 from optimum_arb.algorithms import output_error
 from optimum_arb.calibration import CalibrationWalk, token_batches
 from optimum_arb.calibration.progress import Progress
-from optimum_arb.calibration.refine import RefineSettings, split_batches
 from optimum_arb.calibration.refine_model import divergence, refine_model
+from optimum_arb.calibration.tuning import RefineSettings, split_batches
 from optimum_arb.conversion import binarize_linear
 from optimum_arb.modules import select_modules
 

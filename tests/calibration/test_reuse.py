@@ -7,13 +7,14 @@ from collections import Counter
 
 import pytest
 import torch
+from stacked_layers import Stack
 from tiny_experts import tiny_moe
 from tiny_models import save_tiny, tiny_model, tokens
 from torch import nn
 
 from optimum_arb import ARBConfig, quantize_checkpoint
 from optimum_arb.calibration import CalibrationWalk, reuse, steps, token_batches
-from optimum_arb.calibration.correction import LAYER_INPUT, Step
+from optimum_arb.calibration.reading import LAYER_INPUT, Step
 from optimum_arb.calibration.reuse import KEPT_HIDDEN, LARGEST, Outputs, Reuse, Settled, worth_keeping
 from optimum_arb.conversion import binarize_linear
 from optimum_arb.modules import select_modules
@@ -144,26 +145,11 @@ class Sometimes(nn.Module):
         return hidden_states + self.behind(hidden_states)
 
 
-class SomeModel(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(96, 8)
-        self.layers = nn.ModuleList([Sometimes(), Sometimes()])
-        self.config = type("Config", (), {"is_encoder_decoder": False})()
-
-    def forward(self, input_ids):
-        hidden_states = self.embed(input_ids)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states)
-        return hidden_states
-
-
 def test_submodules_that_only_some_batches_reach(monkeypatch):
     batches = token_batches(tokens(16, 6), 1)
 
     def model():
-        torch.manual_seed(0)
-        made = SomeModel()
+        made = Stack(Sometimes, 2)
         with torch.no_grad():
             # every other token, that of the first batch among them, leads to the branch
             made.embed.weight[:, 0] = torch.where((torch.arange(96) - batches[0][0, 0]) % 2 == 0, 20.0, -20.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from optimum_arb.calibration.distributed import Ranks
+from optimum_arb.calibration.ranks import Ranks
 from optimum_arb.calibration.sending import _apart, _together, share_modules
 
 

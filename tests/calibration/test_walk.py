@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stacked_layers import Stack
 from tiny_experts import tiny_moe
 from tiny_models import CAUSAL, ENCODERS, tiny_model, tokens
 from torch import nn
@@ -140,23 +141,6 @@ def test_layers_that_run_twice(monkeypatch):
     model.layers[0] = wrapped
     found = gather(model, [tokens(2, 6)], ["layers.0.0"])
     assert found["layers.0.0"][1] == 24
-
-
-class Stack(nn.Module):
-    """A model of such layers, and no more."""
-
-    def __init__(self, layer, count=3):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(96, 8)
-        self.layers = nn.ModuleList(layer() for _ in range(count))
-        self.config = type("Config", (), {"is_encoder_decoder": False})()
-
-    def forward(self, input_ids):
-        hidden = self.embed(input_ids)
-        for layer in self.layers:
-            hidden = layer(hidden)
-        return hidden
 
 
 class Plain(nn.Module):

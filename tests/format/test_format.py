@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from packed_weights import random_factorized
+from packed_weights import random_binarized, random_factorized
 
 from optimum_arb.format.factors import pack_factors, unpack_factors
 from optimum_arb.format.layout import bitmap_layout, planes_layout
-from optimum_arb.format.packing import BinarizedWeight, block_count, pack, unpack
+from optimum_arb.format.packing import block_count, pack, unpack
 
 
 def read_signs(packed: np.ndarray, planes: int, columns: int, tile: int) -> np.ndarray:
@@ -84,31 +84,8 @@ def by_tables(read: Reader, bitmap: str, means: bool) -> tuple[np.ndarray, np.nd
     return rest, salient
 
 
-def random_weight(layout, rows: int, columns: int, block_size: int, permuted: bool, salient: int) -> BinarizedWeight:
-    generator = torch.Generator().manual_seed(0)
-
-    def signs(planes: int, width: int) -> torch.Tensor:
-        return torch.rand(planes, rows, width, generator=generator) < 0.5
-
-    def scales(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) + 3
-
-    chosen = torch.randperm(columns, generator=generator)[:salient].sort().values
-    return BinarizedWeight(
-        layout=layout,
-        block_size=block_size,
-        signs=signs(layout.planes, columns),
-        row_scale=scales(rows, block_count(columns, block_size), layout.row_scales),
-        col_scale=scales(layout.col_scales, columns) if layout.col_scales else None,
-        permutation=torch.randperm(columns, generator=generator) if permuted else None,
-        salient_columns=chosen if layout.salient else None,
-        salient_signs=signs(layout.salient_planes, salient) if layout.salient_planes else None,
-        salient_col_scale=scales(layout.salient_col_scales, salient) if layout.salient_col_scales else None,
-    )
-
-
 def check(layout, columns: int, block_size: int, weight_of, salient: int = 0, permuted: bool = False) -> None:
-    packed = pack(random_weight(layout, 5, columns, block_size, permuted, salient))
+    packed = pack(random_binarized(layout, 5, columns, block_size, permuted, salient))
     expected = unpack(packed, layout, columns, block_size).dequantize(torch.float64).numpy()
     tensors = {name: tensor.numpy() for name, tensor in packed.items()}
     stored = weight_of(Reader(tensors, columns, block_size, layout.planes, layout.row_scales))
@@ -174,7 +151,7 @@ def read_codes(tensors: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]
 @pytest.mark.parametrize("planes", [1, 2])
 def test_scales_in_8_bits(planes, columns, block_size):
     layout = planes_layout(planes, col_scale=True)
-    weight = random_weight(layout, 5, columns, block_size, False, 0)
+    weight = random_binarized(layout, 5, columns, block_size, False, 0)
     weight.row_scale[2] = 0
     packed = pack(weight, 8)
     expected = unpack(packed, layout, columns, block_size).dequantize(torch.float64).numpy()
@@ -201,7 +178,7 @@ def test_scales_in_8_bits_of_products():
 @pytest.mark.parametrize("permuted", [False, True])
 def test_hadamard_transforms(columns, block, permuted):
     layout = planes_layout(2, col_scale=True)
-    weight = random_weight(layout, 5, columns, 64, permuted, 0)
+    weight = random_binarized(layout, 5, columns, 64, permuted, 0)
     weight.hadamard = block
     weight.input_signs = torch.rand(columns, generator=torch.Generator().manual_seed(1)) < 0.5
     packed = pack(weight)

@@ -155,6 +155,17 @@ class Handler(BaseHTTPRequestHandler):
             return None
         return found
 
+    def found(self, name: str, revision: str) -> tuple[Repository, str] | None:
+        """A repository that this account may see, and the commit of a revision; otherwise answers."""
+        repository = self.repository(name)
+        if repository is None:
+            return None
+        commit = repository.resolve(revision)
+        if commit is None:
+            self.answer(404, {"error": "Revision not found"}, {"X-Error-Code": "RevisionNotFound"})
+            return None
+        return repository, commit
+
     # Accounts and repositories
 
     def whoami(self) -> None:
@@ -186,25 +197,19 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(409 if known else 200, {"error": "exists"} if known else {})
 
     def info(self, name: str, revision: str | None = None) -> None:
-        repository = self.repository(name)
-        if repository is None:
+        found = self.found(name, revision or "main")
+        if found is None:
             return
-        commit = repository.resolve(revision or "main")
-        if commit is None:
-            self.answer(404, {"error": "Revision not found"}, {"X-Error-Code": "RevisionNotFound"})
-            return
+        repository, commit = found
         siblings = [{"rfilename": path} for path in sorted(repository.commits[commit])]
         content = {"id": name, "modelId": name, "sha": commit, "private": repository.private, "siblings": siblings}
         self.answer(200, {**content, "tags": [], "disabled": False, "gated": False, "downloads": 0, "likes": 0})
 
     def tree(self, name: str, revision: str) -> None:
-        repository = self.repository(name)
-        if repository is None:
+        found = self.found(name, revision)
+        if found is None:
             return
-        commit = repository.resolve(revision)
-        if commit is None:
-            self.answer(404, {"error": "Revision not found"}, {"X-Error-Code": "RevisionNotFound"})
-            return
+        repository, commit = found
         self.answer(200, [describe(path, content) for path, content in sorted(repository.commits[commit].items())])
 
     # Uploads
@@ -258,13 +263,10 @@ class Handler(BaseHTTPRequestHandler):
     # Downloads
 
     def resolve(self, name: str, revision: str, path: str) -> None:
-        repository = self.repository(name)
-        if repository is None:
+        found = self.found(name, revision)
+        if found is None:
             return
-        commit = repository.resolve(revision)
-        if commit is None:
-            self.answer(404, {"error": "Revision not found"}, {"X-Error-Code": "RevisionNotFound"})
-            return
+        repository, commit = found
         headers = {"X-Repo-Commit": commit}
         content = repository.commits[commit].get(path)
         if content is None:

@@ -1,11 +1,8 @@
 """`ARBLinear` as a module."""
 
-import copy
-import io
-
 import pytest
 import torch
-from layer_checks import compiles_as_one_graph, dense, gradient_reaches_input_and_bias_alone
+from layer_checks import compiles_as_one_graph, copies, dense, gradient_reaches_input_and_bias_alone
 from packed_weights import random_binarized, relative_error
 from torch import nn
 
@@ -63,10 +60,7 @@ def test_copies(backend):
     module = layer(backend=backend)
     x = torch.randn(3, 300)
     expected = module(x)
-    buffer = io.BytesIO()
-    torch.save(module, buffer)
-    buffer.seek(0)
-    for copied in (copy.deepcopy(module), torch.load(buffer, weights_only=False)):
+    for copied in copies(module):
         assert copied.__dict__["_dequantized"] is None
         assert torch.equal(copied(x), expected)
         copied.weight.data.bitwise_not_()

@@ -2,12 +2,12 @@
 
 import copy
 import gc
-import io
 import weakref
 
 import pytest
 import torch
-from layer_checks import compiles_as_one_graph, dense, gradient_reaches_input_and_bias_alone
+from attention_layers import Attention
+from layer_checks import compiles_as_one_graph, copies, dense, gradient_reaches_input_and_bias_alone
 from packed_weights import random_binarized, random_factorized, relative_error
 from torch import nn
 
@@ -115,10 +115,7 @@ def test_copies(backend):
     module = layer(backend=backend)
     x = torch.randn(3, 300)
     expected = module(x)
-    buffer = io.BytesIO()
-    torch.save(module, buffer)
-    buffer.seek(0)
-    for copied in (copy.deepcopy(module), torch.load(buffer, weights_only=False)):
+    for copied in copies(module):
         assert copied.first_product.layer is copied
         assert torch.equal(copied(x), expected)
         copied.weight_inner.data.bitwise_not_()
@@ -163,12 +160,6 @@ def test_changes_are_noticed():
     with torch.no_grad():
         module.weight_inner_row_scale.mul_(2)
     assert relative_error(module(x) - module.bias, 2 * other(x)) < 3e-6
-
-
-class Attention(nn.Module):
-    def __init__(self, found: list[ARBLinear]):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = found
 
 
 def test_inner_products_share_their_input():

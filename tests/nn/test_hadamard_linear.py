@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from attention_layers import Attention
 from layer_checks import compiles_as_one_graph, dense
 from packed_weights import random_binarized, relative_error
-from torch import nn
 
 from optimum_arb.format.hadamard import random_signs
 from optimum_arb.format.layout import planes_layout
@@ -96,15 +96,6 @@ def test_what_is_stored(scale_bits):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_as_one_graph(backend):
     compiles_as_one_graph(layer(backend), 3e-6)
-
-
-class Attention(nn.Module):
-    def __init__(self, found: list[ARBLinear]):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = found
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
 
 
 def test_transformed_once_for_all(monkeypatch):

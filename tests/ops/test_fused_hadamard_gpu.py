@@ -9,9 +9,9 @@ import copy
 
 import pytest
 import torch
+from attention_layers import Attention
 from gpu_layers import DEVICE, NEEDS_KERNELS, TOLERANCE, error, random_input
 from packed_weights import random_binarized
-from torch import nn
 
 from optimum_arb.format.hadamard import random_signs
 from optimum_arb.format.layout import planes_layout
@@ -152,15 +152,6 @@ def module_tokens(module: ARBLinear) -> int:
     """Up to how many tokens the kernels for few of them are used."""
     module.prepare()
     return module._most_tokens
-
-
-class Attention(nn.Module):
-    def __init__(self, layers: list[ARBLinear]):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = layers
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
 
 
 @torch.no_grad()

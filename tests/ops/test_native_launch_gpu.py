@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from attention_layers import Attention
 from packed_weights import random_binarized
 from torch import nn
 
@@ -167,15 +168,6 @@ def test_prompts_of_scaled_inputs(taken, planes, choices):
             assert torch.equal(found(x), expected), f"{m} tokens, call {seed}"
             assert taken[0] - before == 1 or seed == 0, f"{m} tokens, call {seed}: {taken[0] - before} native runs"
             assert torch.equal(found(x[None]), expected[None])
-
-
-class Attention(nn.Module):
-    def __init__(self, layers: list[ARBLinear]):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = layers
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
 
 
 @torch.no_grad()

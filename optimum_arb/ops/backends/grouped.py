@@ -8,17 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ...format.layout import Layout
+from ...format.packing import TENSOR_NAMES
 from .packed import PackedWeight, compute_dtype
-
-_TENSORS = (
-    "weight",
-    "row_scale",
-    "col_scale",
-    "permutation",
-    "salient_columns",
-    "salient_weight",
-    "salient_col_scale",
-)
 
 
 @dataclass(frozen=True)
@@ -59,7 +50,7 @@ class PackedExperts:
     def matrix(self, expert: int, part: int) -> PackedWeight:
         """One part of one expert, as views."""
         tensors = {}
-        for name in _TENSORS:
+        for name in TENSOR_NAMES:
             tensor = getattr(self, name)
             if tensor is not None:
                 rows = tensor.shape[1] // self.parts

@@ -176,18 +176,7 @@ def _salient_bits(weight, rows, index, inside, salient, stride, p, SALIENT_PLANE
 
 @triton.jit
 def decode_tile(
-    weight,
-    row_scale,
-    col_scale,
-    salient_columns,
-    salient_weight,
-    salient_col_scale,
-    K,
-    weight_stride,
-    row_stride,
-    tiles_per_block,
-    salient,
-    salient_stride,
+    packed,
     rows,
     tile,
     TERMS: tl.constexpr,
@@ -203,8 +192,13 @@ def decode_tile(
 ):
     """float32 [rows, TILE]: the weight's rows `rows` (int64, in range) at the columns of tile number `tile`.
 
+    packed: what `arguments` has as tensors and sizes, but for N.
     WHOLE: the tile has all its columns. Otherwise it is the narrow last one; columns past K are finite rubbish.
     """
+    (
+        weight, row_scale, col_scale, salient_columns, salient_weight, salient_col_scale,
+        K, weight_stride, row_stride, tiles_per_block, salient, salient_stride,
+    ) = packed  # fmt: skip
     k = tl.arange(0, TILE)
     width = K - tile * TILE
     b = (width + 7) // 8

@@ -52,21 +52,14 @@ def _dequantize_kernel(
     tile = tl.program_id(0)
     n = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     rows = tl.minimum(n, N - 1)
+    packed = (
+        weight, row_scale, col_scale, salient_columns, salient_weight, salient_col_scale,
+        K, weight_stride, row_stride, tiles_per_block, salient, salient_stride,
+    )  # fmt: skip
     # EVEN: there is no narrow tile, whose branch would take as many registers again
     if EVEN or tile < K // TILE:
         w = decode_tile(
-            weight,
-            row_scale,
-            col_scale,
-            salient_columns,
-            salient_weight,
-            salient_col_scale,
-            K,
-            weight_stride,
-            row_stride,
-            tiles_per_block,
-            salient,
-            salient_stride,
+            packed,
             rows,
             tile,
             TERMS,
@@ -82,18 +75,7 @@ def _dequantize_kernel(
         )
     else:
         w = decode_tile(
-            weight,
-            row_scale,
-            col_scale,
-            salient_columns,
-            salient_weight,
-            salient_col_scale,
-            K,
-            weight_stride,
-            row_stride,
-            tiles_per_block,
-            salient,
-            salient_stride,
+            packed,
             rows,
             tile,
             TERMS,

@@ -74,21 +74,14 @@ def _gemm_kernel(
     share = tl.cdiv(whole, SPLIT_K)
     start = split * share
     stop = tl.minimum(start + share, whole)
+    packed = (
+        weight, row_scale, col_scale, salient_columns, salient_weight, salient_col_scale,
+        K, weight_stride, row_stride, tiles_per_block, salient, salient_stride,
+    )  # fmt: skip
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for tile in range(start, stop):
         w = decode_tile(
-            weight,
-            row_scale,
-            col_scale,
-            salient_columns,
-            salient_weight,
-            salient_col_scale,
-            K,
-            weight_stride,
-            row_stride,
-            tiles_per_block,
-            salient,
-            salient_stride,
+            packed,
             rows,
             tile,
             TERMS,
@@ -109,18 +102,7 @@ def _gemm_kernel(
             sums = tl.dot(w, tl.trans(tokens), sums)
     if (split == SPLIT_K - 1) & (whole * TILE < K):
         w = decode_tile(
-            weight,
-            row_scale,
-            col_scale,
-            salient_columns,
-            salient_weight,
-            salient_col_scale,
-            K,
-            weight_stride,
-            row_stride,
-            tiles_per_block,
-            salient,
-            salient_stride,
+            packed,
             rows,
             whole,
             TERMS,
