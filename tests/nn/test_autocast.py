@@ -152,3 +152,13 @@ def test_experts_with_a_float_matrix(only):
         result = packed(x, index, weights)
     assert result.dtype == torch.float32
     assert relative_error(result, packed.float_module(torch.float32)(x, index, weights)) < 2e-2
+
+
+def test_transforms():
+    """Values that no kernel reads by itself, and tensors without values."""
+    module, x = test_arb_linear.layer(), torch.randn(5, COLUMNS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(torch.func.vmap(module)(x), module(x)) < 1e-2
+        results = torch.func.jvp(module, (x,), (x,))
+        assert [result.dtype for result in results] == [torch.bfloat16] * 2
+        assert module.to("meta")(x.to("meta")).shape == (5, 42)
