@@ -52,4 +52,4 @@ fi
 
 cd "$root"
 "$python" -m pytest -m slow tests/integrations/test_vllm.py "$@"
-"$python" -m pytest tests/format/test_slicing.py
+"$python" -m pytest tests/integrations/test_vllm_experts.py tests/format/test_slicing.py

@@ -4,6 +4,9 @@ transformers' own write a card without content, into a saved directory over the 
 behind, which would be loaded in place of new weights; and know no revision in `save_pretrained`. They are methods of
 `PreTrainedModel`, which asks its quantizer nothing about them. So both are wrapped, for binarized models alone: not on
 each model, whose own bound methods would keep it from being freed as soon as it is not used any more.
+
+And a float model that was made from the configuration of a binarized one (`from_config`, `LlamaForCausalLM(config)`)
+would be saved with its `quantization_config`, and could not be loaded.
 """
 
 from __future__ import annotations
@@ -15,11 +18,14 @@ import logging
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..nn import ARBExperts, ARBLinear
 from ..publish import model_files, publish, staging
 from ..stored.checksums import seal
 from ..stored.report import NAME as REPORT
@@ -50,13 +56,36 @@ def _is_binarized(model: PreTrainedModel) -> bool:
     return getattr(config, "quant_method", None) == "arb" and not getattr(model, "_hf_peft_config_loaded", False)
 
 
+@contextmanager
+def _config_of_float_model(model: PreTrainedModel) -> Iterator[None]:
+    """Takes the `quantization_config` of a binarized model from a float one's configuration, as long as it is saved."""
+    config: Any = model.config
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    # a packed model with adapters, or a part of one, has no quantizer of its own
+    if method != "arb" or any(isinstance(module, (ARBLinear, ARBExperts)) for module in model.modules()):
+        yield
+        return
+    logger.warning(
+        "%s is a float model, made from the configuration of a binarized one: it is saved without that "
+        "quantization_config. from_pretrained(..., quantization_config=ARBConfig(...)) binarizes it.",
+        type(model).__name__,
+    )
+    del config.quantization_config  # the user's own object: put back, other models may be made from it
+    try:
+        yield
+    finally:
+        config.quantization_config = found
+
+
 def _wrap_save_pretrained(original: Any) -> Any:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if not _is_binarized(self):
-            return original(self, *args, **kwargs)
+            with _config_of_float_model(self):
+                return original(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs)
         path = Path(bound.arguments["save_directory"])
         push = bound.arguments.get("push_to_hub", False)

@@ -9,12 +9,13 @@ nothing (Uni-LoRA keeps its scales in the weight's dtype, of packed bits whole n
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from peft.tuners.lora import layer as lora_layer
 from peft.tuners.lora import model as lora_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import other as trainable
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -134,6 +135,34 @@ def check_target(config: Any, target: nn.Module, name: str, parameter: str | Non
     )
 
 
+def check_modules_to_save(model: nn.Module, modules: Iterable[str] | None) -> None:
+    """Whether PEFT can train copies of modules, as far as these are packed.
+
+    Args:
+        model: whose modules they are.
+        modules: ends of their names: `modules_to_save` of a `PeftConfig`.
+
+    Raises:
+        ValueError: one of them is packed, or holds a packed one.
+    """
+    ends = tuple(modules or ())
+    for name, module in model.named_modules():
+        if not name.endswith(ends):
+            continue
+        for inner, child in module.named_modules():
+            # PEFT's own layer has the name that a user knows
+            base = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
+            if isinstance(base, (ARBLinear, ARBExperts)):
+                packed = f"{name}.{inner}" if inner else name
+                raise ValueError(
+                    f"{packed}: modules_to_save={list(ends)} would train a copy of it, and it is binarized: packed "
+                    "bits have no gradient. Take it out of modules_to_save and train adapters on "
+                    "linears (target_modules), keep it in float when the model is binarized "
+                    f"(ARBConfig(modules_to_not_convert=[{packed.rpartition('.')[2]!r}])), or call model.dequantize() "
+                    "first."
+                )
+
+
 def packed_adapters(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
     """The adapter layers of a model whose base layer is packed, with their names."""
     for name, module in model.named_modules():
@@ -142,8 +171,8 @@ def packed_adapters(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
 
 
 def register() -> None:
-    """Makes PEFT use `PackedLoraLinear`, and refuse adapters that read packed bits as a weight and to merge any into
-    them; once is enough."""
+    """Makes PEFT use `PackedLoraLinear`, and refuse adapters that read packed bits as a weight, to merge any into them
+    and to train them; once is enough."""
     plain = lora_model.dispatch_default
     if getattr(plain, "_optimum_arb", False):
         return
@@ -160,7 +189,9 @@ def register() -> None:
     inject = BaseTuner.inject_adapter
 
     @functools.wraps(inject)
-    def inject_adapter(self: BaseTuner, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(self: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # before anything is changed
+        check_modules_to_save(model, getattr(self.peft_config[adapter_name], "modules_to_save", None))
         create: Any = self._create_and_replace  # each kind of adapter has its own
 
         def checked(config: Any, adapter_name: str, target: nn.Module, *more: Any, **named: Any) -> None:
@@ -169,7 +200,7 @@ def register() -> None:
 
         setattr(self, "_create_and_replace", checked)  # noqa: B010 (declared as a method)
         try:
-            inject(self, *args, **kwargs)
+            inject(self, model, adapter_name, *args, **kwargs)
         finally:
             del self._create_and_replace
 
@@ -183,6 +214,15 @@ def register() -> None:
                 f"{name}: an adapter cannot be merged into the packed bits of a binarized layer. {MERGE_REMEDY}"
             )
 
+    set_trainable = trainable._set_trainable
+
+    @functools.wraps(set_trainable)
+    def checked_trainable(model: nn.Module, adapter_name: str, module_names: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("wrapper_cls") in (None, trainable.ModulesToSaveWrapper):
+            check_modules_to_save(model, module_names)  # of prompts to learn, which inject nothing
+        return set_trainable(model, adapter_name, module_names, *args, **kwargs)
+
     lora_model.dispatch_default = dispatch
+    trainable._set_trainable = checked_trainable
     BaseTuner.inject_adapter = inject_adapter  # type: ignore[method-assign]
     BaseTuner._check_merge_allowed = check_merge_allowed  # type: ignore[method-assign]

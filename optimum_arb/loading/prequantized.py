@@ -76,7 +76,11 @@ def expect_stored(
     stored = {names.module(linear.key): linear for linear in packed_linears(headers)}
     stored = {name: linear for name, linear in stored.items() if name not in experts}
     if not stored and not experts:
-        raise ValueError("The quantization_config says that the model is binarized, but no tensor is packed.")
+        raise ValueError(
+            f"The quantization_config says that the model is binarized, but no tensor of {checkpoint_files[0]} is "
+            "packed: these are the weights of a float model, under the configuration of a binarized one. To load them "
+            "as they are, take the quantization_config out of config.json, or out of the config that you pass."
+        )
     every = {*stored, *experts}
     names.check_complete(headers, every, selection)
     check_other_tensors(model, names, headers, every)

@@ -73,10 +73,11 @@ def group_keys(index: int) -> tuple[str, str, str]:
 _waiting: list[tuple[torch.Tensor | None, torch.Tensor, str, dict[int, torch.Tensor]]] = []
 
 
-def compiled_product(layer: ARBLinear, x: torch.Tensor) -> torch.Tensor:
-    """`ARBLinear.forward` in code that is being compiled, for all backends of the operator."""
+def compiled_product(layer: ARBLinear, x: torch.Tensor, join: bool = True) -> torch.Tensor:
+    """`ARBLinear.forward` in code that is being compiled, for all backends of the operator; `join`: together with other
+    layers that are called with this x."""
     backend, place, out = layer.backend, layer._place, None
-    if place is not None and on_gpu(x):
+    if join and place is not None and on_gpu(x):
         out = _joined(layer, *place, backend, x)
     if out is None:
         out = _alone(_product(layer, _known(layer._facts)), backend, x)

@@ -14,6 +14,7 @@ from ..experts.routing import Routed, route, weighted_sum
 from ..format import packing
 from ..format.packing import BinarizedWeight
 from ..ops import grouped_linear
+from ..ops.autocast import autocast_input
 from ..ops.streams import finish
 from .casting import keep_dtype
 
@@ -174,14 +175,14 @@ class ARBExperts(nn.Module):
                 key: self._parameters.get(_parameter_name(name, key)) for key in packing.TENSOR_NAMES
             }
             out = grouped_linear(
-                x,
+                autocast_input(x),
                 routed.offsets,
                 **tensors,
                 layout=form.layout.name,
                 block_size=form.block_size,
                 parts=form.parts,
                 backend=self.backend,
-            )
+            ).to(x.dtype)
         bias = self._parameters.get(f"{name}_bias")
         return out if bias is None else out + bias[routed.owner].to(out.dtype)
 

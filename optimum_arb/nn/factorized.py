@@ -174,8 +174,8 @@ class ARBFactorizedLinear(ARBLinear):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return self.factorized().dequantize(dtype)
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        return super()._product(self._inner._product(x))
+    def _product(self, x: torch.Tensor, join: bool = True) -> torch.Tensor:
+        return super()._product(self._inner._product(x, join))
 
     def forget(self) -> None:
         super().forget()

@@ -11,6 +11,7 @@ from torch import nn
 from ..format import packing
 from ..format.layout import Layout, form_name
 from ..format.packing import BinarizedWeight
+from ..ops.autocast import autocast_input, is_any_autocast_enabled
 from ..ops.streams import finish
 from .compiled import compiled_product
 from .input_transform import InputTransform
@@ -153,16 +154,24 @@ class ARBLinear(PackedParameters, nn.Linear):  # type: ignore[misc]  # `bias` is
         return packing.bits_per_weight(self.packed(), self.out_features, self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., in_features]`, of any floating dtype, to `[..., out_features]` of that dtype."""
+        """`[..., in_features]`, of any floating dtype, to `[..., out_features]` of that dtype.
+
+        Under autocast the input is cast as that of `nn.Linear` is, and the result has autocast's dtype.
+        """
+        compiling, given = torch.compiler.is_compiling(), x
+        if compiling or is_any_autocast_enabled():
+            x = autocast_input(given)
         if self.backend == "dequantize":
             weight = self._cached_weight(x.dtype)
             return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
-        if torch.compiler.is_compiling():
-            return compiled_product(self, x)
+        # layers of one input know it by the tensor, and each makes a cast of its own
+        join = x is given
+        if compiling:
+            return compiled_product(self, x, join)
         if self._coded and self._codes() != self._decoded_from:
             self.forget()
             self.decode_stored()
-        return self._product(x)
+        return self._product(x, join)
 
     # The dequantized copy of backend="dequantize". It is no parameter and no buffer: state dicts do not have it.
 

@@ -113,11 +113,11 @@ class PackedProduct(ABC):
         if self.shared_input is not None:
             self.shared_input.forget()
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., columns]` to `[..., rows]`, the bias added."""
+    def _product(self, x: torch.Tensor, join: bool = True) -> torch.Tensor:
+        """`[..., columns]` to `[..., rows]`, the bias added; `join`: with other layers that are called with this x."""
         if is_more_than_values():
             return self._product_of_operators(x)
-        shared = self.shared_input
+        shared = self.shared_input if join else None
         if not torch.is_grad_enabled():
             out = None if shared is None else shared.take(self, x)
             if out is None and (shared is None or not shared.joins_prompts):

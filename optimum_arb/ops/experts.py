@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..format.layout import layout_from_name
+from .autocast import without_autocast
 from .backends import grouped
 from .backends.grouped import PackedExperts
 from .forward_ad import is_transformed, linear_map
@@ -30,6 +31,7 @@ torch.library.define(
 
 
 @torch.library.impl("optimum_arb::grouped_linear", "CompositeExplicitAutograd")
+@without_autocast
 def _grouped_linear(x: torch.Tensor, offsets: torch.Tensor, *rest: Any) -> torch.Tensor:
     *tensors, layout, block_size, parts, backend = rest
     if not x.is_floating_point() or x.dim() != 2:
@@ -48,6 +50,7 @@ def _grouped_linear_fake(x: torch.Tensor, offsets: torch.Tensor, weight: torch.T
 
 
 @torch.library.impl("optimum_arb::grouped_linear_input_grad", "CompositeExplicitAutograd")
+@without_autocast
 def _input_grad(grad: torch.Tensor, offsets: torch.Tensor, *rest: Any) -> torch.Tensor:
     *tensors, layout, block_size, parts, in_features, backend = rest
     packed = PackedExperts(layout_from_name(layout), block_size, parts, in_features, *tensors)

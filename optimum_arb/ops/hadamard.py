@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..format.hadamard import hadamard_blocks, hadamard_matrix
+from .autocast import without_autocast
 from .backends.triton.available import has_kernels
 from .forward_ad import is_transformed, linear_map, register_vmap
 
@@ -24,6 +25,7 @@ torch.library.define(
 )
 
 
+@without_autocast
 def transform(
     x: torch.Tensor,
     permutation: torch.Tensor | None,

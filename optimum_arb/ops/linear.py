@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from ..format.layout import Layout, layout_from_name
+from .autocast import without_autocast
 from .backends import cpu, reference
 from .backends.packed import PackedWeight
 from .backends.triton.available import has_kernels
@@ -73,6 +74,7 @@ def _backend(name: str, device: torch.device) -> ModuleType:
     )
 
 
+@without_autocast
 def compute(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, backend: str) -> torch.Tensor:
     """`x W^T + bias` by the backend of this name."""
     chosen = _backend(backend, x.device)
@@ -150,6 +152,7 @@ def _linear_fake(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Ten
 
 
 @torch.library.impl("optimum_arb::linear_input_grad", "CompositeExplicitAutograd")
+@without_autocast
 def _input_grad(grad: torch.Tensor, *rest: Any) -> torch.Tensor:
     *tensors, layout, block_size, in_features, backend = rest
     packed = PackedWeight(layout_from_name(layout), block_size, in_features, *tensors)
@@ -233,7 +236,7 @@ def linear(
             the same way whatever the number of rows (GPU only).
 
     Returns:
-        `[..., N]` of x's dtype, accumulated in float32 (float64 for float64 x).
+        `[..., N]` of x's dtype, accumulated in float32 (float64 for float64 x), under autocast too.
 
     Raises:
         ValueError: the tensors do not fit the layout and x, or the backend is unknown or not for x's device.

@@ -20,6 +20,7 @@ from optimum_arb import ARBConfig, ARBLinear
 peft = pytest.importorskip("peft")
 
 from adapters import IDS, load, lora, packed_tensors, randomize  # noqa: E402
+from peft.utils import ModulesToSaveWrapper  # noqa: E402
 
 from optimum_arb.integrations.peft import prepare_for_training  # noqa: E402
 from optimum_arb.integrations.peft_lora import _READ_THE_WEIGHT  # noqa: E402
@@ -254,6 +255,44 @@ def test_adapters_of_packed_parameters_are_refused(packed_llama, tmp_path):
     model = load(source, quantization_config=ARBConfig(dataset=None, block_size=64))
     with pytest.raises(ValueError, match=r"experts.down_proj: .*target_parameters.*model\.dequantize\(\)"):
         peft.get_peft_model(model, peft.LoraConfig(target_parameters=["experts.down_proj"], **config))
+
+
+@pytest.mark.parametrize("how", ["get_peft_model", "add_adapter", "second", "prompt"])
+@pytest.mark.parametrize(
+    ("module", "packed"),
+    [("q_proj", "model.layers.1.self_attn.q_proj"), ("layers.0.mlp", "model.layers.0.mlp.gate_proj")],
+)
+def test_packed_modules_cannot_be_trained(packed_llama, module, packed, how):
+    """PEFT said "only Tensors of floating point dtype can require gradients", half way through."""
+    model = load(packed_llama)
+    config = lora(target_modules=["v_proj", "q_proj", "gate_proj"], modules_to_save=["lm_head", module])
+    message = rf"^(base_model\.model\.)?{packed}: modules_to_save=.* have no gradient.*target_modules.*dequantize\(\)"
+    if module == "q_proj":  # that of layer 0 is in float, and as good as any
+        peft.get_peft_model(load(packed_llama), lora(modules_to_save=["layers.0.self_attn.q_proj"]))
+    if how == "second":
+        model = peft.get_peft_model(model, lora())
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    prompt.modules_to_save = config.modules_to_save
+    add = {
+        "get_peft_model": lambda: peft.get_peft_model(model, config),
+        "add_adapter": lambda: model.add_adapter(config),
+        "second": lambda: model.add_adapter("other", config),
+        "prompt": lambda: peft.get_peft_model(model, prompt),
+    }
+    with pytest.raises(ValueError, match=message):
+        add[how]()
+    assert not any(isinstance(m, ModulesToSaveWrapper) for m in model.modules())
+    if how == "second":
+        return
+    wrapped = peft.get_peft_model(load(packed_llama).dequantize(), config)
+    assert any(f"{module}.modules_to_save" in n for n, p in wrapped.named_parameters() if p.requires_grad)
+
+
+def test_packed_experts_cannot_be_trained(tmp_path):
+    source = save_moe(tmp_path, "MixtralForCausalLM")
+    model = load(source, quantization_config=ARBConfig(dataset=None, block_size=64))
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.mlp\.experts: modules_to_save=\['experts'\] would train"):
+        peft.get_peft_model(model, lora(target_modules=["q_proj"], modules_to_save=["experts"]))
 
 
 def test_dora_works_on_the_dequantized_model(packed_llama):

@@ -45,6 +45,21 @@ SIZES = {
     "num_key_value_heads": 1,
     "max_position_embeddings": 128,
 }
+# vLLM takes for granted that its positions are YaRN's.
+GPT_OSS = {
+    **SIZES,
+    "intermediate_size": 256,
+    "head_dim": 64,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 150000.0,
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+}
 # Every kind of layout, of part and of division: q, k, v and gate, up of different methods in one fused layer, one in
 # float; o_proj and down_proj with and without salient columns and activation order.
 VARIETY = {
@@ -324,6 +339,22 @@ def test_what_does_not_fit_is_refused(models, tmp_path):
         assert "model.layers." in result["error"]
 
 
+def test_gpt_oss(tmp_path):
+    """Its experts have biases and an activation of their own: refused where they are binarized, else served."""
+    save_moe(tmp_path / "dense", "GptOssForCausalLM", **GPT_OSS)
+    for name, kept in (("experts", None), ("float-experts", ["experts"])):
+        config = ARBConfig(method="rtn", dataset=None, modules_to_not_convert=kept)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+        save_model(model, tiny_tokenizer(), tmp_path / name)
+    refused, result = run(tmp_path, [tmp_path / "experts", tmp_path / "float-experts"])
+    message = "model.layers.0.mlp.experts: the vLLM plug-in does not run these binarized experts: their activation is "
+    assert f"{message}swigluoai, their linears have biases" in refused.get("error", refused)
+    assert "modules_to_not_convert=['experts']" in refused["error"]
+    expected = reference(tmp_path / "float-experts")
+    assert difference(result, expected) < 1e-4
+    assert result["tokens"] == expected["tokens"]
+
+
 def test_experts_of_which_one_matrix_is_float_are_refused(tmp_path):
     save_moe(tmp_path / "dense", "MixtralForCausalLM", **SIZES)
     config = ARBConfig(method="rtn", dataset=None, modules_to_not_convert=["experts.down_proj"])
@@ -342,6 +373,30 @@ def test_experts_that_are_not_all_there_are_refused(models, tmp_path):
     (result,) = run(tmp_path, [edited(models["experts"], tmp_path / "less", take_away)])
     assert "its weight is missing in the checkpoint" in result.get("error", result)
     assert "model.layers.1." in result["error"]
+
+
+def test_experts_with_data_parallelism_are_refused(models, tmp_path):
+    """By each of two engines of one model, which vLLM starts in processes of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": str(free.getsockname()[1])}
+    engines = []
+    for rank in range(2):
+        job = tmp_path / f"job{rank}.json"
+        job.write_text(json.dumps({"models": [str(models["experts"])], "prompts": PROMPTS}))
+        own = {"VLLM_DP_SIZE": "2", "VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)}
+        command, environment = [sys.executable, GENERATE, job], {**os.environ, **place, **own}
+        engines.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    try:
+        outputs = [engine.communicate(timeout=300)[0] for engine in engines]
+    finally:
+        for engine in engines:
+            engine.kill()
+    for rank, output in enumerate(outputs):
+        assert "experts: the vLLM plug-in does not run these binarized experts: the data parallel size is 2" in output
+        assert "error" in json.loads((tmp_path / f"job{rank}.json.out").read_text())
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True])

@@ -135,13 +135,6 @@ def test_inductor(dtype):
         assert relative_error(compiled(x), module(x)) < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
-def test_autocast_keeps_the_dtype_of_the_input():
-    module = layer()
-    x = torch.randn(3, 300)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert module(x).dtype == torch.float32
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_after_inference_mode(backend):
     module = layer(backend=backend)
@@ -159,11 +152,3 @@ def test_gradient_of_a_gradient(backend):
     direction = torch.randn(3, 300)
     (found,) = torch.autograd.grad(grad, upstream, direction)
     assert relative_error(found, direction @ module.dequantize().T) < 2e-6
-
-
-def test_backward_under_autocast():
-    module = layer("groups-all-salient-col")
-    x = torch.randn(20, 300, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        module(x).sum().backward()
-    assert relative_error(x.grad, module.dequantize().sum(0).expand(x.shape)) < 2e-6

@@ -112,6 +112,19 @@ def test_gradient_of_the_input(backend, dtype):
     assert not x.grad[7].any()
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_autocast_changes_nothing(backend):
+    tensors, form, _ = random_experts(bitmap_layout("all", True, True))
+    for rows in (8, 80):
+        x = torch.randn(rows, COLUMNS, requires_grad=True)
+        offsets, results = torch.tensor([rows // 2, rows // 2, rows]), []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                out = run(x, offsets, tensors, form, backend)
+                results.append((out, *torch.autograd.grad(out, x, torch.ones_like(out))))
+        assert all(torch.equal(off, on) for off, on in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("layout", [planes_layout(1, col_scale=True), bitmap_layout("all", True, True)], ids=str)
 def test_opcheck(layout):
     tensors, form, _ = random_experts(layout)

@@ -80,6 +80,20 @@ def test_no_columns(tokens, backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["planes-2-col", "groups-all-salient-col"])
+def test_autocast_changes_nothing(name, backend):
+    """Dense products inside were rounded by it, those of the bits were not: the number of rows decided."""
+    packed, bias = random_packed(LAYOUTS[name], 42, 300), torch.randn(42)
+    for rows in (1, 64):
+        x, results = torch.randn(rows, 300, requires_grad=True), []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                out = run(x, packed, bias, backend)
+                results.append((out, *torch.autograd.grad(out, x, torch.ones_like(out))))
+        assert all(torch.equal(off, on) for off, on in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_strided_input(backend):
     """The native kernels sum in one order; a library takes another way through a transposed matrix, and its sums round
     otherwise on some processors (with AVX2 alone)."""

@@ -48,14 +48,14 @@ def test_the_host_does_not_wait(name, permuted):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["planes-2-col", "groups-all-salient-col"])
-def test_autocast_keeps_the_dtype_of_the_input(name, dtype):
+def test_autocast_as_of_a_linear(name, dtype):
     layer = module(name=name)
     other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
     for m in (1, 16, 128, 4096):
         x = random_input(m, 512, dtype)
         with torch.autocast("cuda", other):
             found = [layer(x) for _ in range(3)]
-        assert all(each.dtype == dtype and torch.equal(each, found[0]) for each in found)
+        assert all(each.dtype == other and torch.equal(each, found[0]) for each in found)
         assert error(found[0], reference(x, layer)) < 1e-2
 
 

@@ -104,14 +104,14 @@ class ARBExpertsMethod(FusedMoEMethodBase):
             "their activation is clamped": layer.swiglu_limit is not None,
             "their linears have biases": self.moe.has_bias,
             "their inputs are weighted, not their outputs": layer.apply_router_weight_on_input,
-            f"the data parallel size is {data_parallel}": data_parallel > 1,
+            f"the data parallel size is {data_parallel} (tensor_parallel_size divides them)": data_parallel > 1,
         }
-        for obstacle, there in obstacles.items():
-            if there:
-                raise ValueError(
-                    f"{self.prefix}: the vLLM plug-in does not run these binarized experts: {obstacle}. Run the model "
-                    "with transformers, or binarize it with modules_to_not_convert=['experts']."
-                )
+        found = [obstacle for obstacle, there in obstacles.items() if there]
+        if found:
+            raise ValueError(
+                f"{self.prefix}: the vLLM plug-in does not run these binarized experts: {', '.join(found)}. Run the "
+                "model with transformers, or binarize it with modules_to_not_convert=['experts']."
+            )
 
     def _experts_of_rank(self, layer: RoutedExperts) -> list[int]:
         """The numbers of the experts that this rank keeps."""
