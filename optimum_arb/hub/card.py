@@ -14,7 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..commands.printing import size
 from ..config import ARBConfig
-from ..experts.keys import split_companion
+from ..format.packing import STORED_NAMES
+from ..output_files import whole
 from ..stored.tensors import stored_tensors, stored_variant, tensor_bytes
 from .base_model import CARD_KEYS, card_facts
 
@@ -22,6 +23,8 @@ NAME = "README.md"
 TAGS = ("arb", "1-bit", "quantized")
 _MARK = "<!-- optimum_arb wrote this card and replaces it, unless it was changed by hand: {} -->"
 _MARKED = re.compile(rf"(.*)\n{_MARK.format('([0-9a-f]{64})')}\s*", re.DOTALL)
+# Of the tensors beside packed signs, of linears and of experts.
+_COMPANIONS = tuple(f"_{name}" for name in STORED_NAMES[1:])
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -65,8 +68,7 @@ def model_card(
     if base.get("name"):
         base = {**card_facts(base["name"], base.get("revision"), online, token), **base}
     tensors, file_bytes = stored_tensors(directory)
-    companions = {key for key in tensors if split_companion(key)[1] != "weight"}
-    packed = sum(tensor_bytes(t) for key, t in tensors.items() if key in companions or t.dtype == "U8")
+    packed = sum(tensor_bytes(t) for key, t in tensors.items() if key.endswith(_COMPANIONS) or t.dtype == "U8")
     total = sum(tensor_bytes(tensor) for tensor in tensors.values())
     name = name or directory.resolve().name
     classes = model_config.get("architectures") or ["AutoModel"]
@@ -101,12 +103,14 @@ def write_card(directory: str | Path, **options: Any) -> bool:
 
     Raises:
         FileNotFoundError, ValueError: as `model_card`.
-        OSError: the file cannot be read or written.
+        OSError: the file cannot be read or written; it is then as it was.
     """
     path = Path(directory) / NAME
     if is_users_own(path):
         return False
-    path.write_text(str(model_card(directory, **options)), encoding="utf-8")
+    content = str(model_card(directory, **options))
+    with whole(path) as unfinished:  # of a card that is cut short nobody knows that this package wrote it
+        unfinished.write_text(content, encoding="utf-8")
     return True
 
 

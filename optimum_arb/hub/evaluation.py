@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..evaluate.perplexity import PerplexityResult
+from ..output_files import name_full_disk
 from .card import write_card
 
 # What makes two perplexities comparable; the seconds are the machine's.
@@ -27,7 +28,7 @@ def record_perplexity(model: PreTrainedModel | str | Path, result: PerplexityRes
     Raises:
         FileNotFoundError: no such directory, or no model in it.
         ValueError: the model is not binarized.
-        OSError: its files cannot be written; they are then as they were.
+        OSError: config.json or the card cannot be written; the one that cannot is then as it was.
     """
     record = {key: value for key, value in result.to_dict().items() if key in _FIELDS}
     if isinstance(model, PreTrainedModel):
@@ -49,7 +50,8 @@ def record_perplexity(model: PreTrainedModel | str | Path, result: PerplexityRes
             file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
         os.chmod(temporary, path.stat().st_mode)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        name_full_disk(error, path)
         raise
     write_card(path.parent)

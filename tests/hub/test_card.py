@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,3 +182,51 @@ def test_a_card_that_cannot_be_written_does_not_lose_the_model(model, tmp_path, 
     assert "but its card could not be written: no card" in caplog.text
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert torch.equal(outputs(again, tokens(1, 8)), outputs(model, tokens(1, 8)))
+
+
+@pytest.mark.parametrize(
+    "choices", [{"scale_bits": 8}, {"method": "arb-dbf", "factor_bits": 2.0, "scale_bits": 8}, {"hadamard": 64}]
+)
+def test_bytes_and_weights_are_those_of_the_file(source, tmp_path, choices):
+    config = ARBConfig(dataset=tokens(), block_size=64, num_samples=4, **choices)
+    saved = save_model(AutoModelForCausalLM.from_pretrained(source, quantization_config=config), None, tmp_path / "it")
+    inspection = inspect_model(saved)
+    packed = sum(module.stored_bytes for module in inspection.modules)
+    found = rows(saved)
+    assert found["true bits per weight"] == (
+        f"{inspection.bits_per_weight:.4f}, over {inspection.weights:,} binarized weights ({packed / 1000:.1f} kB)"
+    )
+    assert found["whole model"].endswith(f"{(inspection.stored_bytes - packed) / 1000:.1f} kB are tensors in float")
+
+
+def test_a_card_on_a_full_disk_is_the_old_one(saved, monkeypatch):
+    before = (saved / "README.md").read_text()
+
+    def cut_short(path, text, **kwargs):
+        with open(path, "w") as file:
+            file.write(text[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", cut_short)
+    with pytest.raises(OSError, match=r"No space left on device: .*README\.md"):
+        write_card(saved, tags=["other"])
+    monkeypatch.undo()
+    assert (saved / "README.md").read_text() == before
+    assert not list(saved.glob(".*"))
+    assert write_card(saved, tags=["other"])
+
+
+def test_a_perplexity_on_a_full_disk_names_the_file(saved, monkeypatch):
+    before = (saved / "config.json").read_text()
+    result = perplexity(tiny_model("LlamaForCausalLM"), tokens(), context_length=16)
+
+    def full(descriptor, *args, **kwargs):
+        os.close(descriptor)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fdopen", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*config\.json"):
+        record_perplexity(saved, result)
+    monkeypatch.undo()
+    assert (saved / "config.json").read_text() == before
+    assert not list(saved.glob(".config-*"))
