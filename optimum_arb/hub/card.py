@@ -21,6 +21,7 @@ from .base_model import CARD_KEYS, card_facts
 
 NAME = "README.md"
 TAGS = ("arb", "1-bit", "quantized")
+MOST_OVERRIDES = 8  # that are named: a divided budget gives one to each of hundreds of linears
 _MARK = "<!-- optimum_arb wrote this card and replaces it, unless it was changed by hand: {} -->"
 _MARKED = re.compile(rf"(.*)\n{_MARK.format('([0-9a-f]{64})')}\s*", re.DOTALL)
 # Of the tensors beside packed signs, of linears and of experts.
@@ -178,15 +179,25 @@ No import of optimum_arb is needed where it is installed (`{config.requirement}`
 
 
 def _method(config: ARBConfig) -> str:
-    parts = [f"`{config.method}`"]
-    if config.method == "arb-hrc":
+    methods = [config.method, *(choices["method"] for choices in config.overrides.values() if "method" in choices)]
+    divided = config.target_bits_per_weight is not None
+    parts = [" and ".join(f"`{method}`" for method in dict.fromkeys(methods if divided else methods[:1]))]
+    if divided:
+        parts.append(f"at most {config.target_bits_per_weight:g} bits a weight, divided among the modules")
+    elif config.method == "arb-hrc":
         parts.append(f"{config.planes} sign plane{'s' if config.planes > 1 else ''}")
     if config.factorized:
         rank = f"rank {config.rank}" if config.rank else f"{config.factor_bits or 1:g} bits a weight"
-        parts.append(f"products of two sign matrices, {rank}")
+        parts.append("products of two sign matrices" + ("" if divided else f", {rank}"))
     else:
         parts.append("one block a row" if config.block_size == -1 else f"blocks of {config.block_size} columns")
-    if config.overrides:
+    if config.hadamard:
+        parts.append(f"Hadamard transform of {config.hadamard} columns where it pays")
+    if config.scale_bits == 8:
+        parts.append("8-bit scales")
+    if len(config.overrides) > MOST_OVERRIDES:
+        parts.append(f"choices of their own for {len(config.overrides)} modules or patterns, see `config.json`")
+    elif config.overrides:
         parts.append(f"other choices for `{'`, `'.join(config.overrides)}`")
     return ", ".join(parts)
 

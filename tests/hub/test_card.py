@@ -230,3 +230,31 @@ def test_a_perplexity_on_a_full_disk_names_the_file(saved, monkeypatch):
     monkeypatch.undo()
     assert (saved / "config.json").read_text() == before
     assert not list(saved.glob(".config-*"))
+
+
+@pytest.mark.parametrize(
+    ("choices", "expected"),
+    [
+        ({"method": "arb-dbf", "factor_bits": 2.0}, "`arb-dbf`, products of two sign matrices, 2 bits a weight"),
+        ({"hadamard": 64, "scale_bits": 8, "planes": 2},
+         "`arb-hrc`, 2 sign planes, blocks of 128 columns, Hadamard transform of 64 columns where it pays, "
+         "8-bit scales"),
+        ({"target_bits_per_weight": 2.5, "overrides": {"a": {"planes": 2}, "b": {"planes": 3}}},
+         "`arb-hrc`, at most 2.5 bits a weight, divided among the modules, blocks of 128 columns, other choices for "
+         "`a`, `b`"),
+        ({"target_bits_per_weight": 2, "overrides": {f"l.{i}": {"method": "arb-dbf", "rank": 8} for i in range(9)}},
+         "`arb-hrc` and `arb-dbf`, at most 2 bits a weight, divided among the modules, blocks of 128 columns, choices "
+         "of their own for 9 modules or patterns, see `config.json`"),
+        ({"method": "arb-dbf", "target_bits_per_weight": 2, "overrides": {"a": {"rank": 8}}},
+         "`arb-dbf`, at most 2 bits a weight, divided among the modules, products of two sign matrices, other choices "
+         "for `a`"),
+    ],
+)  # fmt: skip
+def test_the_method_in_words(saved, choices, expected):
+    path = saved / "config.json"
+    content = json.loads(path.read_text())
+    kept = {key: content["quantization_config"][key] for key in ("quant_method", "calibration", "bits_per_weight")}
+    content["quantization_config"] = {**ARBConfig(**choices).to_dict(), **kept}
+    path.write_text(json.dumps(content))
+    write_card(saved)
+    assert rows(saved)["method"] == expected
