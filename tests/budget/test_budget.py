@@ -211,6 +211,11 @@ def test_refused(llama, tmp_path, monkeypatch):
     config = ARBConfig(target_bits_per_weight=2.1, dataset=tokens(), **QUICK)
     with pytest.raises(ValueError, match="puts out no logits"):
         AutoModel.from_pretrained(llama, quantization_config=config)
+    broken = tiny_model("LlamaForCausalLM")
+    broken.lm_head.weight.data[3] = float("nan")  # which is not binarized
+    broken.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ValueError, match="LlamaForCausalLM puts out NaN or Inf, so that bits cannot be divided"):
+        binarize(tmp_path / "broken", target_bits_per_weight=2.1)
 
 
 def test_uniform_where_nothing_counts_by_itself():
