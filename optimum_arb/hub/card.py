@@ -65,6 +65,7 @@ def model_card(
     if quantization.get("quant_method") != "arb":
         raise ValueError(f"{directory} holds no model that was binarized by optimum_arb.")
     config = ARBConfig.from_dict(quantization)
+    _check_perplexity(config.perplexity, directory)
     base = dict(config.base_model or {})
     if base.get("name"):
         base = {**card_facts(base["name"], base.get("revision"), online, token), **base}
@@ -90,6 +91,17 @@ def model_card(
     text = _text(name, config, base, _Sizes(packed, total - packed, file_bytes), classes[0], variant)
     content = f"---\n{data.to_yaml()}\n---\n\n{text}"
     return ModelCard(f"{content}\n{_MARK.format(_digest(content))}\n")
+
+
+def _check_perplexity(measured: dict[str, Any] | None, directory: Path) -> None:
+    """Raises ValueError where a recorded perplexity is not as `record_perplexity` writes it."""
+    kinds = {"perplexity": (int, float), "text": str, "windows": int, "context_length": int, "tokens": int}
+    for key, kind in kinds.items():
+        if measured and not isinstance(measured.get(key), kind):  # type: ignore[arg-type]
+            raise ValueError(
+                f"{directory / 'config.json'} records a perplexity whose {key} is {measured.get(key)!r}: remove "
+                "`perplexity` from its quantization_config, or measure it again (optimum-arb evaluate --record)."
+            )
 
 
 def write_card(directory: str | Path, **options: Any) -> bool:

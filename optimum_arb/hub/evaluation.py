@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -27,9 +28,14 @@ def record_perplexity(model: PreTrainedModel | str | Path, result: PerplexityRes
 
     Raises:
         FileNotFoundError: no such directory, or no model in it.
-        ValueError: the model is not binarized.
+        ValueError: the model is not binarized, or the perplexity is infinite, which JSON has no number for.
         OSError: config.json or the card cannot be written; the one that cannot is then as it was.
     """
+    if not math.isfinite(result.perplexity):
+        raise ValueError(
+            f"A perplexity of {result.perplexity} cannot be recorded: the model is broken (optimum-arb inspect tells "
+            "its worst layers)."
+        )
     record = {key: value for key, value in result.to_dict().items() if key in _FIELDS}
     if isinstance(model, PreTrainedModel):
         config: Any = getattr(model.config, "quantization_config", None)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import math
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,12 +119,29 @@ def test_a_measured_perplexity(saved, source):
     assert main(["evaluate", str(source), *options]) == 2
 
 
+@pytest.mark.parametrize(
+    ("record", "key"), [({"perplexity": 9.5}, "text"), ({"perplexity": "9", "text": "t"}, "perplex")]
+)
+def test_a_perplexity_that_is_no_record(saved, record, key):
+    path = saved / "config.json"
+    content = json.loads(path.read_text())
+    content["quantization_config"]["perplexity"] = record
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"config.json records a perplexity whose {key}.* --record"):
+        model_card(saved)
+
+
 def test_perplexity_of_a_model_in_memory(saved):
     again = AutoModelForCausalLM.from_pretrained(saved)
     result = perplexity(again, tokens(4, 16).flatten(), context_length=16)
     record_perplexity(again, result)
     again.save_pretrained(saved)
     assert rows(saved)["perplexity"].startswith(f"{result.perplexity:,.2f} on token ids: 4 windows")
+    before = (saved / "config.json").read_bytes()
+    for target in (again, saved):
+        with pytest.raises(ValueError, match="A perplexity of inf cannot be recorded: the model is broken"):
+            record_perplexity(target, replace(result, perplexity=math.inf))
+    assert (saved / "config.json").read_bytes() == before
     with pytest.raises(ValueError, match="is not binarized"):
         record_perplexity(tiny_model("LlamaForCausalLM"), result)
 
