@@ -125,8 +125,8 @@ def export_gguf(
 
     Raises:
         FileExistsError: the file exists, and `overwrite` is False.
-        ValueError: the model is not binarized, llama.cpp does not have its architecture, or a tensor would not be exact
-            and `allow_lossy` is False. Nothing is written then.
+        ValueError: the model is not binarized, llama.cpp does not have its architecture, a tensor holds NaN or Inf, or
+            one would not be exact and `allow_lossy` is False. Nothing is written then.
         ImportError: the package `gguf` is not installed, or too old for Q1_0.
     """
     gguf = _gguf()
@@ -185,6 +185,9 @@ def _encode(
     model: PreTrainedModel, architecture: Architecture, embedding_type: str, float_type: str
 ) -> dict[str, Encoded]:
     """Every tensor as the file will hold it, by transformers' name."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or Inf, and is not exported. Check the checkpoint, binarize again.")
     # in F32 every value of column scales is exact where it is; in a float16 scale it would be rounded
     linears, foldings = _linears(model, fold_scales=float_type != "F32")
     result: dict[str, Encoded] = {}

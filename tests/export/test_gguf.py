@@ -234,6 +234,11 @@ def test_bad_input(llama, llama_directory, tmp_path, monkeypatch):
     other.config.hidden_act = "gelu"
     with pytest.raises(ValueError, match="hidden_act='gelu'"):
         export_gguf(other, None, tmp_path / "n.gguf")
+    for name in ("lm_head.weight", "model.layers.1.mlp.up_proj.weight_row_scale"):
+        broken = copy.deepcopy(llama)
+        broken.get_parameter(name).data[0, 0] = float("nan")
+        with pytest.raises(ValueError, match=f"^{name} holds NaN or Inf, and is not exported"):
+            export_gguf(broken, None, tmp_path / "n.gguf", float_type="F32", allow_lossy=True)
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", lambda self: None)
     with pytest.raises(OSError, match="cannot be read back"):
         export_gguf(llama, None, tmp_path / "m.gguf", overwrite=True)
