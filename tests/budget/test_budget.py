@@ -96,6 +96,21 @@ def test_scales_that_float16_does_not_hold_count_with_all_their_bits(tmp_path, m
     assert 2.0 < true_bits(model) <= 2.1
 
 
+def test_auto_gives_planes_a_transform_and_factors_none(llama, tmp_path):
+    model = binarize(llama, method="auto", hadamard=64, scale_bits=8, admm_iterations=4, target_bits_per_weight=1.6)
+    assert true_bits(model) <= 1.6
+    found = linears(model).values()
+    assert any(isinstance(module, ARBFactorizedLinear) for module in found)
+    assert any(module.hadamard for module in found if not isinstance(module, ARBFactorizedLinear))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = tokens(1, 8)
+    assert torch.equal(outputs(loaded, ids), outputs(model, ids))
+    config = ARBConfig.from_dict(json.loads((tmp_path / "config.json").read_text())["quantization_config"])
+    again = binarize(llama, hadamard=64, scale_bits=8, admm_iterations=4, overrides=config.overrides)
+    assert torch.equal(outputs(again, ids), outputs(model, ids))
+
+
 def test_a_budget_that_is_exceeded_after_all_is_told(tmp_path, caplog):
     model = tiny_model("LlamaForCausalLM")
     every = {"re:.*": {"planes": 1}}
