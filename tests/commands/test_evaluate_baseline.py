@@ -193,6 +193,8 @@ def test_evaluate_bad_input(fail, float_model, binarized_model, text, tmp_path):
     assert "There is no comparison" in fail(
         "evaluate", binarized_model, "--text", text, *FAST, "--compare", tmp_path / "missing"
     )
+    message = fail("evaluate", binarized_model, "--measure", "memory", "--prompt-tokens", "57")
+    assert "prompt_tokens=57 and new_tokens=8 are more than the 64 positions of the model" in message
 
 
 def test_another_tokenizer_is_refused(fail, binarized_model, tmp_path, text):
