@@ -30,6 +30,8 @@ _VARIABLES = (
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 _CHUNK = 1 << 24
 _HASHED_AT_ONCE = 8
+# An absolute path, which may hold spaces: a word, the value of an option, or one of a list with commas.
+_PATH = re.compile(r"(^|[=,])/(?:[^/,]*/)*([^/,]+)/*(?=,|$)")
 _TOKEN = re.compile(r"hf_[A-Za-z0-9_]{3,}")
 _SECRET = re.compile(r"--?\S*(token|secret|password|passwd|api.?key)", re.IGNORECASE)
 
@@ -95,7 +97,7 @@ def command_line(whole_paths: bool = True) -> str:
         elif _SECRET.fullmatch(word.partition("=")[0]) and "=" in word:
             words[index] = word.partition("=")[0] + "=..."
     if not whole_paths:
-        words = [re.sub(r"(^|=)/\S*?([^/\s]+)/?$", r"\1\2", word) for word in words]
+        words = [_PATH.sub(r"\1\2", word) for word in words]
     return shlex.join(words)
 
 

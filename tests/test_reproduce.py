@@ -41,6 +41,8 @@ def test_a_file_in_the_cache_of_the_hub_is_known_by_the_name_of_its_blob(tmp_pat
         (["/usr/bin/python", "-m", "optimum_arb", "evaluate", "/home/me/model"], True,
          "python -m optimum_arb evaluate /home/me/model"),
         (["/usr/bin/python", "/home/me/run.py", "--out=/data/x/y", "a/b"], False, "python run.py --out=y a/b"),
+        (["python", "x.py", "/home/me/My Models/llama", "--out=/data/a b/", "--text", "/a/b.txt,/c/d e.txt"], False,
+         "python x.py llama '--out=a b' --text 'b.txt,d e.txt'"),
         (["python", "x.py", "--hf-token", "abc", "--api_key=k", "hf_abcdef"], True,
          "python x.py --hf-token ... --api_key=... ..."),
         (["python", "-c", "login('secret')", "x"], True, "python -c ... x"),

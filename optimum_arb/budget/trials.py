@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,9 +61,9 @@ class Candidate:
     tried: bool
 
 
-def stored_bits(config: ARBConfig, rows: int, columns: int) -> int:
-    """All bits that a linear `[rows, columns]` stores with these choices, scales in the dtype that is asked for; at
-    most, where salient columns are searched for."""
+def stored_bits(config: ARBConfig, rows: int, columns: int, wide: Collection[str] = ()) -> int:
+    """All bits that a linear `[rows, columns]` stores with these choices; at most, where salient columns are searched
+    for. Scales are in the dtype that is asked for, those named in `wide` in float32."""
     index = 16 if columns <= 2**15 else 32
     sizes = {"scale": config.resolved_scale_bits, "scale_grid": 32, "permutation": index, "salient_columns": index}
     width = columns if config.block_size == -1 else config.block_size
@@ -71,6 +71,7 @@ def stored_bits(config: ARBConfig, rows: int, columns: int) -> int:
     most = MAX_SALIENT if chosen == "search" else int(chosen)
     salient = sum(min(most, min(width, columns - start) - 1) for start in range(0, columns, width))
     shapes = config.stored_shapes(rows, columns, config.resolved_act_order, salient)
+    sizes |= dict.fromkeys(wide, 32)
     return sum(r * c * sizes.get(n if n in sizes else n[n.find("scale") :], 8) for n, (r, c) in shapes.items())
 
 
@@ -111,9 +112,11 @@ def measured(
     batches: Sequence[Any],
     device: torch.device | str,
     seed: int,
-) -> dict[str, list[float]]:
-    """The divergence that each tried candidate of each linear causes by itself, in nats a token."""
+) -> tuple[dict[str, list[float]], dict[str, dict[str, set[str]]]]:
+    """The divergence that each tried candidate of each linear causes by itself, in nats a token; and by name and kind
+    the scales that float16 did not hold (a row or column of weights far below the others is enough)."""
     trials: dict[str, list[ARBLinear]] = {}
+    wide: dict[str, dict[str, set[str]]] = {name: {} for name in forms}
 
     def attempt(name: str, module: nn.Module, hessian: torch.Tensor | None, tokens: int) -> tuple[Any, float | None]:
         made, error = [], None
@@ -122,13 +125,15 @@ def measured(
                 choices = _quick(with_choices(configs[name], dict(form.settings)))
                 packed, record = binarize_linear(name, module, choices, hessian, tokens, hadamard_must_pay=False)
                 made.append(packed)  # a few bits a weight: it may stay on the device
+                floats = {key for key, tensor in packed.packed().items() if tensor.dtype == torch.float32}
+                wide[name].setdefault(form.kind, set()).update(floats)
                 error = record.output_error
         trials[name] = made
         return module, error
 
     CalibrationWalk(model, list(forms), attempt, batches, device).run()
     some = [one for batch in batches for one in (batch.split(1) if isinstance(batch, torch.Tensor) else [batch])]
-    return divergences(model, trials, some[:SEQUENCES], device, seed)
+    return divergences(model, trials, some[:SEQUENCES], device, seed), wide
 
 
 def _quick(config: ARBConfig) -> ARBConfig:
@@ -194,8 +199,19 @@ def chosen(
     """Candidates, their divergences, and weights by name."""
     shapes = {name: linear_shape(model.get_submodule(name)) for name in configs}
     forms = {name: candidates(configs[name], *shapes[name], target, kinds) for name in configs}
-    damages = measured(model, forms, configs, batches, device, seed)
+    damages, wide = measured(model, forms, configs, batches, device, seed)
+    for name, options in forms.items():
+        if any(wide[name].values()):
+            forms[name] = [_widened(form, configs[name], shapes[name], wide[name][form.kind]) for form in options]
     return forms, damages, {name: rows * columns for name, (rows, columns) in shapes.items()}
+
+
+def _widened(form: Candidate, config: ARBConfig, shape: tuple[int, int], wide: Collection[str]) -> Candidate:
+    """A candidate with the bits that it stores where float16 does not hold some of its scales."""
+    choices = with_choices(config, dict(form.settings))
+    if choices.resolved_scale_bits == 8:  # a grid of its own range holds nearly all
+        return form
+    return replace(form, bits=stored_bits(choices, *shape, wide))
 
 
 def divide_budget(

@@ -42,7 +42,7 @@ def divergences(
         seed: of the labels.
 
     Raises:
-        ValueError: the model puts out no logits, or a gradient is not finite.
+        ValueError: the model puts out no logits, or such that are not finite; or a gradient is not finite.
     """
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -112,6 +112,13 @@ def _backward(
             "or give the bits as overrides."
         )
     logs = logits.reshape(-1, logits.shape[-1]).float().log_softmax(1)
-    labels = torch.multinomial(logs.detach().exp(), 1, generator=generator)
+    shares = logs.detach().exp()
+    if not bool(shares.isfinite().all()):
+        raise ValueError(
+            f"{type(model).__name__} puts out NaN or Inf, so that bits cannot be divided by its predictions: its "
+            "embedding, norms or output layer hold such, or its activations overflow. Check the checkpoint, load it in "
+            "another dtype (float32 or bfloat16 instead of float16), or give the bits as overrides."
+        )
+    labels = torch.multinomial(shares, 1, generator=generator)
     logs.gather(1, labels).sum().backward()
     return len(labels)

@@ -171,7 +171,7 @@ def _check_search(config: ARBConfig) -> None:
     if type(config.hadamard) is not int or config.hadamard not in HADAMARD_BLOCKS:
         raise ValueError(f"hadamard={config.hadamard!r} is unknown: use 64, 128 or 256, or 0 for none.")
     for name in ("admm_iterations", "hadamard"):
-        if getattr(config, name) and config.method != "arb-hrc":
+        if getattr(config, name) and config.method not in ("arb-hrc", AUTO):
             raise ValueError(f"{name}={getattr(config, name)} needs method='arb-hrc': {config.method!r} has none.")
     if config.hadamard and config.dataset is None:
         raise ValueError(f"hadamard={config.hadamard} does nothing without calibration: give a dataset.")

@@ -153,7 +153,9 @@ def _compare(logits: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tenso
         theirs = reference[:, start:stop].to(logits.device).float().log_softmax(-1)
         agreed += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         # rounding makes a divergence of nothing a little negative
-        terms = torch.nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+        terms = torch.nn.functional.kl_div(ours, theirs, reduction="none", log_target=True)
+        # tokens that the baseline masks with -inf have no share, and would give 0 * inf where the model does too
+        terms = terms.masked_fill_(theirs == -math.inf, 0).sum(-1)
         found.append(terms.clamp(min=0).flatten().cpu())
     return torch.cat(found), agreed
 

@@ -18,7 +18,7 @@ from .accuracy import divergence
 from .energy import measure_energy
 from .generation import check_chat, sample
 from .latency import check_positions, measure_latency
-from .memory import disk_bytes, measure_memory
+from .memory import NEW_TOKENS, disk_bytes, measure_memory
 from .perplexity import check_context_length, config_positions, model_positions, perplexity, read_text
 from .settings import Settings
 from .tasks import check_lm_eval, run_tasks
@@ -131,6 +131,8 @@ def _check_model(name: str, settings: Settings) -> None:
     positions = config_positions(AutoConfig.from_pretrained(name))
     if parts & {"latency", "energy"}:
         check_positions(settings.prompt_tokens, settings.new_tokens, positions)
+    if "memory" in parts:
+        check_positions(settings.prompt_tokens, NEW_TOKENS, positions)
     if parts & {"perplexity", "divergence"} and settings.context_length is not None:
         check_context_length(settings.context_length, positions)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..reproduce import model_directory
 
+NEW_TOKENS = 8  # generated after the prompt
 WORKER = "optimum_arb.evaluate.memory_worker"
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 
@@ -38,7 +39,7 @@ def measure_memory(
     device_map: str = "cpu",
     backend: str | None = None,
     prompt_tokens: int = 128,
-    new_tokens: int = 8,
+    new_tokens: int = NEW_TOKENS,
     timeout: float | None = None,
 ) -> dict[str, Any]:
     """Loads a model in a fresh process, generates a few tokens there, and tells what that took.

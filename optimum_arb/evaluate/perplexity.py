@@ -77,8 +77,8 @@ def perplexity(
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: the text is shorter than one window, the windows are longer than the model's positions, an argument
-            is out of range, or the model returns logits that are not finite.
+        ValueError: the text is shorter than one window, or has tokens that the model does not know; the windows are
+            longer than the model's positions; an argument is out of range; or the model's logits are not finite.
         FileNotFoundError: `text` is neither a bundled text nor a file.
     """
     check_whole("batch_size", batch_size, 1)
@@ -139,7 +139,10 @@ def text_windows(
         ids = tokenizer_or_token_ids(content, add_special_tokens=False, verbose=False)["input_ids"]
     else:
         name, ids = "token ids", tokenizer_or_token_ids
-    tokens = torch.as_tensor(ids, dtype=torch.long).flatten()
+    tokens = torch.as_tensor(ids).flatten()
+    if tokens.is_floating_point() and len(tokens):
+        raise ValueError(f"The token ids are {tokens.dtype}: they must be whole numbers.")
+    tokens = tokens.long()
     windows = len(tokens) // context_length
     if windows == 0:
         raise ValueError(
@@ -147,7 +150,25 @@ def text_windows(
             "use a longer text or a smaller context_length."
         )
     windows = min(windows, max_windows or windows)
-    return name, tokens[: windows * context_length].view(windows, context_length)
+    tokens = tokens[: windows * context_length].view(windows, context_length)
+    check_vocabulary(model, tokens, name)
+    return name, tokens
+
+
+def check_vocabulary(model: Any, tokens: torch.Tensor, text: str) -> None:
+    """Whether a model has an embedding of every token: a GPU that is asked for another stops working for the process.
+
+    Raises:
+        ValueError: it has not.
+    """
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    rows = getattr(embedding, "num_embeddings", None)
+    low, high = int(tokens.min()), int(tokens.max())
+    if rows is not None and (low < 0 or high >= rows):
+        raise ValueError(
+            f"The text {text!r} has the token id {low if low < 0 else high}, but the model's embedding {rows} rows: "
+            "use the model's own tokenizer."
+        )
 
 
 def check_whole(name: str, value: Any, low: int) -> None:

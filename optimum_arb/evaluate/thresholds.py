@@ -104,6 +104,12 @@ def _worst_error(key: str) -> Callable[[Mapping[str, Any]], float | None]:
     return value
 
 
+def _true_bits(report: Mapping[str, Any]) -> float | None:
+    """None of a model that is not binarized, whether or not another threshold had it loaded and its dtype known."""
+    model = _model(report)
+    return model["bits_per_weight"] if model["method"] is not None else None
+
+
 def _broken(report: Mapping[str, Any]) -> float | None:
     return len(_model(report)["warnings"]) if "warnings" in _model(report) else None
 
@@ -119,7 +125,7 @@ THRESHOLDS: dict[str, Threshold] = {
     "min_top1_agreement": Threshold(
         "divergence", True, _rows("divergence", "top1_agreement", min), "share of equal next tokens"
     ),
-    "max_bits_per_weight": Threshold(None, False, lambda r: _model(r)["bits_per_weight"], "true bits per weight"),
+    "max_bits_per_weight": Threshold(None, False, _true_bits, "true bits per weight"),
     "max_file_bytes": Threshold(None, False, lambda r: disk(_model(r)), "bytes of the weights' files"),
     "max_file_bytes_ratio": Threshold(None, True, _share(disk), "bytes of the files over the baseline's"),
     "max_output_error": Threshold(None, False, _worst_error("output_error"), "largest output error of a layer"),
@@ -213,6 +219,8 @@ def _why_missing(name: str, report: Mapping[str, Any]) -> str:
     model = _model(report)
     if name.startswith("max_joules"):
         return "not available: " + "; ".join(model.get("energy", {}).get("missing", []))
+    if name == "max_bits_per_weight":
+        return "the model is not binarized by optimum_arb"
     if name in ("max_output_error", "max_held_out_error", "max_broken_layers"):
         return "not recorded: no arb_report.json with it lies beside the model"
     if name.startswith("tasks."):

@@ -36,12 +36,13 @@ def take_rows(linear: Linear, order: torch.Tensor) -> Linear:
     return Linear(changed, None if linear.bias is None else linear.bias[order])
 
 
-def fold_mlp(gate: Linear, up: Linear, down: Linear) -> tuple[Linear, Linear, Linear, float]:
+def fold_mlp(gate: Linear, up: Linear, down: Linear, scales: bool = True) -> tuple[Linear, Linear, Linear, float]:
     """Moves the column order and the column scale of `down` into `gate` and `up`.
 
     Args:
         gate, up, down: the three linears of a gated MLP. `down` is left alone unless it is one plane whose inputs no
             Hadamard transform mixes.
+        scales: whether column scales move too. Those that float16 cannot hold in `up` stay.
 
     Returns:
         The three, and the largest relative error that rounding a scale of `up` to float16 makes (0 where nothing was
@@ -54,10 +55,12 @@ def fold_mlp(gate: Linear, up: Linear, down: Linear) -> tuple[Linear, Linear, Li
         gate, up = take_rows(gate, weight.permutation), take_rows(up, weight.permutation)
         weight = dataclasses.replace(weight, permutation=None)
     rounding = 0.0
-    if weight.col_scale is not None and not bool((weight.col_scale == 1).all()):
+    if scales and weight.col_scale is not None and not bool((weight.col_scale == 1).all()):
         col = weight.col_scale[0].float()
         exact = up.weight.row_scale.float() * col[:, None, None]
         rounded = exact.half().float()
+        if not bool(rounded.isfinite().all()):
+            return gate, up, Linear(weight, down.bias), 0.0
         nonzero = exact != 0
         rounding = float(((rounded - exact)[nonzero] / exact[nonzero]).abs().max()) if bool(nonzero.any()) else 0.0
         bias = None if up.bias is None else up.bias.float() * col

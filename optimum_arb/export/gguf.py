@@ -125,8 +125,8 @@ def export_gguf(
 
     Raises:
         FileExistsError: the file exists, and `overwrite` is False.
-        ValueError: the model is not binarized, llama.cpp does not have its architecture, or a tensor would not be exact
-            and `allow_lossy` is False. Nothing is written then.
+        ValueError: the model is not binarized, llama.cpp does not have its architecture, a tensor holds NaN or Inf, or
+            one would not be exact and `allow_lossy` is False. Nothing is written then.
         ImportError: the package `gguf` is not installed, or too old for Q1_0.
     """
     gguf = _gguf()
@@ -185,7 +185,11 @@ def _encode(
     model: PreTrainedModel, architecture: Architecture, embedding_type: str, float_type: str
 ) -> dict[str, Encoded]:
     """Every tensor as the file will hold it, by transformers' name."""
-    linears, foldings = _linears(model)
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or Inf, and is not exported. Check the checkpoint, binarize again.")
+    # in F32 every value of column scales is exact where it is; in a float16 scale it would be rounded
+    linears, foldings = _linears(model, fold_scales=float_type != "F32")
     result: dict[str, Encoded] = {}
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     for owner, module in model.named_modules():
@@ -220,7 +224,7 @@ def _encode(
     return result
 
 
-def _linears(model: PreTrainedModel) -> tuple[dict[str, Linear], dict[str, float]]:
+def _linears(model: PreTrainedModel, fold_scales: bool) -> tuple[dict[str, Linear], dict[str, float]]:
     """The binarized linears on the CPU with what can be folded folded, and name -> rounding where scales were."""
     linears: dict[str, Linear] = {}
     foldings: dict[str, float] = {}
@@ -241,7 +245,7 @@ def _linears(model: PreTrainedModel) -> tuple[dict[str, Linear], dict[str, float
         stem = down.removesuffix("down_proj")
         gate, up = stem + "gate_proj", stem + "up_proj"
         if gate in linears and up in linears:
-            *folded, rounding = fold_mlp(linears[gate], linears[up], linears[down])
+            *folded, rounding = fold_mlp(linears[gate], linears[up], linears[down], fold_scales)
             linears[gate], linears[up], linears[down] = folded
             if rounding:
                 foldings[up] = rounding
@@ -311,10 +315,15 @@ def _save(writer: Any, path: Path, check: Callable[[Path], None]) -> None:
     handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     os.close(handle)
     try:
-        writer.write_header_to_file(path=Path(unfinished))
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        try:
+            writer.write_header_to_file(path=Path(unfinished))
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+        except OSError as error:
+            if error.errno is None:  # numpy's, of an array: it tells neither the file nor the reason
+                raise OSError(f"{path} could not be written ({error}): the disk may be full.") from error
+            raise
         check(Path(unfinished))
         umask = os.umask(0)
         os.umask(umask)

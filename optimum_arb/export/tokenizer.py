@@ -46,19 +46,21 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int, pre_tok
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(
-            f"{type(tokenizer).__name__} cannot be exported: only fast tokenizers can. Leave the tokenizer out."
+            f"{type(tokenizer).__name__} cannot be exported: only fast tokenizers can. Leave the tokenizer out "
+            "(tokenizer=None, --no-tokenizer)."
         )
     state = json.loads(backend.to_str())
     model = state["model"]
     if model["type"] != "BPE":
         raise ValueError(
             f"A tokenizer of type {model['type']} cannot be exported to GGUF: the export knows BPE. Leave the "
-            "tokenizer out."
+            "tokenizer out (tokenizer=None, --no-tokenizer)."
         )
     pieces = tokenizer.get_vocab()
     if max(pieces.values()) >= vocab_size:
         raise ValueError(
-            f"The tokenizer has the token id {max(pieces.values())}, but the model's embedding {vocab_size} rows."
+            f"The tokenizer has the token id {max(pieces.values())}, but the model's embedding {vocab_size} rows: give "
+            "the model's own tokenizer."
         )
     byte_level = not model.get("byte_fallback")
     pre = (pre_tokenizer or word_rule(state)) if byte_level else "default"
@@ -107,8 +109,8 @@ def word_rule(state: dict[str, Any]) -> str:
                 return _WITHOUT_WHOLE_PIECES[name]
     raise ValueError(
         "llama.cpp's name for this tokenizer's way to split text into words is not known: "
-        f"{json.dumps(pre)[:300]}. Give it as pre_tokenizer (tokenizer.ggml.pre in GGUF files of the same model "
-        "family), or leave the tokenizer out."
+        f"{json.dumps(pre)[:300]}. Give it as pre_tokenizer (--pre-tokenizer; tokenizer.ggml.pre in GGUF files of the "
+        "same model family), or leave the tokenizer out (tokenizer=None, --no-tokenizer)."
     )
 
 

@@ -14,14 +14,18 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..commands.printing import size
 from ..config import ARBConfig
-from ..experts.keys import split_companion
+from ..format.packing import STORED_NAMES
+from ..output_files import whole
 from ..stored.tensors import stored_tensors, stored_variant, tensor_bytes
 from .base_model import CARD_KEYS, card_facts
 
 NAME = "README.md"
 TAGS = ("arb", "1-bit", "quantized")
+MOST_OVERRIDES = 8  # that are named: a divided budget gives one to each of hundreds of linears
 _MARK = "<!-- optimum_arb wrote this card and replaces it, unless it was changed by hand: {} -->"
 _MARKED = re.compile(rf"(.*)\n{_MARK.format('([0-9a-f]{64})')}\s*", re.DOTALL)
+# Of the tensors beside packed signs, of linears and of experts.
+_COMPANIONS = tuple(f"_{name}" for name in STORED_NAMES[1:])
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -61,12 +65,12 @@ def model_card(
     if quantization.get("quant_method") != "arb":
         raise ValueError(f"{directory} holds no model that was binarized by optimum_arb.")
     config = ARBConfig.from_dict(quantization)
+    _check_perplexity(config.perplexity, directory)
     base = dict(config.base_model or {})
     if base.get("name"):
         base = {**card_facts(base["name"], base.get("revision"), online, token), **base}
     tensors, file_bytes = stored_tensors(directory)
-    companions = {key for key in tensors if split_companion(key)[1] != "weight"}
-    packed = sum(tensor_bytes(t) for key, t in tensors.items() if key in companions or t.dtype == "U8")
+    packed = sum(tensor_bytes(t) for key, t in tensors.items() if key.endswith(_COMPANIONS) or t.dtype == "U8")
     total = sum(tensor_bytes(tensor) for tensor in tensors.values())
     name = name or directory.resolve().name
     classes = model_config.get("architectures") or ["AutoModel"]
@@ -89,6 +93,17 @@ def model_card(
     return ModelCard(f"{content}\n{_MARK.format(_digest(content))}\n")
 
 
+def _check_perplexity(measured: dict[str, Any] | None, directory: Path) -> None:
+    """Raises ValueError where a recorded perplexity is not as `record_perplexity` writes it."""
+    kinds = {"perplexity": (int, float), "text": str, "windows": int, "context_length": int, "tokens": int}
+    for key, kind in kinds.items():
+        if measured and not isinstance(measured.get(key), kind):  # type: ignore[arg-type]
+            raise ValueError(
+                f"{directory / 'config.json'} records a perplexity whose {key} is {measured.get(key)!r}: remove "
+                "`perplexity` from its quantization_config, or measure it again (optimum-arb evaluate --record)."
+            )
+
+
 def write_card(directory: str | Path, **options: Any) -> bool:
     """Writes the card of a saved model into its directory, unless a card is there that this package did not write.
 
@@ -101,12 +116,14 @@ def write_card(directory: str | Path, **options: Any) -> bool:
 
     Raises:
         FileNotFoundError, ValueError: as `model_card`.
-        OSError: the file cannot be read or written.
+        OSError: the file cannot be read or written; it is then as it was.
     """
     path = Path(directory) / NAME
     if is_users_own(path):
         return False
-    path.write_text(str(model_card(directory, **options)), encoding="utf-8")
+    content = str(model_card(directory, **options))
+    with whole(path) as unfinished:  # of a card that is cut short nobody knows that this package wrote it
+        unfinished.write_text(content, encoding="utf-8")
     return True
 
 
@@ -174,15 +191,25 @@ No import of optimum_arb is needed where it is installed (`{config.requirement}`
 
 
 def _method(config: ARBConfig) -> str:
-    parts = [f"`{config.method}`"]
-    if config.method == "arb-hrc":
+    methods = [config.method, *(choices["method"] for choices in config.overrides.values() if "method" in choices)]
+    divided = config.target_bits_per_weight is not None
+    parts = [" and ".join(f"`{method}`" for method in dict.fromkeys(methods if divided else methods[:1]))]
+    if divided:
+        parts.append(f"at most {config.target_bits_per_weight:g} bits a weight, divided among the modules")
+    elif config.method == "arb-hrc":
         parts.append(f"{config.planes} sign plane{'s' if config.planes > 1 else ''}")
     if config.factorized:
         rank = f"rank {config.rank}" if config.rank else f"{config.factor_bits or 1:g} bits a weight"
-        parts.append(f"products of two sign matrices, {rank}")
+        parts.append("products of two sign matrices" + ("" if divided else f", {rank}"))
     else:
         parts.append("one block a row" if config.block_size == -1 else f"blocks of {config.block_size} columns")
-    if config.overrides:
+    if config.hadamard:
+        parts.append(f"Hadamard transform of {config.hadamard} columns where it pays")
+    if config.scale_bits == 8:
+        parts.append("8-bit scales")
+    if len(config.overrides) > MOST_OVERRIDES:
+        parts.append(f"choices of their own for {len(config.overrides)} modules or patterns, see `config.json`")
+    elif config.overrides:
         parts.append(f"other choices for `{'`, `'.join(config.overrides)}`")
     return ", ".join(parts)
 

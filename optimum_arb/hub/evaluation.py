@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..evaluate.perplexity import PerplexityResult
+from ..output_files import name_full_disk
 from .card import write_card
 
 # What makes two perplexities comparable; the seconds are the machine's.
@@ -26,9 +28,14 @@ def record_perplexity(model: PreTrainedModel | str | Path, result: PerplexityRes
 
     Raises:
         FileNotFoundError: no such directory, or no model in it.
-        ValueError: the model is not binarized.
-        OSError: its files cannot be written; they are then as they were.
+        ValueError: the model is not binarized, or the perplexity is infinite, which JSON has no number for.
+        OSError: config.json or the card cannot be written; the one that cannot is then as it was.
     """
+    if not math.isfinite(result.perplexity):
+        raise ValueError(
+            f"A perplexity of {result.perplexity} cannot be recorded: the model is broken (optimum-arb inspect tells "
+            "its worst layers)."
+        )
     record = {key: value for key, value in result.to_dict().items() if key in _FIELDS}
     if isinstance(model, PreTrainedModel):
         config: Any = getattr(model.config, "quantization_config", None)
@@ -49,7 +56,8 @@ def record_perplexity(model: PreTrainedModel | str | Path, result: PerplexityRes
             file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
         os.chmod(temporary, path.stat().st_mode)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        name_full_disk(error, path)
         raise
     write_card(path.parent)

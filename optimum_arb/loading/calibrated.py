@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +24,13 @@ from ..config.choices import AUTO
 from ..conversion import Record, binarize_linear
 from ..custom_data import CalibrationInputs
 from ..experts.conversion import binarize_experts, held_out_errors
+from ..format.packing import stored_bytes
 from ..modules import Selection
+from ..nn import ARBLinear
 from ..version import __version__
 from .placement import calibration_device
+
+logger = logging.getLogger(__name__)
 
 
 class Stream(Protocol):
@@ -136,6 +141,8 @@ def binarize_model(model: PreTrainedModel, task: Task) -> None:
     task.error_correction = walk.error_correction
     if refiner is not None:
         task.refinement = refiner.summary(walk)
+    if config.target_bits_per_weight is not None:
+        _tell_exceeded(model, config.target_bits_per_weight)
 
 
 def _divide_budget(model: PreTrainedModel, task: Task, batches: list[Any], device: torch.device, ranks: Ranks) -> None:
@@ -153,6 +160,20 @@ def _divide_budget(model: PreTrainedModel, task: Task, batches: list[Any], devic
         choices = config.for_module(name)
         assert choices is not None
         task.selection.convert[name] = choices
+
+
+def _tell_exceeded(model: PreTrainedModel, target: float) -> None:
+    """Warns where a model has more bits than its budget: some scales turned out to need float32."""
+    linears = [module for module in model.modules() if isinstance(module, ARBLinear)]
+    bits = 8 * sum(stored_bytes(linear.packed()) for linear in linears)
+    weights = sum(linear.in_features * linear.out_features for linear in linears)
+    if bits > target * weights:
+        logger.warning(
+            "target_bits_per_weight=%s is exceeded: the model has %.4f bits a weight, because float16 does not hold "
+            "some scales, which no trial told. With a target lower by the difference it keeps to it.",
+            target,
+            bits / weights,
+        )
 
 
 def _facts(model: PreTrainedModel, task: Task) -> dict[str, Any]:

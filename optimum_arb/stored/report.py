@@ -98,7 +98,7 @@ def read_report(path: str | Path) -> dict[str, Any] | None:
 
 def _is_entry(module: dict[str, Any]) -> bool:
     """Whether a module's entry is of the kinds of values that this package writes: a file is no program to trust."""
-    errors = (module["weight_error"], module["output_error"], module["held_out_error"])
+    errors = (module["weight_error"], module["output_error"], module["held_out_error"], module.get("hadamard_gain"))
     counts = (module["tokens"], module["held_out_tokens"], module["starved"], module["stored_bytes"])
     return (
         isinstance(module["name"], str)

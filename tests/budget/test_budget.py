@@ -82,6 +82,48 @@ def test_under_the_budget_recorded_and_made_again(llama, tmp_path, capfd, method
     assert kinds <= {ARBLinear, ARBFactorizedLinear}
 
 
+@pytest.mark.parametrize("method", ["arb-hrc", "arb-dbf"])
+def test_scales_that_float16_does_not_hold_count_with_all_their_bits(tmp_path, method):
+    model = tiny_model("LlamaForCausalLM")
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.weight.data[0] *= 3e-4  # as a unit that training has switched off
+        layer.mlp.up_proj.weight.data *= 1e7
+        layer.self_attn.k_proj.weight.data *= 1e7
+    model.save_pretrained(tmp_path)
+    model = binarize(tmp_path, method=method, target_bits_per_weight=2.1)
+    scales = {t.dtype for m in linears(model).values() for name, t in m.packed().items() if name.endswith("scale")}
+    assert scales == {torch.float16, torch.float32}
+    assert 2.0 < true_bits(model) <= 2.1
+
+
+def test_auto_gives_planes_a_transform_and_factors_none(llama, tmp_path):
+    model = binarize(llama, method="auto", hadamard=64, scale_bits=8, admm_iterations=4, target_bits_per_weight=1.6)
+    assert true_bits(model) <= 1.6
+    found = linears(model).values()
+    assert any(isinstance(module, ARBFactorizedLinear) for module in found)
+    assert any(module.hadamard for module in found if not isinstance(module, ARBFactorizedLinear))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = tokens(1, 8)
+    assert torch.equal(outputs(loaded, ids), outputs(model, ids))
+    config = ARBConfig.from_dict(json.loads((tmp_path / "config.json").read_text())["quantization_config"])
+    again = binarize(llama, hadamard=64, scale_bits=8, admm_iterations=4, overrides=config.overrides)
+    assert torch.equal(outputs(again, ids), outputs(model, ids))
+
+
+def test_a_budget_that_is_exceeded_after_all_is_told(tmp_path, caplog):
+    model = tiny_model("LlamaForCausalLM")
+    every = {"re:.*": {"planes": 1}}
+    model.save_pretrained(tmp_path / "usual")
+    target = float(true_bits(binarize(tmp_path / "usual", overrides=every)))
+    binarize(tmp_path / "usual", target_bits_per_weight=target + 1e-6, overrides=every)
+    assert "is exceeded" not in caplog.text
+    model.model.layers[1].mlp.up_proj.weight.data *= 1e7
+    model.save_pretrained(tmp_path / "wide")
+    found = float(true_bits(binarize(tmp_path / "wide", target_bits_per_weight=target + 1e-6, overrides=every)))
+    assert f"is exceeded: the model has {found:.4f} bits a weight, because float16 does not hold" in caplog.text
+
+
 def test_what_has_an_override_keeps_it_within_the_budget(llama):
     overrides = {"down_proj": {"planes": 1}, "layers.0.self_attn.v_proj": {"planes": 3}}
     model = binarize(llama, target_bits_per_weight=2.1, overrides=overrides)
@@ -211,6 +253,11 @@ def test_refused(llama, tmp_path, monkeypatch):
     config = ARBConfig(target_bits_per_weight=2.1, dataset=tokens(), **QUICK)
     with pytest.raises(ValueError, match="puts out no logits"):
         AutoModel.from_pretrained(llama, quantization_config=config)
+    broken = tiny_model("LlamaForCausalLM")
+    broken.lm_head.weight.data[3] = float("nan")  # which is not binarized
+    broken.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ValueError, match="LlamaForCausalLM puts out NaN or Inf, so that bits cannot be divided"):
+        binarize(tmp_path / "broken", target_bits_per_weight=2.1)
 
 
 def test_uniform_where_nothing_counts_by_itself():
@@ -239,6 +286,7 @@ def test_trials_leave_the_model_as_it_was():
     forms = {
         name: candidates(configs[name], *shape, 2.0, ["arb-hrc"]) for name, shape in zip(names, shapes, strict=True)
     }
-    found = measured(model, forms, configs, [tokens()], "cpu", 0)
+    found, wide = measured(model, forms, configs, [tokens()], "cpu", 0)
+    assert not any(scales for kinds in wide.values() for scales in kinds.values())
     assert all(one > two > three > 0 for one, two, three in found.values())
     assert all(torch.equal(parameter, kept[name]) for name, parameter in model.named_parameters())

@@ -193,6 +193,8 @@ def test_evaluate_bad_input(fail, float_model, binarized_model, text, tmp_path):
     assert "There is no comparison" in fail(
         "evaluate", binarized_model, "--text", text, *FAST, "--compare", tmp_path / "missing"
     )
+    message = fail("evaluate", binarized_model, "--measure", "memory", "--prompt-tokens", "57")
+    assert "prompt_tokens=57 and new_tokens=8 are more than the 64 positions of the model" in message
 
 
 def test_another_tokenizer_is_refused(fail, binarized_model, tmp_path, text):
@@ -320,3 +322,14 @@ def test_readable_output(capsys, binarized_model, tmp_path):
     assert re.search(r"^FAILED +max_bits_per_weight +1 +[\d.]+ +[\d.]+% beyond", out, re.MULTILINE)
     assert re.search(r"^ok +max_file_bytes", out, re.MULTILINE)
     assert "1 of 2 failed" in out
+
+
+@pytest.mark.parametrize("more", ["", "max_perplexity = 1e9\n"])
+def test_a_model_that_is_not_binarized_has_no_true_bits(capsys, float_model, text, tmp_path, more):
+    path = tmp_path / "verify.toml"
+    measure = f'[measure]\ntext = "{text}"\ncontext_length = 16\nmax_windows = 1\n'
+    path.write_text(f"max_bits_per_weight = 32\n{more}{measure}")
+    assert main(["verify", str(float_model), "--thresholds", str(path), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)["checks"][0]
+    assert (found["passed"], found["measured"]) == (False, None)
+    assert found["what"] == "true bits per weight: the model is not binarized by optimum_arb"

@@ -82,6 +82,26 @@ def test_no_more_than_one_batch_of_logits_is_held(pair, monkeypatch):
     assert most <= 2
 
 
+def test_tokens_that_both_mask_do_not_count(pair):
+    class Masked(torch.nn.Module):
+        def __init__(self, model, count):
+            super().__init__()
+            self.model, self.count = model, count
+
+        def forward(self, input_ids):
+            found = self.model(input_ids)
+            found.logits[..., -self.count :] = -math.inf
+            return found
+
+    ids = IDS % 80
+    found = divergence(Masked(pair[0], 16), Masked(pair[1], 16), ids, context_length=16)
+    with torch.no_grad():
+        ours, theirs = (one(ids.view(6, 16)).logits[:, :-1, :80].double().log_softmax(-1) for one in pair)
+    assert found.kl_divergence == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=1e-4)
+    # a token that the baseline holds for possible and the model for impossible is another matter
+    assert divergence(Masked(pair[0], 16), pair[1], ids, context_length=16).kl_divergence == math.inf
+
+
 def test_bad_input(pair):
     model, _ = pair
     other = tiny_model("OPTForCausalLM")

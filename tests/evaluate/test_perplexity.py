@@ -112,6 +112,22 @@ def test_text_shorter_than_a_window(model):
         perplexity(model, tokens(19), context_length=20)
 
 
+@pytest.mark.parametrize("wrong", [VOCABULARY, -100])
+def test_tokens_that_the_model_does_not_know(model, wrong):
+    ids = tokens(64)
+    ids[50] = wrong
+    with pytest.raises(ValueError, match=f"has the token id {wrong}, but the model's embedding 96 rows: use the model"):
+        perplexity(model, ids, context_length=20)
+    assert perplexity(model, ids, context_length=20, max_windows=2).windows == 2
+
+
+def test_token_ids_that_are_no_whole_numbers(model):
+    with pytest.raises(ValueError, match=r"token ids are torch\.float32"):
+        perplexity(model, tokens(64) / 2, context_length=20)
+    with pytest.raises(ValueError, match="has 0 tokens"):
+        perplexity(model, [], context_length=20)
+
+
 def test_window_longer_than_the_positions(model):
     with pytest.raises(ValueError, match="context_length=65 is more than the 64 positions"):
         perplexity(model, tokens(200), context_length=65)

@@ -154,8 +154,13 @@ def test_what_is_not_exact_is_refused_or_measured(llama_directory, tmp_path, cha
     expected = layer.self_attn.v_proj.dequantize()
     stored = torch.from_numpy(values(tmp_path / "m.gguf")["blk.0.attn_v.weight"])
     assert float((stored - expected).norm() / expected.norm()) < 1e-3
-    report = export_gguf(model, None, tmp_path / "f32.gguf", float_type="F32", allow_lossy="col_scale" in changes)
+    report = export_gguf(model, None, tmp_path / "f32.gguf", float_type="F32")
+    assert report.exact
     assert {tensor.kind for tensor in report.tensors if reason in tensor.reason} == {"F32"}
+    stored = torch.tensor(values(tmp_path / "f32.gguf")["blk.0.ffn_up.weight"])
+    order = layer.mlp.down_proj.binarized().permutation
+    expected = layer.mlp.up_proj.dequantize()
+    assert torch.equal(stored, expected if order is None else expected[order])
 
 
 def mlp(stored, layer, x):
@@ -191,6 +196,25 @@ def test_the_column_scales_of_down_proj_move_into_up(llama_directory, tmp_path):
         expected = model.model.layers[1].mlp(x)
     found = mlp(values(tmp_path / "m.gguf"), 1, x)
     assert float((found - expected).norm() / expected.norm()) < 2**-11
+    model.model.layers[1].mlp.up_proj.weight_row_scale.data.fill_(6e4)  # times a column scale above 1: no float16
+    report = export_gguf(model, None, tmp_path / "m.gguf", allow_lossy=True, overwrite=True)
+    kinds = {tensor.source: tensor.kind for tensor in report.tensors}
+    assert kinds["model.layers.1.mlp.up_proj.weight"] == "Q1_0"
+    assert kinds["model.layers.1.mlp.down_proj.weight"] == "F16"
+    assert all(bool(np.isfinite(tensor).all()) for tensor in values(tmp_path / "m.gguf").values())
+
+
+def test_a_full_disk_is_told_with_the_file(llama, tmp_path, monkeypatch):
+    (tmp_path / "m.gguf").write_bytes(b"mine")
+
+    def full(self):
+        raise OSError("4608 requested and 0 written")  # what numpy makes of it
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    with pytest.raises(OSError, match=r"m\.gguf could not be written \(4608 .*\): the disk may be full"):
+        export_gguf(llama, None, tmp_path / "m.gguf", overwrite=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
+    assert (tmp_path / "m.gguf").read_bytes() == b"mine"
 
 
 def test_bad_input(llama, llama_directory, tmp_path, monkeypatch):
@@ -210,6 +234,11 @@ def test_bad_input(llama, llama_directory, tmp_path, monkeypatch):
     other.config.hidden_act = "gelu"
     with pytest.raises(ValueError, match="hidden_act='gelu'"):
         export_gguf(other, None, tmp_path / "n.gguf")
+    for name in ("lm_head.weight", "model.layers.1.mlp.up_proj.weight_row_scale"):
+        broken = copy.deepcopy(llama)
+        broken.get_parameter(name).data[0, 0] = float("nan")
+        with pytest.raises(ValueError, match=f"^{name} holds NaN or Inf, and is not exported"):
+            export_gguf(broken, None, tmp_path / "n.gguf", float_type="F32", allow_lossy=True)
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", lambda self: None)
     with pytest.raises(OSError, match="cannot be read back"):
         export_gguf(llama, None, tmp_path / "m.gguf", overwrite=True)

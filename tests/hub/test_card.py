@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import math
+import os
 import pickle
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,12 +119,29 @@ def test_a_measured_perplexity(saved, source):
     assert main(["evaluate", str(source), *options]) == 2
 
 
+@pytest.mark.parametrize(
+    ("record", "key"), [({"perplexity": 9.5}, "text"), ({"perplexity": "9", "text": "t"}, "perplex")]
+)
+def test_a_perplexity_that_is_no_record(saved, record, key):
+    path = saved / "config.json"
+    content = json.loads(path.read_text())
+    content["quantization_config"]["perplexity"] = record
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"config.json records a perplexity whose {key}.* --record"):
+        model_card(saved)
+
+
 def test_perplexity_of_a_model_in_memory(saved):
     again = AutoModelForCausalLM.from_pretrained(saved)
     result = perplexity(again, tokens(4, 16).flatten(), context_length=16)
     record_perplexity(again, result)
     again.save_pretrained(saved)
     assert rows(saved)["perplexity"].startswith(f"{result.perplexity:,.2f} on token ids: 4 windows")
+    before = (saved / "config.json").read_bytes()
+    for target in (again, saved):
+        with pytest.raises(ValueError, match="A perplexity of inf cannot be recorded: the model is broken"):
+            record_perplexity(target, replace(result, perplexity=math.inf))
+    assert (saved / "config.json").read_bytes() == before
     with pytest.raises(ValueError, match="is not binarized"):
         record_perplexity(tiny_model("LlamaForCausalLM"), result)
 
@@ -179,3 +201,79 @@ def test_a_card_that_cannot_be_written_does_not_lose_the_model(model, tmp_path, 
     assert "but its card could not be written: no card" in caplog.text
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert torch.equal(outputs(again, tokens(1, 8)), outputs(model, tokens(1, 8)))
+
+
+@pytest.mark.parametrize(
+    "choices", [{"scale_bits": 8}, {"method": "arb-dbf", "factor_bits": 2.0, "scale_bits": 8}, {"hadamard": 64}]
+)
+def test_bytes_and_weights_are_those_of_the_file(source, tmp_path, choices):
+    config = ARBConfig(dataset=tokens(), block_size=64, num_samples=4, **choices)
+    saved = save_model(AutoModelForCausalLM.from_pretrained(source, quantization_config=config), None, tmp_path / "it")
+    inspection = inspect_model(saved)
+    packed = sum(module.stored_bytes for module in inspection.modules)
+    found = rows(saved)
+    assert found["true bits per weight"] == (
+        f"{inspection.bits_per_weight:.4f}, over {inspection.weights:,} binarized weights ({packed / 1000:.1f} kB)"
+    )
+    assert found["whole model"].endswith(f"{(inspection.stored_bytes - packed) / 1000:.1f} kB are tensors in float")
+
+
+def test_a_card_on_a_full_disk_is_the_old_one(saved, monkeypatch):
+    before = (saved / "README.md").read_text()
+
+    def cut_short(path, text, **kwargs):
+        with open(path, "w") as file:
+            file.write(text[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", cut_short)
+    with pytest.raises(OSError, match=r"No space left on device: .*README\.md"):
+        write_card(saved, tags=["other"])
+    monkeypatch.undo()
+    assert (saved / "README.md").read_text() == before
+    assert not list(saved.glob(".*"))
+    assert write_card(saved, tags=["other"])
+
+
+def test_a_perplexity_on_a_full_disk_names_the_file(saved, monkeypatch):
+    before = (saved / "config.json").read_text()
+    result = perplexity(tiny_model("LlamaForCausalLM"), tokens(), context_length=16)
+
+    def full(descriptor, *args, **kwargs):
+        os.close(descriptor)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fdopen", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*config\.json"):
+        record_perplexity(saved, result)
+    monkeypatch.undo()
+    assert (saved / "config.json").read_text() == before
+    assert not list(saved.glob(".config-*"))
+
+
+@pytest.mark.parametrize(
+    ("choices", "expected"),
+    [
+        ({"method": "arb-dbf", "factor_bits": 2.0}, "`arb-dbf`, products of two sign matrices, 2 bits a weight"),
+        ({"hadamard": 64, "scale_bits": 8, "planes": 2},
+         "`arb-hrc`, 2 sign planes, blocks of 128 columns, Hadamard transform of 64 columns where it pays, "
+         "8-bit scales"),
+        ({"target_bits_per_weight": 2.5, "overrides": {"a": {"planes": 2}, "b": {"planes": 3}}},
+         "`arb-hrc`, at most 2.5 bits a weight, divided among the modules, blocks of 128 columns, other choices for "
+         "`a`, `b`"),
+        ({"target_bits_per_weight": 2, "overrides": {f"l.{i}": {"method": "arb-dbf", "rank": 8} for i in range(9)}},
+         "`arb-hrc` and `arb-dbf`, at most 2 bits a weight, divided among the modules, blocks of 128 columns, choices "
+         "of their own for 9 modules or patterns, see `config.json`"),
+        ({"method": "arb-dbf", "target_bits_per_weight": 2, "overrides": {"a": {"rank": 8}}},
+         "`arb-dbf`, at most 2 bits a weight, divided among the modules, products of two sign matrices, other choices "
+         "for `a`"),
+    ],
+)  # fmt: skip
+def test_the_method_in_words(saved, choices, expected):
+    path = saved / "config.json"
+    content = json.loads(path.read_text())
+    kept = {key: content["quantization_config"][key] for key in ("quant_method", "calibration", "bits_per_weight")}
+    content["quantization_config"] = {**ARBConfig(**choices).to_dict(), **kept}
+    path.write_text(json.dumps(content))
+    write_card(saved)
+    assert rows(saved)["method"] == expected

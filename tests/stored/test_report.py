@@ -13,6 +13,7 @@ from tiny_models import save_tiny, tokens
 from transformers import AutoModelForCausalLM
 
 from optimum_arb import ARBConfig, model_report, save_model
+from optimum_arb.commands.main import main
 from optimum_arb.inspection import inspect_model
 from optimum_arb.stored.report import NAME, read_report
 
@@ -97,6 +98,16 @@ def test_a_report_of_another_model_does_not_count(saved, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert inspect_model(other).report is None
     assert "of another model" in caplog.text
+
+
+def test_an_entry_with_a_text_in_place_of_a_number_is_damage(saved, tmp_path, capsys):
+    other = shutil.copytree(saved[1], tmp_path / "other")
+    content = json.loads((other / NAME).read_text())
+    content["modules"][0]["hadamard_gain"] = "much"
+    (other / NAME).write_text(json.dumps(content))
+    assert read_report(other) is None
+    assert main(["inspect", str(other)]) == 0
+    assert "Hadamard gain" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
