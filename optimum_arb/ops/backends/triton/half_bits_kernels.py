@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import fragments
 from .prepack import ROWS, SLOTS
-from .prepacked_tiles import first_scale, load_tile, row_scale, scale_values, sign_word
+from .prepacked_tiles import first_scale, load_tile, part_of, row_scale, scale_values, sign_word
 
 _CHUNK = gl.constexpr(528)  # words of 8 tokens of a tile: 1024 halves, and scale and correction of each token
 _SLOTS = gl.constexpr(SLOTS)
@@ -210,22 +210,7 @@ def _multiply(
     group = gl.arange(0, ALL, layout=gl.SliceLayout(1, layout))
 
     first = gl.program_id(0) * ALL
-    part = 0
-    first_group = 0
-    start = 0
-    end = end0
-    if PARTS > 1:  # noqa: SIM102 (the outer condition is a constant of the compilation)
-        if first >= group1:
-            part = 1
-            first_group = group1
-            start = end0
-            end = end1
-    if PARTS > 2:  # noqa: SIM102
-        if first >= group2:
-            part = 2
-            first_group = group2
-            start = end1
-            end = end2
+    part, first_group, start, end = part_of(first, group1, group2, end0, end1, end2, PARTS)
     row_group = gl.expand_dims(gl.minimum(first + group, G - 1), 1)
     blocks = gl.cdiv(T, TILES_PER_BLOCK)
     words_at = words_ptr + row_group * (T * (PLANES * _SLOTS)) + gl.expand_dims(warp * (PLANES * _SLOTS) + slot, 0)

@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from . import fragments
 from .hadamard_inputs import transform_tile
 from .prepack import ROWS, SLOTS
-from .prepacked_tiles import first_scale, load_tile, row_scale, scale_values, sign_word
+from .prepacked_tiles import first_scale, load_tile, part_of, row_scale, scale_values, sign_word
 
 _PREPARE = gl.constexpr(fragments.prepare())
 _PREPARE_CONSTRAINTS = gl.constexpr(fragments.PREPARE_CONSTRAINTS)
@@ -185,22 +185,7 @@ def _decode(
     token = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, input_layout))
 
     first = gl.program_id(0) * GROUPS
-    part = 0
-    first_group = 0
-    start = 0
-    end = end0
-    if PARTS > 1:  # noqa: SIM102 (the outer condition is a constant of the compilation)
-        if first >= group1:
-            part = 1
-            first_group = group1
-            start = end0
-            end = end1
-    if PARTS > 2:  # noqa: SIM102
-        if first >= group2:
-            part = 2
-            first_group = group2
-            start = end1
-            end = end2
+    part, first_group, start, end = part_of(first, group1, group2, end0, end1, end2, PARTS)
     row_group = gl.expand_dims(gl.minimum(first + group, G - 1), 1)
     blocks = gl.cdiv(T, TILES_PER_BLOCK)
     expert = 0

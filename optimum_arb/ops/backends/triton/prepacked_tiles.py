@@ -25,6 +25,32 @@ def scale_values(dtype):
 
 
 @gluon.jit
+def part_of(first, group1, group2, end0, end1, end2, PARTS: gl.constexpr):
+    """Of weights that were joined, which one the group of rows `first` is of.
+
+    Returns:
+        Its number, its first group of rows, and the first column of its results and the one behind the last.
+    """
+    part = 0
+    first_group = 0
+    start = 0
+    end = end0
+    if PARTS > 1:  # noqa: SIM102 (the outer condition is a constant of the compilation)
+        if first >= group1:
+            part = 1
+            first_group = group1
+            start = end0
+            end = end1
+    if PARTS > 2:  # noqa: SIM102
+        if first >= group2:
+            part = 2
+            first_group = group2
+            start = end1
+            end = end2
+    return part, first_group, start, end
+
+
+@gluon.jit
 def first_scale(scale_ptr, row_group, lane, blocks, SCALES: gl.constexpr):
     """Where the row scales of groups of rows `[groups, 1]` begin for lanes, of `scale_values` words each."""
     VALUES: gl.constexpr = scale_values(scale_ptr.dtype.element_ty)
