@@ -199,7 +199,7 @@ def _multiply(
     ONE_ROUND: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
-    """One program: GROUPS * ROW_WARPS * 32 rows of all tiles. Parts are those of `one_bit`."""
+    """One program: GROUPS * ROW_WARPS * 32 rows of all tiles. Parts, AHEAD and ONE_ROUND: see `one_bit_kernels`."""
     ALL: gl.constexpr = GROUPS * ROW_WARPS
     LANES: gl.constexpr = COLUMN_WARPS * _SLOTS
     layout: gl.constexpr = gl.BlockedLayout([GROUPS, 4], [1, 32], [ROW_WARPS, COLUMN_WARPS], [1, 0])

@@ -170,7 +170,8 @@ def _decode(
     """One program: GROUPS * 32 rows of all tiles, every warp the tiles w, w + WARPS, ...
 
     Parts (weights of one input, joined) begin at row groups group1 and group2; end0, end1 and end2 are the columns of
-    out at which their results end.
+    out at which their results end. Of a warp's tiles AHEAD are loaded before they are multiplied, all of them with
+    ONE_ROUND, and INPUTS_AHEAD (AHEAD or 1) of the inputs' tiles.
     """
     layout: gl.constexpr = gl.BlockedLayout([TOKENS, GROUPS, 4], [1, 1, 32], [1, 1, WARPS], [2, 1, 0])
     weight_layout: gl.constexpr = gl.SliceLayout(0, layout)  # [GROUPS, lanes]
