@@ -35,10 +35,10 @@ def check() -> list[str]:
         for layout in all_layouts()
         if not layout.salient
         for rows, columns, block_size, tokens, cut in (
-            (42, 320, 64, 5, (1, 2, 2)),
-            (431, 1152, 128, 16, (2, 2, 2, False)),
-            (96, 576, -1, 8, (4, 1, 4)),
-            (1, 4304, 128, 9, (1, 4, 4)),
+            (42, 320, 64, 5, (4, 2, 8)),
+            (431, 1152, 128, 16, (8, 1, 4)),
+            (96, 576, -1, 8, (4, 2, 2)),
+            (1, 4304, 128, 9, (8, 4, 16)),
         )
     ]
     for layout, rows, columns, block_size, tokens, config in cases:
@@ -56,7 +56,7 @@ def check() -> list[str]:
     joined = prepack.join([prepack.prepack(part) for part in parts])
     assert joined is not None
     x = torch.randn(11, 768, device="cuda", dtype=torch.float16)
-    out = half_bits.multiply(x, joined, None, half_bits.HalfConfig(2, 2, 4), (64, 7, 128))
+    out = half_bits.multiply(x, joined, None, half_bits.HalfConfig(), (64, 7, 128))
     for part, found in zip(parts, out.split([11 * 64, 11 * 7, 11 * 128]), strict=True):
         expected = x.double() @ part.unpack().dequantize(torch.float64).T
         error = float((found.view(11, -1).double() - expected).norm() / expected.norm())

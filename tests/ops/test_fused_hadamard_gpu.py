@@ -181,7 +181,7 @@ def test_joined_weights_of_more_tokens(fused, m):
     change = layers[0].input_transform()
     x = random_input(m, 576, torch.float16)
     rows = (64, 7, 128)
-    out = half_bits.multiply(x, joined, None, half_bits.HalfConfig(2, 2, 4), rows, change[:3])
+    out = half_bits.multiply(x, joined, None, half_bits.HalfConfig(), rows, change[:3])
     for each, found in zip(layers, out.split([m * count for count in rows]), strict=True):
         assert error(found.view(m, -1), exact(each, x)) < TOLERANCE[torch.float16]
 

@@ -23,10 +23,10 @@ def kernels():
         pytest.skip("no kernels for few tokens on this device")
 
 
-def multiply(x, weight, config, rows=None):
+def multiply(x, weight, config, rows=None, bias=None):
     if isinstance(config, one_bit.DecodeConfig):
-        return one_bit.decode(x, weight, None, config, rows)
-    return half_bits.multiply(x, weight, None, config, rows)
+        return one_bit.decode(x, weight, bias, config, rows)
+    return half_bits.multiply(x, weight, bias, config, rows)
 
 
 def exact(x, packed):
@@ -40,7 +40,7 @@ def test_any_number_of_tiles_ahead(name, columns):
     packed = random_weight(name, 160, columns, prepared=False)
     weight = prepack.prepack(packed)
     cuts = [(m, one_bit.DecodeConfig(warps=warps)) for m in (1, 4) for warps in (4, 8)]
-    cuts += [(m, half_bits.HalfConfig(1, 1, 4)) for m in (5, 16)]
+    cuts += [(m, half_bits.HalfConfig(4, slice_tiles=8)) for m in (5, 16)]
     for m, config in cuts:
         x = random_input(m, columns, torch.bfloat16)
         found = [multiply(x, weight, replace(config, ahead=ahead)).view(m, 160) for ahead in (1, 2, 3, 8)]
@@ -56,7 +56,7 @@ def test_row_scales_of_other_dtypes(dtype):
     packed = replace(packed, row_scale=packed.row_scale.to(dtype))
     weight = prepack.prepack(packed)
     assert weight.row_scale.dtype == dtype
-    for m, config in ((1, one_bit.DecodeConfig(warps=4, ahead=2)), (16, half_bits.HalfConfig(1, 1, 4, 2))):
+    for m, config in ((1, one_bit.DecodeConfig(warps=4, ahead=2)), (16, half_bits.HalfConfig(4, 2))):
         x = random_input(m, 1280, torch.float16)
         assert error(multiply(x, weight, config).view(m, 160), exact(x, packed)) < TOLERANCE[torch.float16]
 
@@ -71,3 +71,19 @@ def test_joined_weights_in_programs_of_two_groups(rows):
         out = multiply(x, weight, one_bit.DecodeConfig(2, 4, 2), rows)
         for packed, found in zip(parts, out.split([m * count for count in rows]), strict=True):
             assert error(found.view(m, -1), exact(x, packed)) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("tokens", [5, 16])
+@pytest.mark.parametrize("slice_tiles", [1, 3, 16])
+def test_slices_of_the_columns(slice_tiles, tokens):
+    """Ten, four and one that programs share; the bias is added once, and no sum depends on the time."""
+    rows = (128, 7, 64)
+    parts = [random_weight("planes-2-col", count, 1280, prepared=False, seed=count) for count in rows]
+    weight = prepack.join([prepack.prepack(packed) for packed in parts])
+    x = random_input(tokens, 1280, torch.float16)
+    biases = [random_input(1, count, torch.float16)[0] for count in rows]
+    config = half_bits.HalfConfig(8, 2, slice_tiles)
+    first, second = (multiply(x, weight, config, rows, torch.cat(biases)) for _ in range(2))
+    assert torch.equal(first, second)
+    for packed, bias, found in zip(parts, biases, first.split([tokens * count for count in rows]), strict=True):
+        assert error(found.view(tokens, -1), exact(x, packed) + bias) < TOLERANCE[torch.float16]

@@ -290,13 +290,17 @@ def few(
         transform = (order if with_bias else None, sign, block)
     plan = kind.Plan(x, weight, bias, config, rows, *[None] * (kind is one_bit), transform)
     plan.device = DEVICE
+    if getattr(plan, "sum", None) is not None:
+        plan.sum.launch._device = DEVICE
     plan.run(x, bias)
     out, scratch = torch.zeros(plan.results, dtype=x.dtype), torch.zeros(plan.scratch, dtype=torch.int32)
 
     def by_triton():
-        first, second = plan.arguments(x, 320, scratch, bias, None, out)
+        first, second, *third = plan.arguments(x, 320, scratch, bias, None, out)
         for program, grid, args in zip(plan.launches, plan.grids(), (first, second), strict=True):
             program(grid, args, 77)
+        if third:
+            plan.sum.launch(third[0])
 
     compare(fake, f"{kind.__name__} {name} {tokens} {rows} {block}", plan, x, bias, out, scratch, by_triton)
 
@@ -338,6 +342,7 @@ def main() -> None:
     few(fake, one_bit, one_bit.DecodeConfig(), "planes-2-col", 1, (272,), True)
     few(fake, one_bit, one_bit.DecodeConfig(), "planes-1", 2, (42, 7, 64), False)
     few(fake, half_bits, half_bits.HalfConfig(), "planes-2-col", 16, (42, 64), True)
+    few(fake, half_bits, half_bits.HalfConfig(4, 1, 1), "planes-2-col", 16, (42, 64), True)  # and a sum of three slices
     few(fake, one_bit, one_bit.DecodeConfig(), "planes-2-col", 4, (42, 7, 64), True, block=256)
     few(fake, half_bits, half_bits.HalfConfig(), "planes-1", 5, (272,), False, block=128)
     of_digits(fake, "planes-2-col", 1, True, torch.bfloat16, GemmConfig("digits", 1, 64, 4, 3, 2, 4))

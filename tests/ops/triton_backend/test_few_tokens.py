@@ -45,7 +45,7 @@ def table(monkeypatch):
         if not known:
             return None
         nearest = min(known, key=lambda rows: abs(math.log2(rows / n)))
-        config = {"groups": 2, "row_warps": 1} if half_bits else {}
+        config = {"warps": 4} if half_bits else {}
         took = times[nearest, half_bits][tokens == 16]
         return Entry(nearest, k, planes, tokens, "half_bits" if half_bits else "hopper", config, took)
 
@@ -73,7 +73,7 @@ def test_half_bits_where_it_is_the_fastest(table, monkeypatch):
     table[64, False] = (7.0, 7.0)
     ready = module.prepare([random_packed(planes_layout(1), 64, 128)])
     assert ready is not None
-    assert ready.half == {8: HalfConfig(2, 1), 16: HalfConfig(2, 1)}
+    assert ready.half == {8: HalfConfig(4), 16: HalfConfig(4)}
     monkeypatch.setattr(module, "has_half_bits_kernel", lambda device: False)
     assert most_tokens(64) == 4
 

@@ -16,9 +16,9 @@ LAYOUTS = {layout.name: layout for layout in all_layouts()}
 
 
 def prepare(x: torch.Tensor, weight: Prepacked, parts: int = 1) -> np.ndarray:
-    """int32 `[parts * inputs, T, ceil(M / 8), 528]`."""
+    """int32 `[parts * inputs, T, ceil(M / 8), 544]`."""
     inputs, tiles, token_tiles = len(weight.program.inputs), weight.tiles, -(-len(x) // 8)
-    out = torch.full((parts * inputs, tiles, token_tiles, 528), -1, dtype=torch.int32)
+    out = torch.full((parts * inputs, tiles, token_tiles, half_bits_kernels.CHUNK), -1, dtype=torch.int32)
     index = weight.input_scale if weight.index is None else weight.index
     half_bits_kernels._prepare[tiles, token_tiles, parts * inputs](
         x, weight.input_scale, index, out, tiles, x.stride(0), len(x), inputs, parts, weight.index is not None, False
@@ -34,11 +34,11 @@ def emulate(weight: Prepacked, x: torch.Tensor, part: int = 0, parts: int = 1) -
     groups, tiles = words.shape[1:3]
     sums = [np.zeros((groups, tiles, 32), dtype=np.uint32) for _ in range(8 * token_tiles)]
     for mask, row, source, factor in weight.program.terms:
-        chunk = prepared[source].view(np.uint32)  # [T, token tiles, 528]
+        chunk = prepared[source].view(np.uint32)  # [T, token tiles, 544]
         operand = chunk[..., :512].reshape(tiles, token_tiles, 4, 32, 4)
         inputs = [operand[:, tile, q, :, j] for tile in range(token_tiles) for q in range(4) for j in range(4)]
         lane = np.arange(32) % 4 * 4
-        factors = [chunk[:, tile, 512 + lane + j] for tile in range(token_tiles) for j in range(4)]
+        factors = [chunk[:, tile, at + lane + j] for tile in range(token_tiles) for at in (512, 528) for j in range(4)]
         scale = np.repeat(np.moveaxis(row_scale[:, :, row] * np.float32(factor), -1, 0), 4, axis=-1)  # [j, G, T, lane]
         scales = [ptx.bits(each) for each in scale]
         if mask == 0:

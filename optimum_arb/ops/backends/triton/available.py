@@ -191,7 +191,7 @@ def _half_self_check(device: torch.device) -> float:
     for tokens in (5, 16):
         packed, x, expected = _check_product(device, tokens)
         weight = prepack.prepack(packed)
-        multiply = partial(half_bits.multiply, x, weight, None, half_bits.HalfConfig(1, 1, 4))
+        multiply = partial(half_bits.multiply, x, weight, None, half_bits.HalfConfig(4))
         errors.append(_error(multiply, expected))
     return float(torch.stack(errors).max())  # NaN where one is
 
@@ -211,7 +211,7 @@ def _transform_self_check(device: torch.device) -> float:
         expected = changed @ packed.unpack().dequantize(torch.float64).T
         weight, change = prepack.prepack(packed), (order, sign, 256)
         if tokens > one_bit.MAX_TOKENS:
-            multiply = partial(half_bits.multiply, x, weight, None, half_bits.HalfConfig(1, 1, 4), change=change)
+            multiply = partial(half_bits.multiply, x, weight, None, half_bits.HalfConfig(4), change=change)
         else:
             multiply = partial(one_bit.decode, x, weight, None, one_bit.DecodeConfig(warps=4), change=change)
         errors.append(_error(multiply, expected))

@@ -1,4 +1,4 @@
-"""What the plans of `one_bit` and `half_bits` have in common: their two launches by one native call."""
+"""What the plans of `one_bit` and `half_bits` have in common: their launches by one native call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .launch import Program, cdiv, hooked
+from .launch import Program, Ready, cdiv, hooked
 from .native_launch import EXTRA, OUT, SCRATCH, NativeLaunches, Slot, X, prepare
 from .outputs import Outputs, current_stream, empty_vector
 from .prepack import SLOTS, Prepacked
@@ -27,7 +27,7 @@ def change_class(change: Change | None) -> Hashable:
 
 
 class FewTokensPlan(ABC):
-    """Two launches, the first of which writes the inputs into scratch memory, with all but x and bias known.
+    """Launches of which the first writes the inputs into scratch memory, with all but x and bias known.
 
     The first run goes through Triton, which compiles; later ones are one native call, where there is one.
 
@@ -37,7 +37,7 @@ class FewTokensPlan(ABC):
         scratch: int32 words.
 
     Attributes:
-        launches: the compiled programs, once they have run.
+        launches: the compiled programs of the first two, once they have run.
         contiguous: whether `launch` serves a contiguous input.
     """
 
@@ -68,12 +68,20 @@ class FewTokensPlan(ABC):
     @abstractmethod
     def arguments(
         self, x: Any, stride: int, scratch: Any, bias: Any, experts: Any, out: Any
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """All of both kernels, of tensors or of what stands for them."""
+    ) -> tuple[tuple[Any, ...], ...]:
+        """All of each kernel, of tensors or of what stands for them."""
 
     @abstractmethod
     def grids(self) -> tuple[Grid, Grid]:
-        """Programs of both kernels."""
+        """Programs of the first two kernels."""
+
+    def ready(self, arguments: tuple[tuple[Any, ...], ...]) -> list[Ready | None]:
+        """The launches that have run, with what `arguments` gives for them."""
+        assert self.launches is not None
+        return [
+            program.ready(grid, args)
+            for program, grid, args in zip(self.launches, self.grids(), arguments[:2], strict=True)
+        ]
 
     def prepare_native(self, stride: int, bias: torch.Tensor | None, experts: torch.Tensor | None) -> None:
         """Makes the native launches, of the programs that a first run has compiled, for inputs of this row stride."""
@@ -82,10 +90,7 @@ class FewTokensPlan(ABC):
             return  # there is one place for either
         added, owner = None if bias is None else Slot(EXTRA), None if experts is None else Slot(EXTRA)
         both = self.arguments(Slot(X), stride, Slot(SCRATCH), added, owner, Slot(OUT))
-        ready = [
-            program.ready(grid, args) for program, grid, args in zip(self.launches, self.grids(), both, strict=True)
-        ]
-        self._native = prepare(ready, self.device)
+        self._native = prepare(self.ready(both), self.device)
         self._stride = stride
         self.contiguous = self._native is not None and (self.tokens == 1 or stride == self._columns)
 

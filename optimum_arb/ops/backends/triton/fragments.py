@@ -129,21 +129,19 @@ def half_multiply(token_tiles: int) -> str:
 
     With u = `token_tiles` (1 or 2), operands: the sums out (4 registers: rows g and g + 8, each two tokens; then rows
     g + 16 and g + 24; then the next 8 tokens), four words, 16 u registers of inputs (for each 8 tokens and step b:
-    columns 4 t and 4 t + 2, then 4 t + 1 and 4 t + 3), 4 u of their scales and corrections (scale and correction of
-    tokens 2 t and 2 t + 1: scale, scale, correction, correction), four row scales, the sums in.
+    columns 4 t and 4 t + 2, then 4 t + 1 and 4 t + 3), 8 u of their corrections and scales (of tokens 2 t and 2 t + 1,
+    twice, as the products' sums begin with them for two rows; then the same of the scales), four row scales, the sums
+    in.
     """
     outputs = 8 * token_tiles
     words = outputs
     inputs = words + 4
     factors = inputs + 16 * token_tiles
-    rows = factors + 4 * token_tiles
+    rows = factors + 8 * token_tiles
     sums = rows + 4
-    lines = [f"{{ .reg .b32 w<4>; .reg .b32 a<8>; .reg .f32 d<{outputs}>; .reg .f32 u, f;"]
+    lines = [f"{{ .reg .b32 w<4>; .reg .b32 a<8>; .reg .f32 d<{outputs}>, c<{4 * token_tiles}>; .reg .f32 u, f;"]
     lines += [f"shr.u32 w{row}, ${words + row}, 8;" for row in range(4)]
-    for tile in range(token_tiles):
-        for pair in (0, 1):
-            for i in range(4):
-                lines.append(f"mov.b32 d{8 * tile + 4 * pair + i}, ${factors + 4 * tile + 2 + i % 2};")
+    lines += [f"mov.b32 c{i}, ${factors + i // 4 * 8 + i % 4};" for i in range(4 * token_tiles)]
     for bit in range(8):
         mask = f"0x{0x00010001 << bit:08X}"
         for pair in (0, 1):
@@ -154,14 +152,15 @@ def half_multiply(token_tiles: int) -> str:
             for pair in (0, 1):
                 first = 8 * tile + 4 * pair
                 found = ", ".join(f"d{first + i}" for i in range(4))
+                before = found if bit else ", ".join(f"c{4 * tile + i}" for i in range(4))
                 a = ", ".join(f"a{4 * pair + i}" for i in range(4))
                 lines.append(
                     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                    f"{{{found}}}, {{{a}}}, {{${b}, ${b + 1}}}, {{{found}}};"
+                    f"{{{found}}}, {{{a}}}, {{${b}, ${b + 1}}}, {{{before}}};"
                 )
     for tile in range(token_tiles):
         for column in (0, 1):
-            lines.append(f"mov.b32 u, ${factors + 4 * tile + column};")
+            lines.append(f"mov.b32 u, ${factors + 8 * tile + 4 + column};")
             for row in range(4):
                 i = 8 * tile + 2 * row + column
                 lines.append(f"mul.f32 f, d{i}, u; fma.rn.f32 ${i}, f, ${rows + row}, ${sums + i};")
@@ -169,22 +168,22 @@ def half_multiply(token_tiles: int) -> str:
 
 
 def half_constraints(token_tiles: int) -> str:
-    return ",".join(["=&f"] * (8 * token_tiles) + ["r"] * (4 + 20 * token_tiles) + ["f"] * (4 + 8 * token_tiles))
+    return ",".join(["=&f"] * (8 * token_tiles) + ["r"] * (4 + 24 * token_tiles) + ["f"] * (4 + 8 * token_tiles))
 
 
 def half_add_sum(token_tiles: int) -> str:
     """Adds row scale times the sum of the inputs of one tile (a mean) to a lane's sums.
 
-    Operands: the sums out, the scales and corrections, the row scales and the sums in of `half_multiply`.
+    Operands: the sums out, the corrections and scales, the row scales and the sums in of `half_multiply`.
     """
     factors = 8 * token_tiles
-    rows = factors + 4 * token_tiles
+    rows = factors + 8 * token_tiles
     sums = rows + 4
     lines = ["{ .reg .f32 u, c;"]
     for tile in range(token_tiles):
         for column in (0, 1):
-            first = factors + 4 * tile + column
-            lines.append(f"mov.b32 u, ${first}; mov.b32 c, ${first + 2}; mul.f32 u, u, c; sub.f32 u, 0f80000000, u;")
+            first = factors + 8 * tile + column
+            lines.append(f"mov.b32 u, ${first + 4}; mov.b32 c, ${first}; mul.f32 u, u, c; sub.f32 u, 0f80000000, u;")
             for row in range(4):
                 i = 8 * tile + 2 * row + column
                 lines.append(f"fma.rn.f32 ${i}, u, ${rows + row}, ${sums + i};")
@@ -192,4 +191,4 @@ def half_add_sum(token_tiles: int) -> str:
 
 
 def half_add_sum_constraints(token_tiles: int) -> str:
-    return ",".join(["=&f"] * (8 * token_tiles) + ["r"] * (4 * token_tiles) + ["f"] * (4 + 8 * token_tiles))
+    return ",".join(["=&f"] * (8 * token_tiles) + ["r"] * (8 * token_tiles) + ["f"] * (4 + 8 * token_tiles))

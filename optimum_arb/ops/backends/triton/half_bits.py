@@ -1,7 +1,8 @@
 """Five to sixteen tokens: sign bits taken as float16 numbers by one logic operation for two of them.
 
 `fragments.half_multiply` says how. Two kernels, those of `half_bits_kernels.py`, launched as those of `one_bit.py`: the
-second fetches its first words before it waits for the first.
+second fetches its first words before it waits for the first. Where programs share the columns, a third (`sums.py`) adds
+what they have computed.
 
 A row of the result does not depend on the other rows, or on their number up to 8 and from 9 on.
 """
@@ -15,13 +16,16 @@ import torch
 import triton
 
 from .few_tokens_plan import Change, FewTokensPlan, Grid, change_class
-from .half_bits_kernels import _multiply, _prepare
+from .half_bits_kernels import CHUNK, _multiply, _prepare
 from .half_bits_transformed import WARPS as TRANSFORMED_WARPS
 from .half_bits_transformed import _prepare_transformed
-from .launch import OPTIONS, Program, cdiv, likeness, overlaps
+from .launch import OPTIONS, Program, Ready, capability, cdiv, likeness, overlaps, power_of_2
+from .native_launch import SCRATCH, Slot
 from .prepack import ROWS, Prepacked
+from .sums import Parts, Sum
 
 MAX_TOKENS = 16  # two operands of the tensor cores: the sums of more take more registers than a lane has to spare
+TILE_SHARED = 3072  # bytes of shared memory for what 8 tokens are in a tile of 128 columns
 
 
 @dataclass(frozen=True)
@@ -29,40 +33,54 @@ class HalfConfig:
     """How the kernel is cut.
 
     Attributes:
-        groups: groups of 32 rows of a warp, 1, 2 or 4.
-        row_warps: warps of a program beside each other along the rows; they read the same inputs.
-        column_warps: warps beside each other along the columns; each takes every `column_warps`-th tile.
+        warps: of a program, 4, 8 or 16, each with 32 rows; they share a copy of the inputs.
         ahead: tiles of a warp whose words and row scales are loaded before they are used.
+        slice_tiles: tiles of 128 columns of a program at most; other programs take the others, and all their sums are
+            added then.
+        registers: of a thread at most.
     """
 
-    groups: int = 1
-    row_warps: int = 2
-    column_warps: int = 4
+    warps: int = 8
     ahead: int = 2
+    slice_tiles: int = 8
+    registers: int = 128
 
 
-def candidates(out_features: int, in_features: int, tokens: int) -> list[HalfConfig]:
-    """Cuts worth timing for a weight `[out_features, in_features]`.
+def most_shared(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take for its copy of the inputs, of which it has some to spare."""
+    return (192 if capability(device) == (9, 0) else 96) << 10
+
+
+def candidates(out_features: int, in_features: int, tokens: int, processors: int = 132) -> list[HalfConfig]:
+    """Cuts worth timing for a weight `[out_features, in_features]` on a GPU of sm_90.
 
     Args:
         out_features: N.
         in_features: K.
         tokens: 1 to `MAX_TOKENS`.
+        processors: multiprocessors of the GPU.
     """
     found = []
-    for groups in (1, 2, 4):
-        for row_warps in (1, 2, 4):
-            for column_warps in (2, 4, 8, 16):
-                warps = row_warps * column_warps
-                programs = cdiv(out_features, ROWS * groups * row_warps)
-                # sums and inputs of a warp: what would not fit the 65536 registers of a multiprocessor twice
-                wide = groups * cdiv(tokens, 8)
-                if not 4 <= warps <= 16 or wide > 4 or wide * warps > 32 or 2 * column_warps > cdiv(in_features, 128):
-                    continue
-                if programs < 64 and groups * row_warps > 1:
-                    continue
-                steps = cdiv(cdiv(in_features, 128), column_warps)
-                found += [HalfConfig(groups, row_warps, column_warps, ahead) for ahead in (1, 2, 4) if ahead <= steps]
+    tiles, token_tiles = cdiv(in_features, 128), cdiv(tokens, 8)
+    for warps in (4, 8, 16):
+        for slices in range(1, 17):
+            slice_tiles = cdiv(tiles, slices)
+            shared = power_of_2(slice_tiles) * token_tiles * TILE_SHARED
+            if cdiv(tiles, slice_tiles) < slices or slice_tiles < min(2, tiles) or shared > 192 << 10:
+                continue
+            programs = cdiv(out_features, ROWS * warps) * slices
+            # the share of the multiprocessors' time with work, if a program takes as long as any other
+            at_once = processors * min(16 // warps, (227 << 10) // shared)
+            room = cdiv(programs, at_once) * at_once if programs > at_once else cdiv(programs, processors) * processors
+            most = slices in (1, min(16, max(tiles // 2, 1)))
+            if not most and (programs < 0.75 * room or programs > 6 * processors):
+                continue
+            ahead = dict.fromkeys(cdiv(slice_tiles, cdiv(slice_tiles, count)) for count in (2, 4))
+            found += [
+                HalfConfig(warps, count, slice_tiles, registers)
+                for count in ahead
+                for registers in ((128,) if warps == 4 else (96, 128))
+            ]
     return found
 
 
@@ -98,8 +116,25 @@ def multiply(
     return plan.run(x, bias)
 
 
+def _slices(config: HalfConfig, tiles: int, most: int) -> tuple[int, int, int]:
+    """Slices of the columns, a warp's steps through one, a whole number of rounds, and the tiles ahead, which is one.
+
+    Args:
+        config: what is asked for.
+        tiles: of the columns.
+        most: tiles that there is memory for; the kernel takes that of a power of two.
+    """
+    most = 1 << most.bit_length() - 1
+    slices = cdiv(tiles, min(config.slice_tiles, most))
+    steps = cdiv(tiles, slices)
+    ahead = cdiv(steps, cdiv(steps, config.ahead))  # which leaves the fewest steps without a tile
+    while power_of_2(ahead * cdiv(steps, ahead)) > most:
+        ahead -= 1
+    return slices, ahead * cdiv(steps, ahead), ahead
+
+
 class Plan(FewTokensPlan):
-    """The two launches of a product of some weight and number of tokens, compiled and with all but x and bias known."""
+    """The launches of a product of some weight and number of tokens, compiled and with all but x and bias known."""
 
     def __init__(
         self,
@@ -113,14 +148,17 @@ class Plan(FewTokensPlan):
         starts = [0]
         for rows in parts:
             starts.append(starts[-1] + cdiv(rows, ROWS))
-        groups, row_warps = config.groups, config.row_warps
-        # a program must not cross from part to part
-        while any(start % (groups * row_warps) for start in starts[1:-1]):
-            groups, row_warps = (groups, row_warps // 2) if row_warps > 1 else (groups // 2, 1)
+        warps = config.warps
+        while any(start % warps for start in starts[1:-1]):  # a program must not cross from part to part
+            warps //= 2
         tokens, tiles, inputs = x.shape[0], weight.tiles, len(weight.program.inputs)
         token_tiles = 1 if tokens <= 8 else 2
         overlap = overlaps(x.device)
-        super().__init__(x, weight.rows, scratch=len(parts) * inputs * tiles * token_tiles * 528)
+        most = most_shared(x.device) // (inputs * token_tiles * TILE_SHARED)
+        slices, steps, ahead = _slices(config, tiles, most)
+        self.added = len(parts) * inputs * tiles * token_tiles * CHUNK  # words of the inputs; the slices' sums follow
+        total = tokens * weight.rows
+        super().__init__(x, weight.rows, scratch=self.added + (slices * total if slices > 1 else 0))
         ends = [sum(parts[: i + 1]) for i in range(len(parts))]
         self.prepare_grid = (tiles, token_tiles, len(parts) * inputs)
         tensors, constants = self.preparation(weight, change)
@@ -134,15 +172,15 @@ class Plan(FewTokensPlan):
             self.prepare, self.prepare_warps = _prepare_transformed, TRANSFORMED_WARPS
             self.prepare_weights, self.prepare_sizes = tensors, (tokens, x.shape[1])
             self.prepare_constants = (*common, *constants, overlap)
-        steps = cdiv(tiles, config.column_warps)
-        ahead = cdiv(steps, cdiv(steps, config.ahead))  # which leaves the fewest steps without a tile
         self.tiles = tiles
-        self.grid = (cdiv(weight.groups, groups * row_warps), 1, 1)
+        self.grid = (cdiv(weight.groups, warps), slices, 1)
+        self.sum = Sum([Parts(slices, weight.rows)], tokens, x.dtype, x.device) if slices > 1 else None
         self.weights = (weight.words, weight.row_scale)
         self.rest = (
             tiles,
             weight.groups,
             tokens,
+            total,
             *[*ends, 0, 0][:3],
             *[*starts[: len(parts)], 0, 0][1:3],
             weight.program.planes,
@@ -153,15 +191,14 @@ class Plan(FewTokensPlan):
             bias is not None,
             len(parts),
             token_tiles,
-            groups,
-            row_warps,
-            config.column_warps,
+            warps,
+            power_of_2(steps),
             ahead,
             ahead >= steps,
             overlap,
         )
         self.options: dict[str, Any] = {**OPTIONS, "launch_pdl": overlap}
-        self.warps = row_warps * config.column_warps
+        self.warps, self.registers = warps, config.registers
 
     def run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`[M * N]`; the first run goes through Triton, which compiles."""
@@ -170,23 +207,39 @@ class Plan(FewTokensPlan):
         device = x.device
         scratch = torch.empty(self.scratch, dtype=torch.int32, device=device)
         out = torch.empty(self.results, dtype=x.dtype, device=device)
-        first, second = self.arguments(x, x.stride(0), scratch, bias, None, out)
+        first, second, *third = self.arguments(x, x.stride(0), scratch, bias, None, out)
+        begins = self.launches is None
         if self.launches is None:
             made = self.prepare[self.prepare_grid](*first, num_warps=self.prepare_warps, **self.options)
-            self.launches = Program(made), Program(_multiply[self.grid](*second, num_warps=self.warps, **self.options))
-            self.prepare_native(x.stride(0), bias, None)
+            options = {"num_warps": self.warps, "maxnreg": self.registers, **self.options}
+            self.launches = Program(made), Program(_multiply[self.grid](*second, **options))
         else:
             stream = triton.runtime.driver.active.get_current_stream(device.index)
             self.launches[0](self.prepare_grid, first, stream)
             self.launches[1](self.grid, second, stream)
+        if self.sum is not None:
+            self.sum.launch(third[0])
+        if begins:
+            self.prepare_native(x.stride(0), bias, None)
         return out
+
+    def ready(self, arguments: tuple[tuple[Any, ...], ...]) -> list[Ready | None]:
+        found = super().ready(arguments)
+        return found if self.sum is None else [*found, self.sum.launch.ready(arguments[2])]
 
     def grids(self) -> tuple[Grid, Grid]:
         return self.prepare_grid, self.grid
 
     def arguments(
         self, x: Any, stride: int, scratch: Any, bias: Any, experts: Any, out: Any
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    ) -> tuple[tuple[Any, ...], ...]:
         sizes = (self.tiles, stride, *self.prepare_sizes)
         first = (x, *self.prepare_weights, scratch, *sizes, *self.prepare_constants)
-        return first, (scratch, *self.weights, scratch if bias is None else bias, out, *self.rest)
+        added = scratch if bias is None else bias
+        if self.sum is None:
+            return first, (scratch, *self.weights, added, out, *self.rest)
+        sums: Any = Slot(SCRATCH, 4 * self.added)
+        if not isinstance(scratch, Slot):
+            sums = scratch[self.added :].view(torch.float32)
+        second = (scratch, *self.weights, added, sums, *self.rest)
+        return first, second, self.sum.arguments((sums, None, out))

@@ -1,8 +1,9 @@
 """The two kernels for five to sixteen tokens: inputs in the tensor cores' order, and sign bits as float16 times them.
 
 `_prepare` scales the inputs by the column scales, brings each tile of 128 columns to a power of two that suits float16,
-and writes it in the order of the tensor cores' operand; `_multiply` reads every sign word once, in the order of
-`prepack`, for all tokens. The row scales multiply the sums of each tile in float32.
+and writes it in the order of the tensor cores' operand. A program of `_multiply` copies what this is of a slice of the
+columns into shared memory; each of its warps then multiplies 32 rows of that slice, whose sign words it reads once, in
+the order of `prepack`, for all tokens. The row scales multiply the sums of each tile in float32.
 """
 
 # mypy: disable-error-code="assignment, misc"
@@ -14,13 +15,16 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import fragments
 from .prepack import ROWS, SLOTS
 from .prepacked_tiles import first_scale, load_tile, part_of, row_scale, scale_values, sign_word
 
-_CHUNK = gl.constexpr(528)  # words of 8 tokens of a tile: 1024 halves, and scale and correction of each token
+# words of 8 tokens of a tile: 4 rows of 128 with 1024 halves, then 16 with their corrections, and 16 with their scales
+CHUNK = 544
+_CHUNK = gl.constexpr(CHUNK)
 _SLOTS = gl.constexpr(SLOTS)
 _ROWS = gl.constexpr(ROWS)
 _TEXTS = gl.constexpr((*map(fragments.half_multiply, (1, 2)), *map(fragments.half_add_sum, (1, 2))))
@@ -44,7 +48,7 @@ def _prepare(
     INDEXED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """x [M, K] to words [PARTS * INPUTS, T, ceil(M / 8), 528]. Grid (T, ceil(M / 8), PARTS * INPUTS).
+    """x [M, K] to words [PARTS * INPUTS, T, ceil(M / 8), CHUNK]. Grid (T, ceil(M / 8), PARTS * INPUTS).
 
     OVERLAP: this is launched while what writes x still runs, and lets `_multiply` begin, which reads nothing but
     weights until this has ended.
@@ -76,7 +80,7 @@ def _prepare(
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)[None, :, None]
     step = ((127 + 14 - bit) << 23).to(tl.float32, bitcast=True)
     half = (x * inverse * step).to(tl.float16)
-    chunk = out_ptr + ((source * T + tile) * tl.num_programs(1) + tl.program_id(1)) * 528
+    chunk = out_ptr + ((source * T + tile) * tl.num_programs(1) + tl.program_id(1)) * _CHUNK
     tl.store(chunk.to(tl.pointer_type(tl.float16)) + quarter * 256 + g * 32 + r, half)
     weight = ((127 + bit - 25) << 23).to(tl.float32, bitcast=True)
     correction = -tl.sum(tl.sum(half.to(tl.float32) * weight, 2), 0)
@@ -84,19 +88,51 @@ def _prepare(
     back = tl.where(exponent >= 254, float("nan"), back)  # infinity, NaN, and what overflows with the next addition
     n = tl.arange(0, 8)
     factors = chunk.to(tl.pointer_type(tl.float32)) + 512 + (n >> 1) * 4 + (n & 1)
-    tl.store(factors, back)
-    tl.store(factors + 2, correction)
+    for twice in tl.static_range(2):
+        tl.store(factors + 2 * twice, correction)
+        tl.store(factors + 2 * twice + 16, back)
 
 
 @gluon.jit
-def _load_inputs(at, factor_at, there, TOKEN_TILES: gl.constexpr):
-    """The 4 or 8 quads of an input's operand of a tile, and the 1 or 2 of scales and corrections."""
+def _copy_inputs(input_ptr, zero, first_tile, end, STEPS: gl.constexpr, TOKEN_TILES: gl.constexpr, WARPS: gl.constexpr):
+    """Begins to copy the operands of a slice's tiles into shared memory, and their corrections and scales.
+
+    Each by one operation: the compiler puts a barrier between two. What 16 words hold is the same for eight lanes, and
+    is copied eight times, so that each loads 16 bytes of its own.
+
+    Returns:
+        int32 `[STEPS * TOKEN_TILES * 4, 1, 128]` and `[STEPS * TOKEN_TILES * 2, 1, 128]`.
+    """
+    shared: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 1, order=[1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
+    CHUNKS: gl.constexpr = STEPS * TOKEN_TILES
+    x = gl.allocate_shared_memory(gl.int32, [4 * CHUNKS, _SLOTS], shared)
+    f = gl.allocate_shared_memory(gl.int32, [2 * CHUNKS, _SLOTS], shared)
+    slot = gl.expand_dims(gl.arange(0, _SLOTS, layout=gl.SliceLayout(0, layout)) + zero, 0)
+    slot = gl.max_contiguous(gl.multiple_of(slot, [1, 128]), [1, 128])
+    input_ptr += first_tile * (TOKEN_TILES * _CHUNK)
+    chunks = (end - first_tile) * TOKEN_TILES
+    row = gl.expand_dims(gl.arange(0, 4 * CHUNKS, layout=gl.SliceLayout(1, layout)), 1)
+    at = row // 4 * _CHUNK + row % 4 * _SLOTS + slot
+    async_copy.async_copy_global_to_shared(x, input_ptr + at, mask=row // 4 < chunks)
+    row = gl.expand_dims(gl.arange(0, 2 * CHUNKS, layout=gl.SliceLayout(1, layout)), 1)
+    slot = gl.max_contiguous(gl.multiple_of(slot % 16, [1, 4]), [1, 4])
+    at = row // 2 * _CHUNK + row % 2 * 16 + 512 + slot
+    async_copy.async_copy_global_to_shared(f, input_ptr + at, mask=row // 2 < chunks)
+    return x._reinterpret(gl.int32, [4 * CHUNKS, 1, _SLOTS], shared), f._reinterpret(
+        gl.int32, [2 * CHUNKS, 1, _SLOTS], shared
+    )
+
+
+@gluon.jit
+def _load_inputs(copied, step, TOKEN_TILES: gl.constexpr, LAYOUT: gl.constexpr):
+    """The 4 or 8 quads of an input's operand of a tile, and the 2 or 4 of corrections and scales."""
     x = ()
     f = ()
-    for tile in gl.static_range(TOKEN_TILES):
-        for q in gl.static_range(4):
-            x = x + (gl.expand_dims(gl.load(at + (tile * _CHUNK + q * _SLOTS), mask=there, other=0), 0),)
-        f = f + (gl.expand_dims(gl.load(factor_at + tile * _CHUNK, mask=there, other=0), 0),)
+    for i in gl.static_range(4 * TOKEN_TILES):
+        x = x + (copied[0].index(step * (4 * TOKEN_TILES) + i).load(LAYOUT),)
+    for i in gl.static_range(2 * TOKEN_TILES):
+        f = f + (copied[1].index(step * (2 * TOKEN_TILES) + i).load(LAYOUT),)
     return x, f
 
 
@@ -121,23 +157,13 @@ def _add(args, MEAN: gl.constexpr, TOKEN_TILES: gl.constexpr):
 
 @gluon.jit
 def _add_tile(
-    sums, loaded, x, input_at, factor_at, step, warp, T,
-    LAST: gl.constexpr, SCALE: gl.constexpr, INPUTS: gl.constexpr, TERMS: gl.constexpr, TOKEN_TILES: gl.constexpr,
-    COLUMN_WARPS: gl.constexpr, LAYOUT: gl.constexpr,
+    sums, loaded, inputs, step,
+    SCALE: gl.constexpr, INPUTS: gl.constexpr, TERMS: gl.constexpr, TOKEN_TILES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """The sums with the terms of a tile; and x, the operand of its first input, for the next tile, unless LAST.
-
-    Each operand is loaded while the one before it is multiplied.
-    """
+    """The sums with the terms of a tile."""
     words, scales = loaded
     for i in gl.static_range(INPUTS):
-        operand, factors = x
-        if i + 1 < INPUTS:
-            shift = ((i + 1) * T + step * COLUMN_WARPS) * (TOKEN_TILES * _CHUNK)
-            x = _load_inputs(input_at + shift, factor_at + shift, step * COLUMN_WARPS + warp < T, TOKEN_TILES)
-        elif not LAST:
-            shift = (step + 1) * (COLUMN_WARPS * TOKEN_TILES * _CHUNK)
-            x = _load_inputs(input_at + shift, factor_at + shift, (step + 1) * COLUMN_WARPS + warp < T, TOKEN_TILES)
+        operand, factors = _load_inputs(inputs[i], step, TOKEN_TILES, LAYOUT)
         for j in gl.static_range(len(TERMS)):
             if TERMS[j][2] == i:
                 scale = row_scale(scales[TERMS[j][1]], SCALE, TERMS[j][3], LAYOUT)
@@ -147,29 +173,29 @@ def _add_tile(
                     sums = _add(
                         (sign_word(words, TERMS[j][0]),) + operand + factors + (scale,) + sums, False, TOKEN_TILES
                     )
-    return sums, x
+    return sums
 
 
 @gluon.jit
-def _results(low, high, GROUPS: gl.constexpr, COLUMN_WARPS: gl.constexpr, LAYOUT: gl.constexpr):
-    """The sums of rows 0-15 and 16-31 of each group, [GROUPS, lanes], to [8 tokens, GROUPS * 32]."""
-    sums = gl.join(low, high)
-    sums = gl.sum(gl.reshape(sums, [GROUPS, COLUMN_WARPS, 8, 4, 2, 2, 2]), 1)  # groups, g, t, half, column, pair
-    sums = gl.permute(sums, (2, 4, 0, 5, 3, 1))
-    return gl.convert_layout(gl.reshape(sums, [8, GROUPS * _ROWS]), LAYOUT)
+def _store(
+    sums, out_ptr, bias_ptr, first_row, start, end, M, first_token, slice,
+    BIAS: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Stores the sums of 16 rows of each warp's 32 and 8 tokens from where they are, without an exchange of lanes.
 
-
-@gluon.jit
-def _store(out, out_ptr, bias_ptr, row, start, end, M, first_token, BIAS: gl.constexpr, LAYOUT: gl.constexpr):
-    token = first_token + gl.arange(0, 8, layout=gl.SliceLayout(1, LAYOUT))
+    Lane `4 g + t` has tokens 2 t and 2 t + 1 of row g, then of row g + 8.
+    """
+    lane = gl.expand_dims(gl.arange(0, _SLOTS, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    warp = gl.expand_dims(gl.arange(0, WARPS, layout=gl.SliceLayout(1, LAYOUT)), 1)
+    row = first_row + warp * _ROWS + (lane // 16 + lane // 2 % 2 * 8)
+    token = first_token + lane // 4 % 4 * 2 + lane % 2
     if BIAS:
-        out += gl.expand_dims(gl.load(bias_ptr + row, mask=row < end, other=0.0).to(gl.float32), 0)
-    at = out_ptr + start * M + gl.expand_dims(token * (end - start), 1) + gl.expand_dims(row - start, 0)
-    there = gl.expand_dims(row < end, 0) & gl.expand_dims(token < M, 1)
-    gl.store(at, out.to(out_ptr.dtype.element_ty), mask=there)
+        sums += gl.load(bias_ptr + row, mask=(row < end) & (slice == 0), other=0.0).to(gl.float32)
+    at = out_ptr + start * M + token * (end - start) + (row - start)
+    gl.store(at, sums.to(out_ptr.dtype.element_ty), mask=(row < end) & (token < M))
 
 
-@gluon.jit(do_not_specialize=["T", "G", "M", "end0", "end1", "end2", "group1", "group2"])
+@gluon.jit(do_not_specialize=["T", "G", "M", "size", "end0", "end1", "end2", "group1", "group2"])
 def _multiply(
     input_ptr,
     words_ptr,
@@ -179,6 +205,7 @@ def _multiply(
     T,
     G,
     M,
+    size,
     end0,
     end1,
     end2,
@@ -192,37 +219,40 @@ def _multiply(
     BIAS: gl.constexpr,
     PARTS: gl.constexpr,
     TOKEN_TILES: gl.constexpr,
-    GROUPS: gl.constexpr,
-    ROW_WARPS: gl.constexpr,
-    COLUMN_WARPS: gl.constexpr,
+    WARPS: gl.constexpr,
+    STEPS: gl.constexpr,
     AHEAD: gl.constexpr,
     ONE_ROUND: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
-    """One program: GROUPS * ROW_WARPS * 32 rows of all tiles. Parts, AHEAD and ONE_ROUND: see `one_bit_kernels`."""
-    ALL: gl.constexpr = GROUPS * ROW_WARPS
-    LANES: gl.constexpr = COLUMN_WARPS * _SLOTS
-    layout: gl.constexpr = gl.BlockedLayout([GROUPS, 4], [1, 32], [ROW_WARPS, COLUMN_WARPS], [1, 0])
-    lane_layout: gl.constexpr = gl.SliceLayout(0, layout)
-    lane = gl.arange(0, LANES, layout=lane_layout)
-    warp = lane // _SLOTS
-    slot = lane % _SLOTS
-    group = gl.arange(0, ALL, layout=gl.SliceLayout(1, layout))
+    """One program: WARPS * 32 rows of the tiles of a slice, which are STEPS or fewer.
 
-    first = gl.program_id(0) * ALL
-    part, first_group, start, end = part_of(first, group1, group2, end0, end1, end2, PARTS)
+    Grid (ceil(G / WARPS), slices). A slice's sums are a result of its own, `size` elements behind the one before.
+    Parts, AHEAD and ONE_ROUND: see `one_bit_kernels`.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
+    slot = gl.arange(0, _SLOTS, layout=gl.SliceLayout(0, layout))
+    group = gl.arange(0, WARPS, layout=gl.SliceLayout(1, layout))
+
+    first = gl.program_id(0) * WARPS
+    slice = gl.program_id(1)
+    slices = gl.num_programs(1)
+    first_tile = slice * T // slices
+    end = (slice + 1) * T // slices
+    part, first_group, start, part_end = part_of(first, group1, group2, end0, end1, end2, PARTS)
     row_group = gl.expand_dims(gl.minimum(first + group, G - 1), 1)
     blocks = gl.cdiv(T, TILES_PER_BLOCK)
-    words_at = words_ptr + row_group * (T * (PLANES * _SLOTS)) + gl.expand_dims(warp * (PLANES * _SLOTS) + slot, 0)
+    words_at = words_ptr + (row_group * T + first_tile) * (PLANES * _SLOTS) + gl.expand_dims(slot, 0)
     SCALE: gl.constexpr = scale_ptr.dtype.element_ty
     VALUES: gl.constexpr = scale_values(SCALE)
-    scale_layout: gl.constexpr = gl.BlockedLayout([GROUPS, VALUES], [1, 32], [ROW_WARPS, COLUMN_WARPS], [1, 0])
-    scale_lane = gl.arange(0, COLUMN_WARPS * (32 * VALUES), layout=gl.SliceLayout(0, scale_layout))
-    scale_warp = scale_lane // (32 * VALUES)
-    scale_group = gl.arange(0, ALL, layout=gl.SliceLayout(1, scale_layout))
+    scale_layout: gl.constexpr = gl.BlockedLayout([1, VALUES], [1, 32], [WARPS, 1], [1, 0])
+    scale_lane = gl.arange(0, 32 * VALUES, layout=gl.SliceLayout(0, scale_layout))
+    scale_group = gl.arange(0, WARPS, layout=gl.SliceLayout(1, scale_layout))
     scale_group = gl.expand_dims(gl.minimum(first + scale_group, G - 1), 1)
     scale_at = first_scale(scale_ptr, scale_group, scale_lane, blocks, ROW_SCALES)
-    zeros = gl.full([ALL, LANES], 0.0, gl.float32, layout=layout)
+    tile = first_tile + slot // _SLOTS
+    scale_tile = first_tile + scale_lane // (32 * VALUES)
+    zeros = gl.full([WARPS, _SLOTS], 0.0, gl.float32, layout=layout)
     sums = (zeros, zeros)
     if TOKEN_TILES == 2:
         sums = (zeros, zeros, zeros, zeros)
@@ -231,43 +261,41 @@ def _multiply(
     for d in gl.static_range(AHEAD):
         ahead = ahead + (
             load_tile(
-                words_at + d * (COLUMN_WARPS * PLANES * _SLOTS), scale_at, warp + d * COLUMN_WARPS,
-                scale_warp + d * COLUMN_WARPS, T, TILES_PER_BLOCK, PLANES, ROW_SCALES, VALUES,
+                words_at + d * (PLANES * _SLOTS), scale_at, tile + d, scale_tile + d, end, TILES_PER_BLOCK, PLANES,
+                ROW_SCALES, VALUES,
             ),
         )  # fmt: skip
-    input_slot = slot
+    zero = slot * 0
     if OVERLAP:
-        zero = gl.inline_asm_elementwise(_WAIT, "=r,r", [lane * 0], dtype=gl.int32, is_pure=False, pack=1)
-        input_slot = slot + gl.max_constancy(gl.multiple_of(zero, [128]), [128])
-    factor_slot = gl.max_contiguous(gl.multiple_of(input_slot % 16, 4), 4)
-    input_at = input_ptr + (part * (INPUTS * T) + warp) * (TOKEN_TILES * _CHUNK)
-    factor_at = input_at + (512 + factor_slot)
-    input_at += input_slot
-
-    x = _load_inputs(input_at, factor_at, warp < T, TOKEN_TILES)
+        zero = gl.inline_asm_elementwise(_WAIT, "=r,r", [zero], dtype=gl.int32, is_pure=False, pack=1)
+    inputs = ()
+    for i in gl.static_range(INPUTS):
+        source = input_ptr + (part * INPUTS + i) * T * (TOKEN_TILES * _CHUNK)
+        inputs = inputs + (_copy_inputs(source, zero, first_tile, end, STEPS, TOKEN_TILES, WARPS),)
+    async_copy.commit_group()
+    async_copy.wait_group(0)
     if ONE_ROUND:
         for d in gl.static_range(AHEAD):
-            sums, x = _add_tile(
-                sums, ahead[d], x, input_at, factor_at, d, warp, T,
-                d + 1 == AHEAD, SCALE, INPUTS, TERMS, TOKEN_TILES, COLUMN_WARPS, layout,
-            )  # fmt: skip
+            sums = _add_tile(sums, ahead[d], inputs, d, SCALE, INPUTS, TERMS, TOKEN_TILES, layout)
     else:
         # as many steps as tiles are ahead, as in `one_bit_kernels`
-        for first_step in range(0, gl.cdiv(T, COLUMN_WARPS), AHEAD):
+        for first_step in range(0, gl.cdiv(T, slices), AHEAD):
             for d in gl.static_range(AHEAD):
-                sums, x = _add_tile(
-                    sums, ahead[0], x, input_at, factor_at, first_step + d, warp, T,
-                    False, SCALE, INPUTS, TERMS, TOKEN_TILES, COLUMN_WARPS, layout,
-                )  # fmt: skip
-                following = (first_step + d + AHEAD) * COLUMN_WARPS
+                sums = _add_tile(sums, ahead[0], inputs, first_step + d, SCALE, INPUTS, TERMS, TOKEN_TILES, layout)
+                following = first_step + d + AHEAD
                 ahead = ahead[1:] + (
                     load_tile(
-                        words_at + following * (PLANES * _SLOTS), scale_at, following + warp, following + scale_warp, T,
-                        TILES_PER_BLOCK, PLANES, ROW_SCALES, VALUES,
+                        words_at + following * (PLANES * _SLOTS), scale_at, following + tile, following + scale_tile,
+                        end, TILES_PER_BLOCK, PLANES, ROW_SCALES, VALUES,
                     ),
                 )  # fmt: skip
-    out_layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, ROW_WARPS * COLUMN_WARPS], [1, 0])
-    row = (first - first_group) * _ROWS + start + gl.arange(0, ALL * _ROWS, layout=gl.SliceLayout(0, out_layout))
-    for tile in gl.static_range(TOKEN_TILES):
-        out = _results(sums[2 * tile], sums[2 * tile + 1], ALL, COLUMN_WARPS, out_layout)
-        _store(out, out_ptr, bias_ptr, row, start, end, M, 8 * tile, BIAS, out_layout)
+    if OVERLAP:
+        gdc_launch_dependents()  # not before: what follows would take the place of programs of this launch
+    row = (first - first_group) * _ROWS + start
+    out_ptr += slice * size
+    for i in gl.static_range(TOKEN_TILES):
+        for pair in gl.static_range(2):
+            _store(
+                sums[2 * i + pair], out_ptr, bias_ptr, row + 16 * pair, start, part_end, M, 8 * i, slice, BIAS, WARPS,
+                layout,
+            )  # fmt: skip

@@ -10,12 +10,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .hadamard_inputs import transform_tile
+from .half_bits_kernels import CHUNK
 from .one_bit_kernels import _LAUNCH, _WAIT, _after
 from .prepack import SLOTS
 
 WARPS = 8  # one a token
 
-_CHUNK = gl.constexpr(528)  # words of 8 tokens of a tile, as in `half_bits_kernels`
+_CHUNK = gl.constexpr(CHUNK)
 _SLOTS = gl.constexpr(SLOTS)
 _WARPS = gl.constexpr(WARPS)
 
@@ -40,7 +41,7 @@ def _prepare_transformed(
     TILE: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
-    """x [M, K] to words [PARTS * INPUTS, T, ceil(M / 8), 528]. Grid (T, ceil(M / 8), PARTS * INPUTS).
+    """x [M, K] to words [PARTS * INPUTS, T, ceil(M / 8), CHUNK]. Grid (T, ceil(M / 8), PARTS * INPUTS).
 
     OVERLAP: see `half_bits_kernels._prepare`.
     """
@@ -86,5 +87,6 @@ def _prepare_transformed(
     chunk = out_ptr + ((source * T + tile) * gl.num_programs(1) + gl.program_id(1)) * _CHUNK
     gl.store(chunk.to(gl.pointer_type(gl.float16), bitcast=True) + place, half)
     factors = chunk.to(gl.pointer_type(gl.float32), bitcast=True) + (512 + (g >> 1) * 4 + (g & 1))
-    gl.store(factors, back)
-    gl.store(factors + 2, correction)
+    for twice in gl.static_range(2):
+        gl.store(factors + 2 * twice, correction)
+        gl.store(factors + 2 * twice + 16, back)

@@ -22,7 +22,7 @@ import torch
 # Numbers of tokens that are tuned; a number between two of them takes the larger one's entry.
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 FEW_TOKENS = 4  # up to which the one-bit kernel computes
-TABLE_VERSION = 2
+TABLE_VERSION = 3
 
 
 @dataclass(frozen=True)
