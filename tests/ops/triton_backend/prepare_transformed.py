@@ -18,7 +18,7 @@ from triton.runtime import driver, jit
 from optimum_arb.format.hadamard import hadamard_transform, random_signs
 from optimum_arb.format.layout import planes_layout
 from optimum_arb.ops.backends.triton import half_bits, one_bit
-from optimum_arb.ops.backends.triton.half_bits_kernels import CHUNK
+from optimum_arb.ops.backends.triton.half_bits_inputs import CHUNK
 from optimum_arb.ops.backends.triton.prepack import Prepacked, join, prepack
 
 # columns, block, block size of the weight, permuted, tokens, parts

@@ -9,7 +9,7 @@ from packed_weights import random_packed
 
 from optimum_arb.format.layout import all_layouts, planes_layout
 from optimum_arb.ops.backends.packed import PackedWeight
-from optimum_arb.ops.backends.triton import fragments, half_bits_kernels
+from optimum_arb.ops.backends.triton import fragments, half_bits_inputs, half_bits_kernels
 from optimum_arb.ops.backends.triton.prepack import Prepacked, prepack
 
 LAYOUTS = {layout.name: layout for layout in all_layouts()}
@@ -18,7 +18,7 @@ LAYOUTS = {layout.name: layout for layout in all_layouts()}
 def prepare(x: torch.Tensor, weight: Prepacked, parts: int = 1) -> np.ndarray:
     """int32 `[parts * inputs, T, ceil(M / 8), 544]`."""
     inputs, tiles, token_tiles = len(weight.program.inputs), weight.tiles, -(-len(x) // 8)
-    out = torch.full((parts * inputs, tiles, token_tiles, half_bits_kernels.CHUNK), -1, dtype=torch.int32)
+    out = torch.full((parts * inputs, tiles, token_tiles, half_bits_inputs.CHUNK), -1, dtype=torch.int32)
     index = weight.input_scale if weight.index is None else weight.index
     half_bits_kernels._prepare[tiles, token_tiles, parts * inputs](
         x, weight.input_scale, index, out, tiles, x.stride(0), len(x), inputs, parts, weight.index is not None, False

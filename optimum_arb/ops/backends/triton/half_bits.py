@@ -16,7 +16,8 @@ import torch
 import triton
 
 from .few_tokens_plan import Change, FewTokensPlan, Grid, change_class
-from .half_bits_kernels import CHUNK, _multiply, _prepare
+from .half_bits_inputs import CHUNK
+from .half_bits_kernels import _multiply, _prepare
 from .half_bits_transformed import WARPS as TRANSFORMED_WARPS
 from .half_bits_transformed import _prepare_transformed
 from .launch import OPTIONS, Program, Ready, capability, cdiv, likeness, overlaps, power_of_2

@@ -19,11 +19,10 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import fragments
+from .half_bits_inputs import CHUNK, copy_inputs, load_inputs
 from .prepack import ROWS, SLOTS
 from .prepacked_tiles import first_scale, load_tile, part_of, row_scale, scale_values, sign_word
 
-# words of 8 tokens of a tile: 4 rows of 128 with 1024 halves, then 16 with their corrections, and 16 with their scales
-CHUNK = 544
 _CHUNK = gl.constexpr(CHUNK)
 _SLOTS = gl.constexpr(SLOTS)
 _ROWS = gl.constexpr(ROWS)
@@ -94,49 +93,6 @@ def _prepare(
 
 
 @gluon.jit
-def _copy_inputs(input_ptr, zero, first_tile, end, STEPS: gl.constexpr, TOKEN_TILES: gl.constexpr, WARPS: gl.constexpr):
-    """Begins to copy the operands of a slice's tiles into shared memory, and their corrections and scales.
-
-    Each by one operation: the compiler puts a barrier between two. What 16 words hold is the same for eight lanes, and
-    is copied eight times, so that each loads 16 bytes of its own.
-
-    Returns:
-        int32 `[STEPS * TOKEN_TILES * 4, 1, 128]` and `[STEPS * TOKEN_TILES * 2, 1, 128]`.
-    """
-    shared: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 1, order=[1, 0])
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
-    CHUNKS: gl.constexpr = STEPS * TOKEN_TILES
-    x = gl.allocate_shared_memory(gl.int32, [4 * CHUNKS, _SLOTS], shared)
-    f = gl.allocate_shared_memory(gl.int32, [2 * CHUNKS, _SLOTS], shared)
-    slot = gl.expand_dims(gl.arange(0, _SLOTS, layout=gl.SliceLayout(0, layout)) + zero, 0)
-    slot = gl.max_contiguous(gl.multiple_of(slot, [1, 128]), [1, 128])
-    input_ptr += first_tile * (TOKEN_TILES * _CHUNK)
-    chunks = (end - first_tile) * TOKEN_TILES
-    row = gl.expand_dims(gl.arange(0, 4 * CHUNKS, layout=gl.SliceLayout(1, layout)), 1)
-    at = row // 4 * _CHUNK + row % 4 * _SLOTS + slot
-    async_copy.async_copy_global_to_shared(x, input_ptr + at, mask=row // 4 < chunks)
-    row = gl.expand_dims(gl.arange(0, 2 * CHUNKS, layout=gl.SliceLayout(1, layout)), 1)
-    slot = gl.max_contiguous(gl.multiple_of(slot % 16, [1, 4]), [1, 4])
-    at = row // 2 * _CHUNK + row % 2 * 16 + 512 + slot
-    async_copy.async_copy_global_to_shared(f, input_ptr + at, mask=row // 2 < chunks)
-    return x._reinterpret(gl.int32, [4 * CHUNKS, 1, _SLOTS], shared), f._reinterpret(
-        gl.int32, [2 * CHUNKS, 1, _SLOTS], shared
-    )
-
-
-@gluon.jit
-def _load_inputs(copied, step, TOKEN_TILES: gl.constexpr, LAYOUT: gl.constexpr):
-    """The 4 or 8 quads of an input's operand of a tile, and the 2 or 4 of corrections and scales."""
-    x = ()
-    f = ()
-    for i in gl.static_range(4 * TOKEN_TILES):
-        x = x + (copied[0].index(step * (4 * TOKEN_TILES) + i).load(LAYOUT),)
-    for i in gl.static_range(2 * TOKEN_TILES):
-        f = f + (copied[1].index(step * (2 * TOKEN_TILES) + i).load(LAYOUT),)
-    return x, f
-
-
-@gluon.jit
 def _add(args, MEAN: gl.constexpr, TOKEN_TILES: gl.constexpr):
     """The sums of `fragments.half_multiply` or, of a mean, `fragments.half_add_sum`."""
     text: gl.constexpr = _TEXTS[2 * MEAN + TOKEN_TILES - 1]
@@ -163,7 +119,7 @@ def _add_tile(
     """The sums with the terms of a tile."""
     words, scales = loaded
     for i in gl.static_range(INPUTS):
-        operand, factors = _load_inputs(inputs[i], step, TOKEN_TILES, LAYOUT)
+        operand, factors = load_inputs(inputs[i], step, TOKEN_TILES, LAYOUT)
         for j in gl.static_range(len(TERMS)):
             if TERMS[j][2] == i:
                 scale = row_scale(scales[TERMS[j][1]], SCALE, TERMS[j][3], LAYOUT)
@@ -271,7 +227,7 @@ def _multiply(
     inputs = ()
     for i in gl.static_range(INPUTS):
         source = input_ptr + (part * INPUTS + i) * T * (TOKEN_TILES * _CHUNK)
-        inputs = inputs + (_copy_inputs(source, zero, first_tile, end, STEPS, TOKEN_TILES, WARPS),)
+        inputs = inputs + (copy_inputs(source, zero, first_tile, end, STEPS, TOKEN_TILES, WARPS),)
     async_copy.commit_group()
     async_copy.wait_group(0)
     if ONE_ROUND:

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .hadamard_inputs import transform_tile
-from .half_bits_kernels import CHUNK
+from .half_bits_inputs import CHUNK
 from .one_bit_kernels import _LAUNCH, _WAIT, _after
 from .prepack import SLOTS
 
