@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from .printing import fields, size, table
+from .printing import fields, json_text, size, table
 
 EXAMPLES = """\
   %(prog)s my-model --methods rtn,arb-hrc:1,arb-hrc:2 --num-samples 32 --sequence-length 1024 --max-windows 30
@@ -75,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     plots = [] if args.no_plot else plot_comparison(rows, out, f"{Path(args.model).name}, {args.text}")
     failed = [name for name, row in rows.items() if "error" in row]
     if args.json:
-        print(json.dumps({"model": args.model, "out": args.out, "rows": rows, "plots": [str(path) for path in plots]}))
+        print(json_text({"model": args.model, "out": args.out, "rows": rows, "plots": [str(path) for path in plots]}))
         return int(bool(failed))
     pairs = [("table", str(out / "compare.md")), *(("plot", str(path)) for path in plots)]
     pairs += [("failed", f"{name}: {rows[name]['error']}") for name in failed]

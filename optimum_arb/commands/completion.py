@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
+
+from .printing import json_text
 
 EXAMPLES = """\
   optimum-arb completion bash > ~/.local/share/bash-completion/completions/optimum-arb
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
             if action.metavar in PATHS and not action.choices:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
     script = shtab.complete(parser, shell=args.shell)
-    print(json.dumps({"shell": args.shell, "script": script}) if args.json else script)
+    print(json_text({"shell": args.shell, "script": script}) if args.json else script)
 
 
 # What is completed with the names of files and directories.

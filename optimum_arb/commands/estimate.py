@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from typing import TYPE_CHECKING
 
 from .method_options import add_method_arguments, build_config
-from .printing import fields, size
+from .printing import fields, json_text, size
 
 if TYPE_CHECKING:
     from ..checkpoint.estimate import Estimate
@@ -54,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         over.append("memory_limit")
     if "gpu_memory" in limits and (result.peak_gpu_bytes or 0) > limits["gpu_memory"]:
         over.append("gpu_memory")
-    print(json.dumps({**result.to_dict(), "over_limits": over}) if args.json else describe(result, over))
+    print(json_text({**result.to_dict(), "over_limits": over}) if args.json else describe(result, over))
     return int(bool(over))
 
 

@@ -6,13 +6,12 @@ Without a baseline and without --measure, the perplexity of one model. With a ba
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .printing import fields, size, table
+from .printing import fields, json_text, size, table
 
 if TYPE_CHECKING:
     from ..evaluate.settings import Settings
@@ -189,7 +188,7 @@ def run_evaluation(args: argparse.Namespace, parts: tuple[str, ...]) -> int:
     limit = args.max_perplexity
     failed = limit is not None and not all(value <= limit for value in measured)
     if args.json:
-        print(json.dumps(report))
+        print(json_text(report))
     else:
         print(describe(report, paths))
         if limit is not None:
@@ -252,7 +251,7 @@ def run_perplexity(args: argparse.Namespace) -> int:
     parameters = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     failed = args.max_perplexity is not None and not result.perplexity <= args.max_perplexity
     if args.json:
-        print(json.dumps({"model": name, "bits_per_weight": bits, "bytes": parameters, **result.to_dict()}))
+        print(json_text({"model": name, "bits_per_weight": bits, "bytes": parameters, **result.to_dict()}))
         return int(failed)
     pairs = [
         ("model", name),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from .printing import fields, size, table
+from .printing import fields, json_text, size, table
 
 if TYPE_CHECKING:
     from ..export import GGUFReport
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         allow_lossy=args.allow_lossy,
         overwrite=args.overwrite,
     )
-    print(json.dumps({"model": args.model, **report.to_dict()}) if args.json else describe(args.model, report))
+    print(json_text({"model": args.model, **report.to_dict()}) if args.json else describe(args.model, report))
 
 
 def describe(model: str, report: GGUFReport) -> str:

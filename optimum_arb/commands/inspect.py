@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..layer_warnings import kind_of, warning_lines
-from .printing import fields, ratio, size, table
+from .printing import fields, json_text, ratio, size, table
 from .quantize import ERRORS, mean
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         if result.report is None:
             raise ValueError(f"--plot needs arb_report.json beside the model, and {args.model} has none that fits it.")
         plot_layers(result.report, args.plot, Path(args.model).name)
-    print(json.dumps(result.to_dict()) if args.json else describe(args.model, result, args.modules))
+    print(json_text(result.to_dict()) if args.json else describe(args.model, result, args.modules))
 
 
 def describe(model: str, result: Inspection, every_module: bool = False) -> str:

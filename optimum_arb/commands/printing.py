@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -39,3 +42,22 @@ def size(count: int) -> str:
 def ratio(value: float | None) -> str:
     """An error relative to the weight's or the output's own size; a dash where it was not measured."""
     return "-" if value is None else f"{value:.4f}"
+
+
+def json_text(content: Any) -> str:
+    """JSON of what `--json` prints; null for infinity and NaN, of which JSON has none.
+
+    Args:
+        content: dicts, lists, tuples and plain values.
+    """
+    return json.dumps(_finite(content), allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return content

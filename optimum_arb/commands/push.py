@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
+
+from .printing import json_text
 
 EXAMPLES = """\
   %(prog)s smollm2-arb me/smollm2-135m-arb --private
@@ -38,6 +39,6 @@ def run(args: argparse.Namespace) -> None:
     )
     url = info.pr_url or info.commit_url
     if args.json:
-        print(json.dumps({"model": args.model, "repo": args.repo, "commit": info.oid, "url": url}))
+        print(json_text({"model": args.model, "repo": args.repo, "commit": info.oid, "url": url}))
     else:
         print(f"uploaded {args.model}: {url}")

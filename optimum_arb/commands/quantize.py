@@ -7,12 +7,11 @@ that was interrupted or killed goes on with --resume behind the last layer that 
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 from .method_options import add_method_arguments, build_config
-from .printing import fields, ratio, size, table
+from .printing import fields, json_text, ratio, size, table
 
 if TYPE_CHECKING:
     from ..calibration.ranks import Ranks
@@ -133,7 +132,7 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> None:
             "config": found.config.to_dict(),
             **report.to_dict(),
         }
-        print(json.dumps(result))
+        print(json_text(result))
     else:
         print(describe(args.model, args.out, report, seconds))
         if args.push_to_hub:

@@ -6,11 +6,10 @@ Everything is taken from what the model records: the method, the calibration, th
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from .printing import fields, table
+from .printing import fields, json_text, table
 
 if TYPE_CHECKING:
     from ..requantize import Plan
@@ -88,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         None if measured is None else measured.to_dict(),
     )
     if args.json:
-        print(json.dumps({"model": args.model, "out": args.out, "seconds": seconds, **found}))
+        print(json_text({"model": args.model, "out": args.out, "seconds": seconds, **found}))
     else:
         print(describe(args.model, args.out, plan, found, seconds))
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
+
+from .printing import json_text
 
 EXAMPLES = """\
   %(prog)s llama-2-7b-arb                              the shapes of a binarized model
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
                 flush=True,
             )
     if args.json:
-        print(json.dumps({"table": str(path), "rows": rows}))
+        print(json_text({"table": str(path), "rows": rows}))
     else:
         print(f"written to {path}")
 

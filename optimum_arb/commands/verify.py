@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from .printing import fields, table
+from .printing import fields, json_text, table
 
 if TYPE_CHECKING:
     from ..evaluate.thresholds import Check
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     failed = [found for found in checks if not found.passed]
     if args.json:
         result = {"model": args.model, "baseline": args.baseline, "passed": not failed}
-        print(json.dumps({**result, "checks": [asdict(found) for found in checks], "report": report}))
+        print(json_text({**result, "checks": [asdict(found) for found in checks], "report": report}))
     else:
         print(describe(checks))
     return int(bool(failed))
