@@ -19,6 +19,7 @@ def machine(tmp_path, monkeypatch):
     """A machine with a GPU that no table knows, and no table of the user's."""
     monkeypatch.setenv("OPTIMUM_ARB_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: NAME)
+    monkeypatch.setattr(table, "capability", lambda device: (8, 0))
     for cached in (table._entries, lookup):
         cached.cache_clear()
     yield
@@ -107,6 +108,19 @@ def test_another_version_is_ignored(tmp_path):
 
 def test_an_unknown_device():
     assert lookup(DEVICE, 4096, 4096, 1, 1) is None
+
+
+def test_a_gpu_of_the_same_capability(tmp_path, monkeypatch):
+    """An H100 has no table: it takes the H200's whole, until there is one of its own."""
+    monkeypatch.setattr(table, "capability", lambda device: (9, 0))
+    shipped = read(Path(table.__file__).parent / "tables" / table.OF_CAPABILITY[9, 0])
+    expected = next(e for e in shipped if (e.out_features, e.in_features, e.planes, e.tokens) == (4096, 4096, 2, 1))
+    assert lookup(DEVICE, 4096, 4096, 2, 1) == expected
+    own = entry(n=64)
+    fill(own)
+    table._entries.cache_clear()
+    lookup.cache_clear()
+    assert lookup(DEVICE, 4096, 4096, 2, 1) == own
 
 
 def fill(*entries: Entry) -> None:

@@ -2,7 +2,7 @@
 
 The package brings tables of the GPUs that it was tuned on (`tables/`); `optimum-cli arb tune` writes one for the
 user's own, which goes before them. A shape that is in no table takes the entry of the nearest shape of the same planes
-and tokens.
+and tokens, and a GPU that has no table that of one of its compute capability, where there is one.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from typing import Any
 
 import torch
 
+from .launch import capability
+
 # Numbers of tokens that are tuned; a number between two of them takes the larger one's entry.
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 FEW_TOKENS = 4  # up to which the one-bit kernel computes
 TABLE_VERSION = 3
+# The table of GPUs of a compute capability that have none: an H100 runs the kernels of an H200.
+OF_CAPABILITY = {(9, 0): "NVIDIA_H200.json"}
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,9 @@ def lookup(
         half_bits: look for an entry of this kernel and these tokens alone.
     """
     entries = _entries(device_file(device))
+    if not entries:
+        known = OF_CAPABILITY.get(capability(device))
+        entries = () if known is None else _entries(known)
     if half_bits:
         few = [e for e in entries if e.kernel == "half_bits" and e.tokens == tokens]
     else:
