@@ -65,6 +65,10 @@ def check() -> list[str]:
     return wrong
 
 
+def multiprocessors() -> int:
+    return torch.cuda.get_device_properties("cuda").multi_processor_count
+
+
 def compile_one(config: half_bits.HalfConfig, planes: int, tokens: int) -> None:
     packed = random_weight(planes_layout(planes, col_scale=True), 4096, 4096, 128, True, "cuda")
     x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
@@ -80,6 +84,7 @@ def measure(n: int, k: int, planes: int, tokens: list[int]) -> list[dict[str, An
     dense_count = min(copies_for(2 * n * k), 8)
     copies = [dense.bfloat16() for _ in range(dense_count)]
     rows = []
+    processors = multiprocessors()
     for m in tokens:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         expected = x.float() @ dense.T
@@ -89,7 +94,7 @@ def measure(n: int, k: int, planes: int, tokens: list[int]) -> list[dict[str, An
         if entry is not None:
             fused = gemm.GemmConfig(**entry.config)
             row["fused_us"] = graph_time(lambda i, x=x, c=fused: gemm.gemm(x, weights[i], config=c), count, 5)  # type: ignore[misc]
-        for config in half_bits.candidates(n, k, m):
+        for config in half_bits.candidates(n, k, m, processors):
             try:
                 out = half_bits.multiply(x, ready[0], None, config).view(m, n)
                 error = float((out.float() - expected).norm() / expected.norm())
@@ -125,7 +130,7 @@ def main() -> None:
             for n, k in shapes
             for p in planes
             for m in tokens
-            for config in half_bits.candidates(n, k, m)
+            for config in half_bits.candidates(n, k, m, multiprocessors())
         }
         compile_first(compile_one, sorted(tasks, key=str), args.workers)
     wrong = [] if args.no_check else check()

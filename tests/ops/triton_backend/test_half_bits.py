@@ -1,5 +1,7 @@
 """The kernel for five to sixteen tokens: its preparation in the interpreter, its assembly in an emulator."""
 
+import itertools
+
 import numpy as np
 import ptx
 import pytest
@@ -9,8 +11,9 @@ from packed_weights import random_packed
 
 from optimum_arb.format.layout import all_layouts, planes_layout
 from optimum_arb.ops.backends.packed import PackedWeight
-from optimum_arb.ops.backends.triton import fragments, half_bits_inputs, half_bits_kernels
-from optimum_arb.ops.backends.triton.prepack import Prepacked, prepack
+from optimum_arb.ops.backends.triton import fragments, half_bits, half_bits_inputs, half_bits_kernels
+from optimum_arb.ops.backends.triton.launch import power_of_2
+from optimum_arb.ops.backends.triton.prepack import Prepacked, prepack, program
 
 LAYOUTS = {layout.name: layout for layout in all_layouts()}
 
@@ -120,3 +123,33 @@ def test_zeros_and_rows_alone():
     assert not out[1].any()
     assert (emulate(weight, x[:5]) == out[:5]).all()
     assert (emulate(weight, torch.cat([x, 1e6 * x]))[:8] == out).all()
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 5, 32, 86, 108, 224, 416])
+def test_slices_fit_the_memory_and_take_every_tile(tiles):
+    """Whatever is asked for, of the most inputs that a layout has and of few."""
+    most_inputs = max(len(program(layout).inputs) for layout in LAYOUTS.values())
+    for inputs in (1, most_inputs):
+        most = (96 << 10) // (inputs * 2 * half_bits.TILE_SHARED)
+        assert most >= 2
+        for asked in (1, 2, 3, 8, 64):
+            for ahead in (1, 2, 3, 4, 8):
+                config = half_bits.HalfConfig(ahead=ahead, slice_tiles=asked)
+                slices, steps, found = half_bits._slices(config, tiles, most)
+                ends = [i * tiles // slices for i in range(slices + 1)]  # as the kernel cuts them
+                longest = max(end - start for start, end in itertools.pairwise(ends))
+                assert longest <= min(asked, steps)
+                assert power_of_2(steps) <= most
+                assert 1 <= found <= ahead
+                assert steps % found == 0
+                assert steps - found < longest, "a round without a tile"
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 64), (128, 4096), (4096, 11008), (28672, 8192), (8192, 28672)])
+def test_there_are_cuts_to_time_for_any_shape(rows, columns):
+    for tokens in (5, 16):
+        cuts = half_bits.candidates(rows, columns, tokens, 132)
+        assert 1 <= len(cuts) == len(set(cuts)) <= 100
+        for cut in cuts:
+            shared = power_of_2(cut.slice_tiles) * -(-tokens // 8) * half_bits.TILE_SHARED
+            assert shared <= half_bits.HOPPER_SHARED

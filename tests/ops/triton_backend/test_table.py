@@ -111,16 +111,19 @@ def test_an_unknown_device():
 
 
 def test_a_gpu_of_the_same_capability(tmp_path, monkeypatch):
-    """An H100 has no table: it takes the H200's whole, until there is one of its own."""
+    """An H100 has no table: it takes the H200's, and goes on to for kernels that its user has not tuned."""
     monkeypatch.setattr(table, "capability", lambda device: (9, 0))
     shipped = read(Path(table.__file__).parent / "tables" / table.OF_CAPABILITY[9, 0])
     expected = next(e for e in shipped if (e.out_features, e.in_features, e.planes, e.tokens) == (4096, 4096, 2, 1))
     assert lookup(DEVICE, 4096, 4096, 2, 1) == expected
+    half = lookup(DEVICE, 4096, 4096, 2, 16, half_bits=True)
+    assert half is not None
     own = entry(n=64)
     fill(own)
     table._entries.cache_clear()
     lookup.cache_clear()
     assert lookup(DEVICE, 4096, 4096, 2, 1) == own
+    assert lookup(DEVICE, 4096, 4096, 2, 16, half_bits=True) == half
 
 
 def fill(*entries: Entry) -> None:
@@ -205,7 +208,7 @@ def test_configs_of_shipped_tables(path):
             assert DecodeConfig(**found.config).warps in (1, 2, 4, 8, 16, 32)
         elif found.kernel == "half_bits":
             assert MAX_TOKENS < found.tokens <= half_bits.MAX_TOKENS
-            cuts = half_bits.candidates(found.out_features, found.in_features, found.tokens)
+            cuts = half_bits.candidates(found.out_features, found.in_features, found.tokens, 132)
             assert half_bits.HalfConfig(**found.config) in cuts
         else:
             assert GemmConfig(**found.config).kernel == found.kernel

@@ -27,6 +27,7 @@ from .sums import Parts, Sum
 
 MAX_TOKENS = 16  # two operands of the tensor cores: the sums of more take more registers than a lane has to spare
 TILE_SHARED = 3072  # bytes of shared memory for what 8 tokens are in a tile of 128 columns
+HOPPER_SHARED = 192 << 10  # bytes of it for the copy of the inputs, of the 227 KB of a program there
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ class HalfConfig:
 
 def most_shared(device: torch.device) -> int:
     """Bytes of shared memory that a program may take for its copy of the inputs, of which it has some to spare."""
-    return (192 if capability(device) == (9, 0) else 96) << 10
+    return HOPPER_SHARED if capability(device) == (9, 0) else 96 << 10
 
 
-def candidates(out_features: int, in_features: int, tokens: int, processors: int = 132) -> list[HalfConfig]:
+def candidates(out_features: int, in_features: int, tokens: int, processors: int) -> list[HalfConfig]:
     """Cuts worth timing for a weight `[out_features, in_features]` on a GPU of sm_90.
 
     Args:
@@ -67,14 +68,14 @@ def candidates(out_features: int, in_features: int, tokens: int, processors: int
         for slices in range(1, 17):
             slice_tiles = cdiv(tiles, slices)
             shared = power_of_2(slice_tiles) * token_tiles * TILE_SHARED
-            if cdiv(tiles, slice_tiles) < slices or slice_tiles < min(2, tiles) or shared > 192 << 10:
+            if cdiv(tiles, slice_tiles) < slices or slice_tiles < min(2, tiles) or shared > HOPPER_SHARED:
                 continue
             programs = cdiv(out_features, ROWS * warps) * slices
             # the share of the multiprocessors' time with work, if a program takes as long as any other
             at_once = processors * min(16 // warps, (227 << 10) // shared)
             room = cdiv(programs, at_once) * at_once if programs > at_once else cdiv(programs, processors) * processors
-            most = slices in (1, min(16, max(tiles // 2, 1)))
-            if not most and (programs < 0.75 * room or programs > 6 * processors):
+            fewest_or_most = slices in (1, min(16, max(tiles // 2, 1)))
+            if not fewest_or_most and (programs < 0.75 * room or programs > 6 * processors):
                 continue
             ahead = dict.fromkeys(cdiv(slice_tiles, cdiv(slice_tiles, count)) for count in (2, 4))
             found += [

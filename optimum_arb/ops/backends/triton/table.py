@@ -2,7 +2,7 @@
 
 The package brings tables of the GPUs that it was tuned on (`tables/`); `optimum-cli arb tune` writes one for the
 user's own, which goes before them. A shape that is in no table takes the entry of the nearest shape of the same planes
-and tokens, and a GPU that has no table that of one of its compute capability, where there is one.
+and tokens; where a GPU has none for a kernel, that of one of its compute capability serves, if there is one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .launch import capability
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 FEW_TOKENS = 4  # up to which the one-bit kernel computes
 TABLE_VERSION = 3
-# The table of GPUs of a compute capability that have none: an H100 runs the kernels of an H200.
+# The table of GPUs of a compute capability that have none of their own: an H100 runs the kernels of an H200.
 OF_CAPABILITY = {(9, 0): "NVIDIA_H200.json"}
 
 
@@ -124,15 +124,14 @@ def lookup(
         tokens: M, of `TOKENS`.
         half_bits: look for an entry of this kernel and these tokens alone.
     """
-    entries = _entries(device_file(device))
-    if not entries:
-        known = OF_CAPABILITY.get(capability(device))
-        entries = () if known is None else _entries(known)
-    if half_bits:
-        few = [e for e in entries if e.kernel == "half_bits" and e.tokens == tokens]
-    else:
-        gemm = [e for e in entries if e.kernel != "half_bits"]
-        few = [e for e in gemm if (e.tokens <= FEW_TOKENS) == (tokens <= FEW_TOKENS)]
+    few: list[Entry] = []
+    for name in (device_file(device), OF_CAPABILITY.get(capability(device))):
+        entries = () if few or name is None else _entries(name)
+        if half_bits:
+            few += [e for e in entries if e.kernel == "half_bits" and e.tokens == tokens]
+        else:
+            gemm = [e for e in entries if e.kernel != "half_bits"]
+            few += [e for e in gemm if (e.tokens <= FEW_TOKENS) == (tokens <= FEW_TOKENS)]
     few = [e for e in few if e.planes == planes] or [e for e in few if e.planes == max(x.planes for x in few)]
     if not few:
         return None

@@ -53,7 +53,7 @@ def _calls(tokens: int, shape: Shape, permuted: bool) -> list[tuple[str, Config]
         stored += digits.candidates(out_features, in_features, tokens)
     found: list[tuple[str, Config]] = [(c.kernel, c) for c in stored]
     if prepacked and tokens <= half_bits.MAX_TOKENS:
-        found += [("half_bits", c) for c in half_bits.candidates(out_features, in_features, tokens)]
+        found += [("half_bits", c) for c in half_bits.candidates(out_features, in_features, tokens, processors)]
     return found
 
 
