@@ -40,7 +40,8 @@ def test_any_number_of_tiles_ahead(name, columns):
     packed = random_weight(name, 160, columns, prepared=False)
     weight = prepack.prepack(packed)
     cuts = [(m, one_bit.DecodeConfig(warps=warps)) for m in (1, 4) for warps in (4, 8)]
-    cuts += [(m, half_bits.HalfConfig(4, slice_tiles=8)) for m in (5, 16)]
+    cuts += [(m, half_bits.HalfConfig(4, slice_tiles=8)) for m in (4, 5, 16)]
+    cuts.append((16, half_bits.HalfConfig(4, slice_tiles=8, warpgroups=False)))
     for m, config in cuts:
         x = random_input(m, columns, torch.bfloat16)
         found = [multiply(x, weight, replace(config, ahead=ahead)).view(m, 160) for ahead in (1, 2, 3, 8)]
@@ -75,9 +76,9 @@ def test_joined_weights_in_programs_of_two_groups(rows):
 
 @pytest.mark.parametrize("tokens", [5, 16])
 @pytest.mark.parametrize("slice_tiles", [1, 3, 16])
-def test_slices_of_the_columns(slice_tiles, tokens):
+@pytest.mark.parametrize("rows", [(128, 7, 64), (128, 256)])
+def test_slices_of_the_columns(rows, slice_tiles, tokens):
     """Ten, four and one that programs share; the bias is added once, and no sum depends on the time."""
-    rows = (128, 7, 64)
     parts = [random_weight("planes-2-col", count, 1280, prepared=False, seed=count) for count in rows]
     weight = prepack.join([prepack.prepack(packed) for packed in parts])
     x = random_input(tokens, 1280, torch.float16)

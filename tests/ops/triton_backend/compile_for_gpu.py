@@ -240,6 +240,7 @@ def main() -> None:
     digits.capability = lambda device: (0, 0) if ASKED else divmod(NoDevice.arch, 10)
     for module in (columns, digits, half_bits, hadamard, one_bit, sums):
         module.overlaps = lambda device: ASKED is None and NoDevice.arch >= 90
+    half_bits.has_warpgroups = lambda device: NoDevice.arch == 90
     if "keys" in sys.argv:
         check_keys()
 
@@ -273,14 +274,26 @@ def main() -> None:
             waits = kernel.asm["ptx"].count("griddepcontrol.wait")
             assert bool(waits) == kernel.metadata.launch_pdl == (NoDevice.arch >= 90), name
     if "half_bits" in sys.argv:
+        before = len(compiled)
         few_tokens("planes-2-col", 8, True, (272,), half_bits.HalfConfig())
         few_tokens("planes-1", 16, False, (42, 7, 64), half_bits.HalfConfig(), columns=1920)
         few_tokens("planes-1", 16, False, (64,), half_bits.HalfConfig(), scales=torch.float32)
         few_tokens("planes-2-col", 5, True, (272,), half_bits.HalfConfig(), 64)
-        for name, kernel in compiled[-9:]:
-            assert ("HMMA" in disassemble(kernel)) == (name == "_multiply"), name
+        few_tokens("planes-2-col", 16, True, (272,), half_bits.HalfConfig(), columns=1920)
+        few_tokens("planes-3-mean", 9, True, (272,), half_bits.HalfConfig(16, 1), 64)
+        few_tokens("planes-2-col", 16, True, (272,), half_bits.HalfConfig(warpgroups=False), columns=1920)
+        products = []
+        for name, kernel in compiled[before:]:
+            code = disassemble(kernel)
+            found = sorted(set(re.findall(r"\bU?[A-Z]*MMA\b", code)))
+            assert len(found) == (name == "_multiply"), f"{name}: {found}"
+            assert not operands_overwritten(code), name
+            products += found
             waits = kernel.asm["ptx"].count("griddepcontrol.wait")
             assert bool(waits) == kernel.metadata.launch_pdl == (NoDevice.arch >= 90), name
+        # of more than 8 tokens by warpgroups, if they have whole ones and are to; of parts with 7 rows they have not
+        many = "HGMMA" if NoDevice.arch == 90 else "HMMA"
+        assert products == ["HMMA", "HMMA", many, "HMMA", many, many, "HMMA"], products
     if "one_bit_layouts" in sys.argv:
         for layout in all_layouts():
             few_tokens(layout.name, 4, True, (272,), one_bit.DecodeConfig(warps=4))

@@ -12,6 +12,7 @@ from compile_for_gpu import NoDevice
 from packed_weights import random_packed
 from ptx_kernel import Kernel
 from test_fragments import fixed_point
+from test_half_bits import warpgroup_inputs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver, jit
 
@@ -58,22 +59,34 @@ def check_one_bit(words: torch.Tensor, expected: np.ndarray) -> float:
     return float(error.max())
 
 
-def check_half_bits(words: torch.Tensor, expected: np.ndarray) -> float:
+def check_half_bits(words: torch.Tensor, expected: np.ndarray, warpgroups: bool) -> float:
     """The largest error, relative to the largest number of its tile and token."""
     sources, tokens, tiles, _ = expected.shape
+    slot = np.arange(128)
+    bit = slot // 16
+    if warpgroups:
+        ordered, back, correction = warpgroup_inputs(words.numpy().reshape(sources, tiles, -1), -(-tokens // 8))
+        ordered, back = ordered.astype(np.float64), back[:, :, 0, :, None].astype(np.float64)
+        off = correction[:, :, 0] + (ordered * 2.0 ** (bit - 25)).sum(-1) * back[..., 0]
+        assert (np.abs(off) <= 1e-5 * np.maximum(back[..., 0], 1e-30)).all()
+        value = (ordered * 2.0 ** (bit - 14) * back / 2048).transpose(0, 2, 1, 3)
+        return largest_error(value, expected)
     found = words.numpy().reshape(sources, tiles, -1, CHUNK)
     half = np.ascontiguousarray(found[..., :512]).view(np.float16).reshape(*found.shape[:3], 4, 8, 32)
     factors = np.ascontiguousarray(found[..., 512:]).view(np.float32).reshape(*found.shape[:3], 2, 4, 2, 2)
     assert (factors[..., 0, :] == factors[..., 1, :]).all()  # which are the same for two rows
     correction, back = (factors[..., i, :, 0, :].reshape(*found.shape[:3], 8).astype(np.float64) for i in (0, 1))
-    slot = np.arange(128)
-    bit = slot // 16
     r = slot // 4 % 4 * 8 + bit % 2 * 4 + slot % 2 * 2 + slot // 2 % 2
     ordered = half[..., bit // 2, :, r].astype(np.float64)  # slots first
     ordered = np.moveaxis(ordered, 0, -1)  # sources, tiles, token tiles, 8, 128
     assert np.abs(correction + (ordered * 2.0 ** (bit - 25)).sum(-1)).max() < 1e-5
     value = ordered * 2.0 ** (bit - 14) * back[..., None] / 2048
-    value = value.transpose(0, 2, 3, 1, 4).reshape(sources, -1, tiles, 128)
+    return largest_error(value.transpose(0, 2, 3, 1, 4).reshape(sources, -1, tiles, 128), expected)
+
+
+def largest_error(value: np.ndarray, expected: np.ndarray) -> float:
+    """Of `[sources, tokens, T, 128]`, relative to the largest number of its tile and token."""
+    tokens = expected.shape[1]
     assert not value[:, tokens:].any(), "tokens that there are not"
     largest = np.maximum(np.abs(expected).max(-1, keepdims=True), 1e-30)
     return float((np.abs(value[:, :tokens] - expected) / largest).max())
@@ -93,7 +106,7 @@ def main() -> None:
     CompiledKernel.__getitem__ = lambda self, grid: lambda *args, **options: None
     driver.set_active(NoDevice())
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
-    one_bit.overlaps = half_bits.overlaps = lambda device: True
+    one_bit.overlaps = half_bits.overlaps = half_bits.has_warpgroups = lambda device: True
     for case in MORE if "more" in sys.argv else QUICK:
         columns, block, block_size, permuted, tokens, parts = case
         layout = planes_layout(2 if columns < 600 else 1, col_scale=True)
@@ -123,7 +136,7 @@ def main() -> None:
                 error = check_one_bit(scratch, expected)
                 assert error < 0.6, f"{name} {columns} {block}: {error} units"
             else:
-                error = check_half_bits(scratch[: plan.added], expected)
+                error = check_half_bits(scratch[: plan.added], expected, tokens > 8)
                 assert error < 6e-4, f"{name} {columns} {block}: {error}"
             print(f"{name} {columns} block {block}, weight {block_size}, {tokens} tokens, {parts} parts: {error:.2e}")
 

@@ -37,16 +37,17 @@ def test_few_tokens_need_a_prepared_weight(monkeypatch):
 
 @pytest.fixture
 def table(monkeypatch):
-    """A table of a GPU: `[(n, half_bits)]` -> microseconds at 8 and at 16 tokens."""
-    times: dict[tuple[int, bool], tuple[float, float]] = {}
+    """A table of a GPU: `[(n, half_bits)]` -> microseconds at 8 and at 16 tokens, and at 4 if they are there."""
+    times: dict[tuple[int, bool], tuple[float, ...]] = {}
 
     def lookup(device, n, k, planes, tokens, half_bits=False):
-        known = [rows for rows, half in times if half == half_bits]
+        column = {8: 0, 16: 1, 4: 2}.get(tokens, 3)
+        known = [rows for (rows, half), took in times.items() if half == half_bits and column < len(took)]
         if not known:
             return None
         nearest = min(known, key=lambda rows: abs(math.log2(rows / n)))
         config = {"warps": 4} if half_bits else {}
-        took = times[nearest, half_bits][tokens == 16]
+        took = times[nearest, half_bits][column]
         return Entry(nearest, k, planes, tokens, "half_bits" if half_bits else "hopper", config, took)
 
     monkeypatch.setattr(module, "lookup", lookup)
@@ -76,6 +77,26 @@ def test_half_bits_where_it_is_the_fastest(table, monkeypatch):
     assert ready.half == {8: HalfConfig(4), 16: HalfConfig(4)}
     monkeypatch.setattr(module, "has_half_bits_kernel", lambda device: False)
     assert most_tokens(64) == 4
+
+
+def test_half_bits_of_three_and_four_tokens(table, monkeypatch):
+    """Where it is faster than the one-bit kernel, as for the nearest shape that was measured."""
+    table[64, True], table[64, False] = (5.0, 6.0, 4.0), (7.0, 7.0, 5.0)
+    table[1024, True], table[1024, False] = (9.0, 9.0, 8.0), (9.5, 9.5, 7.0)
+    weight = random_packed(planes_layout(1), 96, 128)
+    ready = module.prepare([weight])
+    assert ready is not None
+    assert ready.half == {4: HalfConfig(4), 8: HalfConfig(4), 16: HalfConfig(4)}
+    kernels = [type(module._plan(torch.zeros(m, 128), ready, None, None, None)).__module__ for m in range(1, 6)]
+    assert [name.rsplit(".", 1)[1] for name in kernels] == ["one_bit"] * 2 + ["half_bits"] * 3
+    other = module.prepare([random_packed(planes_layout(1), 600, 128)])
+    assert other is not None
+    assert other.half == {8: HalfConfig(4), 16: HalfConfig(4)}
+    assert type(module._plan(torch.zeros(4, 128), other, None, None, None)).__module__.endswith("one_bit")
+    monkeypatch.setattr(module, "has_half_bits_kernel", lambda device: False)
+    alone = module.prepare([random_packed(planes_layout(1), 64, 128)])
+    assert alone is not None
+    assert alone.half == {}
 
 
 def test_half_bits_where_the_faster_kernel_does_not_work(table, monkeypatch):

@@ -13,7 +13,7 @@ from optimum_arb.format.layout import all_layouts, planes_layout
 from optimum_arb.ops.backends.packed import PackedWeight
 from optimum_arb.ops.backends.triton import fragments, half_bits, half_bits_inputs, half_bits_kernels
 from optimum_arb.ops.backends.triton.launch import power_of_2
-from optimum_arb.ops.backends.triton.prepack import Prepacked, prepack, program
+from optimum_arb.ops.backends.triton.prepack import Prepacked, join, prepack, program
 
 LAYOUTS = {layout.name: layout for layout in all_layouts()}
 
@@ -24,9 +24,33 @@ def prepare(x: torch.Tensor, weight: Prepacked, parts: int = 1) -> np.ndarray:
     out = torch.full((parts * inputs, tiles, token_tiles, half_bits_inputs.CHUNK), -1, dtype=torch.int32)
     index = weight.input_scale if weight.index is None else weight.index
     half_bits_kernels._prepare[tiles, token_tiles, parts * inputs](
-        x, weight.input_scale, index, out, tiles, x.stride(0), len(x), inputs, parts, weight.index is not None, False
+        x,
+        weight.input_scale,
+        index,
+        out,
+        tiles,
+        x.stride(0),
+        len(x),
+        inputs,
+        parts,
+        weight.index is not None,
+        *[False] * 2,
     )
     return out.numpy()
+
+
+def warpgroup_inputs(words: np.ndarray, token_tiles: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of int32 `[sources, T, 528 * token tiles]`: float16 `[sources, T, tokens, 128]` by slot, scales, corrections."""
+    sources, tiles, _ = words.shape
+    half = np.ascontiguousarray(words[..., : 512 * token_tiles]).view(np.float16)
+    factors = np.ascontiguousarray(words[..., 512 * token_tiles :]).view(np.float32)
+    token, slot = np.arange(8 * token_tiles)[:, None], np.arange(128)
+    # of 16 columns a step: + 0 and + 2 of each four, then + 1 and + 3
+    k = slot // 16 * 16 + slot % 2 * 8 + slot // 4 % 4 * 2 + slot // 2 % 2
+    # rows of 128 bytes, the pieces of 16 bytes in the order of the hardware's swizzle
+    byte = k // 64 * (1024 * token_tiles) + token * 128 + k % 64 * 2
+    byte ^= (byte >> 7 & 7) << 4
+    return half[..., byte // 2], *np.split(factors.reshape(sources, tiles, 2, -1), 2, axis=2)
 
 
 def emulate(weight: Prepacked, x: torch.Tensor, part: int = 0, parts: int = 1) -> np.ndarray:
@@ -56,6 +80,33 @@ def emulate(weight: Prepacked, x: torch.Tensor, part: int = 0, parts: int = 1) -
     found = np.stack([ptx.floats(each) for each in sums]).reshape(token_tiles, 2, 2, 2, groups, tiles, 8, 4)
     found = found.sum(5, dtype=np.float32)
     return found.transpose(0, 6, 3, 4, 1, 2, 5).reshape(8 * token_tiles, 32 * groups)[: len(x)]
+
+
+@pytest.mark.parametrize(("permuted", "tokens", "parts"), [(False, 16, 1), (True, 9, 2), (True, 13, 1)])
+def test_inputs_of_warpgroups(permuted, tokens, parts):
+    """The same numbers as for products of warps, where a right operand with 128 bytes a row is read from."""
+    packed = [random_packed(LAYOUTS["planes-2-col"], 42, 320, permuted=permuted, seed=seed) for seed in range(parts)]
+    weight = prepack(packed[0]) if parts == 1 else join([prepack(each) for each in packed])
+    assert weight is not None
+    x = torch.randn(tokens, 320, generator=torch.Generator().manual_seed(0))
+    inputs, tiles, token_tiles = len(weight.program.inputs), weight.tiles, -(-tokens // 8)
+    out = torch.full((parts * inputs, tiles, token_tiles * half_bits_inputs.WARPGROUP_CHUNK), -1, dtype=torch.int32)
+    index = weight.input_scale if weight.index is None else weight.index
+    half_bits_kernels._prepare[tiles, token_tiles, parts * inputs](
+        x, weight.input_scale, index, out, tiles, 320, tokens, inputs, parts, weight.index is not None, False, True
+    )
+    found, back, correction = warpgroup_inputs(out.numpy(), token_tiles)
+    expected = prepare(x, weight, parts)
+    half = np.ascontiguousarray(expected[..., :512]).view(np.float16).reshape(*expected.shape[:3], 4, 8, 32)
+    slot = np.arange(128)
+    bit = slot // 16
+    half = np.moveaxis(half[..., bit // 2, :, slot // 4 % 4 * 8 + bit % 2 * 4 + slot % 2 * 2 + slot // 2 % 2], 0, -1)
+    factors = np.ascontiguousarray(expected[..., 512:]).view(np.float32).reshape(*expected.shape[:3], 2, 4, 2, 2)
+    factors = factors[..., 0, :].reshape(*expected.shape[:3], 2, 8)
+    assert (found == half.reshape(found.shape)).all()
+    assert (back == factors[..., 1, :].reshape(back.shape)).all()
+    wanted = (factors[..., 0, :] * factors[..., 1, :]).reshape(back.shape)
+    np.testing.assert_allclose(correction, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())  # of another order of sums
 
 
 def check(packed: PackedWeight, tokens: int) -> None:
@@ -149,7 +200,8 @@ def test_slices_fit_the_memory_and_take_every_tile(tiles):
 def test_there_are_cuts_to_time_for_any_shape(rows, columns):
     for tokens in (5, 16):
         cuts = half_bits.candidates(rows, columns, tokens, 132)
-        assert 1 <= len(cuts) == len(set(cuts)) <= 100
+        assert 1 <= len(cuts) == len(set(cuts)) <= 150
+        assert {cut.warpgroups for cut in cuts} == ({True} if tokens <= 8 else {True, False})
         for cut in cuts:
-            shared = power_of_2(cut.slice_tiles) * -(-tokens // 8) * half_bits.TILE_SHARED
-            assert shared <= half_bits.HOPPER_SHARED
+            chunk = half_bits.WARPGROUP_TILE_SHARED if cut.warpgroups and tokens > 8 else half_bits.TILE_SHARED
+            assert power_of_2(cut.slice_tiles) * -(-tokens // 8) * chunk <= half_bits.HOPPER_SHARED

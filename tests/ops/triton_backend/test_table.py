@@ -207,7 +207,7 @@ def test_configs_of_shipped_tables(path):
             assert found.tokens <= MAX_TOKENS
             assert DecodeConfig(**found.config).warps in (1, 2, 4, 8, 16, 32)
         elif found.kernel == "half_bits":
-            assert MAX_TOKENS < found.tokens <= half_bits.MAX_TOKENS
+            assert MAX_TOKENS <= found.tokens <= half_bits.MAX_TOKENS
             cuts = half_bits.candidates(found.out_features, found.in_features, found.tokens, 132)
             assert half_bits.HalfConfig(**found.config) in cuts
         else:

@@ -1,6 +1,7 @@
 """Products of up to 16 tokens with weights that were prepared for them, and which kernel computes them.
 
-The one-bit kernel takes up to 4 tokens, the half-bits kernel up to 16 where the table says that it is the fastest.
+The one-bit kernel takes up to 4 tokens, the half-bits kernel up to 16 where the table says that it is the fastest, and
+3 and 4 where it says that it is faster than the one-bit kernel.
 """
 
 from __future__ import annotations
@@ -113,15 +114,15 @@ def _plan(
     parts: tuple[int, ...] | None,
     change: few_tokens_plan.Change | None,
 ) -> one_bit.Plan | half_bits.Plan:
-    tokens = rows.shape[0]
-    if tokens > prepack.ONE_BIT_TOKENS:
+    tokens = bucket(rows.shape[0])
+    if tokens > prepack.ONE_BIT_TOKENS or tokens in weight.half:
         from . import half_bits
 
-        cut = weight.half.get(bucket(tokens)) or half_bits.HalfConfig()
+        cut = weight.half.get(tokens) or half_bits.HalfConfig()
         return half_bits.Plan(rows, weight, bias, cut, parts or (weight.rows,), change)
     from . import one_bit
 
-    chosen = decode_config(rows.device, weight.rows, rows.shape[1], weight.program.planes, bucket(tokens))
+    chosen = decode_config(rows.device, weight.rows, rows.shape[1], weight.program.planes, tokens)
     return one_bit.Plan(rows, weight, bias, chosen, parts or (weight.rows,), None, change)
 
 
@@ -158,7 +159,26 @@ def prepare(weights: list[PackedWeight]) -> prepack.Prepacked | None:
             if config is None:
                 break  # what computes is told by a limit
             weight.half[tokens] = config
+        config = _config_for_four(device, sum(parts), weights[0].in_features, weight.program.planes)
+        if config is not None:
+            weight.half[prepack.ONE_BIT_TOKENS] = config
     return weight
+
+
+def _config_for_four(
+    device: torch.device, out_features: int, in_features: int, planes: int
+) -> half_bits.HalfConfig | None:
+    """None where the one-bit kernel is faster at 4 tokens for the nearest shape, or nobody has measured it."""
+    tokens = prepack.ONE_BIT_TOKENS
+    entry = lookup(device, out_features, in_features, planes, tokens, True)
+    if entry is None:
+        return None
+    other = lookup(device, entry.out_features, entry.in_features, planes, tokens)
+    if other is None or entry.microseconds >= other.microseconds or not has_half_bits_kernel(device):
+        return None
+    from .half_bits import HalfConfig
+
+    return HalfConfig(**entry.config)
 
 
 def _half_config(

@@ -10,13 +10,15 @@ A row of the result does not depend on the other rows, or on their number up to 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 import triton
 
+from .available import has_hopper_kernel
 from .few_tokens_plan import Change, FewTokensPlan, Grid, change_class
-from .half_bits_inputs import CHUNK
+from .half_bits_inputs import CHUNK, WARPGROUP_CHUNK
 from .half_bits_kernels import _multiply, _prepare
 from .half_bits_transformed import WARPS as TRANSFORMED_WARPS
 from .half_bits_transformed import _prepare_transformed
@@ -26,7 +28,9 @@ from .prepack import ROWS, Prepacked
 from .sums import Parts, Sum
 
 MAX_TOKENS = 16  # two operands of the tensor cores: the sums of more take more registers than a lane has to spare
-TILE_SHARED = 3072  # bytes of shared memory for what 8 tokens are in a tile of 128 columns
+# bytes of shared memory for what 8 tokens are in a tile of 128 columns
+TILE_SHARED = 3072
+WARPGROUP_TILE_SHARED = 4 * WARPGROUP_CHUNK
 HOPPER_SHARED = 192 << 10  # bytes of it for the copy of the inputs, of the 227 KB of a program there
 
 
@@ -40,17 +44,24 @@ class HalfConfig:
         slice_tiles: tiles of 128 columns of a program at most; other programs take the others, and all their sums are
             added then.
         registers: of a thread at most.
+        warpgroups: multiply more than 8 tokens by warpgroups, where `has_warpgroups` says that it can be.
     """
 
     warps: int = 8
     ahead: int = 2
     slice_tiles: int = 8
     registers: int = 128
+    warpgroups: bool = True
 
 
 def most_shared(device: torch.device) -> int:
     """Bytes of shared memory that a program may take for its copy of the inputs, of which it has some to spare."""
     return HOPPER_SHARED if capability(device) == (9, 0) else 96 << 10
+
+
+def has_warpgroups(device: torch.device) -> bool:
+    """Whether there are products of warpgroups, of which the warps of a program must be whole ones."""
+    return device.type == "cuda" and capability(device) == (9, 0) and has_hopper_kernel(device)
 
 
 def candidates(out_features: int, in_features: int, tokens: int, processors: int) -> list[HalfConfig]:
@@ -63,26 +74,28 @@ def candidates(out_features: int, in_features: int, tokens: int, processors: int
         processors: multiprocessors of the GPU.
     """
     found = []
-    tiles, token_tiles = cdiv(in_features, 128), cdiv(tokens, 8)
-    for warps in (4, 8, 16):
-        for slices in range(1, 17):
-            slice_tiles = cdiv(tiles, slices)
-            shared = power_of_2(slice_tiles) * token_tiles * TILE_SHARED
-            if cdiv(tiles, slice_tiles) < slices or slice_tiles < min(2, tiles) or shared > HOPPER_SHARED:
-                continue
-            programs = cdiv(out_features, ROWS * warps) * slices
-            # the share of the multiprocessors' time with work, if a program takes as long as any other
-            at_once = processors * min(16 // warps, (227 << 10) // shared)
-            room = cdiv(programs, at_once) * at_once if programs > at_once else cdiv(programs, processors) * processors
-            fewest_or_most = slices in (1, min(16, max(tiles // 2, 1)))
-            if not fewest_or_most and (programs < 0.75 * room or programs > 6 * processors):
-                continue
-            ahead = dict.fromkeys(cdiv(slice_tiles, cdiv(slice_tiles, count)) for count in (2, 4))
-            found += [
-                HalfConfig(warps, count, slice_tiles, registers)
-                for count in ahead
-                for registers in ((128,) if warps == 4 else (96, 128))
-            ]
+    tiles = cdiv(in_features, 128)
+    for warps, slices, warpgroups in product((4, 8, 16), range(1, 17), (False, True)[: 1 + (tokens > 8)]):
+        slice_tiles = cdiv(tiles, slices)
+        tile_shared = WARPGROUP_TILE_SHARED if warpgroups else TILE_SHARED
+        shared = power_of_2(slice_tiles) * cdiv(tokens, 8) * tile_shared
+        if cdiv(tiles, slice_tiles) < slices or slice_tiles < min(2, tiles) or shared > HOPPER_SHARED:
+            continue
+        programs = cdiv(out_features, ROWS * warps) * slices
+        # the share of the multiprocessors' time with work, if a program takes as long as any other
+        at_once = processors * min(16 // warps, (227 << 10) // shared)
+        room = cdiv(programs, at_once) * at_once if programs > at_once else cdiv(programs, processors) * processors
+        fewest_or_most = slices in (1, min(16, max(tiles // 2, 1)))
+        if not fewest_or_most and (programs < 0.75 * room or programs > 6 * processors):
+            continue
+        counts = (1, 2, 4) if warpgroups else (2, 4)
+        registers = (128,) if warpgroups or warps == 4 else (96, 128)
+        ahead = dict.fromkeys(cdiv(slice_tiles, cdiv(slice_tiles, count)) for count in counts)
+        found += [
+            HalfConfig(warps, count, slice_tiles, most, warpgroups or tokens <= 8)
+            for count in ahead
+            for most in registers
+        ]
     return found
 
 
@@ -156,9 +169,10 @@ class Plan(FewTokensPlan):
         tokens, tiles, inputs = x.shape[0], weight.tiles, len(weight.program.inputs)
         token_tiles = 1 if tokens <= 8 else 2
         overlap = overlaps(x.device)
-        most = most_shared(x.device) // (inputs * token_tiles * TILE_SHARED)
-        slices, steps, ahead = _slices(config, tiles, most)
-        self.added = len(parts) * inputs * tiles * token_tiles * CHUNK  # words of the inputs; the slices' sums follow
+        warpgroups = config.warpgroups and token_tiles == 2 and warps % 4 == 0 and has_warpgroups(x.device)
+        chunk, shared = (WARPGROUP_CHUNK, WARPGROUP_TILE_SHARED) if warpgroups else (CHUNK, TILE_SHARED)
+        slices, steps, ahead = _slices(config, tiles, most_shared(x.device) // (inputs * token_tiles * shared))
+        self.added = len(parts) * inputs * tiles * token_tiles * chunk  # words of the inputs; the slices' sums follow
         total = tokens * weight.rows
         super().__init__(x, weight.rows, scratch=self.added + (slices * total if slices > 1 else 0))
         ends = [sum(parts[: i + 1]) for i in range(len(parts))]
@@ -168,12 +182,12 @@ class Plan(FewTokensPlan):
         self.prepare: Any = _prepare
         self.prepare_weights: tuple[Any, ...] = tensors[2:]
         self.prepare_sizes: tuple[int, ...] = (tokens,)
-        self.prepare_constants: tuple[Any, ...] = (*common, overlap)
+        self.prepare_constants: tuple[Any, ...] = (*common, overlap, warpgroups)
         self.prepare_warps = 4
         if change is not None:
             self.prepare, self.prepare_warps = _prepare_transformed, TRANSFORMED_WARPS
             self.prepare_weights, self.prepare_sizes = tensors, (tokens, x.shape[1])
-            self.prepare_constants = (*common, *constants, overlap)
+            self.prepare_constants = (*common, *constants, overlap, warpgroups)
         self.tiles = tiles
         self.grid = (cdiv(weight.groups, warps), slices, 1)
         self.sum = Sum([Parts(slices, weight.rows)], tokens, x.dtype, x.device) if slices > 1 else None
@@ -198,6 +212,7 @@ class Plan(FewTokensPlan):
             ahead,
             ahead >= steps,
             overlap,
+            warpgroups,
         )
         self.options: dict[str, Any] = {**OPTIONS, "launch_pdl": overlap}
         self.warps, self.registers = warps, config.registers

@@ -16,7 +16,10 @@ from .prepack import SLOTS
 
 # words of 8 tokens of a tile: 4 rows of 128 with 1024 halves, then 16 with their corrections, and 16 with their scales
 CHUNK = 544
+# the same for a product of warpgroups, whose chunks of all tokens lie together: 1024 halves, 8 scales, 8 corrections
+WARPGROUP_CHUNK = 528
 _CHUNK = gl.constexpr(CHUNK)
+_WARPGROUP_CHUNK = gl.constexpr(WARPGROUP_CHUNK)
 _SLOTS = gl.constexpr(SLOTS)
 # Triton 3.9 has neither of the old names
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -71,4 +74,40 @@ def load_inputs(copied, step, TOKEN_TILES: gl.constexpr, LAYOUT: gl.constexpr):
         x = x + (copied[0].index(step * (4 * TOKEN_TILES) + i).load(LAYOUT),)
     for i in gl.static_range(2 * TOKEN_TILES):
         f = f + (copied[1].index(step * (2 * TOKEN_TILES) + i).load(LAYOUT),)
+    return x, f
+
+
+@gluon.jit
+def copy_warpgroup_inputs(
+    input_ptr, zero, first_tile, end, STEPS: gl.constexpr, TOKEN_TILES: gl.constexpr, WARPS: gl.constexpr
+):
+    """`copy_inputs` of what `_prepare` has written as the right operand of a product of warpgroups.
+
+    Returns:
+        float16 `[STEPS, TOKEN_TILES * 8, 128]`; float32 `[2 * STEPS, TOKEN_TILES * 8]`: the scales of a tile's tokens,
+        then the corrections times these.
+    """
+    plain: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 1, order=[1, 0])
+    vectors: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    operand: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
+    small: gl.constexpr = gl.BlockedLayout([1, 4], [8 // TOKEN_TILES, 4 * TOKEN_TILES], [WARPS, 1], [1, 0])
+    ROWS: gl.constexpr = 4 * TOKEN_TILES
+    TILE: gl.constexpr = TOKEN_TILES * _WARPGROUP_CHUNK
+    x = gl.allocate_shared_memory(gl.int32, [STEPS * ROWS, _SLOTS], plain)
+    f = gl.allocate_shared_memory(gl.int32, [STEPS, 16 * TOKEN_TILES], plain)
+    slot = gl.expand_dims(gl.arange(0, _SLOTS, layout=gl.SliceLayout(0, layout)) + zero, 0)
+    slot = gl.max_contiguous(gl.multiple_of(slot, [1, 128]), [1, 128])
+    input_ptr += first_tile * TILE
+    row = gl.expand_dims(gl.arange(0, STEPS * ROWS, layout=gl.SliceLayout(1, layout)), 1)
+    _copy(x, input_ptr + (row // ROWS * TILE + row % ROWS * _SLOTS + slot), mask=row // ROWS < end - first_tile)
+    row = gl.expand_dims(gl.arange(0, STEPS, layout=gl.SliceLayout(1, small)), 1)
+    slot = gl.expand_dims(gl.arange(0, 16 * TOKEN_TILES, layout=gl.SliceLayout(0, small)), 0)
+    _copy(f, input_ptr + (row * TILE + 512 * TOKEN_TILES + slot), mask=row < end - first_tile)
+    if _RENAMED:
+        x = x.reinterpret(gl.float16, [STEPS, 8 * TOKEN_TILES, _SLOTS], operand)
+        f = f.reinterpret(gl.float32, [2 * STEPS, 8 * TOKEN_TILES], vectors)
+    else:
+        x = x._reinterpret(gl.float16, [STEPS, 8 * TOKEN_TILES, _SLOTS], operand)
+        f = f._reinterpret(gl.float32, [2 * STEPS, 8 * TOKEN_TILES], vectors)
     return x, f

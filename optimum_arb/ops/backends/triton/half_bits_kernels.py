@@ -16,20 +16,18 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from . import fragments
-from .half_bits_inputs import CHUNK, copy_inputs, load_inputs
+from . import half_bits_tiles, half_bits_warpgroup
+from .half_bits_inputs import CHUNK, WARPGROUP_CHUNK, copy_inputs, copy_warpgroup_inputs
 from .prepack import ROWS, SLOTS
-from .prepacked_tiles import first_scale, load_tile, part_of, row_scale, scale_values, sign_word
+from .prepacked_tiles import first_scale, load_tile, part_of, scale_values
 
 _CHUNK = gl.constexpr(CHUNK)
+_WARPGROUP_CHUNK = gl.constexpr(WARPGROUP_CHUNK)
 _SLOTS = gl.constexpr(SLOTS)
 _ROWS = gl.constexpr(ROWS)
-_TEXTS = gl.constexpr((*map(fragments.half_multiply, (1, 2)), *map(fragments.half_add_sum, (1, 2))))
-_CONSTRAINTS = gl.constexpr(
-    (*map(fragments.half_constraints, (1, 2)), *map(fragments.half_add_sum_constraints, (1, 2)))
-)
 _WAIT = gl.constexpr("{ griddepcontrol.wait; mov.b32 $0, $1; }")
 
 
@@ -46,11 +44,13 @@ def _prepare(
     PARTS: tl.constexpr,
     INDEXED: tl.constexpr,
     OVERLAP: tl.constexpr,
+    WARPGROUPS: tl.constexpr,
 ):
     """x [M, K] to words [PARTS * INPUTS, T, ceil(M / 8), CHUNK]. Grid (T, ceil(M / 8), PARTS * INPUTS).
 
     OVERLAP: this is launched while what writes x still runs, and lets `_multiply` begin, which reads nothing but
     weights until this has ended.
+    WARPGROUPS: for products of warpgroups: [PARTS * INPUTS, T, ceil(M / 8) * WARPGROUP_CHUNK].
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -59,9 +59,14 @@ def _prepare(
     quarter = tl.arange(0, 4)[:, None, None]
     g = tl.arange(0, 8)[None, :, None]
     r = tl.arange(0, 32)[None, None, :]
-    # within a lane's four registers: step of two, columns + 0 and + 1, and in each register columns + 0 and + 2
-    bit = quarter * 2 + (r >> 2 & 1)
-    slot = bit * 16 + (r >> 3) * 4 + (r >> 1 & 1) + (r & 1) * 2
+    if WARPGROUPS:
+        # of 16 columns a step, + 0 and + 2 of each four, then + 1 and + 3
+        bit = quarter * 2 + (r >> 4)
+        slot = bit * 16 + (r >> 1 & 3) * 4 + (r >> 3 & 1) + (r & 1) * 2
+    else:
+        # within a lane's four registers: step of two, columns + 0 and + 1, and in each register columns + 0 and + 2
+        bit = quarter * 2 + (r >> 2 & 1)
+        slot = bit * 16 + (r >> 3) * 4 + (r >> 1 & 1) + (r & 1) * 2
     token = tl.program_id(1) * 8 + g
     at = tile * 128 + slot
     column = at
@@ -79,76 +84,43 @@ def _prepare(
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)[None, :, None]
     step = ((127 + 14 - bit) << 23).to(tl.float32, bitcast=True)
     half = (x * inverse * step).to(tl.float16)
-    chunk = out_ptr + ((source * T + tile) * tl.num_programs(1) + tl.program_id(1)) * _CHUNK
-    tl.store(chunk.to(tl.pointer_type(tl.float16)) + quarter * 256 + g * 32 + r, half)
     weight = ((127 + bit - 25) << 23).to(tl.float32, bitcast=True)
     correction = -tl.sum(tl.sum(half.to(tl.float32) * weight, 2), 0)
     back = (exponent << 23).to(tl.float32, bitcast=True) * 2048.0
     back = tl.where(exponent >= 254, float("nan"), back)  # infinity, NaN, and what overflows with the next addition
     n = tl.arange(0, 8)
-    factors = chunk.to(tl.pointer_type(tl.float32)) + 512 + (n >> 1) * 4 + (n & 1)
-    for twice in tl.static_range(2):
-        tl.store(factors + 2 * twice, correction)
-        tl.store(factors + 2 * twice + 16, back)
-
-
-@gluon.jit
-def _add(args, MEAN: gl.constexpr, TOKEN_TILES: gl.constexpr):
-    """The sums of `fragments.half_multiply` or, of a mean, `fragments.half_add_sum`."""
-    text: gl.constexpr = _TEXTS[2 * MEAN + TOKEN_TILES - 1]
-    constraints: gl.constexpr = _CONSTRAINTS[2 * MEAN + TOKEN_TILES - 1]
-    if TOKEN_TILES == 1:
-        found = gl.inline_asm_elementwise(text, constraints, args, dtype=(gl.float32, gl.float32), is_pure=True, pack=4)
+    chunks = tl.num_programs(1)
+    if WARPGROUPS:
+        # 64 columns of all tokens, then the others; a token's pieces of 16 bytes lie in an order of its own, so that
+        # those of eight tokens are in different banks
+        chunk = out_ptr + (source * T + tile) * (chunks * _WARPGROUP_CHUNK)
+        piece = ((quarter & 1) * 4 + (r >> 3)) ^ g
+        place = (quarter >> 1) * (chunks * 512) + tl.program_id(1) * 512 + g * 64 + piece * 8 + (r & 7)
+        place = tl.max_contiguous(tl.multiple_of(place, [1, 1, 8]), [1, 1, 8])
+        tl.store(chunk.to(tl.pointer_type(tl.float16)) + place, half)
+        factors = chunk.to(tl.pointer_type(tl.float32)) + chunks * 512 + tl.program_id(1) * 8 + n
+        tl.store(factors, back)
+        tl.store(factors + chunks * 8, correction * back)
     else:
-        found = gl.inline_asm_elementwise(
-            text,
-            constraints,
-            args,
-            dtype=(gl.float32, gl.float32, gl.float32, gl.float32),
-            is_pure=True,
-            pack=4,
-        )
-    return found
+        chunk = out_ptr + ((source * T + tile) * chunks + tl.program_id(1)) * _CHUNK
+        tl.store(chunk.to(tl.pointer_type(tl.float16)) + quarter * 256 + g * 32 + r, half)
+        factors = chunk.to(tl.pointer_type(tl.float32)) + 512 + (n >> 1) * 4 + (n & 1)
+        for twice in tl.static_range(2):
+            tl.store(factors + 2 * twice, correction)
+            tl.store(factors + 2 * twice + 16, back)
 
 
 @gluon.jit
 def _add_tile(
     sums, loaded, inputs, step,
     SCALE: gl.constexpr, INPUTS: gl.constexpr, TERMS: gl.constexpr, TOKEN_TILES: gl.constexpr, LAYOUT: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
 ):  # fmt: skip
-    """The sums with the terms of a tile."""
-    words, scales = loaded
-    for i in gl.static_range(INPUTS):
-        operand, factors = load_inputs(inputs[i], step, TOKEN_TILES, LAYOUT)
-        for j in gl.static_range(len(TERMS)):
-            if TERMS[j][2] == i:
-                scale = row_scale(scales[TERMS[j][1]], SCALE, TERMS[j][3], LAYOUT)
-                if TERMS[j][0] == 0:
-                    sums = _add(factors + (scale,) + sums, True, TOKEN_TILES)
-                else:
-                    sums = _add(
-                        (sign_word(words, TERMS[j][0]),) + operand + factors + (scale,) + sums, False, TOKEN_TILES
-                    )
+    if WARPGROUPS:
+        sums = half_bits_warpgroup.add_tile(sums, loaded, inputs, step, SCALE, INPUTS, TERMS, TOKEN_TILES, LAYOUT)
+    else:
+        sums = half_bits_tiles.add_tile(sums, loaded, inputs, step, SCALE, INPUTS, TERMS, TOKEN_TILES, LAYOUT)
     return sums
-
-
-@gluon.jit
-def _store(
-    sums, out_ptr, bias_ptr, first_row, start, end, M, first_token, slice,
-    BIAS: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Stores the sums of 16 rows of each warp's 32 and 8 tokens from where they are, without an exchange of lanes.
-
-    Lane `4 g + t` has tokens 2 t and 2 t + 1 of row g, then of row g + 8.
-    """
-    lane = gl.expand_dims(gl.arange(0, _SLOTS, layout=gl.SliceLayout(0, LAYOUT)), 0)
-    warp = gl.expand_dims(gl.arange(0, WARPS, layout=gl.SliceLayout(1, LAYOUT)), 1)
-    row = first_row + warp * _ROWS + (lane // 16 + lane // 2 % 2 * 8)
-    token = first_token + lane // 4 % 4 * 2 + lane % 2
-    if BIAS:
-        sums += gl.load(bias_ptr + row, mask=(row < end) & (slice == 0), other=0.0).to(gl.float32)
-    at = out_ptr + start * M + token * (end - start) + (row - start)
-    gl.store(at, sums.to(out_ptr.dtype.element_ty), mask=(row < end) & (token < M))
 
 
 @gluon.jit(do_not_specialize=["T", "G", "M", "size", "end0", "end1", "end2", "group1", "group2"])
@@ -180,6 +152,7 @@ def _multiply(
     AHEAD: gl.constexpr,
     ONE_ROUND: gl.constexpr,
     OVERLAP: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
 ):
     """One program: WARPS * 32 rows of the tiles of a slice, which are STEPS or fewer.
 
@@ -208,10 +181,10 @@ def _multiply(
     scale_at = first_scale(scale_ptr, scale_group, scale_lane, blocks, ROW_SCALES)
     tile = first_tile + slot // _SLOTS
     scale_tile = first_tile + scale_lane // (32 * VALUES)
-    zeros = gl.full([WARPS, _SLOTS], 0.0, gl.float32, layout=layout)
-    sums = (zeros, zeros)
-    if TOKEN_TILES == 2:
-        sums = (zeros, zeros, zeros, zeros)
+    if WARPGROUPS:
+        sums = half_bits_warpgroup.no_sums(TOKEN_TILES, WARPS)
+    else:
+        sums = half_bits_tiles.no_sums(TOKEN_TILES, WARPS)
 
     ahead = ()
     for d in gl.static_range(AHEAD):
@@ -226,18 +199,26 @@ def _multiply(
         zero = gl.inline_asm_elementwise(_WAIT, "=r,r", [zero], dtype=gl.int32, is_pure=False, pack=1)
     inputs = ()
     for i in gl.static_range(INPUTS):
-        source = input_ptr + (part * INPUTS + i) * T * (TOKEN_TILES * _CHUNK)
-        inputs = inputs + (copy_inputs(source, zero, first_tile, end, STEPS, TOKEN_TILES, WARPS),)
+        if WARPGROUPS:
+            source = input_ptr + (part * INPUTS + i) * T * (TOKEN_TILES * _WARPGROUP_CHUNK)
+            inputs = inputs + (copy_warpgroup_inputs(source, zero, first_tile, end, STEPS, TOKEN_TILES, WARPS),)
+        else:
+            source = input_ptr + (part * INPUTS + i) * T * (TOKEN_TILES * _CHUNK)
+            inputs = inputs + (copy_inputs(source, zero, first_tile, end, STEPS, TOKEN_TILES, WARPS),)
     async_copy.commit_group()
     async_copy.wait_group(0)
+    if WARPGROUPS:
+        fence_async_shared()  # their products read it in another way than it was written
     if ONE_ROUND:
         for d in gl.static_range(AHEAD):
-            sums = _add_tile(sums, ahead[d], inputs, d, SCALE, INPUTS, TERMS, TOKEN_TILES, layout)
+            sums = _add_tile(sums, ahead[d], inputs, d, SCALE, INPUTS, TERMS, TOKEN_TILES, layout, WARPGROUPS)
     else:
         # as many steps as tiles are ahead, as in `one_bit_kernels`
         for first_step in range(0, gl.cdiv(T, slices), AHEAD):
             for d in gl.static_range(AHEAD):
-                sums = _add_tile(sums, ahead[0], inputs, first_step + d, SCALE, INPUTS, TERMS, TOKEN_TILES, layout)
+                sums = _add_tile(
+                    sums, ahead[0], inputs, first_step + d, SCALE, INPUTS, TERMS, TOKEN_TILES, layout, WARPGROUPS
+                )
                 following = first_step + d + AHEAD
                 ahead = ahead[1:] + (
                     load_tile(
@@ -249,9 +230,7 @@ def _multiply(
         gdc_launch_dependents()  # not before: what follows would take the place of programs of this launch
     row = (first - first_group) * _ROWS + start
     out_ptr += slice * size
-    for i in gl.static_range(TOKEN_TILES):
-        for pair in gl.static_range(2):
-            _store(
-                sums[2 * i + pair], out_ptr, bias_ptr, row + 16 * pair, start, part_end, M, 8 * i, slice, BIAS, WARPS,
-                layout,
-            )  # fmt: skip
+    if WARPGROUPS:
+        half_bits_warpgroup.store(sums, out_ptr, bias_ptr, row, start, part_end, M, slice, BIAS, TOKEN_TILES, WARPS)
+    else:
+        half_bits_tiles.store(sums, out_ptr, bias_ptr, row, start, part_end, M, slice, BIAS, TOKEN_TILES, WARPS)

@@ -10,13 +10,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .hadamard_inputs import transform_tile
-from .half_bits_inputs import CHUNK
+from .half_bits_inputs import CHUNK, WARPGROUP_CHUNK
 from .one_bit_kernels import _LAUNCH, _WAIT, _after
 from .prepack import SLOTS
 
 WARPS = 8  # one a token
 
 _CHUNK = gl.constexpr(CHUNK)
+_WARPGROUP_CHUNK = gl.constexpr(WARPGROUP_CHUNK)
 _SLOTS = gl.constexpr(SLOTS)
 _WARPS = gl.constexpr(WARPS)
 
@@ -40,10 +41,11 @@ def _prepare_transformed(
     PERMUTED: gl.constexpr,
     TILE: gl.constexpr,
     OVERLAP: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
 ):
     """x [M, K] to words [PARTS * INPUTS, T, ceil(M / 8), CHUNK]. Grid (T, ceil(M / 8), PARTS * INPUTS).
 
-    OVERLAP: see `half_bits_kernels._prepare`.
+    OVERLAP, WARPGROUPS: see `half_bits_kernels._prepare`.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [_WARPS, 1], [1, 0])
     slot = gl.arange(0, _SLOTS, layout=gl.SliceLayout(0, layout))
@@ -82,11 +84,23 @@ def _prepare_transformed(
     # of a lane's four columns the operand holds + 0 and + 2 in one register, + 1 and + 3 in the next
     half = gl.permute(gl.reshape(half, [_WARPS, _SLOTS // 4, 2, 2]), (0, 1, 3, 2))
     half = gl.convert_layout(gl.reshape(half, [_WARPS, _SLOTS]), layout)
-    place = slot // 32 * 256 + slot // 4 % 4 * 8 + bit % 2 * 4 + slot % 4
-    place = gl.max_contiguous(gl.multiple_of(place, [1, 4]), [1, 4]) + gl.expand_dims(g * 32, 1)
-    chunk = out_ptr + ((source * T + tile) * gl.num_programs(1) + gl.program_id(1)) * _CHUNK
-    gl.store(chunk.to(gl.pointer_type(gl.float16), bitcast=True) + place, half)
-    factors = chunk.to(gl.pointer_type(gl.float32), bitcast=True) + (512 + (g >> 1) * 4 + (g & 1))
-    for twice in gl.static_range(2):
-        gl.store(factors + 2 * twice, correction)
-        gl.store(factors + 2 * twice + 16, back)
+    chunks = gl.num_programs(1)
+    if WARPGROUPS:
+        chunk = out_ptr + (source * T + tile) * (chunks * _WARPGROUP_CHUNK)
+        piece = (bit % 4 * 2 + slot // 2 % 2) ^ gl.expand_dims(g, 1)
+        place = bit // 4 * (chunks * 512) + gl.program_id(1) * 512 + gl.expand_dims(g * 64, 1)
+        place += piece * 8 + slot // 4 % 4 * 2 + slot % 2
+        place = gl.max_contiguous(gl.multiple_of(place, [1, 2]), [1, 2])
+        gl.store(chunk.to(gl.pointer_type(gl.float16), bitcast=True) + place, half)
+        factors = chunk.to(gl.pointer_type(gl.float32), bitcast=True) + (chunks * 512 + gl.program_id(1) * 8 + g)
+        gl.store(factors, back)
+        gl.store(factors + chunks * 8, correction * back)
+    else:
+        place = slot // 32 * 256 + slot // 4 % 4 * 8 + bit % 2 * 4 + slot % 4
+        place = gl.max_contiguous(gl.multiple_of(place, [1, 4]), [1, 4]) + gl.expand_dims(g * 32, 1)
+        chunk = out_ptr + ((source * T + tile) * chunks + gl.program_id(1)) * _CHUNK
+        gl.store(chunk.to(gl.pointer_type(gl.float16), bitcast=True) + place, half)
+        factors = chunk.to(gl.pointer_type(gl.float32), bitcast=True) + (512 + (g >> 1) * 4 + (g & 1))
+        for twice in gl.static_range(2):
+            gl.store(factors + 2 * twice, correction)
+            gl.store(factors + 2 * twice + 16, back)

@@ -38,8 +38,8 @@ class Entry:
         in_features: K.
         planes: stored sign planes.
         tokens: M, one of `TOKENS`.
-        kernel: "one_bit", "half_bits" (beside the entry of a kernel of `GemmConfig`, for weights that are prepacked),
-            or a kernel of `GemmConfig`; of up to `FEW_TOKENS` tokens "one_bit" where that runs.
+        kernel: "one_bit", "half_bits" (beside the entry of another kernel, for weights that are prepacked), or a kernel
+            of `GemmConfig`; of up to `FEW_TOKENS` tokens "one_bit" where that runs.
         config: the fields of `DecodeConfig`, `HalfConfig` or `GemmConfig`.
         microseconds: what it took when it was tuned.
     """

@@ -42,19 +42,19 @@ def _calls(tokens: int, shape: Shape, permuted: bool) -> list[tuple[str, Config]
     out_features, in_features, planes = shape
     device = torch.device("cuda", torch.cuda.current_device())
     prepacked = has_one_bit_kernel(device)
-    if prepacked and tokens <= one_bit.MAX_TOKENS:
-        return [("one_bit", c) for c in one_bit_candidates(out_features, in_features)]
-    hopper = has_hopper_kernel(device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
+    half: list[tuple[str, Config]] = []
+    if prepacked and 2 < tokens <= half_bits.MAX_TOKENS:
+        half += [("half_bits", c) for c in half_bits.candidates(out_features, in_features, tokens, processors)]
+    if prepacked and tokens <= one_bit.MAX_TOKENS:
+        return [*(("one_bit", c) for c in one_bit_candidates(out_features, in_features)), *half]
+    hopper = has_hopper_kernel(device)
     stored = candidates(out_features, in_features, tokens, hopper, processors)
     if hopper:
         stored += scaled_candidates(out_features, in_features, tokens, planes, permuted, processors)
     if tokens <= digits.MAX_TOKENS and has_digits_kernel(device):
         stored += digits.candidates(out_features, in_features, tokens)
-    found: list[tuple[str, Config]] = [(c.kernel, c) for c in stored]
-    if prepacked and tokens <= half_bits.MAX_TOKENS:
-        found += [("half_bits", c) for c in half_bits.candidates(out_features, in_features, tokens, processors)]
-    return found
+    return [*((c.kernel, c) for c in stored), *half]
 
 
 def _run(x: torch.Tensor, config: Config, packed: PackedWeight, ready: prepack.Prepacked | None) -> torch.Tensor:
@@ -90,8 +90,8 @@ def tune(
 ) -> Iterator[tuple[Entry, float]]:
     """The fastest kernel of each product on the current CUDA device, one after another.
 
-    From 5 to 16 tokens there are two: of the kernel for prepacked weights, and of those that read the stored order. A
-    candidate counts only where its result agrees with a dense float32 product.
+    From 3 to 16 tokens there are two: of `half_bits`, and of the one-bit kernel or, from 5 tokens on, those that read
+    the stored order. A candidate counts only where its result agrees with a dense float32 product.
 
     Args:
         shapes: (out_features, in_features, planes) to time, with row and column scales.
