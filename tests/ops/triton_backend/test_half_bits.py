@@ -18,10 +18,11 @@ from optimum_arb.ops.backends.triton.prepack import Prepacked, join, prepack, pr
 LAYOUTS = {layout.name: layout for layout in all_layouts()}
 
 
-def prepare(x: torch.Tensor, weight: Prepacked, parts: int = 1) -> np.ndarray:
-    """int32 `[parts * inputs, T, ceil(M / 8), 544]`."""
+def prepare(x: torch.Tensor, weight: Prepacked, parts: int = 1, warpgroups: bool = False) -> np.ndarray:
+    """int32 `[parts * inputs, T, ceil(M / 8), 544]`; for products of warpgroups `[..., T, ceil(M / 8) * 528]`."""
     inputs, tiles, token_tiles = len(weight.program.inputs), weight.tiles, -(-len(x) // 8)
-    out = torch.full((parts * inputs, tiles, token_tiles, half_bits_inputs.CHUNK), -1, dtype=torch.int32)
+    chunk = half_bits_inputs.WARPGROUP_CHUNK if warpgroups else half_bits_inputs.CHUNK
+    out = torch.full((parts * inputs, tiles, token_tiles, chunk), -1, dtype=torch.int32)
     index = weight.input_scale if weight.index is None else weight.index
     half_bits_kernels._prepare[tiles, token_tiles, parts * inputs](
         x,
@@ -33,10 +34,11 @@ def prepare(x: torch.Tensor, weight: Prepacked, parts: int = 1) -> np.ndarray:
         len(x),
         inputs,
         parts,
-        weight.index is not None,
-        *[False] * 2,
+        INDEXED=weight.index is not None,
+        OVERLAP=False,
+        WARPGROUPS=warpgroups,
     )
-    return out.numpy()
+    return (out.flatten(2) if warpgroups else out).numpy()
 
 
 def warpgroup_inputs(words: np.ndarray, token_tiles: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -89,13 +91,7 @@ def test_inputs_of_warpgroups(permuted, tokens, parts):
     weight = prepack(packed[0]) if parts == 1 else join([prepack(each) for each in packed])
     assert weight is not None
     x = torch.randn(tokens, 320, generator=torch.Generator().manual_seed(0))
-    inputs, tiles, token_tiles = len(weight.program.inputs), weight.tiles, -(-tokens // 8)
-    out = torch.full((parts * inputs, tiles, token_tiles * half_bits_inputs.WARPGROUP_CHUNK), -1, dtype=torch.int32)
-    index = weight.input_scale if weight.index is None else weight.index
-    half_bits_kernels._prepare[tiles, token_tiles, parts * inputs](
-        x, weight.input_scale, index, out, tiles, 320, tokens, inputs, parts, weight.index is not None, False, True
-    )
-    found, back, correction = warpgroup_inputs(out.numpy(), token_tiles)
+    found, back, correction = warpgroup_inputs(prepare(x, weight, parts, warpgroups=True), -(-tokens // 8))
     expected = prepare(x, weight, parts)
     half = np.ascontiguousarray(expected[..., :512]).view(np.float16).reshape(*expected.shape[:3], 4, 8, 32)
     slot = np.arange(128)

@@ -1,4 +1,4 @@
-"""Five to sixteen tokens: sign bits taken as float16 numbers by one logic operation for two of them.
+"""Up to sixteen tokens, mostly five and more: sign bits taken as float16 numbers by one logic operation for two.
 
 `fragments.half_multiply` says how. Two kernels, those of `half_bits_kernels.py`, launched as those of `one_bit.py`: the
 second fetches its first words before it waits for the first. Where programs share the columns, a third (`sums.py`) adds
@@ -75,7 +75,8 @@ def candidates(out_features: int, in_features: int, tokens: int, processors: int
     """
     found = []
     tiles = cdiv(in_features, 128)
-    for warps, slices, warpgroups in product((4, 8, 16), range(1, 17), (False, True)[: 1 + (tokens > 8)]):
+    products = (False, True) if tokens > 8 else (False,)
+    for warps, slices, warpgroups in product((4, 8, 16), range(1, 17), products):
         slice_tiles = cdiv(tiles, slices)
         tile_shared = WARPGROUP_TILE_SHARED if warpgroups else TILE_SHARED
         shared = power_of_2(slice_tiles) * cdiv(tokens, 8) * tile_shared
@@ -92,7 +93,7 @@ def candidates(out_features: int, in_features: int, tokens: int, processors: int
         registers = (128,) if warpgroups or warps == 4 else (96, 128)
         ahead = dict.fromkeys(cdiv(slice_tiles, cdiv(slice_tiles, count)) for count in counts)
         found += [
-            HalfConfig(warps, count, slice_tiles, most, warpgroups or tokens <= 8)
+            HalfConfig(warps, count, slice_tiles, most, warpgroups if tokens > 8 else HalfConfig.warpgroups)
             for count in ahead
             for most in registers
         ]
