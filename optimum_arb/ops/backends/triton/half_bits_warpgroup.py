@@ -34,8 +34,8 @@ def _masking(row, bit):
 def _masked(words, lower, BIT: gl.constexpr):
     """float16 `[groups, lanes, 2 (e), 2 (q), 2 (h)]` of a step, see `_weights`.
 
-    It is told as an effect, for the compiler not to mask the signs of all products before the first: with two planes it
-    spilled 300 bytes of a lane.
+    It is told as an effect, for the compiler not to mask the signs of all products before the first, for which two
+    planes have too few registers.
     """
     one: gl.constexpr = _masking(0, BIT)
     other: gl.constexpr = _masking(1, BIT)
@@ -100,8 +100,8 @@ def add_tile(
 ):  # fmt: skip
     """The sums with the terms of a tile.
 
-    A product is waited for before anything else: to mask the next signs meanwhile brought nothing (28672 x 8192, one
-    plane, 16 tokens: 31.5 for 31.2 us), since both read and write registers as fast as these can.
+    Nothing else is done before a product ends: to mask the next signs meanwhile took as long (28672 x 8192, one plane,
+    16 tokens: 31.5 for 31.2 us), since both read and write registers as fast as these can.
     """
     MMA: gl.constexpr = sums[0].type.layout
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
