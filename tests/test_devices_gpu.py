@@ -125,7 +125,6 @@ def divided(folder: str) -> None:
         model.save_pretrained(Path(folder) / family / "again")
     (Path(folder) / f"divided{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.barrier()
-    dist.destroy_process_group()
 
 
 @two_gpus
