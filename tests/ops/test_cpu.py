@@ -30,7 +30,7 @@ SHAPES = [
     (3, 3, 128, False),
 ]
 LAYOUTS = {layout.name: layout for layout in all_layouts()}
-ALL_KERNELS = ["portable", "avx2", "avx-vnni", "avx512-vnni", "amx", "neon", "dotprod"]
+ALL_KERNELS = ["portable", "avx2", "avx-vnni", "avx512-vnni", "avx512-bf16", "amx", "neon", "dotprod"]
 needs_native = pytest.mark.skipif(native.load() is None, reason="the native extension was not built")
 
 
@@ -218,15 +218,17 @@ def test_a_row_does_not_depend_on_the_others(kernel, dtype):
 @pytest.mark.parametrize(("columns", "block_size"), [(600, 128), (200, 64), (1536, -1), (5, 128)])
 @pytest.mark.parametrize("name", ["planes-1", "planes-2-col", "planes-2-mean"])
 def test_rows_together_or_alone(name, columns, block_size, kernel, poisoned):
-    """One token takes several rows at a time, several tokens one, as do the rows that are left."""
+    """One token takes several rows at a time, four and more are taken in blocks, and rows that are left one by one."""
     if kernel not in native.kernels():
         pytest.skip("this machine does not have it")
     packed = random_packed(LAYOUTS[name], 43, columns, block_size)
     bias = torch.randn(43, generator=torch.Generator().manual_seed(1))
-    x = torch.randn(7, columns, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(38, columns, generator=torch.Generator().manual_seed(2))
     together = native.linear(x, packed, bias, kernel)
-    for m in range(7):
+    for m in (0, 1, 2, 30, 31, 32, 37):
         assert torch.equal(native.linear(x[m : m + 1], packed, bias, kernel)[0], together[m])
+    for count in (3, 4, 34):
+        assert torch.equal(native.linear(x[:count], packed, bias, kernel), together[:count])
     for rows in (1, 7, 8, 9, 16):
         part = native.linear(x[:1], packed.rows(3, 3 + rows), bias[3 : 3 + rows], kernel)
         assert torch.equal(part[0], together[0, 3 : 3 + rows])
@@ -252,13 +254,19 @@ def test_columns_that_are_not_finite_or_tiny(kernel):
 
 
 def test_choice_of_kernels():
-    every = ["portable", "avx2", "avx-vnni", "avx512-vnni", "amx"]
-    assert choose_kernel(every, "planes-1-col", 1, torch.bfloat16) == "avx512-vnni"
+    every = ["portable", "avx2", "avx-vnni", "avx512-vnni", "avx512-bf16", "amx"]
+    assert choose_kernel(every, "planes-1-col", 1, torch.bfloat16) == "avx512-bf16"
     assert choose_kernel(every, "planes-1-col", 2, torch.bfloat16) == "amx"
     assert choose_kernel(every, "planes-2-col", 512, torch.bfloat16) is None
     assert choose_kernel(every, "planes-1-col", 512, torch.float32) == "amx"
-    assert choose_kernel(every[:2], "planes-1-col", 12, torch.float32) == "avx2"
-    assert choose_kernel(every[:2], "planes-2-col", 12, torch.float32) is None
+    for kernels in (every[:2], every[:4], every[:5]):
+        assert choose_kernel(kernels, "planes-1-col", 16, torch.float32) == kernels[-1]
+        assert choose_kernel(kernels, "planes-2-col", 512, torch.float32) is None
+    assert choose_kernel(every[:5], "planes-1-col", 512, torch.float32) == "avx512-bf16"
+    assert choose_kernel(every[:5], "planes-1-col", 512, torch.bfloat16) is None
+    # of a product of two planes every term sums its own digits, and no rows meet several tokens
+    assert choose_kernel(every[:4], "planes-3-col", 9, torch.float32) == "avx512-vnni"
+    assert choose_kernel(every[:4], "groups-all-salient-col", 9, torch.float32) is None
     assert choose_kernel(["portable"], "groups-all-salient-col", 1, torch.float16) == "portable"
 
 

@@ -60,7 +60,7 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> 
         terms = len(plan_for(packed.layout.name).terms)
         direct = rows.shape[0] <= max(LOOKUP_ROWS, LOOKUP_TERMS // terms)
     if packed.permutation is not None:
-        rows = rows.index_select(1, packed.permutation[0].int())
+        rows = _permuted(rows, packed.permutation[0])
     if direct:
         out = _looked_up(rows.float(), packed)
         out = out if bias is None else out + bias
@@ -155,6 +155,12 @@ def _dequantized(rows: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | 
         part = linear_of(x, weight).float() + at @ salient.T
         out[:, start:stop] = part if bias is None else part + bias[start:stop]
     return out
+
+
+def _permuted(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    if rows.element_size() == 2:  # 0.21 ms for 0.65 of 64 x 4096; at four bytes it is the other way round
+        return rows.gather(1, order.long().expand(rows.shape))
+    return rows.index_select(1, order.int())
 
 
 def _chunks(

@@ -29,13 +29,7 @@ static int x86_supported(const char *name) {
     if (!strcmp(name, "avx2")) return avx2;
     if (!strcmp(name, "avx-vnni")) return avx2 && a7_1 >> 4 & 1;
     if (!strcmp(name, "avx512-vnni")) return vnni;
-    const int bfloat = a7_1 >> 5 & 1; /* conversions to it: every processor with the matrix unit has them */
-    return vnni && bfloat && c7 >> 8 & 1 && d7 >> 24 & 1 && d7 >> 25 & 1 && (state >> 17 & 3) == 3 && amx_permitted();
-}
-
-static int x86_bfloat16(void) {
-    uint32_t a = 0, b, c, d = 0, a1 = 0, b1, c1, d1;
-    if (!x86_supported("avx512-vnni") || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-    if (a) __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1);
-    return a1 >> 5 & 1 || d >> 22 & 1; /* AVX512_BF16, AMX-BF16 */
+    const int bfloat = vnni && a7_1 >> 5 & 1; /* conversions to it: every processor with the matrix unit has them */
+    if (!strcmp(name, "avx512-bf16")) return bfloat;
+    return bfloat && c7 >> 8 & 1 && d7 >> 24 & 1 && d7 >> 25 & 1 && (state >> 17 & 3) == 3 && amx_permitted();
 }

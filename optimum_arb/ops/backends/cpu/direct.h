@@ -168,25 +168,83 @@ ALWAYS_INLINE TARGET void NAME(direct_rows)(const work_t *w, int64_t row, int64_
     store_floats(p->out, p->x_type, (w->first_token + m) * p->rows + row, ROWS, totals);
 }
 
+/* The same for `count` tokens from `first` on: a tile's signs are expanded once for all of them, a token's digits loaded
+   once for all rows. `sums` has room for [count, ROWS]. */
+ALWAYS_INLINE TARGET void NAME(direct_block)(const work_t *w, int64_t row, int64_t first, int count, int width, int digits,
+                                             const float *row_scales, NAME(floats) *sums) {
+    const problem_t *p = w->problem;
+    const int64_t tiles = p->tiles, scale_count = p->blocks * p->row_scales, bytes = width / 8;
+    const int64_t whole = tiles - (p->last_bytes < bytes);
+    const int64_t line = 64 / (p->planes * bytes), tile_digits = digits * width, token_scales = p->variant_count * tiles;
+    for (int i = 0; i < count * ROWS; i++) sums[i] = (NAME(floats)){0};
+    for (int g = 0; g < w->group_count; g++) {
+        const term_t *term = p->terms + w->groups[g].first;
+        const int plane = __builtin_ctz(w->groups[g].planes);
+        const float factor = 2 * term->factor, *from = w->scales + first * token_scales + term->variant * tiles;
+        const int8_t *at = w->digits + (first * token_scales + term->variant * tiles) * tile_digits;
+        const float *row_scale = row_scales + term->row; /* of the tile's block */
+        for (int64_t t = 0, left = p->tiles_per_block; t < tiles; t++, left--) {
+            if (!left) row_scale += p->row_scales, left = p->tiles_per_block;
+            const int64_t stored = t < whole ? bytes : p->last_bytes;
+            const uint8_t *weight = p->weight + row * p->row_bytes + t * p->planes * bytes + plane * stored;
+            if (!g && t % line == 0)
+                for (int r = ROWS; r < 2 * ROWS; r++) __builtin_prefetch(weight + r * p->row_bytes);
+            NAME(vector) signs[ROWS][8];
+            float scales[ROWS];
+            for (int r = 0; r < ROWS; r++) {
+                bytes_t packed = t < whole ? load_plane(weight + r * p->row_bytes, bytes)
+                                           : load_plane(weight + r * p->row_bytes, p->last_bytes);
+                NAME(expand)(NAME(spread)(packed, width), width, signs[r]);
+                scales[r] = factor * row_scale[r * scale_count];
+            }
+            for (int m = 0; m < count; m++) {
+                const int8_t *of_token = at + m * token_scales * tile_digits + t * tile_digits;
+                const float scale = from[m * token_scales + t];
+                NAME(floats) found[ROWS];
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; r++) found[r] = NAME(dot)(signs[r], of_token, width, digits);
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; r++) sums[m * ROWS + r] += found[r] * (scales[r] * scale);
+            }
+        }
+    }
+    float totals[ROWS], bias[ROWS] = {0};
+    if (p->bias) load_floats(p->bias, p->bias_type, row, ROWS, bias);
+    for (int m = 0; m < count; m++) {
+        NAME(floats) sum[ROWS];
+        for (int r = 0; r < ROWS; r++)
+            sum[r] = NAME(finish_lanes)(w, sums[m * ROWS + r], first + m, width, row_scales + r * scale_count);
+        NAME(sum_rows)(sum, totals);
+        for (int r = 0; r < ROWS; r++) totals[r] += bias[r];
+        store_floats(p->out, p->x_type, (w->first_token + first + m) * p->rows + row, ROWS, totals);
+    }
+}
+
 /* All tokens of the chunk; the sizes are constants where speed depends on it. */
 ALWAYS_INLINE TARGET void NAME(direct_sized)(const work_t *w, int64_t start, int64_t stop, int width, int digits,
                                              uint8_t *scratch) {
     const problem_t *p = w->problem;
-    const int64_t count = p->blocks * p->row_scales, together = w->tokens - w->tokens % DIRECT_TOKENS;
-    float *row_scales = (float *)scratch, *scales = row_scales + MAX_ROWS * count;
+    const int64_t count = p->blocks * p->row_scales, fours = w->tokens - w->tokens % DIRECT_TOKENS;
+    NAME(floats) *sums = (NAME(floats) *)scratch;
+    float *row_scales = (float *)(scratch + BLOCK_BYTES), *scales = row_scales + MAX_ROWS * count;
     uint8_t *own = scratch + w->own_offset;
     for (int64_t row = start; row < stop;) {
         const int64_t rows = w->plain && row + ROWS <= stop ? ROWS : 1;
         load_floats(p->row_scale, p->row_scale_type, row * count, rows * count, row_scales);
-        for (int64_t r = 0; r < rows; r++) {
-            unpack_own(w, row + r, own);
-            for (int64_t m = 0; m < together; m += DIRECT_TOKENS)
-                NAME(direct_row)(w, row + r, m, DIRECT_TOKENS, width, digits, own, row_scales + r * count, scales);
-        }
-        for (int64_t m = together; m < w->tokens; m++) {
-            if (rows > 1)
-                NAME(direct_rows)(w, row, m, width, digits, row_scales, scales);
-            else
+        if (rows > 1) {
+            for (int64_t m = 0; m < w->tokens; m += BLOCK_TOKENS) {
+                const int64_t left = w->tokens - m, together = left < BLOCK_TOKENS ? left : BLOCK_TOKENS;
+                if (together >= LEAST_BLOCK)
+                    NAME(direct_block)(w, row, m, together, width, digits, row_scales, sums);
+                else
+                    for (int64_t i = 0; i < together; i++)
+                        NAME(direct_rows)(w, row, m + i, width, digits, row_scales, scales);
+            }
+        } else {
+            unpack_own(w, row, own);
+            for (int64_t m = 0; m < fours; m += DIRECT_TOKENS)
+                NAME(direct_row)(w, row, m, DIRECT_TOKENS, width, digits, own, row_scales, scales);
+            for (int64_t m = fours; m < w->tokens; m++)
                 NAME(direct_row)(w, row, m, 1, width, digits, own, row_scales, scales);
         }
         row += rows;

@@ -94,19 +94,14 @@ def kernels() -> dict[str, int]:
 
 @lru_cache(maxsize=1)
 def best_kernel() -> str:
-    """The fastest kernel of this machine: "amx", "avx512-vnni", "avx-vnni", "avx2", "dotprod", "neon" or "portable"."""
+    """The fastest kernel of this machine: "amx", "avx512-bf16", "avx512-vnni", "avx-vnni", "avx2", "dotprod", "neon" or
+    "portable"."""
     return list(kernels())[-1]
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices faster than float32 ones, as far as the library can say."""
-    library = load()
-    return library is not None and _multiplies_bfloat16(library)
-
-
-@cache
-def _multiplies_bfloat16(library: ctypes.CDLL) -> bool:
-    return bool(library.arb_bfloat16())
+    """Whether this processor multiplies bfloat16 matrices faster than float32 ones."""
+    return load() is not None and "avx512-bf16" in kernels()
 
 
 @cache

@@ -17,9 +17,19 @@ from ..packed import PackedWeight
 # are. At 4096x4096 on one core a look-up takes 4 ms a term and row, dequantizing and multiplying 40 ms a term.
 LOOKUP_TERMS = 8
 LOOKUP_ROWS = 2
-# Terms times rows of x up to which a processor without a matrix unit sums digits; above, the weight is dequantized.
-# Measured at 4096x4096 on one core of a Xeon with AVX-512: 0.4 to 0.7 ms a term and row, dequantizing 2.5 to 5 ms.
+# Terms times rows of x up to which digits are summed where nothing was timed (ARM, plain C); above, the weight is
+# dequantized.
 DIRECT_TERMS = 12
+# Milliseconds at 4096x4096 on one core of an EPYC with AVX-512 and no matrix unit (Zen 4), by the instructions of the
+# kernels: a row and term of two digits and of three, where rows of the weight meet several of x at once (`_is_plain`)
+# and where they do not; to dequantize and multiply in float32, whatever the rows and terms, a term, and a row. All scale
+# with the size of the weight.
+DIRECT_COSTS = {
+    "avx512": {True: (0.23, 0.31), False: (0.41, 0.55)},
+    "avx2": {True: (0.36, 0.50), False: (0.43, 0.56)},
+}
+DEQUANTIZED_COSTS = {"avx512": (5.0, 0.9, 0.34), "avx2": (9.0, 1.6, 0.34)}
+BFLOAT16_COSTS = (2.8, 0.7, 0.16)  # the same in bfloat16, where the processor multiplies it
 # Milliseconds at 4096x4096 on that core: the matrix unit on digits, a row and sign matrix; dequantizing and
 # multiplying, whatever the rows, a term and a row. All scale with the size of the weight.
 AMX_COSTS = {
@@ -43,10 +53,31 @@ def choose_kernel(kernels: Collection[str], name: str, rows: int, dtype: torch.d
     if rows <= 1:
         return direct  # at two planes 1.34 ms, and 1.57 on the matrix unit
     if "amx" not in kernels:
-        return direct if rows * len(terms) <= DIRECT_TERMS else None
+        return direct if _is_direct_faster(kernels, name, rows, dtype) else None
     digits, fixed, dequantized, multiplied = AMX_COSTS[dtype]
     matrices = len({term.planes for term in terms})
     return "amx" if matrices * rows * digits <= fixed + len(terms) * dequantized + rows * multiplied else None
+
+
+def _is_direct_faster(kernels: Collection[str], name: str, rows: int, dtype: torch.dtype) -> bool:
+    """Whether summing digits is faster than to dequantize the weight, on a processor without a matrix unit."""
+    terms = sum(term.planes > 0 for term in full_plan_for(name).terms)
+    for family, costs in DIRECT_COSTS.items():
+        if any(kernel.startswith(family) for kernel in kernels):
+            fixed, a_term, a_row = DEQUANTIZED_COSTS[family]
+            if dtype == torch.bfloat16 and "avx512-bf16" in kernels:
+                fixed, a_term, a_row = BFLOAT16_COSTS
+            digits = costs[_is_plain(name)][dtype == torch.float32]
+            return rows * terms * digits <= fixed + terms * a_term + rows * a_row
+    return rows * terms <= DIRECT_TERMS
+
+
+@cache
+def _is_plain(name: str) -> bool:
+    """Whether each sign matrix is a plane of all columns and has one term; such rows meet several of x at once."""
+    planes = [term.planes for term in full_plan_for(name).terms if term.planes]
+    of_all = {1 << plane for plane in range(layout_from_name(name).planes)}
+    return len(set(planes)) == len(planes) and of_all.issuperset(planes)
 
 
 @dataclass(frozen=True)
