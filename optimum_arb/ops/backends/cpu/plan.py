@@ -22,8 +22,8 @@ LOOKUP_ROWS = 2
 DIRECT_TERMS = 12
 # Milliseconds at 4096x4096 on one core of an EPYC with AVX-512 and no matrix unit (Zen 4), by the instructions of the
 # kernels: a row and term of two digits and of three, where rows of the weight meet several of x at once (`_is_plain`)
-# and where they do not; to dequantize and multiply in float32, whatever the rows and terms, a term, and a row. All scale
-# with the size of the weight.
+# and where they do not; to dequantize and multiply in float32, whatever the rows and terms, a term, and a row. All
+# scale with the size of the weight.
 DIRECT_COSTS = {
     "avx512": {True: (0.23, 0.31), False: (0.41, 0.55)},
     "avx2": {True: (0.36, 0.50), False: (0.43, 0.56)},
