@@ -98,12 +98,12 @@ def random_packed(layout: Layout, rows: int, columns: int, block_size: int, perm
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """The CPU backend as it is where the native extension was not built."""
-    before = native.load, native.multiplies_bfloat16
-    native.load, native.multiplies_bfloat16 = lambda: None, lambda: False  # type: ignore[assignment]
+    before = native.load
+    native.load = lambda: None  # type: ignore[assignment]
     try:
         yield
     finally:
-        native.load, native.multiplies_bfloat16 = before
+        native.load = before
 
 
 def _fallback(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Many bfloat16 tokens on the matrix unit, against the weight in bfloat16 multiplied in float64."""
+"""Many bfloat16 tokens on the matrix unit or by AVX-512, against the weight in bfloat16 multiplied in float64."""
 
 import pytest
 import torch
@@ -9,10 +9,17 @@ from optimum_arb.ops.backends import cpu, reference
 from optimum_arb.ops.backends.cpu import native
 from optimum_arb.ops.backends.cpu.plan import plan_for, prepare_columns, tiles_for
 
-pytestmark = pytest.mark.skipif("amx" not in native.kernels(), reason="this machine has no matrix unit")
+pytestmark = pytest.mark.skipif("avx512-bf16" not in native.kernels(), reason="no products of bfloat16 on this machine")
 
 LAYOUTS = {layout.name: layout for layout in all_layouts()}
 PLANES = [planes_layout(1), planes_layout(1, col_scale=True), planes_layout(2, col_scale=True)]
+
+
+@pytest.fixture(autouse=True, params=["avx512-bf16", "amx"])
+def kernel(request, monkeypatch):
+    if request.param not in native.kernels():
+        pytest.skip("this machine has no matrix unit")
+    monkeypatch.setattr(native, "best_kernel", lambda: request.param)
 
 
 def tokens(m: int, packed) -> torch.Tensor:
@@ -154,7 +161,7 @@ def test_tokens_that_are_not_finite():
 
 
 def test_what_a_layer_takes_for_a_prompt(monkeypatch):
-    """The matrix unit in bfloat16, without a copy of the weight."""
+    """Products of bfloat16 without a copy of the weight."""
     packed = random_packed(PLANES[1], 45, 300)
     seen = []
     monkeypatch.setattr(native, "gemm", lambda *_: seen.append(True) or torch.zeros(512, 45))

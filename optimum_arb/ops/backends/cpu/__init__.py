@@ -27,8 +27,7 @@ from .plan import (
 )
 from .salient import salient_weight
 
-# Values of a dequantized chunk of the weight: 8 MiB of float32, which stay in the cache until they are multiplied. A
-# quarter of it takes a third longer at 512 rows of bfloat16: matrix products of few rows are slow.
+# Values of a dequantized chunk of the weight: 8 MiB of float32, which stay in the cache until they are multiplied.
 CHUNK_FLOATS = 2**21
 
 
@@ -53,7 +52,7 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> 
         kernel = choose_kernel(native.kernels(), packed.layout.name, rows.shape[0], x.dtype)
         if kernel is not None:
             return native.linear(rows, packed, bias, kernel).view(*x.shape[:-1], packed.out_features)
-        if rows.dtype == torch.bfloat16 and "amx" in native.kernels():
+        if rows.dtype == torch.bfloat16 and "avx512-bf16" in native.kernels():
             return _multiplied(rows, packed, bias).view(*x.shape[:-1], packed.out_features)
         direct = False
     else:
@@ -140,19 +139,18 @@ def _multiplied(rows: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | N
 
 
 def _dequantized(rows: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """`[M, N]` from chunks of the dequantized weight, in float32 or, where that is faster, in the bfloat16 of x."""
-    dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 and native.multiplies_bfloat16() else torch.float32
-    rows = rows.to(dtype)
+    """float32 `[M, N]` from chunks of the dequantized weight."""
+    rows = rows.float()
     x = _enter_kernel_order(rows, _tiles(packed))
-    bias = None if bias is None else bias.to(dtype)
+    bias = None if bias is None else bias.float()
     out = rows.new_empty(rows.shape[0], packed.out_features)
     at = None
-    for start, stop, weight, salient in _chunks(packed, dtype):
+    for start, stop, weight, salient in _chunks(packed):
         if salient is None:
             out[:, start:stop] = linear_of(x, weight, None if bias is None else bias[start:stop])
             continue
-        at = rows.index_select(1, _salient_index(packed)).float() if at is None else at
-        part = linear_of(x, weight).float() + at @ salient.T
+        at = rows.index_select(1, _salient_index(packed)) if at is None else at
+        part = linear_of(x, weight) + at @ salient.T
         out[:, start:stop] = part if bias is None else part + bias[start:stop]
     return out
 
@@ -163,10 +161,8 @@ def _permuted(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return rows.index_select(1, order.int())
 
 
-def _chunks(
-    packed: PackedWeight, dtype: torch.dtype = torch.float32
-) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor | None]]:
-    """Rows `start` to `stop` of the weight in kernel order and `dtype`, and what the salient columns have beside it.
+def _chunks(packed: PackedWeight) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor | None]]:
+    """Rows `start` to `stop` of the weight in kernel order, float32, and what the salient columns have beside it.
 
     Each weight may be written over by the next: one buffer for all, since fresh pages cost as much as filling them.
     """
@@ -179,7 +175,7 @@ def _chunks(
         if native.load() is None:
             weight = lookup.dequantize(columns, part, plan, tiles)
         else:
-            buffer = columns.new_empty(stop - start, width, dtype=dtype) if buffer is None else buffer
+            buffer = columns.new_empty(stop - start, width) if buffer is None else buffer
             weight = native.dequantize(columns, part, tiles, buffer[: stop - start])
         yield start, stop, weight, salient
 

@@ -1,10 +1,12 @@
-/* Many tokens on the matrix unit of recent Intel processors (AMX), in bfloat16: y = x W^T + bias.
+/* Many tokens in bfloat16, on the matrix unit of recent Intel processors (AMX) or by AVX-512's products of pairs:
+   y = x W^T + bias.
 
    W is dequantized a block of rows and columns at a time, straight into tiles of the unit, and meets every token while
    it is in the second-level cache; it is never written to memory. x is packed into tiles once. Sums are float32, in one
    order for every row and token: results depend neither on the threads nor on the other tokens of a batch. */
 
-#define GEMM_TARGET \
+#define GEMM_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")))
+#define GEMM_AMX_TARGET \
     __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")))
 /* A block of W is 512 KiB of bfloat16 and the sums of its rows at most 1 MiB, beside each other in a second-level cache of
    2 MiB. At 4096 x 4096 and 512 tokens half the rows or half the columns take 9 and 4 % longer, twice the columns 4 %. */
@@ -78,9 +80,13 @@ ALWAYS_INLINE GEMM_TARGET void gemm_expand_tiles(const dequantize_problem_t *p, 
 }
 
 /* sums[a][b] += the products of tiles of 16 rows with tiles of 16 tokens: two of the rows and one or two of tokens. */
-ALWAYS_INLINE GEMM_TARGET void gemm_tiles(const uint16_t *rows, int64_t rows_apart, const uint16_t *tokens,
-                                          int64_t tokens_apart, int64_t steps, float *sums, int first, int pair,
-                                          const uint16_t *ahead, int64_t ahead_lines) {
+typedef void (*gemm_tiles_t)(const uint16_t *rows, int64_t rows_apart, const uint16_t *tokens, int64_t tokens_apart,
+                             int64_t steps, float *sums, int first, int pair, const uint16_t *ahead,
+                             int64_t ahead_lines);
+
+ALWAYS_INLINE GEMM_AMX_TARGET void gemm_tiles_amx_sized(const uint16_t *rows, int64_t rows_apart, const uint16_t *tokens,
+                                                        int64_t tokens_apart, int64_t steps, float *sums, int first,
+                                                        int pair, const uint16_t *ahead, int64_t ahead_lines) {
     if (first) {
         _tile_zero(0);
         _tile_zero(2);
@@ -116,6 +122,60 @@ ALWAYS_INLINE GEMM_TARGET void gemm_tiles(const uint16_t *rows, int64_t rows_apa
     }
 }
 
+static GEMM_AMX_TARGET void gemm_tiles_amx(const uint16_t *rows, int64_t rows_apart, const uint16_t *tokens,
+                                           int64_t tokens_apart, int64_t steps, float *sums, int first, int pair,
+                                           const uint16_t *ahead, int64_t ahead_lines) {
+    if (pair)
+        gemm_tiles_amx_sized(rows, rows_apart, tokens, tokens_apart, steps, sums, first, 1, ahead, ahead_lines);
+    else
+        gemm_tiles_amx_sized(rows, rows_apart, tokens, tokens_apart, steps, sums, first, 0, ahead, ahead_lines);
+}
+
+/* `count` of 16 rows with one or two tiles of tokens, which have a lane each: a pair of a row's columns is repeated over
+   them. */
+ALWAYS_INLINE GEMM_TARGET void gemm_rows_bfloat(const uint16_t *rows, const uint16_t *tokens, int64_t tokens_apart,
+                                                int64_t steps, float *sums, int first, int count, int pair,
+                                                const uint16_t *ahead, int64_t ahead_lines) {
+    __m512 sum[2][16];
+#pragma GCC unroll 16
+    for (int r = 0; r < count; r++)
+#pragma GCC unroll 2
+        for (int b = 0; b <= pair; b++)
+            sum[b][r] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + b * 256 + r * 16);
+    for (int64_t s = 0; s < steps; s++, rows += TILE_VALUES, tokens += TILE_VALUES, ahead += TILE_VALUES) {
+        for (int64_t i = 0; i < ahead_lines; i++) __builtin_prefetch(ahead + i * 32, 0, 2);
+        for (int k = 0; k < STEP; k += 2) {
+            const __m512bh one = (__m512bh)_mm512_loadu_si512(tokens + k * 16);
+            const __m512bh other = pair ? (__m512bh)_mm512_loadu_si512(tokens + tokens_apart + k * 16) : one;
+#pragma GCC unroll 16
+            for (int r = 0; r < count; r++) {
+                int32_t columns;
+                memcpy(&columns, rows + r * STEP + k, sizeof columns);
+                const __m512bh both = (__m512bh)_mm512_set1_epi32(columns);
+                sum[0][r] = _mm512_dpbf16_ps(sum[0][r], one, both);
+                if (pair) sum[1][r] = _mm512_dpbf16_ps(sum[1][r], other, both);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < count; r++)
+#pragma GCC unroll 2
+        for (int b = 0; b <= pair; b++) _mm512_storeu_ps(sums + b * 256 + r * 16, sum[b][r]);
+}
+
+static GEMM_TARGET void gemm_tiles_bfloat(const uint16_t *rows, int64_t rows_apart, const uint16_t *tokens,
+                                          int64_t tokens_apart, int64_t steps, float *sums, int first, int pair,
+                                          const uint16_t *ahead, int64_t ahead_lines) {
+    for (int a = 0; a < 2; a++, rows += rows_apart, sums += 512, ahead_lines = 0) {
+        if (!pair) {
+            gemm_rows_bfloat(rows, tokens, tokens_apart, steps, sums, first, 16, 0, ahead, ahead_lines);
+            continue;
+        }
+        gemm_rows_bfloat(rows, tokens, tokens_apart, steps, sums, first, 8, 1, ahead, ahead_lines);
+        gemm_rows_bfloat(rows + 8 * STEP, tokens, tokens_apart, steps, sums + 128, first, 8, 1, ahead, 0);
+    }
+}
+
 /* Sums of 32 rows for tokens 0 to `tokens` to out[first + token, start + row], rounded once. */
 static GEMM_TARGET void gemm_store(const gemm_problem_t *p, int64_t start, int64_t first, int64_t tokens,
                                    const float *sums) {
@@ -138,8 +198,9 @@ static GEMM_TARGET void gemm_store(const gemm_problem_t *p, int64_t start, int64
 }
 
 /* Rows `start` to `stop` (a multiple of 32 apart, but for the last) for the packed tokens of the chunk. */
-static GEMM_TARGET void gemm_block(const gemm_problem_t *p, int64_t start, int64_t stop, int64_t first, int64_t tokens,
-                                   const uint16_t *x, int lanes, uint16_t *block, float *sums, float *scales) {
+static GEMM_TARGET void gemm_block(const gemm_problem_t *p, gemm_tiles_t multiply, int64_t start, int64_t stop,
+                                   int64_t first, int64_t tokens, const uint16_t *x, int lanes, uint16_t *block,
+                                   float *sums, float *scales) {
     const dequantize_problem_t *w = &p->weight;
     const int64_t tile_steps = lanes / 4, steps = w->tiles * tile_steps, depth = GEMM_DEPTH / (8 * lanes);
     const int64_t panels = (stop - start + 31) / 32, groups = (tokens + 15) / 16, wide = (groups + 1) / 2;
@@ -168,10 +229,7 @@ static GEMM_TARGET void gemm_block(const gemm_problem_t *p, int64_t start, int64
                 const int64_t line = panel * lines, apart = steps * TILE_VALUES;
                 const uint16_t *ahead = columns + (line < 16 ? 2 : 3) * apart + line % 16 * 32;
                 const int64_t fetched = g + 1 < wide && line < 32 ? lines : 0;
-                if (g * 2 + 1 < groups)
-                    gemm_tiles(rows, count * TILE_VALUES, columns, apart, count, sum, !from, 1, ahead, fetched);
-                else
-                    gemm_tiles(rows, count * TILE_VALUES, columns, apart, count, sum, !from, 0, ahead, fetched);
+                multiply(rows, count * TILE_VALUES, columns, apart, count, sum, !from, g * 2 + 1 < groups, ahead, fetched);
             }
         }
     }
@@ -180,7 +238,7 @@ static GEMM_TARGET void gemm_block(const gemm_problem_t *p, int64_t start, int64
 }
 
 /* All of a problem. Returns 0, or 1 where memory was short. */
-static int gemm(const gemm_problem_t *p) {
+static int gemm(const gemm_problem_t *p, int amx) {
     const dequantize_problem_t *w = &p->weight;
     const int lanes = w->tile_bytes, threads = w->threads;
     const int64_t padded = w->tiles * 8 * lanes, chunk = p->m < GEMM_TOKENS ? p->m : GEMM_TOKENS;
@@ -204,13 +262,13 @@ static int gemm(const gemm_problem_t *p) {
             for (int64_t g = (tokens + 15) / 16 * thread / team; g < last_group; g++)
                 gemm_pack(p, first + g * 16, padded, lanes, (uint16_t *)scratch, x + g * 16 * padded);
 #pragma omp barrier
-            amx_start();
+            if (amx) amx_start();
             const int64_t last = panels * (thread + 1) / team * 32;
             for (int64_t start = panels * thread / team * 32; start < last; start += GEMM_ROWS)
-                gemm_block(p, start, start + GEMM_ROWS < last ? start + GEMM_ROWS : last, first, tokens, x, lanes,
+                gemm_block(p, amx ? gemm_tiles_amx : gemm_tiles_bfloat, start, start + GEMM_ROWS < last ? start + GEMM_ROWS : last, first, tokens, x, lanes,
                            (uint16_t *)scratch, (float *)(scratch + block_bytes),
                            (float *)(scratch + block_bytes + sums_bytes));
-            amx_stop();
+            if (amx) amx_stop();
         }
     }
     free(memory);

@@ -453,13 +453,13 @@ void arb_dequantize(const dequantize_problem_t *p, int index) {
     }
 }
 
-/* out = x W^T + bias of many tokens in bfloat16, on the matrix unit (where `arb_supported` has it); every element is
+/* out = x W^T + bias of many tokens in bfloat16, by kernels that convert to it ("avx512-bf16" or "amx"); every element is
    written. Returns 0, or 1 where memory was short. */
-int arb_gemm(const gemm_problem_t *p) {
+int arb_gemm(const gemm_problem_t *p, int index) {
 #if X86
-    return gemm(p);
+    return gemm(p, !kernels[index].direct);
 #else
-    (void)p;
+    (void)p, (void)index;
     return 1;
 #endif
 }

@@ -76,7 +76,7 @@ def _open(path: Path) -> ctypes.CDLL:
     library.arb_linear.restype = ctypes.c_int
     library.arb_dequantize.argtypes = (ctypes.POINTER(Dequantize), ctypes.c_int)
     library.arb_dequantize.restype = None
-    library.arb_gemm.argtypes = (ctypes.POINTER(Gemm),)
+    library.arb_gemm.argtypes = (ctypes.POINTER(Gemm), ctypes.c_int)
     library.arb_gemm.restype = ctypes.c_int
     library.arb_kernel_name.restype = ctypes.c_char_p
     return library
@@ -97,11 +97,6 @@ def best_kernel() -> str:
     """The fastest kernel of this machine: "amx", "avx512-bf16", "avx512-vnni", "avx-vnni", "avx2", "dotprod", "neon" or
     "portable"."""
     return list(kernels())[-1]
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices faster than float32 ones."""
-    return load() is not None and "avx512-bf16" in kernels()
 
 
 @cache
@@ -251,7 +246,7 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, ker
 
 
 def gemm(x: torch.Tensor, packed: PackedWeight, columns: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`x W^T + bias` of many rows on the matrix unit, W rounded to bfloat16; only where `kernels()` has "amx".
+    """`x W^T + bias` of many rows, W rounded to bfloat16; only where `kernels()` has "avx512-bf16".
 
     Args:
         x: bfloat16 `[M, K]`.
@@ -283,7 +278,7 @@ def gemm(x: torch.Tensor, packed: PackedWeight, columns: torch.Tensor, bias: tor
         permutation_bytes=0 if permutation is None else permutation.dtype.itemsize,
         bias_type=0 if bias is None else TYPES[bias.dtype],
     )
-    if library.arb_gemm(ctypes.byref(problem)):
+    if library.arb_gemm(ctypes.byref(problem), kernels()[best_kernel()]):
         raise MemoryError(f"No memory for an input of {x.shape[0]} x {packed.in_features}: pass fewer rows at once.")
     del kept
     return out
