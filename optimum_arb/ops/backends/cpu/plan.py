@@ -29,9 +29,9 @@ DIRECT_COSTS = {
     "avx2": {True: (0.36, 0.50), False: (0.43, 0.56)},
 }
 DEQUANTIZED_COSTS = {"avx512": (5.0, 0.9, 0.34), "avx2": (9.0, 1.6, 0.34)}
-BFLOAT16_COSTS = (0.4, 0.85, 0.15)  # the same in bfloat16, where the processor multiplies it; 16 rows at once
-# Milliseconds at 4096x4096 on one core of a Xeon with AMX: the matrix unit on digits, a row and sign matrix; dequantizing and
-# multiplying, whatever the rows, a term and a row. All scale with the size of the weight.
+BFLOAT16_COSTS = (1.6, 0.85, 0.15)  # the same in bfloat16, where the processor multiplies it; 16 rows at once
+# The same on one core of a Xeon with AMX: the matrix unit on digits, a row and sign matrix; dequantizing and
+# multiplying, whatever the rows, a term and a row.
 AMX_COSTS = {
     torch.float32: (0.115, 16.0, 0.0, 0.25),
     torch.float16: (0.075, 14.0, 0.0, 0.26),
