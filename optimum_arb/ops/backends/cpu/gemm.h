@@ -265,7 +265,8 @@ static int gemm(const gemm_problem_t *p, int amx) {
             if (amx) amx_start();
             const int64_t last = panels * (thread + 1) / team * 32;
             for (int64_t start = panels * thread / team * 32; start < last; start += GEMM_ROWS)
-                gemm_block(p, amx ? gemm_tiles_amx : gemm_tiles_bfloat, start, start + GEMM_ROWS < last ? start + GEMM_ROWS : last, first, tokens, x, lanes,
+                gemm_block(p, amx ? gemm_tiles_amx : gemm_tiles_bfloat, start,
+                           start + GEMM_ROWS < last ? start + GEMM_ROWS : last, first, tokens, x, lanes,
                            (uint16_t *)scratch, (float *)(scratch + block_bytes),
                            (float *)(scratch + block_bytes + sums_bytes));
             if (amx) amx_stop();
