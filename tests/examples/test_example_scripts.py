@@ -94,7 +94,7 @@ def test_quickstart(tmp_path, script):
         found = inspect_model(out)
         assert rows[name][1:3] == [f"{found.bits_per_weight:.3f}", size((out / "model.safetensors").stat().st_size)]
         assert float(rows[name][3].replace(",", "")) > 1
-    assert "What is the capital of France?" in printed
+    assert "The capital of France is ..." in printed
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
