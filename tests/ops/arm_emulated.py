@@ -72,7 +72,7 @@ class EmulatedLibrary:
 
     def arb_dequantize(self, reference, index: int) -> None:
         problem: Dequantize = reference._obj
-        size = problem.rows * problem.tiles * 8 * native.LANES * BYTES[problem.out_type]
+        size = problem.rows * problem.tiles * 8 * native.LANES * 4
         scales = problem.threads * problem.blocks * problem.row_scales * 4
         assert self._call(1, problem, index, {"out": size, "scales": scales}) == 0
 

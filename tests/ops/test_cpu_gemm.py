@@ -38,8 +38,8 @@ def gemm(x: torch.Tensor, packed, bias: torch.Tensor | None = None) -> torch.Ten
 def exact(x: torch.Tensor, packed, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """What comes of the weight in bfloat16, in float64, and the size of its terms; both `[M, N]`."""
     tiles = tiles_for(packed.in_features, packed.block_size, native.LANES)
-    out = torch.empty(packed.out_features, tiles.count, 8, native.LANES, dtype=torch.bfloat16)
-    weight = tiles.join(native.dequantize(columns(packed), packed, tiles, out)).double()
+    out = torch.empty(packed.out_features, tiles.count, 8, native.LANES)
+    weight = tiles.join(native.dequantize(columns(packed), packed, tiles, out)).bfloat16().double()
     x = x.double() if packed.permutation is None else x.double()[:, packed.permutation[0].long()]
     added = 0.0 if bias is None else bias.double()
     return x @ weight.T + added, x.abs() @ weight.abs().T + abs(added)

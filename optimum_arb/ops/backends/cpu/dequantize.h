@@ -51,7 +51,7 @@ static TARGET void NAME(dequantize_row)(const dequantize_problem_t *p, int64_t r
                 }
             }
         }
-        store_floats(p->out, p->out_type, (row * p->tiles + i) * TILE_FLOATS, TILE_FLOATS, out);
+        memcpy(p->out + (row * p->tiles + i) * TILE_FLOATS, out, sizeof out);
     }
 }
 

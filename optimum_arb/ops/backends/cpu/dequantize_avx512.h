@@ -1,16 +1,4 @@
-/* The weight itself, row by row, with AVX-512: the sixteen columns of a bit are negated through a mask of their bits;
-   WITH_BFLOAT is defined where the processor converts to bfloat16 itself. */
-
-ALWAYS_INLINE TARGET __m256i NAME(to_bfloat)(__m512 value) {
-#ifdef WITH_BFLOAT
-    return (__m256i)_mm512_cvtneps_pbh(value);
-#else
-    __m512i bits = _mm512_castps_si512(value);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
-#endif
-}
+/* The weight itself, row by row, with AVX-512: the sixteen columns of a bit are negated through a mask of their bits. */
 
 /* Packing tile i of one row: sum[j], the columns of bit j. */
 ALWAYS_INLINE TARGET void NAME(tile_values)(const dequantize_problem_t *p, int64_t row, int64_t i,
@@ -46,17 +34,8 @@ static TARGET void NAME(dequantize_row)(const dequantize_problem_t *p, int64_t r
         const float *row_scales = scales + i / p->tiles_per_block * p->row_scales;
         __m512 sum[8];
         NAME(tile_values)(p, row, i, row_scales, p->term_count, sum);
-        const int64_t start = (row * p->tiles + i) * TILE_FLOATS;
-        if (p->out_type == BFLOAT16) {
+        float *to = p->out + (row * p->tiles + i) * TILE_FLOATS;
 #pragma GCC unroll 8
-            for (int j = 0; j < 8; j++)
-                _mm256_storeu_si256((__m256i *)((uint16_t *)p->out + start + j * 16), NAME(to_bfloat)(sum[j]));
-        } else {
-            float out[TILE_FLOATS];
-            float *to = p->out_type == FLOAT32 ? (float *)p->out + start : out;
-#pragma GCC unroll 8
-            for (int j = 0; j < 8; j++) _mm512_storeu_ps(to + j * 16, sum[j]);
-            if (to == out) store_floats(p->out, p->out_type, start, TILE_FLOATS, out);
-        }
+        for (int j = 0; j < 8; j++) _mm512_storeu_ps(to + j * 16, sum[j]);
     }
 }

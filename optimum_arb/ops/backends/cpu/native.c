@@ -161,17 +161,16 @@ typedef struct {
     const float *columns;    /* [variants, tiles, 8, 16]: column scale times zone, 0 where a tile has no such column */
     const term_t *terms;
     float *scales;           /* scratch [threads, blocks * row_scales] */
-    void *out;               /* [rows, tiles, 8, 16], of out_type */
+    float *out;              /* [rows, tiles, 8, 16] */
     int64_t rows, row_bytes, tiles, tiles_per_block, blocks;
     int32_t row_scale_type, row_scales, term_count, planes;
     int32_t tile_bytes, last_bytes; /* of a plane of a whole tile, and of the last one */
-    int32_t out_type;
     int32_t threads;
 } dequantize_problem_t;
 
 /* Many tokens times that weight. */
 typedef struct {
-    dequantize_problem_t weight; /* its scales, out and out_type are not looked at */
+    dequantize_problem_t weight; /* its scales and out are not looked at */
     const uint16_t *x;           /* [m, columns] bfloat16 */
     const void *permutation;     /* [columns] or NULL */
     const void *bias;            /* [rows] or NULL */
@@ -226,9 +225,7 @@ ALWAYS_INLINE bytes_t load_bytes(const uint8_t *tile, int nbytes, int32_t planes
 
 #define NAME(name) name##_bfloat
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")))
-#define WITH_BFLOAT
 #include "dequantize_avx512.h"
-#undef WITH_BFLOAT
 #undef NAME
 #undef TARGET
 

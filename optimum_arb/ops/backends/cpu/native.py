@@ -291,8 +291,7 @@ def dequantize(
     out: torch.Tensor,
     kernel: str | None = None,
 ) -> torch.Tensor:
-    """The plan's terms as a weight, in the order of `Tiles.split`, written to `out`, float32, bfloat16 or float16
-    `[N, tiles * 128]`.
+    """The plan's terms as a weight, in the order of `Tiles.split`, written to `out`, float32 `[N, tiles * 128]`.
 
     Args:
         columns: float32 `[1, variants, tiles, 8, 16]`, contiguous, from `prepare_columns` of a row of ones.
@@ -310,7 +309,7 @@ def dequantize(
         packed.out_features * tiles.count * tiles.width * problem.term_count, packed.out_features
     )
     scales = columns.new_empty(problem.threads, tiles.blocks * packed.layout.row_scales)
-    problem.scales, problem.out, problem.out_type = scales.data_ptr(), out.data_ptr(), TYPES[out.dtype]
+    problem.scales, problem.out = scales.data_ptr(), out.data_ptr()
     library.arb_dequantize(ctypes.byref(problem), kernels()[best_kernel() if kernel is None else kernel])
     del kept
     return out

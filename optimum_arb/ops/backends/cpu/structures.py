@@ -41,7 +41,7 @@ class Dequantize(ctypes.Structure):
     _fields_ = (
         *_fields(ctypes.c_void_p, "weight row_scale columns terms scales out"),
         *_fields(ctypes.c_int64, "rows row_bytes tiles tiles_per_block blocks"),
-        *_fields(ctypes.c_int32, "row_scale_type row_scales term_count planes tile_bytes last_bytes out_type threads"),
+        *_fields(ctypes.c_int32, "row_scale_type row_scales term_count planes tile_bytes last_bytes threads"),
     )
 
 
